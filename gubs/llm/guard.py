@@ -1,0 +1,46 @@
+"""Runs a command and ends it, with all it started, as soon as whoever asked for it is gone - however that ended.
+
+`python -m gubs.llm.guard COMMAND...`: standard input is a pipe that only the parent holds open; its end is the signal.
+A process killed with SIGKILL cannot clean up after itself, but its end of the pipe closes all the same.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+_GRACE_S = 10.0
+
+
+def main(command: list[str]) -> int:
+    """Runs the command in a session of its own until it ends or standard input does; returns its exit code."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: os.close(0))  # ends the wait below
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    threading.Thread(target=_end_with_parent, args=(process,), daemon=True).start()
+    code = process.wait()
+    _kill(process.pid, signal.SIGKILL)  # whatever the command left behind
+    return code
+
+
+def _end_with_parent(process: "subprocess.Popen[bytes]") -> None:
+    with contextlib.suppress(OSError):  # closed by our signal handler
+        while os.read(0, 1):
+            pass
+    _kill(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + _GRACE_S
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    _kill(process.pid, signal.SIGKILL)
+
+
+def _kill(group: int, sign: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # already gone
+        os.killpg(group, sign)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

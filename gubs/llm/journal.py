@@ -1,0 +1,296 @@
+"""The journal: every finished call, on disk before it counts as done.
+
+A journal is a folder of segments, `<time>-<host>-<pid>-<random>.jsonl`. Every writer has a segment of its own, locked
+while it lives, so that any number of actors, processes and nodes write at once; a line is one call. A line counts once
+it is complete: what a killed writer left half-written at the end of its segment is ignored, and cut off by the next
+run. Readers keep only the place of each entry in memory, not the entry.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gubs.llm.calls import Entry, entry_row
+from gubs.llm.errors import JournalError
+
+_SUFFIX = ".jsonl"
+_ID = "journal-id"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an entry stands."""
+
+    segment: str
+    offset: int
+    length: int
+
+
+@dataclass(slots=True)
+class Spent:
+    """What calls have cost."""
+
+    calls: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    money: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Input and output tokens."""
+        return self.tokens_in + self.tokens_out
+
+    def add(self, entry: Entry) -> None:
+        """Counts one more call."""
+        self.calls += 1
+        self.tokens_in += entry.tokens_in
+        self.tokens_out += entry.tokens_out
+        self.money += entry.price
+
+
+class JournalWriter:
+    """Appends entries to a segment of its own.
+
+    Group commit: entries that arrive while a write is under way go to disk together with the next one, so a thousand
+    calls that finish at once need a few fsyncs, not a thousand; and none is done before its fsync is.
+    """
+
+    def __init__(
+        self, folder: str | Path, redact: Callable[[str], str] = str, linger_s: Callable[[], float] = lambda: 0.0
+    ):
+        """`redact` is applied to each line; `linger_s()`: how long a write waits for more entries to go with it."""
+        folder = Path(folder)
+        stamp = f"{time.time_ns():020d}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.segment = stamp + _SUFFIX
+        self._redact, self._linger_s = redact, linger_s
+        self._path = folder / self.segment
+        self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        _fsync_folder(folder)
+        self._end = 0
+        self._waiting: list[tuple[bytes, asyncio.Future[Place]]] = []
+        self._flusher: asyncio.Task[None] | None = None
+
+    async def append(self, entry: Entry) -> Place:
+        """Writes an entry; returns when it is on disk.
+
+        Raises:
+            JournalError: it cannot be written (a full disk, say).
+        """
+        line = self._redact(json.dumps(entry_row(entry), ensure_ascii=False)).encode("utf-8", "replace") + b"\n"
+        done: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+        self._waiting.append((line, done))
+        if self._flusher is None or self._flusher.done():
+            self._flusher = asyncio.create_task(self._flush())
+        return await asyncio.shield(done)
+
+    async def close(self) -> None:
+        """Finishes what is waiting and gives the segment up; an empty one is removed."""
+        if self._flusher:
+            await self._flusher
+        if self._end == 0:
+            self._path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+    async def _flush(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(self._linger_s())
+            batch, self._waiting = self._waiting, []
+            try:
+                await asyncio.to_thread(self._write, b"".join(line for line, _ in batch))
+            except OSError as e:
+                for _, done in batch:
+                    done.set_exception(
+                        JournalError(f"{self._path} cannot be written ({e}): the answers in it are kept")
+                    )
+                continue
+            for line, done in batch:
+                done.set_result(Place(self.segment, self._end, len(line)))
+                self._end += len(line)
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+            os.fsync(self._fd)
+        except OSError:
+            os.ftruncate(self._fd, self._end)  # no half lines in the middle of a segment
+            raise
+
+
+class Journal:
+    """Reads a journal: which calls are finished, what they answered, what they cost."""
+
+    def __init__(self, folder: str | Path, *, writable: bool = True):
+        """Opens a journal; with `writable` the folder is made where it is not there, and torn ends are repaired.
+
+        Raises:
+            JournalError: no such folder (and not `writable`), or it cannot be read.
+        """
+        self.folder = Path(folder)
+        self._writable = writable
+        if writable:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.id = _journal_id(self.folder)
+        elif not self.folder.is_dir():
+            raise JournalError(f"{self.folder}: there is no journal to replay")
+        self._places: dict[str, tuple[Place, bool]] = {}
+        self._read_to: dict[str, int] = {}
+        self._files: dict[str, int] = {}
+        self.spent: dict[str, Spent] = defaultdict(Spent)
+        """By role, over all entries."""
+        self.load()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: str) -> bool:
+        return self._place(key) is not None
+
+    @property
+    def total(self) -> Spent:
+        """What all calls have cost."""
+        s = self.spent.values()
+        return Spent(
+            sum(x.calls for x in s), sum(x.tokens_in for x in s), sum(x.tokens_out for x in s), sum(x.money for x in s)
+        )
+
+    def load(self) -> int:
+        """Reads what was added since the last time; returns the number of new entries."""
+        before = sum(s.calls for s in self.spent.values())
+        for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
+            for place, entry in self._new_entries(path):
+                self._add(entry, place)
+        return sum(s.calls for s in self.spent.values()) - before
+
+    def add(self, entry: Entry, place: Place) -> None:
+        """Takes up an entry that a writer has just reported, so that its segment need not be read again."""
+        if place.offset == self._read_to.get(place.segment, 0):
+            self._read_to[place.segment] = place.offset + place.length
+            self._add(entry, place)
+        elif place.offset > self._read_to.get(place.segment, 0):
+            self.load()  # reports may overtake each other; the segment itself is in order
+
+    def get(self, key: str) -> Entry | None:
+        """The finished call of that key, if there is one."""
+        place = self._place(key)
+        return self._entry(place) if place else None
+
+    def entries(self) -> Iterator[Entry]:
+        """All entries that count, one for each key."""
+        for place, _ in list(self._places.values()):
+            yield self._entry(place)
+
+    def _place(self, key: str) -> Place | None:
+        place, lasting = self._places.get(key, (None, True))
+        return (
+            place if lasting or not self._writable else None
+        )  # a new run tries again what was not the request's fault
+
+    def _add(self, entry: Entry, place: Place) -> None:
+        self.spent[entry.role].add(entry)
+        known = self._places.get(entry.key)
+        if known is None or (entry.lasting and not known[1]):  # the first that lasts is the one
+            self._places[entry.key] = (place, entry.lasting)
+
+    def _entry(self, place: Place) -> Entry:
+        if place.segment not in self._files:
+            self._files[place.segment] = os.open(self.folder / place.segment, os.O_RDONLY)
+        entry = _parse(os.pread(self._files[place.segment], place.length, place.offset))
+        if entry is None:
+            raise JournalError(f"{self.folder / place.segment} has changed since it was read (at byte {place.offset})")
+        return entry
+
+    def _new_entries(self, path: Path) -> Iterator[tuple[Place, Entry]]:
+        start = offset = self._read_to.get(path.name, 0)
+        try:
+            if path.stat().st_size == start:
+                return
+            with path.open("rb") as f:
+                f.seek(start)
+                for line in f:
+                    entry = _parse(line) if line.endswith(b"\n") else None
+                    if entry is None:
+                        break
+                    yield Place(path.name, offset, len(line)), entry
+                    offset += len(line)
+        except OSError as e:
+            raise JournalError(f"{path} cannot be read: {e}") from None
+        self._read_to[path.name] = offset
+        if self._writable and path.stat().st_size > offset:
+            _repair(path, offset)
+
+    def close(self) -> None:
+        """Closes the files."""
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
+
+
+def check_same(folder: str | Path, expected: str) -> None:
+    """Makes sure that the folder, as this process sees it, is the driver's journal.
+
+    Raises:
+        JournalError: it is another one, or none.
+    """
+    path = Path(folder) / _ID
+    if not path.is_file() or path.read_text() != expected:
+        raise JournalError(
+            f"{folder} on {socket.gethostname()} is not the journal that the driver sees: put llm.journal on a file "
+            "system that all nodes share, or set llm.spread=false"
+        )
+
+
+def _parse(line: bytes) -> Entry | None:
+    try:
+        row: dict[str, Any] = json.loads(line)
+        return Entry(**row)
+    except (ValueError, TypeError):
+        return None  # torn, or zeros after a power cut
+
+
+def _repair(path: Path, end: int) -> None:
+    """Cuts off a torn end, unless the segment's writer is alive and about to complete it."""
+    with path.open("rb+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        data = path.read_bytes()[end:]
+        complete = [
+            line for line in data.splitlines(keepends=True) if line.endswith(b"\n") and _parse(line) is not None
+        ]
+        if complete:
+            raise JournalError(f"{path} is damaged at byte {end}: remove that line to go on without the call it held")
+        f.truncate(end)
+        os.fsync(f.fileno())
+
+
+def _journal_id(folder: Path) -> str:
+    path = folder / _ID
+    if not path.exists():
+        temporary = folder / f"{_ID}.{uuid.uuid4().hex[:8]}"
+        temporary.write_text(uuid.uuid4().hex)
+        with contextlib.suppress(FileExistsError):  # of several processes the first one names it
+            os.link(temporary, path)
+        temporary.unlink()
+    return path.read_text()
+
+
+def _fsync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

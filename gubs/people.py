@@ -1,0 +1,99 @@
+"""Users as models get to know them: profile fields and the latest views of their history, as safe lines of text.
+
+Only records with the role `history` are ever read here: what is to be predicted cannot get into a prompt.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gubs.artifacts import Artifact
+from gubs.prompts.fields import record
+from gubs.records import Role, User
+
+DERIVED_TAGS = 6
+"""Interest tags taken from the history of a user who lists none."""
+_LIKED_PLAY_RATE = 0.6
+
+
+@dataclass(frozen=True)
+class Person:
+    """A user with a history."""
+
+    user: User
+    views: tuple[str, ...]
+    """Latest views of the history, oldest first, one safe line of JSON each."""
+    tags_derived: bool = False
+    """The tags are not the user's own but those of the videos the user liked, clicked or watched for long."""
+
+    def profile(self, limit: int = 200) -> str:
+        """Profile fields as one safe line of JSON: u = [ID, Occ, Age, Gender, T]; unknown ones left out."""
+        u = self.user
+        tags = "interests seen in the history" if self.tags_derived else "interest tags"
+        fields = {"age": u.age, "gender": u.gender, "occupation": u.occupation, **(u.other or {}), tags: u.tags}
+        return record(fields, limit)
+
+
+def load_people(ifvr: Artifact, user_ids: Collection[str], history_items: int, limit: int = 200) -> dict[str, Person]:
+    """The users with their history, in the order of the table of users.
+
+    Args:
+        ifvr: the data set.
+        user_ids: who is wanted; ids the data set does not have are left out.
+        history_items: latest views to keep; 0 = all.
+        limit: characters of a single field.
+    """
+    wanted = pa.array(sorted(user_ids), pa.string())
+    table = ifvr.table("users")
+    users = list(User.from_table(table.filter(pc.is_in(table["user_id"], value_set=wanted))))
+    histories = dict(_histories(ifvr, wanted))
+    return {u.user_id: _person(u, histories.get(u.user_id, []), history_items, limit) for u in users}
+
+
+def view_line(row: dict[str, Any], limit: int = 200) -> str:
+    """One view or exposure as a safe line: what was shown, and what the user did."""
+    shown: dict[str, Any] = {"title": row["title"]} if row["title"] else {"tags": row["tags"]}
+    if row["duration_s"] is not None:
+        shown["length"] = f"{row['duration_s']:.0f} s"
+    if row["rating"] is not None:
+        shown["rating"] = f"{row['rating']:g} of 5"
+    elif row["play_rate"] is not None:
+        shown["played"] = f"{row['play_rate']:.0%}"
+    elif row["clicked"] is not None:
+        shown["clicked"] = "yes" if row["clicked"] else "no"
+    return record(shown, limit)
+
+
+def _histories(ifvr: Artifact, wanted: pa.Array) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    columns = ["user_id", "video_id", "timestamp", "play_rate", "clicked", "rating", "liked", "role"]
+    log = ifvr.table("interactions", columns)
+    mine = pc.and_(pc.is_in(log["user_id"], value_set=wanted), pc.equal(log["role"], str(Role.HISTORY)))
+    rows = log.filter(mine).to_pylist()
+    videos = ifvr.table("videos", ["video_id", "title", "duration_s", "tags"]).to_pylist()
+    known = {v["video_id"]: v for v in videos}
+    by_user: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:  # the table is in the order of time within a user and task
+        by_user.setdefault(row["user_id"], []).append({**known[row["video_id"]], **row})
+    for user, history in by_user.items():
+        yield user, sorted(history, key=lambda r: r["timestamp"] or 0)
+
+
+def _person(user: User, history: list[dict[str, Any]], history_items: int, limit: int) -> Person:
+    views = tuple(view_line(row, limit) for row in history[-history_items:])
+    if user.tags:
+        return Person(user, views)
+    liked = Counter(tag for row in history if _liked(row) for tag in row["tags"] or [])
+    tags = [tag for tag, _ in liked.most_common(DERIVED_TAGS)]
+    return Person(replace(user, tags=tags), views, tags_derived=bool(tags))
+
+
+def _liked(row: dict[str, Any]) -> bool:
+    if row["liked"] is not None:
+        return bool(row["liked"])
+    if row["play_rate"] is not None:
+        return bool(row["play_rate"] >= _LIKED_PLAY_RATE)
+    return bool(row["clicked"])

@@ -1,0 +1,225 @@
+"""Whole jobs: the stages of the data's journey in order, as the command line and the Ray jobs run them."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from gubs.artifacts import Artifact, Run
+from gubs.cluster import ray_session
+from gubs.config import Settings
+from gubs.console import llm_progress, progress, say
+from gubs.data.build import build_stage
+from gubs.data.ingest import ingest_stage
+
+if TYPE_CHECKING:
+    from gubs.llm.budget import Plan
+
+_UPLOAD_MARK = "/runtime_resources/"
+
+
+def open_run(uri: str) -> Run:
+    """The run at a path or URI.
+
+    A relative path stands in GUBS_HOME if that is set, else in the current folder; but inside a Ray job the current
+    folder is a copy that Ray deletes, so there it stands in `~/gubs`, where results outlive the job.
+    """
+    if "://" in uri or Path(uri).is_absolute():
+        return Run(uri)
+    here = Path.home() / "gubs" if _UPLOAD_MARK in str(Path.cwd()) else Path.cwd()
+    return Run(Path(os.environ.get("GUBS_HOME") or here) / uri)
+
+
+def ingest(run: Run, settings: Settings, force: bool = False) -> Artifact:
+    """Source -> `raw`."""
+    with _stage("raw", settings.source.kind) as finish:
+        artifact, fresh = ingest_stage(run, settings, force=force)
+        tables = artifact.manifest.tables
+        rejected = tables["rejects"].rows
+        finish(
+            fresh,
+            f"{_counts(artifact)}"
+            + (f"; {rejected:,} rows rejected, see {artifact.path('rejects.parquet')}" if rejected else ""),
+        )
+    for note in artifact.manifest.info["notes"] if fresh else []:
+        say(f"        note: {note}")
+    return artifact
+
+
+def synth(run: Run, settings: Settings, force: bool = False) -> Artifact:
+    """Simulation -> `raw`, `truth`, `videos` (rendered)."""
+    from gubs.data.render import render_stage
+
+    ingest(run, settings, force)
+    with _stage("videos", "render") as finish, ray_session(settings.ray), progress("rendering videos") as on_progress:
+        artifact, fresh = render_stage(run, settings, force=force, on_progress=on_progress)
+        found = artifact.manifest.info["found_from_earlier_attempt"]
+        finish(
+            fresh,
+            f"{artifact.manifest.info['videos']:,} files"
+            + (f", {found:,} of them from an earlier attempt" if found else ""),
+        )
+    return artifact
+
+
+def build(run: Run, settings: Settings, force: bool = False) -> Artifact:
+    """`raw` -> `ifvr`."""
+    with _stage("ifvr", "filter and split") as finish:
+        artifact, fresh = build_stage(run, settings, force=force)
+        finish(fresh, _counts(artifact))
+    return artifact
+
+
+def frames(run: Run, settings: Settings, force: bool = False) -> Artifact:
+    """Video files of `ifvr` -> `frames`."""
+    from gubs.data.frames import STAGE, frame_stage
+
+    with _stage(STAGE, "decode") as finish, ray_session(settings.ray), progress("decoding videos") as on_progress:
+        videos, inputs = video_files(run)
+        before = run.artifact(STAGE).manifest.created if STAGE in run.stages() else None
+        artifact = frame_stage(run, settings, videos, inputs, force, lambda done, total, _: on_progress(done, total))
+        verdicts = artifact.manifest.info["verdicts"]
+        finish(
+            artifact.manifest.created != before,
+            ", ".join(f"{n:,} {v}" for v, n in verdicts.items()) or "this source has no video files",
+        )
+    return artifact
+
+
+def video_files(run: Run) -> tuple[pa.Table, dict[str, str]]:
+    """The video files of the data set: columns video_id and uri, and the fingerprints of the artifacts they come from.
+
+    Videos for which the source has no file are not listed.
+    """
+    ifvr = run.artifact("ifvr")
+    inputs = {"ifvr": ifvr.fingerprint}
+    videos = ifvr.table("videos", ["video_id", "uri"])
+    if "videos" in run.stages():
+        rendered = run.artifact("videos")
+        inputs["videos"] = rendered.fingerprint
+        files = {row["video_id"]: rendered.path(row["file"]) for row in rendered.table("files").to_pylist()}
+        uris = pa.array([files.get(v) for v in videos["video_id"].to_pylist()], pa.string())
+        videos = videos.set_column(1, "uri", uris)
+    return videos.filter(videos["uri"].is_valid()), inputs
+
+
+def build_ifvr(run: Run, settings: Settings, force: bool = False) -> None:
+    """The journey from logs and videos to an IF-VR data set with frames and a page to look at."""
+    with ray_session(settings.ray):
+        if settings.source.kind == "synthetic":
+            synth(run, settings, force)
+        else:
+            ingest(run, settings, force)
+        build(run, settings, force)
+        frames(run, settings, force)
+    show(run)
+
+
+def demo(run: Run, settings: Settings, force: bool = False) -> None:
+    """All of the journey that there is: data set, frames, groups, what the teachers write; with pages to look at."""
+    with ray_session(settings.ray):
+        build_ifvr(run, settings, force)
+        ugm(run, settings, force)
+        teach(run, settings, force)
+
+
+def ugm(run: Run, settings: Settings, force: bool = False) -> Artifact:
+    """`ifvr` -> `ugm`: group profiles and memberships."""
+    from gubs.ugm.show import write_page
+    from gubs.ugm.stage import ugm_stage
+
+    with (
+        _stage("ugm", "summarize, cluster, reflect") as finish,
+        ray_session(settings.ray),
+        llm_progress() as on_progress,
+    ):
+        artifact, fresh = ugm_stage(
+            run, settings, force=force, say=lambda text: say(f"         {text}"), on_progress=on_progress
+        )
+        info = artifact.manifest.info
+        grouped = f"{info['grouped_users']} of {info['users']} users in them"
+        memberships = f"{artifact.manifest.tables['memberships'].rows:,} memberships in all"
+        finish(fresh, f"{info['kept']} of {info['groups']} groups have a profile, {grouped}; {memberships}")
+    say(f"[page]   {write_page(run)}")
+    return artifact
+
+
+def plan_ugm(run: Run, settings: Settings) -> "Plan":
+    """About what `ugm` would ask."""
+    from gubs.ugm.stage import plan_ugm
+
+    return plan_ugm(run, settings)
+
+
+def run_ugm(run: Run, settings: Settings, force: bool = False) -> None:
+    """The data set, where it is not there yet, and then the groups."""
+    with ray_session(settings.ray):
+        if "ifvr" not in run.stages():
+            say("[ugm]    this run has no data set yet: building it first")
+            build_ifvr(run, settings)
+        ugm(run, settings, force)
+
+
+def teach(run: Run, settings: Settings, force: bool = False) -> None:
+    """`ifvr` -> `sft` (chains of thought), `labels` (reasons of skips), `profiles` (where users list no tags)."""
+    from gubs.teachers.desk import Desk
+    from gubs.teachers.profiles import profiles_stage
+    from gubs.teachers.reasons import reasons_stage
+    from gubs.teachers.sft import sft_stage
+
+    jobs = {"sft": sft_stage, "labels": reasons_stage, "profiles": profiles_stage}
+    with (
+        ray_session(settings.ray),
+        llm_progress() as on_progress,
+        Desk(run, settings, settings.teachers, on_progress) as desk,
+    ):
+        for name, job in jobs.items():
+            with _stage(name, "ask the annotator") as finish:
+                artifact, fresh = job(desk, force=force)
+                finish(fresh, ", ".join(f"{t.rows:,} {n}" for n, t in artifact.manifest.tables.items()))
+            for note in artifact.manifest.info["notes"] if fresh else []:
+                say(f"         note: {note}")
+
+
+def plan_teachers(run: Run, settings: Settings) -> "Plan":
+    """What `teach` would ask first; a skip costs two calls a round, at most 2 x rounds."""
+    from gubs.teachers import profiles, reasons, sft
+    from gubs.teachers.desk import Desk
+
+    with Desk(run, settings, settings.teachers) as desk:
+        return desk.plan([*sft.sft_requests(desk), *reasons.first_requests(desk), *profiles.profile_requests(desk)])
+
+
+def show(run: Run) -> str:
+    """Writes the page that shows the data set; returns its path."""
+    from gubs.data.show import write_page
+
+    page = write_page(run)
+    say(f"[page]   {page}")
+    return page
+
+
+_Finish = Callable[[bool, str], None]
+
+
+@contextmanager
+def _stage(name: str, doing: str) -> Iterator[_Finish]:
+    """Says what starts and, through the function it yields, how it ended."""
+    began = time.monotonic()
+    label = f"[{name}]".ljust(8)
+    say(f"{label} {doing} ...")
+
+    def finish(fresh: bool, text: str) -> None:
+        took = f"done in {time.monotonic() - began:.1f} s" if fresh else "was finished already, nothing to do"
+        say(f"{label} {took}: {text}")
+
+    yield finish
+
+
+def _counts(artifact: Artifact) -> str:
+    tables = artifact.manifest.tables
+    return ", ".join(f"{tables[t].rows:,} {t}" for t in ("users", "videos", "interactions"))

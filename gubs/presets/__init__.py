@@ -1,0 +1,1 @@
+"""Presets: one YAML file of settings each."""

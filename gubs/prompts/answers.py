@@ -1,0 +1,156 @@
+"""The UFM's answers: `<think>...</think><answer>X</answer>`, written and strictly read.
+
+Reading never raises and takes time linear in the text (no regular expression looks at a whole answer), since the
+rewards read every sample of every step.
+"""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import StrEnum
+
+from gubs.records import Option
+
+_THINK, _THINK_END, _ANSWER, _ANSWER_END = TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_TAG_LIKE = re.compile(r"<(?=[/|!A-Za-z])")
+_AFTER_LETTER = ".:)．。：）、"
+"""What may stand between an option's letter and its text, in Western and Chinese writing."""
+
+
+class Failure(StrEnum):
+    """Why an answer is not of the required form."""
+
+    EMPTY = "empty"
+    TRUNCATED = "truncated"
+    """It ends inside a part that was opened, or the token limit cut it off."""
+    NO_THINK = "no_think"
+    """The thinking part is missing, blank or not closed."""
+    NO_ANSWER = "no_answer"
+    """The answer part is missing."""
+    OUT_OF_ORDER = "out_of_order"
+    REPEATED_TAG = "repeated_tag"
+    TEXT_BEFORE_THINK = "text_before_think"
+    TEXT_BETWEEN = "text_between"
+    TEXT_AFTER_ANSWER = "text_after_answer"
+    BAD_OPTION = "bad_option"
+    """The form is right, but the answer names no option of the question, or several."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What an answer says."""
+
+    option: Option | None
+    """The option that the answer part names. Known even where the form is broken elsewhere (text after the answer,
+    say), as long as there is exactly one answer part: a reward for the choice may count it, one for the form not."""
+    think: str
+    """The thinking part; empty where the form is broken."""
+    failure: Failure | None
+
+    @property
+    def ok(self) -> bool:
+        """Right form and a known option."""
+        return self.failure is None
+
+    @property
+    def well_formed(self) -> bool:
+        """Right form, whatever the answer part names (r_format of Eq. 4)."""
+        return self.failure in (None, Failure.BAD_OPTION)
+
+
+def read_answer(text: str, options: Collection[Option], *, finished: bool = True) -> Reading:
+    """Reads an answer.
+
+    Args:
+        text: what the model said. White space around and between the two parts is allowed, anything else is not.
+        options: options of the question (`TASK_OPTIONS[task]`).
+        finished: the model ended by itself; False where the token limit cut it off.
+    """
+    body = text.strip()
+    think, failure = _read_form(body)
+    said = _answer_part(body)
+    option = None if said is None else read_option(said, options)
+    if failure is None and option is None:
+        failure = Failure.BAD_OPTION
+    elif failure is not None and not finished:
+        failure = Failure.TRUNCATED
+    return Reading(option, think, failure)
+
+
+def read_option(said: str, options: Collection[Option]) -> Option | None:
+    """The option that a text names: its letter, alone or followed by the option's text ("A. The user goes on ...").
+
+    The text may be in other words than ours, but may not name another option ("A. or B").
+    """
+    said = said.strip()
+    found = next((o for o in options if said[:1] == o.value), None)
+    rest = said[1:].lstrip()
+    if found is None or not rest:
+        return found
+    if rest[0] not in _AFTER_LETTER or len(rest) > 1000:
+        return None
+    others = {o.value for o in options} - {found.value}
+    return None if any(_names(word, others) for word in rest[1:].split()) else found
+
+
+def as_answer(think: str, option: Option) -> str:
+    """An answer in the required form. Tags and chat markers inside the thinking get a look-alike bracket.
+
+    Raises:
+        ValueError: there is no thinking.
+    """
+    thought = quiet_tags(think).strip()
+    if not thought:
+        raise ValueError("an answer needs its thinking")
+    return f"{_THINK}{thought}{_THINK_END}{_ANSWER}{option.value}{_ANSWER_END}"
+
+
+def quiet_tags(text: str) -> str:
+    """The text with `‹` for every `<` that could open a tag or a chat marker; "< 5 s" stays."""
+    return _TAG_LIKE.sub("‹", text)
+
+
+def _read_form(body: str) -> tuple[str, Failure | None]:
+    """The thinking part, or what is wrong with the form."""
+    think, think_end, answer, answer_end = (body.find(tag) for tag in TAGS)
+    if failure := _parts_failure(body, think, think_end, answer, answer_end):
+        return "", failure
+    if body[:think]:
+        return "", Failure.TEXT_BEFORE_THINK
+    if body[think_end + len(_THINK_END) : answer].strip():
+        return "", Failure.TEXT_BETWEEN
+    if body[answer_end + len(_ANSWER_END) :]:
+        return "", Failure.TEXT_AFTER_ANSWER
+    thought = body[think + len(_THINK) : think_end].strip()
+    return thought, None if thought else Failure.NO_THINK
+
+
+def _parts_failure(body: str, think: int, think_end: int, answer: int, answer_end: int) -> Failure | None:
+    """Whether both parts are there, once each and in order (positions of the tags, -1 = absent)."""
+    if not body:
+        return Failure.EMPTY
+    if any(body.count(tag) > 1 for tag in TAGS):
+        return Failure.REPEATED_TAG
+    if think < 0:
+        return Failure.NO_THINK
+    if think_end < 0:
+        return Failure.TRUNCATED if answer < 0 else Failure.NO_THINK
+    if answer < 0:
+        return Failure.NO_ANSWER
+    if answer_end < 0:
+        return Failure.TRUNCATED
+    return None if think < think_end < answer < answer_end else Failure.OUT_OF_ORDER
+
+
+def _answer_part(body: str) -> str | None:
+    """The inside of the answer part, where there is exactly one."""
+    if body.count(_ANSWER) != 1 or body.count(_ANSWER_END) != 1:
+        return None
+    start, end = body.find(_ANSWER) + len(_ANSWER), body.find(_ANSWER_END)
+    return body[start:end] if start <= end else None
+
+
+def _names(word: str, letters: Collection[str]) -> bool:
+    """Whether a word is one of the letters; a bare "A" is taken for the article."""
+    bare = word.strip("()[]*,;/" + _AFTER_LETTER)
+    return bare in letters and (bare != "A" or word != "A")

@@ -1,0 +1,120 @@
+"""What models said about groups, as typed answers; or an `AnswerError` that says what is wrong, to re-ask and count."""
+
+import re
+from dataclasses import dataclass
+
+_CATEGORY = re.compile(
+    r"^\W*Category\s+(\d+)\W*?:[ \t*]*(?P<name>.+?)\s*"
+    r"^\W*Features\W*?:(?P<features>.*?)"
+    r"^\W*Typical user\W*?:[ \t*]*(?:User\s*)?#?(?P<user>\d+)",
+    re.M | re.S | re.I,
+)
+_VERDICT = re.compile(r"\s*Match or not\s*:\s*(Yes|No)\b[.\s]*(?:Reason\s*:(.*))?", re.S | re.I)
+_FENCE = re.compile(r"^```\w*\n(.*)\n```$", re.S)
+_MIN_PROFILE = 20
+
+
+class AnswerError(ValueError):
+    """An answer that cannot be used; `cause` is what failures are counted by."""
+
+    def __init__(self, cause: str, message: str):
+        super().__init__(message)
+        self.cause = cause
+
+
+@dataclass(frozen=True)
+class Category:
+    """One group as the summarizer described it."""
+
+    name: str
+    features: str
+    typical: int
+    """Number of the typical user in the prompt's list, from 1."""
+
+
+def find_categories(text: str) -> list[Category]:
+    """All categories that can be made out in a text, well-formed as a whole or not."""
+    found = []
+    for m in _CATEGORY.finditer(text):
+        name, features = _line(m["name"]), _line(m["features"])
+        if name and features:
+            found.append(Category(name, features, int(m["user"])))
+    return found
+
+
+def parse_categories(text: str, groups: int, users: int) -> list[Category]:
+    """Exactly `groups` categories whose typical users exist and differ.
+
+    Raises:
+        AnswerError: wrong_count, unknown_typical or same_typical.
+    """
+    found = find_categories(text)
+    if len(found) != groups:
+        raise AnswerError(
+            "wrong_count", f"it has {len(found)} complete categories (name, features, typical user), not {groups}"
+        )
+    strangers = [c.typical for c in found if not 1 <= c.typical <= users]
+    if strangers:
+        raise AnswerError(
+            "unknown_typical", f"typical users must be of the list, 1 to {users}; there is no User {strangers[0]}"
+        )
+    if len({c.typical for c in found}) < groups:
+        raise AnswerError(
+            "same_typical", "every group needs a typical user of its own; one user is typical of two groups"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The matcher's answer (Eq. 3)."""
+
+    matched: bool
+    reason: str
+
+
+def parse_verdict(text: str) -> Verdict:
+    """`Match or not: Yes/No` and the reason.
+
+    Raises:
+        AnswerError: no_verdict.
+    """
+    m = _VERDICT.match(_unfenced(text))
+    if not m:
+        raise AnswerError("no_verdict", 'it must begin with "Match or not: Yes" or "Match or not: No"')
+    return Verdict(m[1].casefold() == "yes", _line(m[2] or ""))
+
+
+def parse_profile(text: str) -> str:
+    """The text of a profile.
+
+    Raises:
+        AnswerError: too_short.
+    """
+    profile = _unfenced(text)
+    if len(profile) < _MIN_PROFILE:
+        raise AnswerError("too_short", f"a profile needs more than {_MIN_PROFILE} characters")
+    return profile
+
+
+def categories_regex(groups: int, users: int) -> str:
+    """Pattern of `parse_categories`' form, for engines that can be held to one; lines are short, for small models."""
+    user = "|".join(map(str, range(1, users + 1)))
+    one = (
+        rf"Category {g}: [A-Za-z][^\n]{{1,60}}\nFeatures: [A-Za-z][^\n]{{1,160}}\nTypical user: User ({user})"
+        for g in range(1, groups + 1)
+    )
+    return "User definitions and typical features:\\n" + "\\n".join(one)
+
+
+VERDICT_REGEX = r"Match or not: (Yes|No)\nReason: [A-Za-z][^\n]{1,80}"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.replace("**", " ").split())
+
+
+def _unfenced(text: str) -> str:
+    text = text.strip()
+    m = _FENCE.match(text)
+    return m[1].strip() if m else text

@@ -1,0 +1,89 @@
+"""How far annotators agree: Cohen's kappa for every pair, their mean, and Fleiss' kappa for three or more.
+
+Kappa is undefined (None) where nothing was labelled in common, and where chance alone would always agree (everybody
+gave one and the same label): then the observed agreement is all there is to report.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Votes = Mapping[str, Mapping[str, str]]
+"""Item -> annotator -> option."""
+
+
+def cohen_kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
+    """Agreement of two annotators beyond chance, over the items that both labelled (in the same order).
+
+    Raises:
+        ValueError: the lists differ in length.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} labels against {len(second)}")
+    n = len(first)
+    if not n:
+        return None
+    observed = sum(a == b for a, b in zip(first, second, strict=True)) / n
+    one, other = Counter(first), Counter(second)
+    return _beyond_chance(observed, sum(one[o] * other[o] for o in one) / n**2)
+
+
+def fleiss_kappa(items: Sequence[Mapping[str, int]]) -> float | None:
+    """Agreement of several annotators: each item as option -> number of votes, the same number (at least 2) for all.
+
+    Raises:
+        ValueError: the numbers of votes differ or are below 2.
+    """
+    if not items:
+        return None
+    raters = {sum(item.values()) for item in items}
+    if len(raters) > 1 or min(raters) < 2:
+        raise ValueError(f"every item needs the same number of votes, at least 2 (there are {sorted(raters)})")
+    r = raters.pop()
+    observed = sum((sum(v * v for v in item.values()) - r) / (r * (r - 1)) for item in items) / len(items)
+    totals: Counter[str] = Counter()
+    for item in items:
+        totals.update(item)
+    chance = sum((v / (r * len(items))) ** 2 for v in totals.values())
+    return _beyond_chance(observed, chance)
+
+
+def agreement(votes: Votes) -> dict[str, Any]:
+    """Who labelled how much, and how far each two, and all, agree.
+
+    `fleiss` covers the items that every annotator labelled; None for fewer than three annotators.
+    """
+    names = sorted({name for item in votes.values() for name in item})
+    pairs = [_pair(votes, a, b) for a, b in itertools.combinations(names, 2)]
+    kappas = [p["kappa"] for p in pairs if p["kappa"] is not None]
+    shared = [Counter(item.values()) for item in votes.values() if len(item) == len(names)]
+    return {
+        "annotators": {name: sum(name in item for item in votes.values()) for name in names},
+        "items": len(votes),
+        "pairs": pairs,
+        "mean_kappa": sum(kappas) / len(kappas) if kappas else None,
+        "fleiss": {"items": len(shared), "kappa": fleiss_kappa(shared)} if len(names) > 2 else None,
+    }
+
+
+def majority(options: Mapping[str, str]) -> str | None:
+    """The option most annotators gave; None for a tie."""
+    (first, most), *others = Counter(options.values()).most_common(2)
+    return None if others and others[0][1] == most else first
+
+
+def _pair(votes: Votes, a: str, b: str) -> dict[str, Any]:
+    both = [(item[a], item[b]) for item in votes.values() if a in item and b in item]
+    first, second = [x for x, _ in both], [y for _, y in both]
+    same = sum(x == y for x, y in both)
+    return {
+        "annotators": [a, b],
+        "items": len(both),
+        "observed": same / len(both) if both else None,
+        "kappa": cohen_kappa(first, second),
+    }
+
+
+def _beyond_chance(observed: float, chance: float) -> float | None:
+    return None if 1.0 - chance < 1e-12 else (observed - chance) / (1.0 - chance)

@@ -1,0 +1,36 @@
+"""Settings of the teachers."""
+
+from pydantic import Field
+
+from gubs.section import Section
+
+
+class TeacherSettings(Section):
+    """SFT examples, reasons of skips, user profiles. The LLM sees no pictures: a video is title, length and tags."""
+
+    sft_dislikes: int = Field(0, ge=0)
+    """Explicit dislikes of training users that become SFT examples, drawn at random; 0 = all (paper: 50 K)."""
+    sft_click_users: int = Field(1000, ge=0)
+    """Training users, drawn at random, whose clicks become SFT examples (paper: 1,000)."""
+    sft_click_each: int = Field(1, ge=1)
+    """Targets of each kind, clicked and unclicked, that a drawn user gives at most."""
+    train_skips: int = Field(0, ge=0)
+    """Fast skips of training users that get a reason, drawn at random; 0 = all."""
+    test_skips: int = Field(0, ge=0)
+    """The same for test users (paper: 72 K for both)."""
+    rounds: int = Field(3, ge=1, le=10)
+    """Times a reason is given and judged before a person is asked (paper: 3)."""
+    profile_items: int = Field(50, ge=1)
+    """Rated items, drawn at random, from which a user's profile is written (paper: 50)."""
+    profile_users: int = Field(0, ge=0)
+    """Users who get a profile: test users first, then the UGM's, then others; 0 = all."""
+    history_items: int = Field(20, ge=0)
+    """Views of a user's history shown in a prompt, the latest; 0 = all."""
+    max_text: int = Field(200, ge=20)
+    """Characters of a title, a tag or another single field that are shown."""
+    think_chars: int = Field(1500, ge=80)
+    """Longest chain of thought, in characters: the UFM has 512 tokens for its answer."""
+    reason_chars: int = Field(600, ge=40)
+    """Longest rationale or criticism, in characters."""
+    profile_chars: int = Field(800, ge=40)
+    """Longest user profile, in characters."""

@@ -1,0 +1,184 @@
+"""SFT examples: a chain of thought and an option for explicit dislikes and for clicks (A.3, A.6, "Other Prompts").
+
+Sequential task: a training user disliked a target; the annotator reads profile, history, video and the user's own
+words, if there are any, and says which cause it is (B, C, D) and how one could have foreseen it. Click task: the
+annotator explains why a target was clicked (A) or not (B). What the annotator was told about the outcome stands in a
+column of its own and never in the UFM's prompt.
+"""
+
+import collections
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gubs.artifacts import Artifact, fingerprint, writing
+from gubs.llm.calls import Answer, LLMRequest, question
+from gubs.prompts import fill
+from gubs.prompts.answers import as_answer, quiet_tags
+from gubs.prompts.fields import inline, plain
+from gubs.prompts.options import OPTION_TEXTS, SKIP_CAUSES, option_lines
+from gubs.records import SCHEMAS, TASK_OPTIONS, Interaction, Option, Split, Task
+from gubs.teachers.cases import Case, by_id, clicked, draw, load_cases, targets
+from gubs.teachers.desk import Desk, by_cause, failures
+from gubs.teachers.forms import PARSER, thought_form, words
+from gubs.teachers.settings import TeacherSettings
+
+STAGE = "sft"
+ROLE = "annotator"
+
+SCHEMA = pa.schema(
+    [
+        *SCHEMAS["examples"],
+        ("think", pa.string()),
+        ("response", pa.string()),
+        ("dislike_reason", pa.string()),
+        ("quotes_reason", pa.bool_()),
+    ]
+)
+"""An `Example` with the chain of thought, the whole answer in the UFM's form, and apart from it the user's own words;
+`quotes_reason`: the chain of thought repeats them, which the UFM could not know."""
+
+_QUOTE_FROM = 12
+"""Shorter reasons ("boring") are no quotation."""
+
+
+def sft_stage(desk: Desk, *, force: bool = False) -> tuple[Artifact, bool]:
+    """Makes the artifact `sft` (tables examples, failures) from `ifvr`; returns it and whether it was made now.
+
+    Errors: see `LLMClient.stream`; what was finished is kept in the journal.
+    """
+    ifvr = desk.run.artifact("ifvr")
+    names = ("sft_dislikes", "sft_click_users", "sft_click_each", "history_items", "max_text", "think_chars")
+    inputs = {"ifvr": ifvr.fingerprint}
+    mark = fingerprint(STAGE, desk.recipe(ROLE, *names), inputs)
+    if found := desk.run.finished(STAGE, mark, force):
+        return found, False
+    cases = sft_cases(ifvr, desk.teachers, desk.settings.seed)
+    answers = desk.ask([sft_request(c, desk.teachers) for c in cases])
+    rows = [_example(c, a) for c, a in zip(cases, answers, strict=True) if a.ok]
+    with writing(desk.run, STAGE, fingerprint=mark, settings=desk.settings, inputs=inputs) as out:
+        out.write_table("examples", pa.Table.from_pylist(rows, schema=SCHEMA))
+        out.write_table("failures", failed := failures(answers))
+        out.info = _report(rows, cases, failed)
+    return desk.run.artifact(STAGE), True
+
+
+def sft_requests(desk: Desk) -> list[LLMRequest]:
+    """All requests of the job, for a dry run."""
+    cases = sft_cases(desk.run.artifact("ifvr"), desk.teachers, desk.settings.seed)
+    return [sft_request(c, desk.teachers) for c in cases]
+
+
+def sft_cases(ifvr: Artifact, settings: TeacherSettings, seed: int) -> list[Case]:
+    """The targets that become examples: dislikes, then clicks; training users only."""
+    rows = targets(ifvr, Task.SEQUENTIAL, [Split.TRAIN])
+    disliked = draw(rows.filter(pc.fill_null(rows["disliked"], False)), settings.sft_dislikes, [seed, 11])
+    cases = load_cases(ifvr, disliked, settings.history_items, settings.max_text)
+    picked = _balanced_clicks(targets(ifvr, Task.CLICK, [Split.TRAIN]), settings, seed)
+    return cases + load_cases(ifvr, picked, settings.history_items, settings.max_text)
+
+
+def sft_request(case: Case, settings: TeacherSettings) -> LLMRequest:
+    """Asks for the chain of thought and the option of one case."""
+    disliked = case.target.task == Task.SEQUENTIAL
+    options = SKIP_CAUSES if disliked else (_click_option(case),)
+    prompt = fill(
+        "teach_dislike" if disliked else "teach_click",
+        **case.shown(settings.max_text),
+        **(_told_dislike(case, settings) if disliked else _told_click(case)),
+        words=words(settings.think_chars),
+    )
+    key = case.target.interaction_id
+    return question(
+        ROLE,
+        f"sft/{key}",
+        prompt,
+        schema=thought_form(options, settings.think_chars),
+        parser=PARSER,
+        metadata={"item": key},
+    )
+
+
+def _told_dislike(case: Case, settings: TeacherSettings) -> dict[str, Any]:
+    reason = case.target.dislike_reason
+    told = inline(reason, settings.max_text) if reason and plain(reason) else ""
+    return {"reason": told, "options": option_lines(Task.SEQUENTIAL, SKIP_CAUSES)}
+
+
+def _told_click(case: Case) -> dict[str, Any]:
+    outcome = _click_option(case)
+    return {"outcome": OPTION_TEXTS[Task.CLICK][outcome], "answer": outcome.value}
+
+
+def _click_option(case: Case) -> Option:
+    return Option.A if clicked(case.target) else Option.B
+
+
+def _balanced_clicks(rows: pa.Table, settings: TeacherSettings, seed: int) -> pa.Table:
+    """As many clicked as unclicked targets of random users."""
+    rng = np.random.default_rng([seed, 12])
+    users = np.array(sorted(set(rows["user_id"].to_pylist())), dtype=object)
+    drawn = pa.array(rng.permutation(users)[: settings.sft_click_users].tolist(), pa.string())
+    mine = list(Interaction.from_table(rows.filter(pc.is_in(rows["user_id"], value_set=drawn))))
+    sides: dict[bool, list[str]] = {True: [], False: []}
+    given: collections.Counter[tuple[str, bool]] = collections.Counter()
+    for i in rng.permutation(len(mine)):
+        outcome, user = clicked(mine[i]), mine[i].user_id
+        if outcome is None or given[user, outcome] >= settings.sft_click_each:
+            continue
+        given[user, outcome] += 1
+        sides[outcome].append(mine[i].interaction_id)
+    size = min(map(len, sides.values()))
+    return by_id(rows, sorted(sides[True][:size] + sides[False][:size]))
+
+
+def _example(case: Case, answer: Answer) -> dict[str, Any]:
+    """A row of `SCHEMA`. Who said so: of dislikes the annotator, of clicks the log."""
+    option, think = Option(answer.value["answer"]), quiet_tags(answer.value["think"]).strip()
+    sequential = case.target.task == Task.SEQUENTIAL
+    reason = case.target.dislike_reason
+    return {
+        **case.ids(),
+        "example_id": f"sft-{case.target.interaction_id}",
+        "history": list(case.history),
+        "gold": option.value,
+        "label_source": "teacher-1" if sequential else "rule",
+        "think": think,
+        "response": as_answer(think, option),
+        "dislike_reason": reason,
+        "quotes_reason": sequential and _quotes(think, reason),
+    }
+
+
+def _quotes(think: str, reason: str | None) -> bool:
+    said = plain(reason or "", 10_000).casefold().rstrip(".!?")
+    return len(said) >= _QUOTE_FROM and said in plain(think, 100_000).casefold()
+
+
+def _report(rows: list[dict[str, Any]], cases: list[Case], failed: pa.Table) -> dict[str, Any]:
+    golds = {
+        str(task): {str(o): sum(r["task"] == task and r["gold"] == o for r in rows) for o in options}
+        for task, options in TASK_OPTIONS.items()
+    }
+    return {
+        "asked": len(cases),
+        "golds": golds,
+        "failures": by_cause(failed),
+        "quotes_reason": sum(r["quotes_reason"] for r in rows),
+        "notes": _notes(cases),
+    }
+
+
+def _notes(cases: list[Case]) -> list[str]:
+    notes = ["the annotator saw no pictures: a video is its title, length and tags"]
+    dislikes = [c for c in cases if c.target.task == Task.SEQUENTIAL]
+    if not dislikes:
+        notes.append("no training user disliked a target of the sequential task: there are only click examples")
+    mute = sum(not c.target.dislike_reason for c in dislikes)
+    if mute:
+        notes.append(f"{mute} of {len(dislikes)} dislikes come without the user's own words")
+    if len(dislikes) == len(cases):
+        notes.append("the click task has no clicked or no unclicked targets: there are only dislike examples")
+    return notes

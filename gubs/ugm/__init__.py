@@ -1,0 +1,1 @@
+"""User Group Manager (UGM): makes group profiles in three phases, summarize -> cluster -> reflect."""

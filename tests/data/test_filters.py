@@ -1,0 +1,184 @@
+import itertools
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gubs.config import FilterSettings
+from gubs.data.filters import apply_filters, is_view
+from gubs.records import SCHEMAS, conform
+
+LOOSE = {"min_video_views": 0, "min_user_exposures": 0}
+
+
+def view(i, **fields):
+    base = {"interaction_id": f"i{i}", "user_id": "u", "video_id": "v", "task": "sequential", "play_rate": 0.1}
+    return {**base, "prev_op_gap_s": 5.0, "next_op_gap_s": 5.0, "exited_app": False, **fields}
+
+
+def table(*rows):
+    return pa.Table.from_pylist(list(rows), schema=SCHEMAS["interactions"])
+
+
+def kept_ids(rows, **fields):
+    kept, _ = apply_filters(table(*rows), FilterSettings(**{**LOOSE, **fields}))
+    return kept["interaction_id"].to_pylist()
+
+
+def test_each_noise_criterion_takes_out_its_own_case():
+    rows = [
+        view(0),
+        view(1, prev_op_gap_s=None),
+        view(2, next_op_gap_s=None),
+        view(3, prev_op_gap_s=70.0, next_op_gap_s=51.0),
+        view(4, prev_op_gap_s=70.0, next_op_gap_s=50.0),
+        view(5, exited_app=True),
+    ]
+    assert kept_ids(rows) == ["i0", "i4"], "exactly two minutes are within two minutes"
+    _, steps = apply_filters(table(*rows), FilterSettings(**LOOSE))
+    assert [s.removed for s in steps][:4] == [0, 2, 1, 1]
+
+
+def test_scope_skips_leaves_watched_videos_alone():
+    rows = [
+        view(0),
+        view(1, play_rate=0.8, prev_op_gap_s=None),
+        view(2, play_rate=0.3, exited_app=True),
+        view(3, play_rate=None, exited_app=True),
+    ]
+    assert kept_ids(rows) == ["i0", "i1", "i2", "i3"]
+    assert kept_ids(rows, noise_scope="all") == ["i0"]
+    assert kept_ids(rows, noise_scope="all", noise=False) == ["i0", "i1", "i2", "i3"]
+
+
+def test_exposures_are_not_judged_by_the_noise_criteria():
+    rows = [view(0), view(1, task="click", play_rate=None, prev_op_gap_s=None, exited_app=True, clicked=False)]
+    assert kept_ids(rows, noise_scope="all") == ["i0", "i1"]
+
+
+def test_criteria_a_source_cannot_meet_are_reported_not_applied():
+    rows = [view(i, prev_op_gap_s=None, exited_app=None) for i in range(3)]
+    kept, steps = apply_filters(table(*rows), FilterSettings(**LOOSE))
+    assert kept.num_rows == 3
+    assert [s.applied for s in steps] == [True, False, False, False, True, True]
+    assert "the source has no prev_op_gap_s" in steps[1].note
+    assert "exited_app" in steps[3].note
+
+
+def test_an_unclicked_exposure_is_no_view():
+    rows = [
+        view(0),
+        view(1, task="click", clicked=True),
+        view(2, task="click", clicked=False),
+        view(3, task="click", clicked=None),
+    ]
+    assert is_view(table(*rows)).tolist() == [True, True, False, False]
+
+
+def test_fixed_point_and_single_pass_differ_as_documented():
+    # v1 has 2 views only thanks to user a; user a falls (1 exposure left after v2 goes), then v1 falls
+    rows = [
+        view(0, task="click", user_id="a", video_id="v1", clicked=True),
+        view(1, task="click", user_id="a", video_id="v2", clicked=True),
+        view(2, task="sequential", user_id="b", video_id="v1"),
+    ]
+    limits = {"min_video_views": 2, "min_user_exposures": 2}
+    assert kept_ids(rows, **limits, fixed_point=False) == ["i2"]
+    assert kept_ids(rows, **limits) == []
+
+
+interactions = st.lists(
+    st.builds(
+        dict,
+        user_id=st.sampled_from("abcdef"),
+        video_id=st.sampled_from("uvwxyz"),
+        task=st.sampled_from(["sequential", "click"]),
+        play_rate=st.none() | st.floats(0, 1),
+        clicked=st.none() | st.booleans(),
+        prev_op_gap_s=st.none() | st.floats(0, 300),
+        next_op_gap_s=st.none() | st.floats(0, 300),
+        exited_app=st.none() | st.booleans(),
+    ),
+    max_size=60,
+).map(
+    lambda rows: conform(
+        pa.Table.from_pylist(
+            [{**r, "interaction_id": f"i{k}"} for k, r in enumerate(rows)], schema=SCHEMAS["interactions"]
+        ),
+        "interactions",
+    )
+)
+
+limits = st.builds(
+    FilterSettings,
+    noise=st.booleans(),
+    noise_scope=st.sampled_from(["skips", "all"]),
+    max_gap_s=st.floats(1, 300),
+    min_video_views=st.integers(0, 6),
+    min_user_exposures=st.integers(0, 6),
+)
+
+
+@given(interactions, limits)
+@settings(max_examples=150, deadline=None)
+def test_filters_keep_order_account_for_every_row_and_are_idempotent(rows, wanted):
+    kept, steps = apply_filters(rows, wanted)
+    ids = rows["interaction_id"].to_pylist()
+    left = kept["interaction_id"].to_pylist()
+    assert left == [i for i in ids if i in set(left)], "a subset, in the same order"
+    assert steps[0].interactions == len(ids)
+    assert steps[-1].interactions == len(left)
+    for before, after in itertools.pairwise(steps):
+        assert before.interactions - after.removed == after.interactions
+    again, _ = apply_filters(kept, wanted)
+    if all(s.applied for s in steps):
+        assert again.equals(kept), "a fixed point: filtering again changes nothing"
+
+
+@given(interactions, limits)
+@settings(max_examples=150, deadline=None)
+def test_the_result_meets_the_limits(rows, wanted):
+    kept, steps = apply_filters(rows, wanted)
+    frame = kept.to_pandas()
+    if len(frame):
+        frame["view"] = is_view(kept)
+        assert frame.groupby("video_id").view.sum().min() >= wanted.min_video_views
+        click = frame[frame.task == "click"]
+        assert not len(click) or click.groupby("user_id").size().min() >= wanted.min_user_exposures
+    if wanted.noise and steps[2].applied:
+        skips = kept.filter(
+            pc.and_(pc.equal(kept["task"], "sequential"), pc.fill_null(pc.less(kept["play_rate"], 0.3), False))
+        )
+        gap = pc.add(skips["prev_op_gap_s"], skips["next_op_gap_s"])
+        assert gap.null_count == 0
+        assert np.all(gap.to_numpy() <= wanted.max_gap_s)
+
+
+@given(interactions, limits)
+@settings(max_examples=100, deadline=None)
+def test_the_fixed_point_is_the_largest_valid_set(rows, wanted):
+    """Every video and user that was taken out would break a limit even if all else that was kept came back with it."""
+    kept, _ = apply_filters(rows, wanted)
+    base, _ = apply_filters(rows, wanted.model_copy(update={"min_video_views": 0, "min_user_exposures": 0}))
+    survivors = base.to_pandas().assign(view=is_view(base))
+    while True:  # the textbook way: take out one offender at a time
+        views = survivors.groupby("video_id").view.sum()
+        exposures = survivors[survivors.task == "click"].groupby("user_id").size()
+        bad = [("video_id", v) for v in views.index[views < wanted.min_video_views]] + [
+            ("user_id", u) for u in exposures.index[exposures < wanted.min_user_exposures]
+        ]
+        if not bad:
+            break
+        column, value = bad[-1]
+        gone = (survivors[column] == value) & ((column == "video_id") | (survivors.task == "click"))
+        survivors = survivors[~gone]
+    assert kept["interaction_id"].to_pylist() == survivors.interaction_id.tolist()
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_tiny_tables(rows):
+    kept, _ = apply_filters(table(*[view(i) for i in range(rows)]), FilterSettings())
+    assert kept.num_rows == 0

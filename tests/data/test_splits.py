@@ -1,0 +1,168 @@
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gubs.config import SplitSettings
+from gubs.data.splits import SplitResult, check_no_leak, split
+from gubs.errors import InputError
+from gubs.records import SCHEMAS
+
+
+def log(counts, task="sequential", times=True, start=0):
+    """One user per entry of `counts`, with that many records."""
+    rows = [
+        {
+            "interaction_id": f"{task}-{u}-{k}",
+            "user_id": f"u{u}",
+            "video_id": f"v{k % 7}",
+            "task": task,
+            "timestamp": k if times else None,
+        }
+        for u, n in enumerate(counts, start)
+        for k in range(n)
+    ]
+    return pa.Table.from_pylist(rows, schema=SCHEMAS["interactions"])
+
+
+def roles(result, user, task="sequential"):
+    frame = result.interactions.to_pandas()
+    return frame[(frame.user_id == user) & (frame.task == task)].role.tolist()
+
+
+def test_first_half_is_history_second_half_targets():
+    result = split(log([6, 7]), SplitSettings(test_users=1), seed=0)
+    assert roles(result, "u0") == ["history"] * 3 + ["target"] * 3
+    assert roles(result, "u1") == ["history"] * 3 + ["target"] * 4
+
+
+def test_last_records_of_a_click_user_are_targets():
+    result = split(log([12, 8], task="click"), SplitSettings(test_users=1, click_targets=6), seed=0)
+    assert roles(result, "u0", "click") == ["history"] * 6 + ["target"] * 6
+    assert roles(result, "u1", "click") == ["history"] * 2 + ["target"] * 6
+
+
+def test_time_orders_the_records_and_file_order_where_there_is_no_time():
+    shuffled = log([6]).take([3, 1, 5, 0, 2, 4])
+    assert split(shuffled, SplitSettings(), 0).interactions["timestamp"].to_pylist() == [0, 1, 2, 3, 4, 5]
+    untimed = log([6], times=False).take([3, 1, 5, 0, 2, 4])
+    ids = split(untimed, SplitSettings(), 0).interactions["interaction_id"].to_pylist()
+    assert ids == untimed["interaction_id"].to_pylist()
+
+
+def test_timestamps_survive_exactly():
+    exact = 1747612800123457
+    rows = log([4]).set_column(4, "timestamp", pa.array([exact, exact + 1, None, exact + 3], pa.int64()))
+    assert sorted(split(rows, SplitSettings(min_history=1), 0).interactions["timestamp"].drop_null().to_pylist()) == [
+        exact,
+        exact + 1,
+        exact + 3,
+    ]
+
+
+def test_users_with_too_short_a_record_are_left_out_and_counted():
+    result = split(log([3, 10]), SplitSettings(min_history=2), seed=0)
+    assert result.users["user_id"].to_pylist() == ["u1"]
+    assert result.report["too_short"] == {"sequential": {"users": 1, "interactions": 3}}
+
+
+def test_number_of_test_users():
+    def tested(n, wanted):
+        return split(log([6] * n), SplitSettings(test_users=wanted), 0).report["users"].get("sequential/test", 0)
+
+    assert tested(50, 10) == 10
+    assert tested(50, 40) == 25, "at least half stay training users"
+
+
+def test_a_user_of_both_tasks_is_never_test_here_and_train_there():
+    both = pa.concat_tables([log([20] * 30), log([20] * 30, task="click")])
+    result = split(both, SplitSettings(test_users=5), seed=1)
+    assert result.report["users"] == {"click/test": 5, "click/train": 25, "sequential/test": 5, "sequential/train": 25}
+    mixed = pa.concat_tables([log([20] * 30), log([20] * 4, task="click")])
+    result = split(mixed, SplitSettings(test_users=15), seed=1)
+    assert result.report["users"]["sequential/test"] == 15
+    assert result.report["users"]["click/test"] == 2
+
+
+def test_the_draw_depends_on_the_seed_not_on_the_order_of_rows():
+    rows = log([6] * 40)
+
+    def test_users(table, seed):
+        users = split(table, SplitSettings(test_users=10), seed).users
+        return set(users.filter(pc.equal(users["split"], "test"))["user_id"].to_pylist())
+
+    assert test_users(rows, 1) == test_users(rows.take(list(range(rows.num_rows))[::-1]), 1)
+    assert test_users(rows, 1) != test_users(rows, 2)
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
+        (lambda f: pd.concat([f, f[f.role == "target"].assign(role="history")]), "stand in a history"),
+        (lambda f: f.assign(role=f.role.map({"history": "target", "target": "history"})), "before a history record"),
+    ],
+)
+def test_the_check_finds_leaks_in_records(tamper, message):
+    good = split(log([8] * 4), SplitSettings(test_users=1), 0)
+    frame = tamper(good.interactions.to_pandas())
+    bad = SplitResult(pa.Table.from_pandas(frame, schema=SCHEMAS["ifvr"], preserve_index=False), good.users)
+    with pytest.raises(InputError, match=message):
+        check_no_leak(bad)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"ugm": True}, "UGM"), ({"split": "train", "task": "click"}, "train")]
+)
+def test_the_check_finds_leaks_of_users(change, message):
+    good = split(log([8] * 4), SplitSettings(test_users=1), 0)
+    users = good.users.to_pandas()
+    tested = users[users.split == "test"]
+    users = pd.concat([users, tested.assign(**change)])
+    with pytest.raises(InputError, match=message):
+        check_no_leak(SplitResult(good.interactions, pa.Table.from_pandas(users, preserve_index=False)))
+
+
+logs = st.lists(
+    st.tuples(
+        st.sampled_from([f"u{i}" for i in range(8)]),
+        st.sampled_from(["sequential", "click"]),
+        st.none() | st.integers(0, 50),
+    ),
+    max_size=120,
+).map(
+    lambda rows: pa.Table.from_pylist(
+        [
+            {"interaction_id": f"i{k}", "user_id": u, "video_id": f"v{k % 5}", "task": t, "timestamp": time}
+            for k, (u, t, time) in enumerate(rows)
+        ],
+        schema=SCHEMAS["interactions"],
+    )
+)
+sizes = st.builds(
+    SplitSettings,
+    test_users=st.integers(1, 5),
+    ugm_users=st.integers(1, 5),
+    click_targets=st.integers(1, 6),
+    min_history=st.integers(1, 4),
+)
+
+
+@given(logs, sizes, st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_splits_hold_their_rules_for_any_log(rows, wanted, seed):
+    result = split(rows, wanted, seed)
+    check_no_leak(result)
+    frame, users = result.interactions.to_pandas(), result.users.to_pandas()
+    assert frame.interaction_id.is_unique
+    assert set(frame.interaction_id) <= set(rows["interaction_id"].to_pylist())
+    lost = sum(t["interactions"] for t in result.report["too_short"].values())
+    assert len(frame) + lost == rows.num_rows, "every record is kept or counted"
+    for (_, task), own in frame.groupby(["user_id", "task"]):
+        history, target = (own.role == "history").sum(), (own.role == "target").sum()
+        assert history >= wanted.min_history
+        assert target == (len(own) - len(own) // 2 if task == "sequential" else wanted.click_targets)
+        assert own.role.tolist() == ["history"] * history + ["target"] * target, "history comes first"
+    assert (users.groupby("task").split.apply(lambda s: (s == "test").sum()) <= wanted.test_users).all()
+    assert result.report["ugm_users"] <= wanted.ugm_users

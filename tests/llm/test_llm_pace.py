@@ -1,0 +1,142 @@
+"""Limits, pauses, breakers and overdue answers, on a clock of their own or over tenths of seconds."""
+
+import asyncio
+import time
+
+import pytest
+
+from gubs.llm.limits import Limits, TokenBucket, share
+from gubs.llm.overdue import Watch
+from gubs.llm.retry import Health, Patience
+from gubs.llm.settings import RetrySettings
+from gubs.llm.wire import AttemptError
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def fault(advice="retry", after_s=None):
+    return AttemptError("unreachable", "x", advice, after_s=after_s)
+
+
+def test_shares_add_up():
+    for total in (1, 7, 1000):
+        for actors in (1, 2, 3, 9):
+            assert sum(share(total, i, actors) for i in range(actors)) == total
+
+
+def test_a_bucket_keeps_the_pace():
+    async def main():
+        bucket = TokenBucket(1200)  # 20 a second, and one second's worth at once
+        began = time.monotonic()
+        await asyncio.gather(*(bucket.take(lambda: 1) for _ in range(40)))
+        return time.monotonic() - began
+
+    assert 0.95 < asyncio.run(main()) < 1.5
+
+
+def test_what_is_larger_than_the_bucket_passes_and_is_paid_for():
+    async def main():
+        bucket = TokenBucket(6000)  # 100 a second
+        began = time.monotonic()
+        await bucket.take(lambda: 150)
+        at_once = time.monotonic() - began
+        await bucket.take(lambda: 1)
+        return at_once, time.monotonic() - began
+
+    at_once, then = asyncio.run(main())
+    assert at_once < 0.1
+    assert 0.45 < then < 0.9
+
+
+def test_tokens_are_settled():
+    async def main():
+        limits = Limits(10, 0, 6000)
+        await limits.admit(lambda: 100)
+        limits.settle(100, 20)
+        began = time.monotonic()
+        await limits.admit(lambda: 80)
+        return time.monotonic() - began
+
+    assert asyncio.run(main()) < 0.1
+
+
+def test_pauses_double_within_bounds_and_end():
+    patience = Patience(RetrySettings(attempts=4, base_s=1, max_s=3), Clock())
+    pauses = [patience.pause_s(fault()) for _ in range(4)]
+    assert pauses[3] is None
+    for pause, full in zip(pauses[:3], (1, 2, 3), strict=True):
+        assert full / 2 <= pause <= full
+
+
+def test_retry_after_is_never_undercut():
+    patience = Patience(RetrySettings(base_s=0.1), Clock())
+    assert all(10 <= patience.pause_s(fault("wait", 10)) <= 11.1 for _ in range(20))
+
+
+def test_being_told_to_wait_uses_up_time_not_attempts():
+    clock = Clock()
+    patience = Patience(RetrySettings(attempts=2, patience_s=100, max_s=1), clock)
+    for _ in range(50):
+        assert patience.pause_s(fault("wait")) is not None
+    clock.now = 100
+    assert patience.pause_s(fault("wait")) is None
+    assert patience.pause_s(fault()) is not None
+
+
+@pytest.mark.parametrize("gap", [0.0, 3600.0])
+def test_an_endpoint_is_down_after_time_and_failures(gap):
+    clock = Clock()
+    health = Health(RetrySettings(down_after_s=60, down_failures=3), clock)
+    health.alive()
+    clock.now = gap  # an idle hour is no hour of silence
+    for _ in range(500):
+        health.failed(clock.now)
+    assert not health.down()
+    clock.now += 61
+    health.failed(clock.now)
+    assert health.down()
+    health.alive()
+    assert not health.down()
+
+
+def test_hung_calls_count_from_their_beginning():
+    clock = Clock()
+    health = Health(RetrySettings(down_after_s=60, down_failures=3), clock)
+    clock.now = 300.0
+    for _ in range(3):
+        health.failed(0.0)
+    assert health.down()
+
+
+def test_a_call_that_used_up_its_attempts_alone_is_proof_too():
+    health = Health(RetrySettings(attempts=2, down_failures=8), Clock())
+    health.failed(0)
+    assert not health.down(exhausted=True)
+    health.failed(0)
+    assert health.down(exhausted=True)
+
+
+def test_overdue_follows_from_what_was_seen_and_is_capped():
+    async def main():
+        watch = Watch(share=0.05)
+        due = [asyncio.get_running_loop().create_future() for _ in range(10)]
+        flights = [watch.flight("matcher", d) for d in due]
+        for f in flights:
+            f.__enter__()
+        watch.check(time.monotonic() + 1000)
+        assert watch.copies == 0, "nothing is known yet"
+        for i in range(20):
+            watch.answered("matcher", 4 + i / 10)
+        assert watch.patience_s("matcher") == pytest.approx(1.25 * 5.9)
+        watch.check(time.monotonic() + 5)
+        assert watch.copies == 0
+        watch.check(time.monotonic() + 10)
+        assert watch.copies == 4, "three for free and 5 % of 20"
+        assert [d.done() for d in due] == [True] * 4 + [False] * 6
+
+    asyncio.run(main())

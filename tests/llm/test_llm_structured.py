@@ -1,0 +1,97 @@
+"""Answers in a required form are read strictly, and refused by cause."""
+
+import pytest
+
+from gubs.llm.calls import LLMRequest
+from gubs.llm.structured import Support, UnusableError, fields, read, reask
+
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+
+
+def request(**kw):
+    return LLMRequest("matcher", "x", ({"role": "user", "content": "?"},), **kw)
+
+
+class OutOfRangeError(ValueError):
+    cause = "out_of_range"
+
+
+def small(value):
+    if value["n"] > 3:
+        raise OutOfRangeError("n must be at most 3")
+    return value["n"]
+
+
+def broken(value):
+    raise KeyError("a bug")
+
+
+@pytest.mark.parametrize("text", ['{"n": 1}', ' {"n": 1}\n', '```json\n{"n": 1}\n```', '```\n{"n": 1}```'])
+def test_json(text):
+    assert read(request(schema=SCHEMA), text) == {"n": 1}
+
+
+@pytest.mark.parametrize(
+    ("kw", "text", "finish", "cause"),
+    [
+        ({"schema": SCHEMA}, 'Sure! {"n": 1}', "stop", "not_json"),
+        ({"schema": SCHEMA}, '{"n": 1} {"n": 2}', "stop", "not_json"),
+        ({"schema": SCHEMA}, '{"n": "1"}', "stop", "schema"),
+        ({"schema": SCHEMA}, '{"n": 1, "m": 2}', "stop", "schema"),
+        ({"schema": SCHEMA}, '{"n": ', "length", "truncated"),
+        ({"schema": SCHEMA, "parser": f"{__name__}:small"}, '{"n": 5}', "stop", "out_of_range"),
+        ({"regex": "(Yes|No): .+"}, "Yes", "stop", "no_match"),
+        ({"regex": "(Yes|No): .+"}, "Well. Yes: because", "stop", "no_match"),
+        ({}, "   ", "stop", "empty"),
+        ({}, "", "length", "truncated"),
+        ({}, "I see", "content_filter", "refused"),
+    ],
+)
+def test_failures_have_a_cause(kw, text, finish, cause):
+    with pytest.raises(UnusableError) as e:
+        read(request(**kw), text, finish)
+    assert e.value.cause == cause
+
+
+def test_values():
+    assert read(request(regex="(Yes|No): .+"), " Yes: 因为 \n") == "Yes: 因为"
+    assert read(request(schema=SCHEMA, parser=f"{__name__}:small"), '{"n": 2}') == 2
+    assert read(request(), " text ") == " text "
+
+
+def test_a_bug_in_a_parser_is_not_taken_for_a_bad_answer():
+    with pytest.raises(KeyError):
+        read(request(parser=f"{__name__}:broken"), "text")
+
+
+def test_reask_shows_answer_and_error():
+    messages = reask(request().messages, "nonsense", "it must be JSON")
+    assert [m["role"] for m in messages] == ["user", "assistant", "user"]
+    assert messages[1]["content"] == "nonsense"
+    assert "it must be JSON" in messages[2]["content"]
+
+
+def test_auto_goes_down_the_ladder_and_remembers_what_worked():
+    support, r = Support("auto"), request(schema=SCHEMA)
+    assert support.mode(r) == "json_schema"
+    lower = support.after(r, "json_schema", "Unrecognized request argument supplied: response_format")
+    assert lower == "structured_outputs"
+    assert support.mode(r) == "json_schema", "not before it is known to work"
+    support.works(r, lower)
+    assert support.mode(r) == "structured_outputs"
+    assert support.after(r, "none", "unknown field") is None
+    assert support.after(r, "guided", "This model's maximum context length is 10 tokens") is None
+
+
+def test_a_fixed_mode_stays():
+    support = Support("json_schema")
+    assert support.after(request(schema=SCHEMA), "json_schema", "response_format is not supported") is None
+    assert fields(request(regex="a"), support.mode(request(regex="a"))) == {}
+
+
+def test_fields():
+    assert fields(request(), "json_schema") == {}
+    assert fields(request(regex="a"), "structured_outputs") == {"structured_outputs": {"regex": "a"}}
+    assert fields(request(regex="a"), "guided") == {"guided_regex": "a"}
+    assert fields(request(schema=SCHEMA), "guided") == {"guided_json": SCHEMA}
+    assert fields(request(schema=SCHEMA), "json_schema")["response_format"]["json_schema"]["schema"] == SCHEMA

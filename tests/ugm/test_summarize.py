@@ -1,0 +1,156 @@
+import re
+
+import pytest
+from ugm_helpers import EVIL, ScriptedLLM, categories, people, well_behaved
+
+from gubs.errors import InputError
+from gubs.people import Person
+from gubs.prompts.group_answers import (
+    VERDICT_REGEX,
+    AnswerError,
+    categories_regex,
+    find_categories,
+    parse_categories,
+    parse_profile,
+    parse_verdict,
+)
+from gubs.records import User
+from gubs.ugm.settings import UGMSettings
+from gubs.ugm.summarize import SummaryError, summarize
+
+
+def run(reply, n=30, k=3, **settings):
+    llm = ScriptedLLM(reply)
+    crowd = people(n)
+    sketches, report = summarize(llm, crowd, UGMSettings(groups=k, **settings), guided=False)
+    return sketches, report, llm
+
+
+def test_one_prompt_holds_everybody_and_the_answer_becomes_groups():
+    sketches, report, llm = run(well_behaved)
+    assert [s.name for s in sketches] == ["Group 1", "Group 2", "Group 3"]
+    assert [s.typical for s in sketches] == [0, 1, 2]
+    assert report["calls"] == 1
+    prompt = llm.prompts("summarize")[0]
+    assert all(f"User {i}: " in prompt for i in range(1, 31))
+    assert "exactly 3 groups" in prompt
+
+
+@pytest.mark.parametrize(
+    ("mode", "says"), [("interest", "videos they like"), ("demographics", "age, gender"), ("both", "together with age")]
+)
+def test_the_mode_is_the_criterion(mode, says):
+    _, _, llm = run(well_behaved, mode=mode)
+    assert says in llm.prompts("summarize")[0]
+
+
+@pytest.mark.parametrize(
+    ("first", "error"),
+    [
+        (categories([1, 2]), "not 3"),
+        (categories([1, 2, 3, 4]), "not 3"),
+        (categories([1, 2, 31]), "there is no User 31"),
+        (categories([1, 2, 2]), "a typical user of its own"),
+        ("Sorry, I cannot.", "0 complete categories"),
+    ],
+)
+def test_a_bad_answer_is_asked_again_with_the_error_and_then_right(first, error):
+    answers = iter([first, categories([4, 5, 6])])
+    sketches, _, llm = run(lambda _: next(answers))
+    assert [s.typical for s in sketches] == [3, 4, 5]
+    assert error in llm.requests[1].messages[-1]["content"]
+
+
+def test_what_stays_bad_is_repaired_where_it_can_be():
+    stubborn = (
+        categories([1, 1, 99]).replace("likes things of kind 2", "football").replace("likes things of kind 3", "gaming")
+    )
+    sketches, report, _ = run(lambda _: stubborn)
+    assert len({s.typical for s in sketches}) == 3
+    topics = ["cooking", "football", "gaming"]
+    assert [topics[s.typical % 3] for s in sketches] == topics, "the user most similar to the group's words steps in"
+    assert len(report["repairs"]) == 2
+
+
+def test_too_many_groups_are_cut_too_few_are_an_error():
+    assert len(run(lambda _: categories([1, 2, 3, 4]))[0]) == 3
+    with pytest.raises(SummaryError, match="stronger model"):
+        run(lambda _: categories([1, 2]))
+
+
+def test_fewer_users_than_groups_is_a_clear_error():
+    with pytest.raises(InputError, match=r"lower ugm\.groups"):
+        run(well_behaved, n=2)
+
+
+def test_what_does_not_fit_one_prompt_is_summarized_in_chunks_and_merged():
+    sketches, report, llm = run(well_behaved, n=200, k=3, context_tokens=2000)
+    assert report["levels"] >= 2
+    assert len(sketches) == 3
+    assert len({s.typical for s in sketches}) == 3
+    lines = [len(re.findall(r"^User \d+: ", p, re.M)) for p in llm.prompts("summarize/1")]
+    assert sum(lines) == 200, "everybody is in one chunk"
+    assert max(lines) - min(lines) <= 6
+    assert '"group"' in llm.prompts("summarize/2")[0], "the second level is asked about groups"
+
+
+def test_a_context_without_room_says_what_to_do():
+    with pytest.raises(InputError, match=r"ugm\.context_tokens"):
+        run(well_behaved, n=50, k=10, context_tokens=600)
+
+
+def test_a_title_or_tag_cannot_leave_its_line():
+    crowd = people(6)
+    crowd[2] = Person(User("evil", 30, EVIL, EVIL, {EVIL: EVIL}, [EVIL]), ())
+    llm = ScriptedLLM(well_behaved)
+    summarize(llm, crowd, UGMSettings(groups=3), guided=False)
+    prompt = llm.prompts("summarize")[0]
+    assert len(re.findall(r"^User \d+: ", prompt, re.M)) == 6
+    assert len(re.findall(r"^Category 1", prompt, re.M)) == 1, "only our own form"
+    assert "<|" not in prompt
+    assert "</think>" not in prompt
+
+
+def test_users_without_tags_and_other_scripts():
+    crowd = [*people(5), Person(User("bare"), ()), Person(User("zh", 60, "女", "退休", {}, ["养生", "广场舞"]), ())]
+    llm = ScriptedLLM(well_behaved)
+    summarize(llm, crowd, UGMSettings(groups=2), guided=False)
+    prompt = llm.prompts("summarize")[0]
+    assert "养生" in prompt
+    assert "User 6: {}" in prompt
+
+
+def test_answers_of_other_shapes_are_understood():
+    loose = (
+        "**User definitions and typical features:**\n**Category 1:** Cooks\n**Features:** home\ncooking\n"
+        "**Typical user:** User 2\n\ncategory 2: Fans\nfeatures: sport\ntypical user: 1"
+    )
+    found = find_categories(loose)
+    assert [(c.name, c.features, c.typical) for c in found] == [("Cooks", "home cooking", 2), ("Fans", "sport", 1)]
+
+
+@pytest.mark.parametrize("cause", ["wrong_count", "unknown_typical", "same_typical"])
+def test_failures_have_causes(cause):
+    text = {"wrong_count": categories([1]), "unknown_typical": categories([1, 9]), "same_typical": categories([1, 1])}[
+        cause
+    ]
+    with pytest.raises(AnswerError) as e:
+        parse_categories(text, 2, 5)
+    assert e.value.cause == cause
+
+
+def test_verdicts_and_profiles():
+    assert parse_verdict("Match or not: Yes\nReason: it fits").matched
+    assert parse_verdict("```\nmatch or not : NO.\nReason: a\nb\n```").reason == "a b"
+    assert parse_verdict("Match or not: Yes").reason == ""
+    for bad in ("Yes", "Match or not: Maybe\nReason: x", "I think Match or not: Yes"):
+        with pytest.raises(AnswerError, match="must begin"):
+            parse_verdict(bad)
+    with pytest.raises(AnswerError, match="more than"):
+        parse_profile(" short ")
+
+
+def test_guides_are_parsed_by_the_parsers():
+    assert re.fullmatch(categories_regex(3, 12), categories([1, 12, 3]))
+    assert not re.fullmatch(categories_regex(3, 12), categories([1, 13, 3]))
+    assert re.fullmatch(VERDICT_REGEX, "Match or not: No\nReason: they skip these")
