@@ -1,1 +1,1 @@
-"""The UFM: the user feedback model, its examples, rewards, advantages, loss, sampling and training (paper: method, A.5)."""
+"""The user feedback model (UFM): examples, rewards, advantages, loss, sampling and training (paper: method, A.5)."""
