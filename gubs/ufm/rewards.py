@@ -1,0 +1,55 @@
+"""The reward of one answer: R(o) = r_format + r_skip + r_choice, each 0 or 1 (Eq. 4)."""
+
+from dataclasses import dataclass
+
+from gubs.prompts.answers import Reading, read_answer
+from gubs.records import TASK_OPTIONS, Option, Task
+from gubs.ufm.settings import RewardSettings
+
+
+@dataclass(frozen=True, slots=True)
+class RewardParts:
+    """The three parts of Eq. 4, each 0 or 1; a part that is switched off is 0."""
+
+    format: float
+    skip: float
+    choice: float
+
+    @property
+    def total(self) -> float:
+        """R(o), from 0 to 3."""
+        return self.format + self.skip + self.choice
+
+
+def judge(text: str, gold: Option, task: Task, settings: RewardSettings, finished: bool) -> tuple[RewardParts, Reading]:
+    """Reads an answer and rewards it.
+
+    The parts are independent: a right option inside a broken form (text after the answer, say) keeps r_skip and
+    r_choice, and loses r_format. An answer that names no option gets neither r_skip nor r_choice.
+
+    Args:
+        text: the response, special tokens removed.
+        gold: the record's option, the same for the T, S and G samples.
+        task: decides the options (sequential A-D, click A and B).
+        settings: which parts count (Table 10).
+        finished: the model ended by itself. False gives no format reward, even where the text looks whole: the model
+            was still speaking when the token limit cut it off.
+
+    Raises:
+        ValueError: `gold` is no option of the task.
+    """
+    options = TASK_OPTIONS[task]
+    if gold not in options:
+        raise ValueError(f"gold option {gold!r} is none of the {task} task's {', '.join(options)}")
+    reading = read_answer(text, options, finished=finished)
+    parts = RewardParts(
+        format=float(settings.format and finished and reading.well_formed),
+        skip=float(settings.skip and skip_right(reading.option, gold)),
+        choice=float(settings.choice and reading.option == gold),
+    )
+    return parts, reading
+
+
+def skip_right(said: Option | None, gold: Option) -> bool:
+    """Right about skip or no skip: A against the rest. In the click task, with A and B only, right about the click."""
+    return said is not None and (said == Option.A) == (gold == Option.A)
