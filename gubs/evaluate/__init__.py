@@ -1,0 +1,1 @@
+"""Evaluation: metrics with their contract, baselines beside them, protocols and audits."""

@@ -1,0 +1,550 @@
+"""The metrics of IF-VR, each with its contract: what is positive, how it is averaged, what 0/0 and no answer count as.
+
+Every metric is a function of sums over items, added up user by user. So a bootstrap over users only reweighs the users'
+sums: 1,000 resamples of all metrics together are one matrix product.
+
+Rules that hold everywhere:
+
+- Sequential task: positive is a fast skip (gold is not A; play_rate < 0.3 where there is no gold option). Click task:
+  positive is a click (gold A).
+- An unanswered item (no readable option) is wrong in every judge and reason metric, whatever the gold is. The filter
+  keeps it: without an answer there is no ground to drop a video.
+- The filter keeps what is predicted to be watched (sequential) or clicked (click).
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gubs.records import FAST_SKIP_BELOW, FINISH_ABOVE, TASK_OPTIONS, Option, Task
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+Sums = Mapping[str, Floats]
+"""Sums of item columns by name: [...] of any leading shape (none: the data; [R]: resamples)."""
+Statistic = Callable[[Sums], Floats]
+
+UNANSWERED_WRONG = "wrong"
+UNANSWERED_KEPT = "kept"
+ZERO, UNDEFINED = "0/0 = 0", "0/0 undefined (NaN)"
+REASONS = (Option.B, Option.C, Option.D)
+_INTERVAL = (2.5, 97.5)
+_BLOCK = 4_000_000
+"""Resample weights that are alive at one time."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What was predicted for the items of the test users, and what happened. Rows are items, [N] each.
+
+    Raises:
+        ValueError: lengths differ, an option is none of the task's, the task is `click` and neither gold nor clicked is
+            known, or `sequential` and neither gold nor play rate is, or a gold contradicts what happened.
+    """
+
+    user: Sequence[str]
+    gold: Sequence[str | None]
+    """Gold option; None where nobody has said why a video was skipped (it counts for the judge, not for the reason)."""
+    predicted: Sequence[str | None]
+    """Predicted option; None: unanswered (no answer, or none that can be read)."""
+    task: Task = Task.SEQUENTIAL
+    play_rate: Sequence[float | None] | None = None
+    """Watched share, 0-1; None where it is not known (such items are left out of the play-rate metrics)."""
+    clicked: Sequence[bool | None] | None = None
+    """Click task: what the user did; gold A means the same."""
+
+    def __post_init__(self) -> None:
+        for name in ("gold", "predicted", "play_rate", "clicked"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.user):
+                raise ValueError(f"{name} has {len(values)} items, user has {len(self.user)}")
+        self.positive  # noqa: B018 - refuses what contradicts itself when it is made, not when it is read
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    @functools.cached_property
+    def gold_code(self) -> npt.NDArray[np.int8]:
+        """Index of the gold option among the task's, -1 for None."""
+        return _codes("gold", self.gold, self.task)
+
+    @functools.cached_property
+    def said_code(self) -> npt.NDArray[np.int8]:
+        """Index of the predicted option among the task's, -1 for unanswered."""
+        return _codes("predicted", self.predicted, self.task)
+
+    @functools.cached_property
+    def rate(self) -> Floats:
+        """Play rate, NaN where it is not known."""
+        return _floats(self.play_rate, len(self))
+
+    @functools.cached_property
+    def positive(self) -> Bools:
+        """The truth: fast skip (sequential) or click (click)."""
+        if self.task is Task.CLICK:
+            happened, positive_gold = _floats(self.clicked, len(self)), self.gold_code == 0
+        else:
+            rate = self.rate
+            happened = np.where(np.isnan(rate), np.nan, (rate < FAST_SKIP_BELOW).astype(float))
+            positive_gold = self.gold_code > 0
+        return _truth(self.gold_code >= 0, positive_gold, happened, self.user)
+
+    @functools.cached_property
+    def answered(self) -> Bools:
+        """Items with a readable answer."""
+        return self.said_code >= 0
+
+    @functools.cached_property
+    def said_positive(self) -> Bools:
+        """Predicted fast skip (sequential) or click (click); False where unanswered."""
+        return self.said_code == 0 if self.task is Task.CLICK else self.said_code > 0
+
+    @functools.cached_property
+    def kept(self) -> Bools:
+        """What the filter lets through."""
+        passes = self.said_positive if self.task is Task.CLICK else ~self.said_positive
+        return passes | ~self.answered
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A number with its contract."""
+
+    name: str
+    value: float
+    """NaN where it is undefined."""
+    n: int
+    """Items (users, for metrics per user) that it is over."""
+    base_rate: float
+    """What needs no model: the share of positives; the most frequent reason's share; the unfiltered value."""
+    low: float
+    high: float
+    """95 % percentile bootstrap interval over users; NaN with fewer than two users."""
+    positive: str
+    """What counts as positive."""
+    averaging: str
+    """`pooled` (over items), `per user` (mean of users' means), `per class` (mean of classes) or `count`."""
+    empty: str
+    """What 0/0 counts as."""
+    unanswered: str
+    """What an unanswered item counts as: `wrong` or `kept`."""
+    n_unanswered: int
+    """Unanswered items among those that the metric looks at."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Spec:
+    """How one metric is computed and what its contract says."""
+
+    name: str
+    statistic: Statistic
+    over: str
+    """Name of the sum that is n."""
+    base: Statistic
+    positive: str
+    averaging: str = "pooled"
+    empty: str = UNDEFINED
+    unanswered: str = UNANSWERED_WRONG
+    blank: str = "unanswered"
+    """Name of the sum that is n_unanswered."""
+
+
+def judge_metrics(predictions: Predictions, *, resamples: int = 1000, seed: int = 0) -> list[Metric]:
+    """Accuracy, F1, balanced accuracy and MCC of skip or no skip (sequential), click or no click (click)."""
+    return _evaluate(predictions, _judge_specs(predictions.task), resamples, seed)
+
+
+def reason_metrics(predictions: Predictions, *, resamples: int = 1000, seed: int = 0) -> list[Metric]:
+    """Right letter among gold skips whose reason is known: accuracy, macro F1 and F1 of B, C, D. Sequential only."""
+    return _evaluate(predictions, _reason_specs(), resamples, seed) if predictions.task is Task.SEQUENTIAL else []
+
+
+def filter_metrics(predictions: Predictions, *, resamples: int = 1000, seed: int = 0) -> list[Metric]:
+    """What users see of the videos that the filter keeps, with the share kept and the share of good videos lost."""
+    return _evaluate(predictions, _filter_specs(predictions.task), resamples, seed)
+
+
+def evaluate(predictions: Predictions, *, resamples: int = 1000, seed: int = 0) -> list[Metric]:
+    """All metrics of the predictions' task.
+
+    Args:
+        predictions: items of the test users.
+        resamples: bootstrap resamples of users; 0 leaves the intervals NaN.
+        seed: of the bootstrap.
+    """
+    reasons = _reason_specs() if predictions.task is Task.SEQUENTIAL else []
+    specs = [*_judge_specs(predictions.task), *reasons, *_filter_specs(predictions.task)]
+    return _evaluate(predictions, specs, resamples, seed)
+
+
+def baselines(predictions: Predictions, *, resamples: int = 1000, seed: int = 0) -> dict[str, list[Metric]]:
+    """What needs no model, through the same functions: both constants, a coin of the base rate, and random drops.
+
+    The constant skip names the most frequent reason, the coin draws reasons as they are distributed. `random drop`
+    keeps as many videos as the predictions do, drawn with the seed; `random drop, expected` is its expectation (each
+    video dropped independently; without intervals).
+    """
+    rng = np.random.default_rng(seed)
+    rows = {
+        name: evaluate(_saying(predictions, codes), resamples=resamples, seed=seed)
+        for name, codes in _constant_answers(predictions, rng).items()
+    }
+    drop = _random_drop(predictions, rng)
+    return rows | {
+        "random drop": filter_metrics(drop, resamples=resamples, seed=seed),
+        "random drop, expected": _expected_drop(predictions),
+    }
+
+
+def table(
+    predictions: Predictions, name: str = "model", *, resamples: int = 1000, seed: int = 0
+) -> list[dict[str, Any]]:
+    """The predictions' metrics and all baselines, a row each: `method` and the fields of `Metric`."""
+    methods = {name: evaluate(predictions, resamples=resamples, seed=seed)}
+    methods |= baselines(predictions, resamples=resamples, seed=seed)
+    return [{"method": method, **asdict(metric)} for method, metrics in methods.items() for metric in metrics]
+
+
+@dataclass(frozen=True, slots=True)
+class Confusion:
+    """The judge's 2x2 table: counts or shares, of any shape."""
+
+    tp: Any
+    fp: Any
+    fn: Any
+    tn: Any
+
+    @property
+    def accuracy(self) -> Any:
+        """Share of right judgements."""
+        return _ratio(self.tp + self.tn, self.tp + self.tn + self.fp + self.fn)
+
+    @property
+    def f1(self) -> Any:
+        """F1 of the positive class; 0/0 = 0."""
+        return _ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn, 0.0)
+
+    @property
+    def balanced_accuracy(self) -> Any:
+        """Mean of the two classes' recalls; NaN where a class has no items."""
+        return (_ratio(self.tp, self.tp + self.fn) + _ratio(self.tn, self.tn + self.fp)) / 2
+
+    @property
+    def mcc(self) -> Any:
+        """Matthews correlation; 0/0 = 0."""
+        under = (self.tp + self.fp) * (self.tp + self.fn) * (self.tn + self.fp) * (self.tn + self.fn)
+        return _ratio(self.tp * self.tn - self.fp * self.fn, np.sqrt(under), 0.0)
+
+
+def published_confusion(accuracy: float, play_rate_above_30: float, skip_rate: float) -> Confusion:
+    """The judge's table, in shares of the items, from three numbers that a paper prints.
+
+    `play_rate_above_30` of what is kept is the judge's negative predictive value, so with skip rate s the share kept is
+    q = (accuracy - s) / (2 NPV - 1), FN = (1 - NPV) q and TP = s - FN.
+
+    Args:
+        accuracy: Judge Acc, 0-1.
+        play_rate_above_30: share of kept videos that were not skipped, 0-1, not 0.5.
+        skip_rate: share of skips among all items, 0-1.
+    """
+    kept = (accuracy - skip_rate) / (2 * play_rate_above_30 - 1)
+    fn = (1 - play_rate_above_30) * kept
+    tp = skip_rate - fn
+    return Confusion(tp=tp, fp=1 - kept - tp, fn=fn, tn=kept - fn)
+
+
+# --- what the metrics are ----------------------------------------------------------------------------------------------
+
+
+def _judge_specs(task: Task) -> list[_Spec]:
+    positive = "click" if task is Task.CLICK else "fast skip"
+    prefix = "click" if task is Task.CLICK else "judge"
+
+    def spec(name: str, statistic: Callable[[Confusion], Floats], empty: str, averaging: str = "pooled") -> _Spec:
+        return _Spec(
+            f"{prefix}_{name}", lambda s: statistic(_confusion(s)), "items", _share_positive, positive, averaging, empty
+        )
+
+    return [
+        spec("acc", lambda c: c.accuracy, UNDEFINED),
+        spec("f1", lambda c: c.f1, ZERO),
+        spec("balanced_acc", lambda c: c.balanced_accuracy, UNDEFINED, "per class"),
+        spec("mcc", lambda c: c.mcc, ZERO),
+    ]
+
+
+def _reason_specs() -> list[_Spec]:
+    def most_frequent(s: Sums) -> Floats:
+        return _ratio(np.maximum.reduce([s[f"gold_{o}"] for o in REASONS]), s["reasons"])
+
+    def f1_of(option: Option) -> Statistic:
+        return lambda s: _ratio(2 * s[f"right_{option}"], s[f"gold_{option}"] + s[f"said_{option}"], 0.0)
+
+    def share_of(option: Option) -> Statistic:
+        return lambda s: _ratio(s[f"gold_{option}"], s["reasons"])
+
+    per_class = [
+        _Spec(f"reason_f1_{o}", f1_of(o), "reasons", share_of(o), f"reason {o}", empty=ZERO, blank="reasons_unanswered")
+        for o in REASONS
+    ]
+
+    def accuracy(s: Sums) -> Floats:
+        return _ratio(sum((s[f"right_{o}"] for o in REASONS), np.zeros(())), s["reasons"])
+
+    def macro(s: Sums) -> Floats:
+        return np.mean([f.statistic(s) for f in per_class], axis=0)
+
+    rest = {"over": "reasons", "base": most_frequent, "blank": "reasons_unanswered"}
+    return [
+        _Spec("reason_acc", accuracy, positive="the gold reason", **rest),  # type: ignore[arg-type]
+        _Spec("reason_f1", macro, positive="B, C, D in turn", averaging="per class", empty=ZERO, **rest),  # type: ignore[arg-type]
+        *per_class,
+    ]
+
+
+def _filter_specs(task: Task) -> list[_Spec]:
+    rates = [
+        _rate_spec("person_play_rate", "person_rate", "persons", "play rate, capped at 1", "per user"),
+        _rate_spec("total_play_rate", "rate", "rated", "play rate, capped at 1"),
+        _rate_spec("finish_rate", "finished", "rated", f"play rate > {FINISH_ABOVE}"),
+        _rate_spec("play_rate_above_30", "not_skipped", "rated", f"play rate >= {FAST_SKIP_BELOW} (no fast skip)"),
+    ]
+    clicks = [_rate_spec("click_rate", "good", "kept", "click", blank="unanswered")]
+    good = "clicked" if task is Task.CLICK else "watched"
+    return [
+        *(clicks if task is Task.CLICK else rates),
+        _kept_spec("share_kept", "kept", "items", "video kept", unfiltered=1.0),
+        _kept_spec(f"share_{good}_lost", "lost", "all_good", f"{good} video dropped"),
+        _kept_spec("users_without_video", "users_emptied", "users", "user with no video kept", averaging="count"),
+    ]
+
+
+def _rate_spec(
+    name: str, over: str, under: str, positive: str, averaging: str = "pooled", blank: str = "rated_unanswered"
+) -> _Spec:
+    """A mean over what is kept; without the filter it is the same over everything (`all_`)."""
+
+    def value(s: Sums) -> Floats:
+        return _ratio(s[over], s[under])
+
+    def unfiltered(s: Sums) -> Floats:
+        return _ratio(s[f"all_{over}"], s[f"all_{under}"])
+
+    return _Spec(name, value, under, unfiltered, positive, averaging, unanswered=UNANSWERED_KEPT, blank=blank)
+
+
+def _kept_spec(
+    name: str, over: str, under: str, positive: str, averaging: str = "pooled", unfiltered: float = 0.0
+) -> _Spec:
+    """How much the filter keeps or drops: a share, or a plain count."""
+
+    def value(s: Sums) -> Floats:
+        return s[over] if averaging == "count" else _ratio(s[over], s[under])
+
+    def base(s: Sums) -> Floats:
+        return np.full(np.shape(s[over]), unfiltered)
+
+    return _Spec(name, value, under, base, positive, averaging, unanswered=UNANSWERED_KEPT)
+
+
+def _share_positive(s: Sums) -> Floats:
+    return _ratio(s["positive"], s["items"])
+
+
+def _confusion(s: Sums) -> Confusion:
+    return Confusion(tp=s["tp"], fp=s["fp"], fn=s["positive"] - s["tp"], tn=s["items"] - s["positive"] - s["fp"])
+
+
+# --- from items to users' sums to values and intervals -----------------------------------------------------------------
+
+
+def _item_columns(p: Predictions) -> dict[str, Bools | Floats]:
+    """What is added up over items, [N] each."""
+    good = p.positive if p.task is Task.CLICK else ~p.positive
+    rated = ~np.isnan(p.rate)
+    rate = np.where(rated, p.rate, 0.0)
+    seen = p.kept & rated
+    columns: dict[str, Bools | Floats] = {
+        "items": np.ones(len(p), dtype=bool),
+        "unanswered": ~p.answered,
+        "rated_unanswered": ~p.answered & rated,
+        "positive": p.positive,
+        "tp": p.positive & p.said_positive,
+        "fp": ~p.positive & (p.said_positive | ~p.answered),  # no answer is wrong: FP here, FN among the positive
+        "kept": p.kept,
+        "good": p.kept & good,
+        "lost": ~p.kept & good,
+        "all_kept": np.ones(len(p), dtype=bool),
+        "all_good": good,
+    }
+    for prefix, among in (("", seen), ("all_", rated)):
+        columns[f"{prefix}rated"] = among
+        columns[f"{prefix}rate"] = np.where(among, rate, 0.0)
+        columns[f"{prefix}finished"] = among & (rate > FINISH_ABOVE)
+        columns[f"{prefix}not_skipped"] = among & (rate >= FAST_SKIP_BELOW)
+    return columns | (_reason_columns(p) if p.task is Task.SEQUENTIAL else {})
+
+
+def _reason_columns(p: Predictions) -> dict[str, Bools | Floats]:
+    known = p.gold_code > 0
+    columns: dict[str, Bools | Floats] = {"reasons": known, "reasons_unanswered": known & ~p.answered}
+    for code, option in enumerate(TASK_OPTIONS[Task.SEQUENTIAL]):
+        columns[f"gold_{option}"] = known & (p.gold_code == code)
+        columns[f"said_{option}"] = known & (p.said_code == code)
+        columns[f"right_{option}"] = known & (p.gold_code == code) & (p.said_code == code)
+    return columns
+
+
+def _user_sums(p: Predictions) -> dict[str, Floats]:
+    """Sums by user, [U] each, users in sorted order."""
+    users, of = np.unique(np.asarray(p.user, dtype=np.str_), return_inverse=True)
+    sums: dict[str, Floats] = {
+        name: np.bincount(of, values, minlength=len(users)).astype(np.float64)
+        for name, values in _item_columns(p).items()
+    }
+    for prefix in ("", "all_"):
+        sums[f"{prefix}persons"] = (sums[f"{prefix}rated"] > 0).astype(np.float64)
+        sums[f"{prefix}person_rate"] = _ratio(sums[f"{prefix}rate"], sums[f"{prefix}rated"], 0.0)
+    sums["users"] = np.ones(len(users))
+    sums["users_emptied"] = (sums["kept"] == 0).astype(np.float64)
+    return sums
+
+
+def _evaluate(p: Predictions, specs: Sequence[_Spec], resamples: int, seed: int) -> list[Metric]:
+    by_user = _user_sums(p)
+    total = {name: values.sum() for name, values in by_user.items()}
+    drawn = _bootstrap(by_user, resamples, seed)
+    return [_metric(spec, total, drawn) for spec in specs]
+
+
+def _metric(spec: _Spec, total: Sums, drawn: Sums) -> Metric:
+    low, high = _interval(spec.statistic(drawn)) if drawn else (float("nan"), float("nan"))
+    return Metric(
+        name=spec.name,
+        value=float(spec.statistic(total)),
+        n=round(float(total[spec.over])),
+        base_rate=float(spec.base(total)),
+        low=low,
+        high=high,
+        positive=spec.positive,
+        averaging=spec.averaging,
+        empty=spec.empty,
+        unanswered=spec.unanswered,
+        n_unanswered=round(float(total[spec.blank])),
+    )
+
+
+def _bootstrap(by_user: Mapping[str, Floats], resamples: int, seed: int) -> dict[str, Floats]:
+    """The sums of each resample of users, [R] each; nothing with fewer than two users."""
+    users = len(by_user["users"])
+    if users < 2 or resamples < 1:
+        return {}
+    rng = np.random.default_rng(seed)
+    matrix = np.stack(list(by_user.values()), axis=1)
+    block = max(1, _BLOCK // users)
+    sums = [_weights(rng, min(block, resamples - i), users) @ matrix for i in range(0, resamples, block)]
+    return dict(zip(by_user, np.concatenate(sums).T, strict=True))
+
+
+def _weights(rng: np.random.Generator, resamples: int, users: int) -> Floats:
+    """How often each resample draws each user, [R, U]."""
+    drawn = rng.integers(users, size=(resamples, users)) + users * np.arange(resamples)[:, None]
+    return np.bincount(drawn.ravel(), minlength=resamples * users).reshape(resamples, users).astype(np.float64)
+
+
+def _interval(values: Floats) -> tuple[float, float]:
+    """Percentiles over the resamples in which the metric is defined."""
+    defined = values[~np.isnan(values)]
+    if not len(defined):
+        return float("nan"), float("nan")
+    low, high = np.percentile(defined, _INTERVAL)
+    return float(low), float(high)
+
+
+# --- baselines ---------------------------------------------------------------------------------------------------------
+
+
+def _constant_answers(p: Predictions, rng: np.random.Generator) -> dict[str, npt.NDArray[np.int64]]:
+    """Codes of options that the baselines say, [N] each."""
+    coin = rng.random(len(p)) < (p.positive.mean() if len(p) else 0.0)
+    if p.task is Task.CLICK:
+        answers = {"always click": np.zeros(len(p)), "never click": np.ones(len(p)), "coin": np.where(coin, 0, 1)}
+        return {name: codes.astype(np.int64) for name, codes in answers.items()}
+    counts = np.bincount(p.gold_code[p.gold_code > 0], minlength=4)[1:]
+    chances = counts / counts.sum() if counts.sum() else np.full(3, 1 / 3)
+    reasons = 1 + rng.choice(3, size=len(p), p=chances)
+    return {
+        "always skip": np.full(len(p), 1 + int(counts.argmax())),
+        "never skip": np.zeros(len(p), dtype=np.int64),
+        "coin": np.where(coin, reasons, 0),
+    }
+
+
+def _saying(p: Predictions, codes: npt.NDArray[np.int64]) -> Predictions:
+    """The same items with other answers."""
+    options = TASK_OPTIONS[p.task]
+    return Predictions(p.user, p.gold, [options[c] for c in codes], p.task, p.play_rate, p.clicked)
+
+
+def _random_drop(p: Predictions, rng: np.random.Generator) -> Predictions:
+    """Predictions that drop as many items, chosen at random."""
+    dropped = np.zeros(len(p), dtype=bool)
+    dropped[rng.permutation(len(p))[: int((~p.kept).sum())]] = True
+    return _saying(p, dropped.astype(np.int64))  # click: B is dropped; sequential: B stands for any skip
+
+
+def _expected_drop(p: Predictions) -> list[Metric]:
+    """Filter metrics expected when each item is dropped independently, as often as the predictions drop.
+
+    Means over kept items expect the unfiltered value. Of a user with m items, all are dropped with chance d ** m; the
+    Person Play Rate is the ratio of the expected sum of users' means to the expected number of users left.
+    """
+    by_user = _user_sums(_saying(p, np.full(len(p), 0)))
+    drop = float((~p.kept).mean()) if len(p) else 0.0
+    left = 1 - drop ** by_user["all_rated"]
+    total = {name: values.sum() for name, values in by_user.items()}
+    expected = dict(total)
+    for name in ("rate", "rated", "finished", "not_skipped", "good", "kept"):
+        expected[name] = total[f"all_{name}"] * (1 - drop)
+    expected |= {"lost": total["all_good"] * drop, "users_emptied": (drop ** by_user["items"]).sum()}
+    expected |= {"persons": left.sum(), "person_rate": (left * by_user["all_person_rate"]).sum()}
+    return [_metric(spec, expected, {}) for spec in _filter_specs(p.task)]
+
+
+# --- small things ------------------------------------------------------------------------------------------------------
+
+
+def _codes(name: str, values: Sequence[str | None], task: Task) -> npt.NDArray[np.int8]:
+    known: dict[str | None, int] = {o.value: i for i, o in enumerate(TASK_OPTIONS[task])} | {None: -1}
+    try:
+        return np.fromiter((known[v] for v in values), dtype=np.int8, count=len(values))
+    except KeyError as e:
+        raise ValueError(f"{name}: {e.args[0]!r} is no option of the {task} task; use None for no answer") from None
+
+
+def _floats(values: Sequence[float | None] | None, n: int) -> Floats:
+    return np.full(n, np.nan) if values is None else np.array([np.nan if v is None else float(v) for v in values])
+
+
+def _truth(known: Bools, by_gold: Bools, happened: Floats, user: Sequence[str]) -> Bools:
+    """By the gold option where there is one, by what happened elsewhere; both must agree."""
+    seen = ~np.isnan(happened)
+    wrong = np.flatnonzero(known & seen & (by_gold != (happened == 1)))
+    if len(wrong):
+        raise ValueError(
+            f"{len(wrong)} gold options contradict what happened, first item {wrong[0]} (user {user[wrong[0]]!r})"
+        )
+    if not (known | seen).all():
+        blind = np.flatnonzero(~(known | seen))
+        raise ValueError(f"{len(blind)} items have neither a gold option nor a known outcome, first item {blind[0]}")
+    return np.where(known, by_gold, happened == 1)
+
+
+def _ratio(over: Any, under: Any, empty: float = float("nan")) -> Any:
+    """Quotient over / under, `empty` where under is 0."""
+    over, under = np.asarray(over, dtype=np.float64), np.asarray(under, dtype=np.float64)
+    return np.divide(over, under, out=np.full(np.broadcast(over, under).shape, empty), where=under != 0)
