@@ -17,6 +17,7 @@ from gubs.errors import SettingsError
 from gubs.llm.settings import LLMSettings
 from gubs.section import Section
 from gubs.teachers.settings import TeacherSettings
+from gubs.ufm.settings import UFMSettings
 from gubs.ugm.settings import UGMSettings
 
 
@@ -170,6 +171,7 @@ class Settings(Section):
     llm: LLMSettings = LLMSettings()
     ugm: UGMSettings = UGMSettings()
     teachers: TeacherSettings = TeacherSettings()
+    ufm: UFMSettings = UFMSettings()
     ray: RaySettings = RaySettings()
 
     @model_validator(mode="after")

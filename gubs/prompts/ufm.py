@@ -1,14 +1,29 @@
-"""The question put to the UFM: will this user (or a user of this group) skip or click this video? (Appendix A.2)"""
+"""The question put to the UFM: will this user (or a user of this group) skip or click this video? (Appendix A.2)
+
+Two styles: `full` explains the task and its options in words, as the paper's prompts do; `brief` only names the fields,
+for models that are small and trained on nothing else.
+"""
+
+from typing import Literal
 
 from gubs.people import Person
 from gubs.prompts import fill
 from gubs.prompts.fields import block, record
 from gubs.prompts.options import option_lines
-from gubs.records import Task, Video
+from gubs.records import TASK_OPTIONS, Task, Video
+
+Style = Literal["full", "brief"]
 
 
 def user_prompt(
-    task: Task, person: Person, video: Video, *, vision: str = "", tags: bool = False, limit: int = 200
+    task: Task,
+    person: Person,
+    video: Video,
+    *,
+    vision: str = "",
+    tags: bool = False,
+    limit: int = 200,
+    style: Style = "full",
 ) -> str:
     """The question about one user: the roles T and S of a GA-GRPO group, and inference.
 
@@ -20,31 +35,42 @@ def user_prompt(
             checked. Empty for sources without pictures.
         tags: show the video's topic tags too (sources without pictures); they always stand in for a missing title.
         limit: characters of a single field.
+        style: see the module.
     """
     return fill(
-        f"ufm_{task}_user",
+        f"ufm_{task}_user" if style == "full" else "ufm_brief_user",
+        **_question(task, style),
         profile=person.profile(limit),
         views=person.views,
         video=video_line(video, tags, limit),
         vision=vision,
-        options=option_lines(task),
     )
 
 
 def group_prompt(
-    task: Task, name: str, profile: str, video: Video, *, vision: str = "", tags: bool = False, limit: int = 200
+    task: Task,
+    name: str,
+    profile: str,
+    video: Video,
+    *,
+    vision: str = "",
+    tags: bool = False,
+    limit: int = 200,
+    profile_limit: int = 20000,
+    style: Style = "full",
 ) -> str:
     """The question about a group (role G): its name and profile instead of a user and a history.
 
-    `profile` may have many lines and any content: every line is quoted. The rest is as in `user_prompt`.
+    `profile` may have many lines and any content: every line is quoted, and it is cut to `profile_limit` characters.
+    The rest is as in `user_prompt`.
     """
     return fill(
-        f"ufm_{task}_group",
+        f"ufm_{task}_group" if style == "full" else "ufm_brief_group",
+        **_question(task, style),
         name=name,
-        profile=block(profile),
+        profile=block(profile, profile_limit),
         video=video_line(video, tags, limit),
         vision=vision,
-        options=option_lines(task),
     )
 
 
@@ -53,3 +79,10 @@ def video_line(video: Video, tags: bool = False, limit: int = 200) -> str:
     length = None if video.duration_s is None else f"{video.duration_s:.0f} s"
     topics = video.tags if tags or not video.title else None
     return record({"title": video.title, "length": length, "tags": topics}, limit)
+
+
+def _question(task: Task, style: Style) -> dict[str, str]:
+    if style == "full":
+        return {"options": option_lines(task)}
+    verb = "Click" if task == Task.CLICK else "Skip"
+    return {"task": str(task), "question": f"{verb}? {' '.join(TASK_OPTIONS[task])}"}

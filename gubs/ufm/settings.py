@@ -1,34 +1,216 @@
-"""Settings of the UFM's training."""
+"""Settings of the User Feedback Modeler: the model, what it is shown, SFT, rollouts, GA-GRPO."""
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from gubs.records import Task
 from gubs.section import Section
 
 
 class RewardSettings(Section):
-    """Which parts of the reward count (Eq. 4; the paper's Table 10 switches them off one by one)."""
+    """The parts of the reward, Eq. 4; each can be switched off (paper, Table 10)."""
 
     format: bool = True
-    """r_format: 1 for `<think>..</think><answer>..</answer>` with nothing after it."""
+    """r_format: the answer has the required form."""
     skip: bool = True
-    """r_skip: 1 for being right about skip or no skip (click task: about clicking)."""
+    """r_skip: right about skip or not (click task: about clicking)."""
     choice: bool = True
-    """r_choice: 1 for the right option."""
+    """r_choice: the right option."""
 
 
 class AdvantageSettings(Section):
-    """How the rewards of one group (T, S and G samples) become advantages (Eqs. 5 and 6, Table 11)."""
+    """How the rewards of a group become advantages (paper, Table 11 for the weights)."""
 
     rule: Literal["paper", "weighted", "anchored"] = "paper"
-    """`paper`: weight the rewards, then standardise. `weighted`: standardise the raw rewards, then weight. `anchored`:
-    the same, with mean and deviation of the T samples only. Under `paper` six equal rewards push S and G down."""
+    """`paper`: weighted rewards, standardised over the group. `weighted`: raw rewards standardised with the weights,
+    then multiplied by them. `anchored`: measured against the mean and std of the user's own samples."""
     weight_user: float = Field(0.7, ge=0)
-    """W of the T samples (paper: 0.7)."""
+    """W_T, of samples about the training user (paper: 0.7)."""
     weight_group: float = Field(0.15, ge=0)
-    """W of the G sample (paper: 0.15)."""
+    """W_G, of samples about the user's group (paper: 0.15)."""
     weight_similar: float = Field(0.15, ge=0)
-    """W of the S sample (paper: 0.15)."""
+    """W_S, of samples about a similar user (paper: 0.15)."""
     eps: float = Field(1e-4, ge=0)
     """Added to the standard deviation."""
+
+
+class ModelSettings(Section):
+    """The vision-language model: a Qwen2.5-VL checkpoint."""
+
+    path: str = ""
+    """Folder of a checkpoint (any Qwen2.5-VL in the Hugging Face form); empty = one made here, of `size`."""
+    size: Literal["tiny", "small"] = "tiny"
+    """Checkpoint that `gubs model init` makes: tiny = about 1.5 M parameters from nothing, small = SmolLM2-135M's
+    weights under a new vision tower."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the weights in forward, backward and rollout; the optimiser keeps float32 masters."""
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    """auto = flash attention where the GPU and the package have it, else SDPA."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, a third more work."""
+
+
+class InputSettings(Section):
+    """What a prompt shows."""
+
+    style: Literal["full", "brief"] = "full"
+    """`full` explains the task and its options in words; `brief` only names the fields, for small models that know
+    nothing but this task."""
+    history_items: int = Field(20, ge=0)
+    """Views of the user's history that are shown, the latest; 0 = all."""
+    max_text: int = Field(200, ge=20)
+    """Characters of a title, a tag or another single field that are shown."""
+    profile_chars: int = Field(20000, ge=40)
+    """Characters of a group profile that are shown."""
+    vision: bool = True
+    """Show the pictures (paper, Table 9)."""
+    max_prompt_tokens: int = Field(8192, ge=64)
+    """Longer prompts are dropped and counted, never cut."""
+    max_new_tokens: int = Field(512, ge=8)
+    """Longest answer (paper: 512)."""
+
+
+class OptimizerSettings(Section):
+    """AdamW."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    """Peak (paper: 1e-5)."""
+    weight_decay: float = Field(0.01, ge=0)
+    """(paper: 0.01)"""
+    warmup_steps: int = Field(0, ge=0)
+    """Linear from 0."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up; cosine and linear fall to 0 at the last step."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    max_bad_steps: int = Field(3, ge=1)
+    """Steps in a row with a loss or gradient that is not a number before the run stops; each is skipped and counted."""
+
+
+class WorkerSettings(Section):
+    """Ray Train workers, one a GPU."""
+
+    count: int = Field(1, ge=1)
+    """Workers (paper: 4)."""
+    gpu: Literal["auto", "yes", "no"] = "auto"
+    """Give each worker a GPU; auto = if the cluster has one for each."""
+    cpus: float = Field(1.0, gt=0)
+    """CPUs reserved for each worker."""
+    threads: int = Field(0, ge=0)
+    """Threads a worker computes with on a CPU; 0 = the machine's cores / workers on it."""
+    max_failures: int = Field(2, ge=0)
+    """Times the group of workers is started again after one died."""
+    stuck_after_s: float = Field(900.0, gt=0)
+    """A phase (rollout, sync, a collective) that takes longer is named and ends the attempt."""
+
+
+class CheckpointSettings(Section):
+    """When and how many."""
+
+    every: int = Field(50, ge=1)
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints kept, beside the best."""
+
+
+class SFTSettings(Section):
+    """Supervised fine-tuning on the teacher's examples."""
+
+    epochs: int = Field(1, ge=1)
+    """(paper: 1)"""
+    batch: int = Field(16, ge=1)
+    """Examples a step, over all workers."""
+    micro_tokens: int = Field(16384, ge=64)
+    """Tokens of a micro-batch at most, padding included; a micro-batch has one example at least."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings(every=500)
+
+
+class RolloutSettings(Section):
+    """vLLM, one engine beside each worker."""
+
+    temperature: float = Field(1.0, ge=0)
+    """(paper: 1.0)"""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """(paper: 1.0)"""
+    gpu_memory: float = Field(0.45, gt=0, lt=1)
+    """Share of the GPU's memory for the engine while it is awake."""
+    kv_cache_gb: float = Field(1.0, gt=0)
+    """Key-value cache on a CPU."""
+    max_num_seqs: int = Field(64, ge=1)
+    """Answers that are written at the same time."""
+    sleep: bool = True
+    """Give the GPU's memory to the trainer between rollouts (no effect on a CPU)."""
+    enforce_eager: bool = False
+    """No CUDA graphs (always so on a CPU)."""
+
+
+class GRPOSettings(Section):
+    """Group-aware GRPO."""
+
+    tasks: list[Task] = [Task.SEQUENTIAL, Task.CLICK]
+    """Tasks to train on, of those the data set has."""
+    start: Literal["sft", "base"] = "sft"
+    """Policy to start from: after SFT, or the model as it is (paper, Table 7)."""
+    groups: bool = True
+    """Group-aware: S and G beside T. False = plain GRPO, all samples from the user's own prompt (paper, Table 7)."""
+    steps: int = Field(200, ge=1)
+    """Optimiser steps (paper: 200)."""
+    prompts: int = Field(4, ge=1)
+    """Training records a step, over all workers, gold options balanced (paper: 4)."""
+    user_samples: int = Field(4, ge=1)
+    """Answers from the user's own prompt (paper: 4); with one for the group and one for the similar user, 6 a record."""
+    beta: float = Field(0.04, ge=0)
+    """Weight of the KL divergence from the reference, the policy at the start (paper: 0.04)."""
+    updates: int = Field(1, ge=1)
+    """Optimiser steps on one batch of rollouts."""
+    clip: float | None = None
+    """PPO's clip of the ratio; the paper has none."""
+    tis_cap: float = Field(2.0, ge=0)
+    """Cap of the importance weight between engine and trainer; 0 = no correction."""
+    level: Literal["sequence", "token"] = "sequence"
+    """Mean over each answer's tokens and then over answers, or over all tokens."""
+    micro_tokens: int = Field(16384, ge=64)
+    """Tokens of a micro-batch at most, padding included; a micro-batch has one answer at least."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    rewards: RewardSettings = RewardSettings()
+    advantage: AdvantageSettings = AdvantageSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    samples_every: int = Field(10, ge=0)
+    """Steps between samples of answers written for people to read; 0 = none."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+    """Where the figures go, beside `metrics.jsonl` and Ray's metrics; wandb and mlflow must be installed."""
+
+
+class EvalSettings(Section):
+    """Evaluation of a checkpoint on test users."""
+
+    items: int = Field(0, ge=0)
+    """Targets judged of each task, drawn at random from the test users; 0 = all."""
+    temperature: float = Field(0.0, ge=0)
+    """0 = greedy."""
+    bootstrap: int = Field(1000, ge=0)
+    """Resamples of users for the intervals."""
+
+
+class UFMSettings(Section):
+    """The User Feedback Modeler."""
+
+    model: ModelSettings = ModelSettings()
+    inputs: InputSettings = InputSettings()
+    workers: WorkerSettings = WorkerSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    sft: SFTSettings = SFTSettings()
+    grpo: GRPOSettings = GRPOSettings()
+    evaluate: EvalSettings = EvalSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "UFMSettings":
+        if self.grpo.prompts % self.workers.count:
+            raise ValueError(
+                f"ufm.grpo.prompts={self.grpo.prompts} cannot be dealt to ufm.workers.count={self.workers.count} workers"
+            )
+        return self

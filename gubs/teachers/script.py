@@ -1,0 +1,134 @@
+"""The scripted teacher: chains of thought and reasons by simple rules, without a language model.
+
+For small runs and for tests, where a real annotator would cost more than the training: it reads the same fields as the
+annotator (title, length, tags, history, and the user's own words about a dislike), notes what it finds in one short
+sentence a field, and concludes. It sees no pictures and knows no truth, and where the words tell nothing it goes by
+the fields alone: like any teacher it makes mistakes, and `gubs status` tells how many where the truth is known.
+"""
+
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gubs.people import Person
+from gubs.records import Option, Video
+from gubs.teachers.cases import Case, clicked
+
+SCRIPT = "script"
+"""`label_source` of what this teacher says."""
+
+LONG_S = 75.0
+"""Length from which a video asks for time, where the user's history does not say more."""
+
+_WORDS: tuple[tuple[str, Option, str], ...] = (
+    (r"clickbait|promis|misleading|nothing of the title", Option.B, "the title promises too much"),
+    (r"disgust|creep|sick|blood|horrible|gross|gore|scary", Option.B, "the picture is hard to bear"),
+    (r"vulgar|crude|rude|swear|language|obscene", Option.B, "the words are vulgar"),
+    (r"before|again|same|repeat|already", Option.C, "it was shown before"),
+    (r"not care|not my thing|not interest|why am i shown|boring|irrelevant", Option.C, "the topic does not fit"),
+    (r"too long|no time|watch that long", Option.D, "it takes too long"),
+    (r"not now|just now|wrong moment|at the moment|accident|by mistake", Option.D, "the moment is wrong"),
+)
+"""What people write about a dislike: pattern, cause, and what it says about the video."""
+
+_FLAWS = {"the title promises too much", "the picture is hard to bear", "the words are vulgar"}
+_CONCLUSION = {
+    Option.B: "So the content puts off.",
+    Option.C: "So the recommendation missed.",
+    Option.D: "So it is the user's moment.",
+}
+_CLICK_CONCLUSION = {Option.A: "So it attracts.", Option.B: "So it does not attract."}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the fields of a case say."""
+
+    topic: str
+    interests: tuple[str, ...]
+    fits: bool | None
+    """The topic is among the interests; None where either is unknown."""
+    seconds: float | None
+    long: bool
+    repeated: bool
+
+    def said(self, remark: str = "") -> str:
+        """The facts, a short sentence each; `remark` is what is known about the content beyond the fields."""
+        parts = [f"Topic {self.topic}." if self.topic else "Topic unknown."]
+        if self.interests:
+            parts.append(f"Likes {', '.join(self.interests)}.")
+        if self.fits is not None:
+            parts.append("It fits." if self.fits else "It does not fit.")
+        if self.seconds is not None:
+            parts.append("It is long." if self.long else "It is short.")
+        if remark in _FLAWS:
+            parts.append(f"But {remark}.")
+        elif self.repeated:
+            parts.append("It was shown before.")
+        return " ".join(parts)
+
+
+def facts(person: Person, video: Video) -> Facts:
+    """Reads the fields."""
+    interests = tuple(person.user.tags[:4])
+    topic = video.tags[0] if video.tags else ""
+    fits = bool(set(video.tags) & set(person.user.tags)) if interests and video.tags else None
+    seconds = video.duration_s
+    return Facts(topic, interests, fits, seconds, bool(seconds and seconds > _patience(person)), _shown(person, video))
+
+
+def dislike(case: Case) -> tuple[str, Option]:
+    """Chain of thought and cause for an explicit dislike; the words decide, the fields where they say nothing."""
+    found = facts(case.person, case.video)
+    option, remark = read_words(case.target.dislike_reason or "") or (by_fields(found), "")
+    return f"{found.said(remark)} {_CONCLUSION[option]}", option
+
+
+def click(case: Case) -> tuple[str, Option]:
+    """Chain of thought for a click target whose outcome the log knows."""
+    option = Option.A if clicked(case.target) else Option.B
+    return f"{facts(case.person, case.video).said()} {_CLICK_CONCLUSION[option]}", option
+
+
+def skip_cause(case: Case) -> tuple[str, Option]:
+    """Rationale and cause for a fast skip: the user's words if there are any, else the fields."""
+    return dislike(case)
+
+
+def read_words(text: str) -> tuple[Option, str] | None:
+    """Cause and remark that a user's words stand for; None where they tell nothing."""
+    for pattern, option, remark in _WORDS:
+        if re.search(pattern, text, re.IGNORECASE):
+            return option, remark
+    return None
+
+
+def by_fields(found: Facts) -> Option:
+    """The likeliest cause by the fields alone."""
+    if found.repeated or found.fits is False:
+        return Option.C
+    return Option.D if found.long else Option.B
+
+
+def _patience(person: Person) -> float:
+    """Twice the median length of what the user watched on, where three views tell it."""
+    watched = [s for s, rate in map(_view, person.views) if s is not None and rate is not None and rate > 0.5]
+    return 2 * statistics.median(watched) if len(watched) >= 3 else LONG_S
+
+
+def _view(line: str) -> tuple[float | None, float | None]:
+    length, played = re.search(r'"length": "(\d+) s"', line), re.search(r'"played": "(\d+)%"', line)
+    return (float(length[1]) if length else None), (int(played[1]) / 100 if played else None)
+
+
+def _shown(person: Person, video: Video) -> bool:
+    return bool(video.title) and any(f'"title": "{video.title}"' in view for view in person.views)
+
+
+def texts() -> Sequence[str]:
+    """Every sentence this teacher can say, for tokenizers trained on our own words."""
+    remarks = [r for _, _, r in _WORDS]
+    return [*(f"But {r}." for r in remarks), *_CONCLUSION.values(), *_CLICK_CONCLUSION.values()]
+
+

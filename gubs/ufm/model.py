@@ -1,0 +1,282 @@
+"""Checkpoints of the UFM: those made here (`tiny`, `small`), and how any Qwen2.5-VL checkpoint is loaded.
+
+Both are the real Qwen2.5-VL architecture with Qwen's special tokens and a chat template of its form, so transformers
+and vLLM load them like any other. `tiny` starts from nothing: random weights, a tokenizer trained on our own prompts.
+`small` grafts the text model SmolLM2-135M (a Llama layer is a Qwen2 layer whose q, k, v biases are zero, and mRoPE
+equals RoPE on text) under a new vision tower.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gubs.errors import PlatformError, SettingsError
+from gubs.llm.embedded import default_cache, prepare_embedded_model
+from gubs.ufm.settings import ModelSettings
+
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS)
+"""Special tokens of Qwen2.5-VL that its processor, chat template and generation need."""
+
+ANSWER_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
+"""In `tiny` one token each, not special: they stay in decoded text."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_FORMAT = 1
+"""Raised when what is made changes, so that older checkpoints are made anew."""
+_TINY_VOCABULARY = 2048
+_PATCH, _MERGE = 14, 2
+
+
+def checkpoint(settings: ModelSettings) -> Path:
+    """Folder of the checkpoint to start from; makes it first where it is one of ours and not there yet.
+
+    Raises:
+        SettingsError: `path` is not a Qwen2.5-VL checkpoint. PlatformError: see `init`.
+    """
+    if not settings.path:
+        return init(settings.size)
+    folder = Path(settings.path)
+    config = folder / "config.json"
+    if not config.is_file():
+        raise SettingsError(f"ufm.model.path={settings.path}: there is no config.json in it; give a checkpoint's folder")
+    kind = json.loads(config.read_text()).get("model_type")
+    if kind != "qwen2_5_vl":
+        raise SettingsError(f"ufm.model.path={settings.path} holds a model of type {kind!r}, not 'qwen2_5_vl'")
+    return folder
+
+
+def init(size: str, folder: str | Path = "", seed: int = 0) -> Path:
+    """Makes a checkpoint, in a folder of its own in the user's cache unless `folder` is given; one that is there stays.
+
+    Raises:
+        PlatformError: `small` needs the weights of SmolLM2, which are not installed.
+    """
+    target = Path(folder) if folder else default_cache() / f"ufm-{size}-v{_FORMAT}-{_recipe(size, seed)}"
+    if (target / "config.json").is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp-", dir=target.parent))
+    try:
+        _MAKERS[size](temporary, seed)
+        temporary.chmod(0o755)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not (target / "config.json").is_file():  # else another process was faster, with the same result
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def load(folder: str | Path, settings: ModelSettings, *, train: bool = False) -> Any:
+    """The model of a checkpoint in `settings.dtype`, on the CPU; in evaluation mode unless `train`."""
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder, dtype=getattr(torch, settings.dtype), attn_implementation=attention(settings)
+    )
+    if train and settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train(train)
+
+
+def attention(settings: ModelSettings) -> str:
+    """The attention implementation: flash attention on GPUs that have it, in half precision; else SDPA."""
+    if settings.attention != "auto":
+        return settings.attention
+    import importlib.util
+
+    import torch
+
+    half = settings.dtype == "bfloat16"
+    fits = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+    return "flash_attention_2" if half and fits and importlib.util.find_spec("flash_attn") else "sdpa"
+
+
+def _recipe(size: str, seed: int) -> str:
+    texts = "".join(_texts()) if size == "tiny" else ""
+    return hashlib.sha256(f"{_FORMAT} {size} {seed} {texts} {CHAT_TEMPLATE}".encode()).hexdigest()[:8]
+
+
+def _make_tiny(folder: Path, seed: int) -> None:
+    tokenizer = _train_tokenizer()
+    text = {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "vocab_size": len(tokenizer),
+        "rope_parameters": _rope(10000.0, [4, 6, 6]),
+    }
+    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": 128}
+    config = _config(tokenizer, text, {**vision, "fullatt_block_indexes": [1]})
+    _new_model(config, seed).save_pretrained(folder)
+    _save_processor(tokenizer, folder)
+
+
+def _make_small(folder: Path, seed: int) -> None:
+    """SmolLM2-135M as the text model; the vision tower is new and random."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = prepare_embedded_model()
+    donor = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(VISION_TOKENS)})
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    c = donor.config
+    head_dim = c.hidden_size // c.num_attention_heads
+    text = {
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_hidden_layers,
+        "num_attention_heads": c.num_attention_heads,
+        "num_key_value_heads": c.num_key_value_heads,
+        "max_position_embeddings": c.max_position_embeddings,
+        "rms_norm_eps": c.rms_norm_eps,
+        "vocab_size": len(tokenizer),
+        "rope_parameters": _rope(_theta(c), [head_dim // 8, head_dim * 3 // 16, head_dim * 3 // 16]),
+    }
+    vision = {
+        "depth": 4,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_heads": 4,
+        "out_hidden_size": c.hidden_size,
+    }
+    config = _config(tokenizer, text, {**vision, "fullatt_block_indexes": [1, 3]})
+    model = _new_model(config, seed).to(torch.bfloat16)
+    _graft(model, donor)
+    model.save_pretrained(folder)
+    _save_processor(tokenizer, folder)
+
+
+def _graft(model: Any, donor: Any) -> None:
+    """Copies a Llama model's weights into the text part; biases, which Llama has not, become zero."""
+    import torch
+
+    target = model.model.language_model
+    source = donor.model.state_dict()
+    rows = source["embed_tokens.weight"].shape[0]
+    with torch.no_grad():
+        for name, weight in target.state_dict().items():
+            if name == "embed_tokens.weight":
+                weight[:rows] = source[name]
+                weight[rows:] = source[name].mean(0)  # the vision tokens: like an average token
+            elif name in source:
+                weight.copy_(source[name])
+            elif name.endswith(".bias"):
+                weight.zero_()
+            else:
+                raise PlatformError(f"the donor model has no weight {name!r}: it is not of the Llama kind")
+
+
+def _theta(config: Any) -> float:
+    rope = getattr(config, "rope_parameters", None) or {}
+    return float(rope.get("rope_theta") or getattr(config, "rope_theta", 10000.0))
+
+
+def _rope(theta: float, section: list[int]) -> dict[str, Any]:
+    """mRoPE: the head's frequencies are dealt to time, height and width; the sections sum to half of the head."""
+    return {"rope_type": "default", "type": "mrope", "mrope_section": section, "rope_theta": theta}
+
+
+def _config(tokenizer: Any, text: dict[str, Any], vision: dict[str, Any]) -> Any:
+    from transformers import Qwen2_5_VLConfig
+
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad")}
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    return Qwen2_5_VLConfig(
+        text_config={**text, "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": end},
+        vision_config={**vision, "patch_size": _PATCH, "spatial_merge_size": _MERGE, "tokens_per_second": 2},
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+
+
+def _new_model(config: Any, seed: int) -> Any:
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    end = config.text_config.eos_token_id
+    model.generation_config.eos_token_id = end
+    model.generation_config.pad_token_id = end
+    return model
+
+
+def _save_processor(tokenizer: Any, folder: Path) -> None:
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 1280 * 28 * 28}
+    processor = Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=size),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=False),
+        chat_template=CHAT_TEMPLATE,
+    )
+    processor.save_pretrained(folder)
+
+
+def _train_tokenizer() -> Any:
+    """Byte-level BPE on our own prompts and the words of the simulated app; any other text falls back on bytes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_TINY_VOCABULARY - len(ANSWER_TOKENS),
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(), trainer)
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ANSWER_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", *VISION_TOKENS],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _texts() -> Iterator[str]:
+    """Prompts of all kinds about a simulated app that no run uses, and every whole number up to 600."""
+    from gubs.ufm.lessons import corpus
+
+    yield from corpus()
+
+
+_MAKERS = {"tiny": _make_tiny, "small": _make_small}
+
+
+def cpu_threads(workers_here: int, wanted: int = 0) -> int:
+    """Threads for one of several workers on this machine."""
+    return wanted or max(1, (os.cpu_count() or 1) // max(1, workers_here))
