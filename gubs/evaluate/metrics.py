@@ -62,7 +62,7 @@ class Predictions:
             values = getattr(self, name)
             if values is not None and len(values) != len(self.user):
                 raise ValueError(f"{name} has {len(values)} items, user has {len(self.user)}")
-        self.positive  # noqa: B018 - refuses what contradicts itself when it is made, not when it is read
+        _ = self.positive, self.kept  # what contradicts itself is refused when it is made, not when it is read
 
     def __len__(self) -> int:
         return len(self.user)
@@ -257,7 +257,7 @@ def published_confusion(accuracy: float, play_rate_above_30: float, skip_rate: f
     return Confusion(tp=tp, fp=1 - kept - tp, fn=fn, tn=kept - fn)
 
 
-# --- what the metrics are ----------------------------------------------------------------------------------------------
+# --- what the metrics are ---------------------------------------------------------------------------------------------
 
 
 def _judge_specs(task: Task) -> list[_Spec]:
@@ -359,7 +359,7 @@ def _confusion(s: Sums) -> Confusion:
     return Confusion(tp=s["tp"], fp=s["fp"], fn=s["positive"] - s["tp"], tn=s["items"] - s["positive"] - s["fp"])
 
 
-# --- from items to users' sums to values and intervals -----------------------------------------------------------------
+# --- from items to users' sums to values and intervals ----------------------------------------------------------------
 
 
 def _item_columns(p: Predictions) -> dict[str, Bools | Floats]:
@@ -465,7 +465,7 @@ def _interval(values: Floats) -> tuple[float, float]:
     return float(low), float(high)
 
 
-# --- baselines ---------------------------------------------------------------------------------------------------------
+# --- baselines --------------------------------------------------------------------------------------------------------
 
 
 def _constant_answers(p: Predictions, rng: np.random.Generator) -> dict[str, npt.NDArray[np.int64]]:
@@ -515,7 +515,7 @@ def _expected_drop(p: Predictions) -> list[Metric]:
     return [_metric(spec, expected, {}) for spec in _filter_specs(p.task)]
 
 
-# --- small things ------------------------------------------------------------------------------------------------------
+# --- small things -----------------------------------------------------------------------------------------------------
 
 
 def _codes(name: str, values: Sequence[str | None], task: Task) -> npt.NDArray[np.int8]:
