@@ -208,7 +208,7 @@ class Example(Record):
     gold: str | None
     """Option; null where nobody has said yet."""
     label_source: str | None
-    """Who said so: rule, teacher-1, teacher-2, teacher-3, human."""
+    """Who said so: rule, teacher-1, teacher-2, teacher-3, script, truth, human."""
 
 
 _TEXT_MAP = pa.map_(pa.string(), pa.string())

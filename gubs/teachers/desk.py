@@ -76,11 +76,13 @@ class Desk:
 
     def recipe(self, role: str, *names: str) -> dict[str, Any]:
         """What decides a job's answers: the teacher settings of these names, the model and how it is asked."""
+        recipe = {"seed": self.settings.seed, "teachers": self.teachers.model_dump(include={"author", *names})}
+        if self.teachers.author == "script":
+            return recipe
         llm = self.settings.llm
         endpoint = llm.endpoint_of(role)
         return {
-            "seed": self.settings.seed,
-            "teachers": self.teachers.model_dump(include=set(names)),
+            **recipe,
             "model": embedded.MODEL if endpoint == EMBEDDED else llm.endpoints[endpoint].model,
             "role": llm.role(role).model_dump(exclude={"endpoint", "max_tokens_field"}),
             "prompts": prompts_hash(),

@@ -19,6 +19,7 @@ from gubs.llm.calls import Answer, LLMRequest, question
 from gubs.prompts import fill
 from gubs.prompts.options import SKIP_CAUSES, option_lines
 from gubs.records import FAST_SKIP_BELOW, Interaction, Option, Split, Task
+from gubs.teachers import script
 from gubs.teachers.cases import Case, clicked, draw, fast_skips, load_cases, targets
 from gubs.teachers.desk import Ask, Desk, by_cause, failures
 from gubs.teachers.forms import PARSER, label_form, verdict_form, words
@@ -28,6 +29,8 @@ from gubs.teachers.settings import TeacherSettings
 STAGE = "labels"
 ROLE = "annotator"
 RULE = "rule"
+TRUE = "truth"
+"""`label_source` of true causes, which only simulated sources know."""
 INVALID = "invalid"
 """Why an item is in the queue: no round brought a rationale that its own author found sound."""
 
@@ -60,7 +63,8 @@ LABELS = pa.schema(
         ("verdicts", _ATTEMPTS),
     ]
 )
-"""One row a labelled target. label_source: rule, teacher-1 ... teacher-3 (the round), human; rounds: 0 for rule."""
+"""One row a labelled target. label_source: rule, teacher-1 ... teacher-3 (the round), script, truth, human. rounds: 0 for
+rule."""
 
 QUEUE = pa.schema([*IDS, ("play_rate", pa.float64()), pa.field("cause", pa.string(), nullable=False)]).append(
     pa.field("attempts", _ATTEMPTS)
@@ -85,6 +89,13 @@ class Skip:
     case: Case
     attempts: list[Attempt] = field(default_factory=list)
     failed: Answer | None = None
+    author: str = ""
+    """Who gave the reason, where it was not the annotator."""
+
+    @property
+    def source(self) -> str:
+        """Who said so: `label_source` of `LABELS`."""
+        return self.author or f"teacher-{len(self.attempts)}"
 
     @property
     def sound(self) -> Attempt | None:
@@ -100,15 +111,15 @@ def reasons_stage(desk: Desk, *, force: bool = False) -> tuple[Artifact, bool]:
     Errors: see `LLMClient.stream`; what was finished is kept in the journal.
     """
     ifvr = desk.run.artifact("ifvr")
-    names = ("train_skips", "test_skips", "rounds", "history_items", "max_text", "reason_chars")
+    names = ("truth", "train_skips", "test_skips", "rounds", "history_items", "max_text", "reason_chars")
     inputs = {"ifvr": ifvr.fingerprint}
     mark = fingerprint(STAGE, desk.recipe(ROLE, *names), inputs)
     if found := desk.run.finished(STAGE, mark, force):
         return found, False
     skips = open_skips(ifvr, desk.teachers, desk.settings.seed)
-    label(skips, desk.ask, desk.teachers)
-    rules, unknown = rule_labels(ifvr)
+    _find_reasons(desk, skips)
     told = [_label_row(s, s.sound) for s in skips if s.sound]
+    rules, unknown = rule_labels(ifvr)
     with writing(desk.run, STAGE, fingerprint=mark, settings=desk.settings, inputs=inputs) as out:
         out.write_table("labels", pa.concat_tables([rules, pa.Table.from_pylist(told, schema=LABELS)]))
         out.write_table("queue", queue := queue_table(skips))
@@ -119,8 +130,24 @@ def reasons_stage(desk: Desk, *, force: bool = False) -> tuple[Artifact, bool]:
     return desk.run.artifact(STAGE), True
 
 
+def _find_reasons(desk: Desk, skips: list[Skip]) -> None:
+    """Gives the skips their reasons: the true causes where they are wanted and known, else the teacher's."""
+    truth = true_causes(desk.run) if desk.teachers.truth else {}
+    if not truth and desk.teachers.author == "annotator":
+        label(skips, desk.ask, desk.teachers)
+        return
+    for skip in skips:
+        rationale, option = script.skip_cause(skip.case)
+        if truth:
+            rationale, option = "", Option(truth[skip.case.target.interaction_id])
+        skip.attempts.append(Attempt(option.value, rationale, valid=True))
+        skip.author = TRUE if truth else script.SCRIPT
+
+
 def first_requests(desk: Desk) -> list[LLMRequest]:
     """The labels of the first round, for a dry run. A skip costs two calls a round: a label and a verdict on it."""
+    if desk.teachers.author == "script" or (desk.teachers.truth and true_causes(desk.run)):
+        return []
     skips = open_skips(desk.run.artifact("ifvr"), desk.teachers, desk.settings.seed)
     return [label_request(s, desk.teachers) for s in skips]
 
@@ -223,7 +250,7 @@ def _label_row(skip: Skip, attempt: Attempt) -> dict[str, Any]:
         "option": attempt.option,
         "rationale": attempt.rationale,
         "rounds": len(skip.attempts),
-        "label_source": f"teacher-{len(skip.attempts)}",
+        "label_source": skip.source,
         "verdicts": [asdict(a) for a in skip.attempts],
     }
 
@@ -259,7 +286,7 @@ def _report(skips: list[Skip], rules: pa.Table, queue: pa.Table, unknown: int) -
         notes.append("there is no fast skip to explain: all labels are by rule")
     return {
         "skips": len(skips),
-        "by_source": dict(sorted(Counter(f"teacher-{len(s.attempts)}" for s in skips if s.sound).items())),
+        "by_source": dict(sorted(Counter(s.source for s in skips if s.sound).items())),
         "by_option": dict(sorted(Counter(s.sound.option for s in skips if s.sound).items())),
         "by_rule": {f"{task}/{option}": n for (task, option), n in sorted(by_rule.items())},
         "outcome_unknown": unknown,
@@ -274,7 +301,7 @@ def _score(skips: Iterable[Skip], truth: dict[str, str]) -> dict[str, Any] | Non
     said: dict[str, dict[str, str]] = {}
     for skip in skips:
         if skip.sound:
-            said.setdefault(f"teacher-{len(skip.attempts)}", {})[skip.case.target.interaction_id] = skip.sound.option
+            said.setdefault(skip.source, {})[skip.case.target.interaction_id] = skip.sound.option
     overall = score({k: o for labels in said.values() for k, o in labels.items()}, truth)
     if overall is None:
         return None

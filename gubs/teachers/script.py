@@ -130,5 +130,3 @@ def texts() -> Sequence[str]:
     """Every sentence this teacher can say, for tokenizers trained on our own words."""
     remarks = [r for _, _, r in _WORDS]
     return [*(f"But {r}." for r in remarks), *_CONCLUSION.values(), *_CLICK_CONCLUSION.values()]
-
-

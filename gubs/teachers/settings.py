@@ -1,5 +1,7 @@
 """Settings of the teachers."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from gubs.section import Section
@@ -8,6 +10,11 @@ from gubs.section import Section
 class TeacherSettings(Section):
     """SFT examples, reasons of skips, user profiles. The LLM sees no pictures: a video is title, length and tags."""
 
+    author: Literal["annotator", "script"] = "annotator"
+    """Who writes SFT examples and reasons of skips: the LLM in the role `annotator`, or simple rules that need no LLM
+    (see teachers/script.py) and fit small runs."""
+    truth: bool = False
+    """Simulated sources: skips are labelled with their true cause, in place of a person's check of every label."""
     sft_dislikes: int = Field(0, ge=0)
     """Explicit dislikes of training users that become SFT examples, drawn at random; 0 = all (paper: 50 K)."""
     sft_click_users: int = Field(1000, ge=0)

@@ -14,12 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gubs.artifacts import Artifact, fingerprint, writing
-from gubs.llm.calls import Answer, LLMRequest, question
+from gubs.llm.calls import LLMRequest, question
 from gubs.prompts import fill
 from gubs.prompts.answers import as_answer, quiet_tags
 from gubs.prompts.fields import inline, plain
 from gubs.prompts.options import OPTION_TEXTS, SKIP_CAUSES, option_lines
 from gubs.records import SCHEMAS, TASK_OPTIONS, Interaction, Option, Split, Task
+from gubs.teachers import script
 from gubs.teachers.cases import Case, by_id, clicked, draw, load_cases, targets
 from gubs.teachers.desk import Desk, by_cause, failures
 from gubs.teachers.forms import PARSER, thought_form, words
@@ -56,17 +57,38 @@ def sft_stage(desk: Desk, *, force: bool = False) -> tuple[Artifact, bool]:
     if found := desk.run.finished(STAGE, mark, force):
         return found, False
     cases = sft_cases(ifvr, desk.teachers, desk.settings.seed)
-    answers = desk.ask([sft_request(c, desk.teachers) for c in cases])
-    rows = [_example(c, a) for c, a in zip(cases, answers, strict=True) if a.ok]
+    rows, failed = _scripted(cases) if desk.teachers.author == "script" else _annotated(desk, cases)
     with writing(desk.run, STAGE, fingerprint=mark, settings=desk.settings, inputs=inputs) as out:
         out.write_table("examples", pa.Table.from_pylist(rows, schema=SCHEMA))
-        out.write_table("failures", failed := failures(answers))
+        out.write_table("failures", failed)
         out.info = _report(rows, cases, failed)
     return desk.run.artifact(STAGE), True
 
 
+def _annotated(desk: Desk, cases: list[Case]) -> tuple[list[dict[str, Any]], pa.Table]:
+    """Examples written by the annotator, and its failures."""
+    answers = desk.ask([sft_request(c, desk.teachers) for c in cases])
+    rows = [
+        _example(c, Option(a.value["answer"]), a.value["think"], "teacher-1")
+        for c, a in zip(cases, answers, strict=True)
+        if a.ok
+    ]
+    return rows, failures(answers)
+
+
+def _scripted(cases: list[Case]) -> tuple[list[dict[str, Any]], pa.Table]:
+    """Examples written by rules; they do not fail."""
+    rows = []
+    for case in cases:
+        think, option = script.dislike(case) if case.target.task == Task.SEQUENTIAL else script.click(case)
+        rows.append(_example(case, option, think, script.SCRIPT))
+    return rows, failures([])
+
+
 def sft_requests(desk: Desk) -> list[LLMRequest]:
     """All requests of the job, for a dry run."""
+    if desk.teachers.author == "script":
+        return []
     cases = sft_cases(desk.run.artifact("ifvr"), desk.teachers, desk.settings.seed)
     return [sft_request(c, desk.teachers) for c in cases]
 
@@ -134,9 +156,9 @@ def _balanced_clicks(rows: pa.Table, settings: TeacherSettings, seed: int) -> pa
     return by_id(rows, sorted(sides[True][:size] + sides[False][:size]))
 
 
-def _example(case: Case, answer: Answer) -> dict[str, Any]:
-    """A row of `SCHEMA`. Who said so: of dislikes the annotator, of clicks the log."""
-    option, think = Option(answer.value["answer"]), quiet_tags(answer.value["think"]).strip()
+def _example(case: Case, option: Option, think: str, author: str) -> dict[str, Any]:
+    """A row of `SCHEMA`. Who said so: of dislikes the author of the chain of thought, of clicks the log."""
+    think = quiet_tags(think).strip()
     sequential = case.target.task == Task.SEQUENTIAL
     reason = case.target.dislike_reason
     return {
@@ -144,7 +166,7 @@ def _example(case: Case, answer: Answer) -> dict[str, Any]:
         "example_id": f"sft-{case.target.interaction_id}",
         "history": list(case.history),
         "gold": option.value,
-        "label_source": "teacher-1" if sequential else "rule",
+        "label_source": author if sequential else "rule",
         "think": think,
         "response": as_answer(think, option),
         "dislike_reason": reason,

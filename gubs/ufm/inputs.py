@@ -5,6 +5,7 @@ picture or video), the ids as the model computes with them (placeholders repeate
 the engine's request, `collate` a padded batch for the trainer. Responses are token ids on both sides.
 """
 
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -104,8 +105,10 @@ class Batch:
         """The batch on a device."""
         moved = {k: v.to(device, non_blocking=True) for k, v in self.pixels.items()}
         grids = {k: v.to(device) for k, v in self.grids.items()}
-        tensors = (t.to(device, non_blocking=True) for t in (self.ids, self.positions, self.response, self.vision))
-        return Batch(*tensors, moved, grids, self.clip_of)
+        ids, positions, response, vision = (
+            t.to(device, non_blocking=True) for t in (self.ids, self.positions, self.response, self.vision)
+        )
+        return Batch(ids, positions, response, vision, moved, grids, self.clip_of)
 
 
 class Inputs:
@@ -118,7 +121,9 @@ class Inputs:
         self.settings = settings
         self.processor = AutoProcessor.from_pretrained(str(folder))
         self.tokenizer = self.processor.tokenizer
-        self._merge = self.processor.video_processor.merge_size**2
+        self._merge = int(self.processor.video_processor.merge_size)
+        vision = json.loads((Path(folder) / "config.json").read_text())["vision_config"]
+        self._per_second = float(vision.get("tokens_per_second", 4))
         self._pads = {k: self.tokenizer.convert_tokens_to_ids(f"<|{k}_pad|>") for k in ("image", "video")}
         self.end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         self._cache: OrderedDict[str, Pixels] = OrderedDict()
@@ -142,7 +147,7 @@ class Inputs:
         if clip is None:
             return Encoded(ids, ids, None, None)
         pixels = self.pixels(clip)
-        pad, count = self._pads[clip.kind], int(np.prod(pixels.grid)) // self._merge
+        pad, count = self._pads[clip.kind], int(np.prod(pixels.grid)) // self._merge**2
         if ids.count(pad) != 1:
             raise SettingsError("the chat template does not keep exactly one placeholder for the pictures")
         at = ids.index(pad)
@@ -169,8 +174,8 @@ class Inputs:
         clip = encoded.clip
         if clip is None:
             return request
-        data = clip.frames[0] if clip.kind == "image" else (clip.frames, _metadata(clip))
-        request["multi_modal_data"] = {clip.kind: [_as_image(data) if clip.kind == "image" else data]}
+        data = _as_image(clip.frames[0]) if clip.kind == "image" else (clip.frames, _metadata(clip))
+        request["multi_modal_data"] = {clip.kind: [data]}
         request["multi_modal_uuids"] = {clip.kind: [clip.key]}
         request["mm_processor_kwargs"] = {"size": _size(clip)}
         return request
@@ -185,13 +190,8 @@ class Inputs:
         finished = bool(ids) and ids[-1] == self.end
         return self.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False), finished
 
-    def collate(self, sequences: Sequence[tuple[Encoded, Sequence[int]]], rope: Any) -> Batch:
-        """Pads sequences (prompt, response) on the right; every different clip goes in once.
-
-        Args:
-            sequences: at least one.
-            rope: the model's `get_rope_index`, which knows mRoPE.
-        """
+    def collate(self, sequences: Sequence[tuple[Encoded, Sequence[int]]]) -> Batch:
+        """Pads one or more sequences (prompt, response) on the right; every different clip goes in once."""
         import torch
 
         size = max(len(e.ids) + len(r) for e, r in sequences)
@@ -209,10 +209,16 @@ class Inputs:
             if encoded.clip:
                 pad = self._pads[encoded.clip.kind]
                 types[row, : len(encoded.ids)][whole[: len(encoded.ids)] == pad] = _TYPES[encoded.clip.kind]
-        positions = _positions(rope, ids, types, [e.pixels for e, _ in sequences])
+        positions = np.stack(
+            [
+                mrope_positions(t, e.pixels, self._merge, self._per_second)
+                for t, (e, _) in zip(types.numpy(), sequences, strict=True)
+            ],
+            axis=1,
+        )
         pixels = {k: torch.cat([p.values for p in found]) for k, found in kinds.items() if found}
         grids = {k: torch.tensor([p.grid for p in found]) for k, found in kinds.items() if found}
-        return Batch(ids, positions, response, types > 0, pixels, grids, clip_of)
+        return Batch(ids, torch.from_numpy(positions), response, types > 0, pixels, grids, clip_of)
 
     def _video(self, clip: Clip) -> Pixels:
         import torch
@@ -222,8 +228,8 @@ class Inputs:
             videos=[frames], do_sample_frames=False, size=_size(clip), cap_pixels_per_frame=False, return_tensors="pt"
         )
         grid = tuple(out["video_grid_thw"][0].tolist())
-        fps = _metadata(clip)["fps"]
-        return Pixels("video", out["pixel_values_videos"], grid, self.processor.video_processor.temporal_patch_size / fps)
+        seconds = self.processor.video_processor.temporal_patch_size / _metadata(clip)["fps"]
+        return Pixels("video", out["pixel_values_videos"], grid, seconds)
 
     def _image(self, clip: Clip) -> Pixels:
         out = self.processor.image_processor(images=[_as_image(clip.frames[0])], size=_size(clip), return_tensors="pt")
@@ -271,18 +277,32 @@ def _place(
     return kind, clips[key]
 
 
-def _positions(rope: Any, ids: Any, types: Any, pixels: Sequence[Pixels | None]) -> Any:
-    import torch
+def mrope_positions(
+    types: npt.NDArray[np.int64], pixels: Pixels | None, merge: int, tokens_per_second: float
+) -> npt.NDArray[np.int64]:
+    """Positions (3, n) in time, height and width of one sequence with at most one clip.
 
-    grids = {k: [p.grid for p in pixels if p and p.kind == k] for k in ("image", "video")}
-    if not any(grids.values()):
-        return torch.arange(ids.shape[1]).view(1, 1, -1).expand(3, ids.shape[0], -1)
-    seconds = [p.seconds_per_grid for p in pixels if p and p.kind == "video"]
-    positions, _ = rope(
-        ids,
-        types,
-        image_grid_thw=torch.tensor(grids["image"]) if grids["image"] else None,
-        video_grid_thw=torch.tensor(grids["video"]) if grids["video"] else None,
-        second_per_grid_ts=torch.tensor(seconds) if seconds else None,
+    Text goes on from the largest position so far, in whichever dimension, as in the released model and in vLLM.
+    (`get_rope_index` of transformers 5 goes on from the largest spatial one, which differs for clips that last longer
+    than they are wide: log-probabilities of trainer and engine would be apart.)
+
+    Args:
+        types: (n,) 0 text, otherwise vision.
+        pixels: the clip.
+        merge: patches merged in each direction.
+        tokens_per_second: steps of the time dimension a second.
+    """
+    n = len(types)
+    where = np.flatnonzero(types)
+    if pixels is None or not len(where):
+        return np.broadcast_to(np.arange(n), (3, n)).copy()
+    t, h, w = pixels.grid[0], pixels.grid[1] // merge, pixels.grid[2] // merge
+    at = where[0]
+    clip = np.indices((t, h, w))
+    step = 1.0 if pixels.kind == "image" else float(np.float32(pixels.seconds_per_grid)) * tokens_per_second
+    clip[0] = (clip[0] * step).astype(np.int64)
+    clip = clip.reshape(3, -1) + at
+    before, after = np.arange(at), np.arange(n - at - clip.shape[1]) + clip.max() + 1
+    return np.concatenate(
+        [np.broadcast_to(before, (3, len(before))), clip, np.broadcast_to(after, (3, len(after)))], axis=1
     )
-    return positions

@@ -45,10 +45,10 @@ def simulated(rng: np.random.Generator) -> tuple[list[Person], list[Video]]:
     ]
     people = [
         Person(
-            User(f"u{i}", int(users.age[i]), "female", "teacher", {}, [TOPICS[t].name for t in users.listed[i] if t >= 0]),
+            User(f"u{i}", int(users.age[i]), "female", "teacher", {}, [TOPICS[t].name for t in tags if t >= 0]),
             tuple(_view(videos[int(rng.integers(len(videos)))], rng) for _ in range(3)),
         )
-        for i in range(_PEOPLE)
+        for i, tags in enumerate(users.listed)
     ]
     return people, videos
 

@@ -53,7 +53,7 @@ def checkpoint(settings: ModelSettings) -> Path:
     folder = Path(settings.path)
     config = folder / "config.json"
     if not config.is_file():
-        raise SettingsError(f"ufm.model.path={settings.path}: there is no config.json in it; give a checkpoint's folder")
+        raise SettingsError(f"ufm.model.path={settings.path}: it has no config.json; give a checkpoint's folder")
     kind = json.loads(config.read_text()).get("model_type")
     if kind != "qwen2_5_vl":
         raise SettingsError(f"ufm.model.path={settings.path} holds a model of type {kind!r}, not 'qwen2_5_vl'")
@@ -192,7 +192,7 @@ def _graft(model: Any, donor: Any) -> None:
 
 def _theta(config: Any) -> float:
     rope = getattr(config, "rope_parameters", None) or {}
-    return float(rope.get("rope_theta") or getattr(config, "rope_theta", 10000.0))
+    return float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
 
 
 def _rope(theta: float, section: list[int]) -> dict[str, Any]:

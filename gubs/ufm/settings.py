@@ -151,7 +151,7 @@ class RolloutSettings(Section):
 class GRPOSettings(Section):
     """Group-aware GRPO."""
 
-    tasks: list[Task] = [Task.SEQUENTIAL, Task.CLICK]
+    tasks: tuple[Task, ...] = (Task.SEQUENTIAL, Task.CLICK)
     """Tasks to train on, of those the data set has."""
     start: Literal["sft", "base"] = "sft"
     """Policy to start from: after SFT, or the model as it is (paper, Table 7)."""
@@ -162,7 +162,7 @@ class GRPOSettings(Section):
     prompts: int = Field(4, ge=1)
     """Training records a step, over all workers, gold options balanced (paper: 4)."""
     user_samples: int = Field(4, ge=1)
-    """Answers from the user's own prompt (paper: 4); with one for the group and one for the similar user, 6 a record."""
+    """Answers from the user's own prompt (paper: 4); the group and the similar user give one each: 6 a record."""
     beta: float = Field(0.04, ge=0)
     """Weight of the KL divergence from the reference, the policy at the start (paper: 0.04)."""
     updates: int = Field(1, ge=1)
@@ -181,7 +181,7 @@ class GRPOSettings(Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     samples_every: int = Field(10, ge=0)
     """Steps between samples of answers written for people to read; 0 = none."""
-    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where the figures go, beside `metrics.jsonl` and Ray's metrics; wandb and mlflow must be installed."""
 
 
@@ -211,6 +211,6 @@ class UFMSettings(Section):
     def _consistent(self) -> "UFMSettings":
         if self.grpo.prompts % self.workers.count:
             raise ValueError(
-                f"ufm.grpo.prompts={self.grpo.prompts} cannot be dealt to ufm.workers.count={self.workers.count} workers"
+                f"ufm.grpo.prompts={self.grpo.prompts} cannot be dealt evenly to {self.workers.count} workers"
             )
         return self
