@@ -196,6 +196,16 @@ def test_random_drop_drops_as_much_and_meets_its_expectation():
         assert np.mean([d[name] for d in draws]) == pytest.approx(expected[name], abs=tolerance), name
 
 
+def test_expected_drop_by_hand():
+    """Half of 4 videos dropped: user 1 (one video, rate .8) is left with chance 1/2, user 2 (three of .4) with 7/8."""
+    p = Predictions(list("1222"), ["A"] * 4, ["A", "A", "B", "B"], play_rate=[0.8, 0.4, 0.4, 0.4])
+    expected = values(baselines(p, resamples=0)["random drop, expected"])
+    assert expected["person_play_rate"] == pytest.approx((0.8 / 2 + 0.4 * 7 / 8) / (1 / 2 + 7 / 8))
+    assert expected["users_without_video"] == pytest.approx(1 / 2 + 1 / 8)
+    assert expected["total_play_rate"] == pytest.approx(0.5)
+    assert expected["share_watched_lost"] == 0.5
+
+
 def test_bootstrap_is_over_users_seeded_and_fast():
     """Wrong here: intervals that treat a user's 20 items as 20 users are too narrow by half."""
     rng = np.random.default_rng(3)
