@@ -4,10 +4,12 @@ The rule for times: the decodable span, from the first frame's time to the end o
 segments, and of each the frame on show at its middle is taken. A video with no more than `count` frames gives all of
 them, the last one twice if their number is odd.
 
-decord decodes where it can be trusted. It seeks by keyframe and counts frames from there, and so returns wrong frames
-without a word where a keyframe is no clean entry point (open groups of pictures, intra refresh) or where packets have
-no times (H.264 in AVI, MPEG-TS and PS). A scan of the packets tells; PyAV, which can check each frame's time, does the
-rest, and does it again, strictly and from front to back, where anything looks damaged.
+H.264, which most videos are, is decoded by PyAV in the same pass that scans the packets: they stay in memory, and what
+no wanted frame leans on is not decoded (whole groups before a clean keyframe, and pictures that none refers to). Other
+codecs are decord's where it can be trusted. It seeks by keyframe and counts frames from there, and so returns wrong
+frames without a word where a keyframe is no clean entry point (open groups of pictures, intra refresh) or where packets
+have no times (MPEG-TS and PS). The scan tells; PyAV, which can check each frame's time, does the rest, and does it
+again, strictly and from front to back, where anything looks damaged.
 """
 
 import io
@@ -39,6 +41,9 @@ _EXACT_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"}
 
 _SEEK_WORTH = 64
 """Packets to be skipped from which a seek is worth it."""
+
+_KEPT_BYTES = 64 << 20
+"""Files up to this size are held in memory while they are decoded."""
 
 _MAX_PROBLEMS = 10_000
 """Errors after which a file is given up."""
@@ -122,10 +127,17 @@ class _Film:
 
     def decode(self) -> Decoded:
         """Scans, then takes the frames the fast way, or the strict way where anything is wrong."""
-        found = self.scan()
-        if found.damage or not found.timed or found.first is None:
+        with container_of(self.file) as container:
+            stream = video_stream(container)
+            found = self._scan(container, stream)
+            pts = sorted(p for p in found.pts if p is not None)
+            sound = found.damage is None and found.timed
+            if sound and found.packets is not None:
+                indices = sample(pts, self.options.count)
+                images = self._from_packets(stream, found, [pts[0], *(pts[i] for i in indices)])
+                return self._pack(found, pts, indices, images, "pyav") if images else self._strictly(found)
+        if not sound or found.first is None:
             return self._strictly(found)
-        pts = sorted(p for p in found.pts if p is not None)
         indices = sample(pts, self.options.count)
         cover = self._shrink(found.first)
         images, decoder = self._with_decord(found, indices, cover.size), "decord"
@@ -135,17 +147,17 @@ class _Film:
             return self._strictly(found)
         return self._pack(found, pts, indices, [cover, *images], decoder)
 
-    def scan(self) -> Scan:
+    def _scan(self, container: InputContainer, stream: VideoStream) -> Scan:
         """Looks at the packets.
 
         Raises:
-            Unfit: no video stream, encrypted, pictures too large, not a video at all.
+            Unfit: encrypted, pictures too large, not a video at all.
         """
-        with container_of(self.file) as container:
-            stream = video_stream(container)
-            self._refuse_giant(stream.codec_context.width, stream.codec_context.height)
-            self.pixel_aspect = float(stream.sample_aspect_ratio or 1)
-            found = scan(container, stream)
+        self._refuse_giant(stream.codec_context.width, stream.codec_context.height)
+        self.pixel_aspect = float(stream.sample_aspect_ratio or 1)
+        # Elsewhere than in these formats the two fields of a picture may come in packets of their own.
+        exact = stream.codec_context.name == "h264" and container.format.name in _EXACT_FORMATS
+        found = scan(container, stream, keep=exact and container.size <= _KEPT_BYTES)
         if not found.pts:
             raise Unfit(Verdict.UNDECODABLE, f"0 frames of {found.declared} ({found.damage or 'no packets'})")
         if found.first is not None:
@@ -156,6 +168,24 @@ class _Film:
         if width * height > self.options.max_source_pixels:
             limit = self.options.max_source_pixels
             raise Unfit(Verdict.TOO_LARGE, f"pictures of {width} x {height}, the limit is {limit} pixels")
+
+    def _from_packets(self, stream: VideoStream, found: Scan, wanted: list[int]) -> list[Image.Image] | None:
+        """The frames with exactly these times, ascending; None if one cannot be had or anything looks wrong."""
+        images: dict[int, Image.Image] = {}
+        errors = av.logging.get_last_error()[0]
+        try:
+            for frame in _needed_frames(stream, found, wanted):
+                if frame.is_corrupt:
+                    return None
+                self._refuse_giant(frame.width, frame.height)
+                images[cast(int, frame.pts)] = self._shrink(frame)
+        except av.FFmpegError as e:
+            if isinstance(e, MemoryError):
+                raise
+            return None
+        if av.logging.get_last_error()[0] != errors:
+            return None
+        return [images[p] for p in wanted] if all(p in images for p in wanted) else None
 
     def _with_decord(self, found: Scan, indices: list[int], size: Size) -> list[Image.Image] | None:
         """The frames by decord; None where it cannot be trusted, fails, or complains."""
@@ -292,6 +322,28 @@ class _Film:
         out = io.BytesIO()
         image.save(out, "JPEG", quality=self.options.quality)
         return out.getvalue()
+
+
+def _needed_frames(stream: VideoStream, found: Scan, wanted: Sequence[int]) -> Iterator[VideoFrame]:
+    """The frames with these times, decoding as little as gives them bit for bit.
+
+    Between two wanted frames it goes on from the last clean keyframe, if that is nearer, and pictures that no other
+    refers to are decoded only if they are wanted.
+    """
+    packets, context, left = found.packets or [], stream.codec_context, set(wanted)
+    keys = found.keys if found.clean_seeks and not found.hidden else []
+    at = 0
+    for stop in [i for i, packet in enumerate(packets) if packet.pts in left and not packet.is_discard]:
+        key = max((k for k in keys if k <= stop), default=0)
+        if key > at:
+            yield from (f for f in stream.decode(None) if f.pts in left)
+            context.flush_buffers()
+            at = key
+        for packet in packets[at : stop + 1]:
+            context.skip_frame = "DEFAULT" if packet.pts in left else "NONREF"
+            yield from (f for f in stream.decode(packet) if f.pts in left)
+        at = stop + 1
+    yield from (f for f in stream.decode(None) if f.pts in left)
 
 
 def _frames_at(

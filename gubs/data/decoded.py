@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from gubs.config import FrameSettings
 
-DECODER_VERSION = 1
+DECODER_VERSION = 2
 """To be raised when the same settings come to give other pixels."""
 
 

@@ -109,8 +109,10 @@ class Scan:
     """Positions of keyframes in `pts`."""
     hidden: int = 0
     """Packets that an edit list cuts away."""
+    packets: list[av.Packet] | None = None
+    """All packets of the stream in decoding order, those cut away too, where they were kept."""
     first: VideoFrame | None = None
-    """First decoded frame."""
+    """First decoded frame; not decoded where packets are kept."""
     clean_seeks: bool = True
     """Decoding from any keyframe gives the same frames as decoding from the start."""
     damage: str | None = None
@@ -122,8 +124,8 @@ class Scan:
         return bool(self.pts) and None not in self.pts and len(set(self.pts)) == len(self.pts)
 
 
-def scan(container: InputContainer, stream: VideoStream) -> Scan:
-    """Reads all packets and decodes the first frame.
+def scan(container: InputContainer, stream: VideoStream, keep: bool = False) -> Scan:
+    """Reads all packets and decodes the first frame, or with `keep` keeps the packets instead.
 
     Raises:
         Unfit: encrypted.
@@ -136,6 +138,7 @@ def scan(container: InputContainer, stream: VideoStream) -> Scan:
         rate=float(stream.average_rate) if stream.average_rate else None,
         lone=len(container.streams.video) == 1,
         declared=stream.frames,
+        packets=[] if keep else None,
     )
     prepare(stream)
     nal_length = _nal_length(context.extradata) if found.codec == "h264" else None
@@ -147,7 +150,7 @@ def scan(container: InputContainer, stream: VideoStream) -> Scan:
             end_s = max(end_s, ((packet.pts or 0) + (packet.duration or 0)) * tick_s[packet.stream.index])
             if packet.stream.index != stream.index:  # a flushing packet's own stream_index is always 0
                 continue
-            if found.first is None and found.damage is None:
+            if not keep and found.first is None and found.damage is None:
                 _decode_first(found, packet)
             if packet.size == 0:
                 continue
@@ -155,6 +158,8 @@ def scan(container: InputContainer, stream: VideoStream) -> Scan:
                 raise Unfit(Verdict.ENCRYPTED, "its packets are encrypted")
             if packet.is_corrupt:
                 found.damage = found.damage or f"packet {len(found.pts)} is cut short"
+            if found.packets is not None:
+                found.packets.append(packet)
             if packet.is_discard:
                 found.hidden += 1
                 continue

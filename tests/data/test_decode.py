@@ -8,8 +8,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+from av.video.reformatter import VideoReformatter
 from films import film, number, picture, sound
 from PIL import Image
 
@@ -151,6 +153,53 @@ def test_long_video_is_sought_exactly(tmp_path: Path, process: DecoderProcess) -
         assert [number(f) for f in done.frames] == [(2 * k + 1) * 250 // 16 for k in range(8)], name
 
 
+H264 = {
+    "plain": {},
+    "b_frames": {"options": {"x264-params": "bframes=5:b-pyramid=normal:keyint=250:scenecut=0"}},
+    "many_keys": {"gop": 10, "options": {"x264-params": "bframes=3"}},
+    "no_b_frames": {"options": {"x264-params": "bframes=0:ref=4"}},
+    "open_gop": {"options": {"x264-params": "open-gop=1:bframes=3:keyint=20"}},
+    "intra_refresh": {"options": {"x264-params": "intra-refresh=1:keyint=20"}},
+    "interlaced": {"options": {"x264-params": "tff=1:bframes=3"}},
+    "slices": {"options": {"x264-params": "slices=4:bframes=3"}},
+    "trimmed": {"pts": range(-9, 191)},
+}
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+@pytest.mark.parametrize("name", H264)
+def test_skipping_changes_no_bit(name: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left out on the way to the wanted frames must not show in them: same bytes as from decoding all."""
+    path = str(film(tmp_path / f"a{suffix}", frames=200, **H264[name]))
+    quick = check(decode(path, OPTIONS))
+    with av.open(path) as container:
+        frames = list(container.decode(video=0))
+    reformat = VideoReformatter().reformat
+    assert quick.decodable_frames == len(frames)
+    start = frames[0].time
+    shown = {round(f.time - start, 6): f for f in frames}
+    for jpeg, time_s in zip((quick.cover, *quick.frames), (0.0, *quick.times_s), strict=True):
+        small = reformat(shown[round(time_s, 6)], quick.width, quick.height, "rgb24", interpolation="BILINEAR")
+        out = io.BytesIO()
+        Image.fromarray(small.to_ndarray()).save(out, "JPEG", quality=OPTIONS.quality)
+        assert out.getvalue() == jpeg
+
+
+def test_damage_on_the_way_is_noticed(tmp_path: Path, process: DecoderProcess) -> None:
+    """A picture that others lean on is broken: frames that show it are not taken for good."""
+    path = film(tmp_path / "a.mp4", frames=100, gop=100, options={"x264-params": "bframes=0:scenecut=0"})
+    with av.open(str(path)) as container:
+        packet = [p for p in container.demux(video=0) if p.size][50]
+        at, size = packet.pos, packet.size
+    data = bytearray(path.read_bytes())
+    data[at + 12 : at + size] = b"\x55" * (size - 12)
+    path.write_bytes(data)
+    done = check(process.decode(str(path)))
+    assert done.verdict == "partial", done.detail
+    assert done.decodable_frames == 50
+    assert number(done.frames[-1]) < 50
+
+
 def test_variable_frame_rate_goes_by_time(tmp_path: Path, process: DecoderProcess) -> None:
     pts = [*range(24), *range(24, 24 * 7, 24)]  # one second at 24 a second, then six at one a second
     done = check(process.decode(str(film(tmp_path / "vfr.mkv", frames=len(pts), pts=pts))))
@@ -164,13 +213,16 @@ def test_short_video_gives_all_it_has(frames: int, kept: list[int], tmp_path: Pa
 
 
 @pytest.mark.parametrize("rotation", [90, 180, 270])
-@pytest.mark.parametrize("name", ["turned.mp4", "turned_av1.mp4"])
+@pytest.mark.parametrize("name", ["turned.mp4", "turned_mpeg4.mp4", "turned_av1.mp4"])
 def test_rotation_is_the_same_in_both_decoders(
     name: str, rotation: int, tmp_path: Path, process: DecoderProcess
 ) -> None:
-    av1 = {"codec": "libsvtav1", "options": {"preset": "12"}} if "av1" in name else {}
-    done = check(process.decode(str(film(tmp_path / name, rotation=rotation, **av1))))
-    assert (done.decoder == "pyav") == bool(av1)
+    codec = {
+        "turned_mpeg4.mp4": {"codec": "mpeg4"},
+        "turned_av1.mp4": {"codec": "libsvtav1", "options": {"preset": "12"}},
+    }.get(name, {})
+    done = check(process.decode(str(film(tmp_path / name, rotation=rotation, **codec))))
+    assert done.decoder == ("decord" if "mpeg4" in name else "pyav")
     assert (done.source_width, done.source_height) == ((96, 160) if rotation % 180 else (160, 96))
     for frame, i in zip((done.cover, *done.frames), (0, *range(3, 48, 6)), strict=True):
         seen = np.asarray(Image.open(io.BytesIO(frame)).convert("RGB"), dtype=float)
