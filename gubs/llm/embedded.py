@@ -230,6 +230,8 @@ def _command(settings: EmbeddedSettings, model: str, host: str, port: int) -> li
         "dtype": "bfloat16",
         "max-num-seqs": settings.max_concurrency,
         "max-model-len": settings.max_model_len,
+        "distributed-executor-backend": "uni",  # the model in the engine's process: one process fewer to start and feed
+        "block-size": 32,  # the unit in which prompts share what was read of them; 128 by default
         "disable-uvicorn-access-log": None,
         "no-enable-log-requests": None,
         "enforce-eager": None,
@@ -245,6 +247,7 @@ def _environment(settings: EmbeddedSettings, key: Secret) -> dict[str, str]:
         "VLLM_API_KEY": key.reveal(),  # not on the command line, where every user of the machine could read it
         "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gb),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else it turns the executor "uni" back into one with worker processes
         "OMP_NUM_THREADS": str(threads),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
