@@ -129,7 +129,7 @@ def main() -> None:
         "groups": 20,
         "matches": 1200,
         "concurrency": 1000,
-        "actors": 2,
+        "actors": 1,
         "seed": 0,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=value)

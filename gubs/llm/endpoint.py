@@ -1,8 +1,10 @@
 """Calls to one endpoint, from one actor: limits, attempts, second copies of overdue ones, the resulting entry."""
 
 import asyncio
+import functools
+import json
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,8 +18,6 @@ from gubs.llm.retry import Health, Patience
 from gubs.llm.settings import EndpointSettings, RetrySettings, RoleSettings
 from gubs.llm.structured import Support, fields
 from gubs.llm.wire import AttemptError, Reply, read_response
-
-_CONNECT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class EndpointCaller:
     ):
         """`concurrency`: calls in flight here; `fraction`: this actor's part of the limits a minute."""
         self.name, self._settings, self._retries, self._redactor = name, settings, retries, redactor
-        self._client = _client(settings, key, concurrency)
+        self._client = _client(settings, key, concurrency + 16)
         self._limits = Limits(
             concurrency, settings.requests_per_minute * fraction, settings.tokens_per_minute * fraction
         )
@@ -102,20 +102,25 @@ class EndpointCaller:
 
     async def _race(self, work: Work, role: RoleSettings) -> tuple[Reply, float]:
         """One attempt, with another copy beside it whenever the youngest copy is overdue; the first to end counts."""
+        if not self._settings.hedge:
+            return await self._copy(work, role, None)
         copies: list[asyncio.Task[tuple[Reply, float]]] = []
         try:
             while True:
-                due: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-                copies.append(asyncio.create_task(self._copy(work, role, due)))
-                watched: list[asyncio.Future[Any]] = [*copies, due]
-                await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+                # One future for "a copy ended" and "it is overdue": cheaper than asyncio.wait on all of them.
+                news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                copies.append(asyncio.create_task(self._copy(work, role, news)))
+                for copy in copies:
+                    copy.add_done_callback(functools.partial(_tell, news))
+                await news
                 ended = next((c for c in copies if c.done()), None)
                 if ended:
                     return ended.result()
         finally:
-            await _cancel(copies)
+            if len(copies) > 1 or not copies[0].done():
+                await _cancel(copies)
 
-    async def _copy(self, work: Work, role: RoleSettings, due: asyncio.Future[None]) -> tuple[Reply, float]:
+    async def _copy(self, work: Work, role: RoleSettings, due: asyncio.Future[None] | None) -> tuple[Reply, float]:
         name = work.request.role
         prompt = estimate_prompt(work.request.messages)
         taken = await self._limits.admit(lambda: prompt + int(self._mean_out.get(name, role.max_tokens)))
@@ -150,15 +155,14 @@ class EndpointCaller:
 
     async def _post(self, body: dict[str, Any]) -> Reply:
         """One HTTP request and its response; every failure of the transport becomes an AttemptError."""
-        import httpx2
         import openai
 
+        content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
         began = time.monotonic()
         split = self._settings.reasoning == "auto"
         try:
             async with asyncio.timeout(self._settings.timeout_s):
-                # The plain response, not the client's typed one: less CPU a call, and fields it does not know stay.
-                response = await self._client.post("/chat/completions", cast_to=httpx2.Response, body=body)
+                response = await self._client.send(content)
         except openai.APIStatusError as e:
             response = e.response
         except TimeoutError:
@@ -240,23 +244,21 @@ def price(settings: EndpointSettings, tokens_in: int, tokens_out: int) -> float:
 
 
 def _client(settings: EndpointSettings, key: Secret | None, connections: int) -> Any:
-    import httpx2
-    import openai
+    from gubs.llm.lean import LeanOpenAI  # imports the OpenAI client: seconds, and only client actors need it
 
-    http = openai.DefaultAioHttpClient(
-        limits=httpx2.Limits(max_connections=connections + 16, max_keepalive_connections=connections + 16),
-        timeout=httpx2.Timeout(settings.timeout_s + 5, connect=_CONNECT_S, pool=None),
-    )
-    secret = key.reveal() if key else "none"
-    return openai.AsyncOpenAI(base_url=settings.base_url, api_key=secret, max_retries=0, http_client=http)
+    return LeanOpenAI(settings.base_url, key.reveal() if key else "none", connections)
 
 
 def _broken(message: str) -> AttemptError:
     return AttemptError("unreachable", message, "retry", alive=False)
 
 
-async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    tasks = list(tasks)
+def _tell(news: asyncio.Future[None], _: object) -> None:
+    if not news.done():
+        news.set_result(None)
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -21,12 +21,12 @@ _FREE = 3
 
 
 class Flight:
-    """One attempt on its way. `due` is done once a second copy is wanted."""
+    """One attempt on its way."""
 
-    __slots__ = ("began", "due", "role")
+    __slots__ = ("began", "role")
 
-    def __init__(self, role: str, due: asyncio.Future[None]):
-        self.role, self.due, self.began = role, due, time.monotonic()
+    def __init__(self, role: str):
+        self.role, self.began = role, time.monotonic()
 
 
 class Watch:
@@ -35,16 +35,17 @@ class Watch:
     def __init__(self, share: float):
         self._share = share
         self._latencies: dict[str, collections.deque[float]] = {}
-        self._flights: dict[Flight, None] = {}
+        self._flights: dict[Flight, asyncio.Future[None]] = {}
         self._answered = 0
         self.copies = 0
         """Second copies that were called for."""
 
     @contextlib.contextmanager
-    def flight(self, role: str, due: asyncio.Future[None]) -> Iterator[Flight]:
-        """Context of one attempt; `due` gets done when a second copy is wanted."""
-        flight = Flight(role, due)
-        self._flights[flight] = None
+    def flight(self, role: str, due: asyncio.Future[None] | None) -> Iterator[Flight]:
+        """Context of one attempt; `due` gets done when a second copy is wanted (None: it never is)."""
+        flight = Flight(role)
+        if due is not None:
+            self._flights[flight] = due
         try:
             yield flight
         finally:
@@ -72,11 +73,11 @@ class Watch:
     def check(self, now: float) -> None:
         """Marks what is overdue, longest first, as far as the share of second copies allows."""
         patience: dict[str, float] = {}
-        for flight in list(self._flights):  # in order of their beginning
+        for flight, due in list(self._flights.items()):  # in order of their beginning
             if self.copies >= _FREE + self._share * self._answered:
                 return
             if flight.role not in patience:
                 patience[flight.role] = self.patience_s(flight.role)
-            if now - flight.began > patience[flight.role] and not flight.due.done():
-                flight.due.set_result(None)
+            if now - flight.began > patience[flight.role] and not due.done():
+                due.set_result(None)
                 self.copies += 1

@@ -17,8 +17,9 @@ from gubs.llm.worker import Assignment, Done, Report, Stopped, Worker
 log = logging.getLogger(__name__)
 
 _CHUNK = 50
-_AHEAD = 1.25
-"""Work an actor is given, as a multiple of what it may have in flight: the rest waits there for a free slot."""
+_AHEAD = 1.5
+"""Work an actor is given, as a multiple of what it may have in flight: the rest waits there for a free slot, so that
+none stays free while answers wait to be reported."""
 _WAIT_S = 1.0
 _START_S = 120.0
 _GRACE_S = 60.0

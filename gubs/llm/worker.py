@@ -18,10 +18,10 @@ from gubs.llm.limits import share
 from gubs.llm.redact import Redactor, Secret
 from gubs.llm.settings import EndpointSettings, LLMSettings
 
-_BATCH_S = 0.2
-"""Answers that come this close together are reported together, where much is under way: a report costs as much CPU as a
-call. At the end of a batch of work, when others wait for the last answers, the time shrinks."""
-_SYNC_S = 0.05
+_BATCH_S = 0.4
+"""Answers that come this close together are reported together, where much is under way: a report costs as much CPU as
+two calls. At the end of a batch of work, when others wait for the last answers, the time shrinks."""
+_SYNC_S = 0.15
 """Answers that come this close together share an fsync, likewise."""
 _MANY = 200
 """Calls under way from which on these times are waited in full."""
