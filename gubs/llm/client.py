@@ -280,7 +280,9 @@ class LLMClient:
 
     def _take(
         self, news: News, todo: dict[str, collections.deque[Talk]], progress: Progress
-    ) -> Iterator[tuple[Talk, Answer]]:
+    ) -> list[tuple[Talk, Answer]]:
+        """Takes in all of the news: whoever listens may stop at the first answer, and the others must not be lost."""
+        finished = []
         for done in news.done:
             self.journal.add(done.entry, done.place)
             self._budget.release(done.entry.key)
@@ -292,7 +294,7 @@ class LLMClient:
                 talk.live = True
                 answer = talk.advance(done.entry)
                 if answer is not None:
-                    yield talk, answer
+                    finished.append((talk, answer))
                 else:
                     todo[self.settings.endpoint_of(talk.request.role)].appendleft(talk)
         if news.lost:
@@ -300,6 +302,7 @@ class LLMClient:
         for work in news.lost:
             self._budget.release(work.key)
             todo[work.endpoint].extendleft(self._waiting.pop(work.key, []))
+        return finished
 
     def _raise(self, stop: Stopped) -> None:
         for key in self._waiting:

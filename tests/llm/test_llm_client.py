@@ -207,8 +207,9 @@ def test_progress_adds_up(server, settings_for, tmp_path):
     assert any(p.in_flight for p in seen)
 
 
-def test_a_batch_nobody_listens_to_any_more_does_not_disturb_the_next(server, settings_for, tmp_path):
-    server.configure(median_s=0.2)
+@pytest.mark.parametrize("median_s", [0.0, 0.2], ids=["answers come together", "one by one"])
+def test_a_batch_nobody_listens_to_any_more_does_not_disturb_the_next(server, settings_for, tmp_path, median_s):
+    server.configure(median_s=median_s)
     with LLMClient(settings_for(), tmp_path) as client:
         next(iter(client.stream([simple(f"{i}") for i in range(20)])))
         assert [a.label for a in client.ask([simple("new"), simple("5")])] == [simple("new").label, simple("5").label]
