@@ -101,7 +101,7 @@ def categories_regex(groups: int, users: int) -> str:
     """Pattern of `parse_categories`' form, for engines that can be held to one; lines are short, for small models."""
     user = "|".join(map(str, range(1, users + 1)))
     one = (
-        rf"Category {g}: [A-Za-z][^\n]{{1,40}}\nFeatures: [A-Za-z][^\n]{{1,100}}\nTypical user: User ({user})"
+        rf"Category {g}: [A-Za-z][^\n]{{1,40}}\nFeatures: [A-Za-z][^\n]{{1,80}}\nTypical user: User ({user})"
         for g in range(1, groups + 1)
     )
     return "User definitions and typical features:\\n" + "\\n".join(one)

@@ -18,7 +18,8 @@ from gubs.llm.settings import EmbeddedSettings, LLMSettings
 PARENT = """
 import subprocess, sys, time
 stubborn = "trap '' TERM; sleep 600 & echo $! $$; wait; sleep 600"
-child = subprocess.Popen([sys.executable, "-m", "gubs.llm.guard", "sh", "-c", stubborn], stdin=subprocess.PIPE)
+guard = "import sys; from gubs.llm import guard; guard._GRACE_S = 1.0; sys.exit(guard.main(sys.argv[1:]))"
+child = subprocess.Popen([sys.executable, "-c", guard, "sh", "-c", stubborn], stdin=subprocess.PIPE)
 print(child.pid, flush=True)
 time.sleep(600)
 """
