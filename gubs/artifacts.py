@@ -209,6 +209,8 @@ class ArtifactWriter:
 
     def __init__(self, run: Run, stage: str, folder: str):
         self.run, self.stage, self.folder = run, stage, folder
+        self.fingerprint = ""
+        """Identity of what is published, where it becomes known only now; empty = the one `writing` was given."""
         self.tables: dict[str, TableInfo] = {}
         self.info: dict[str, Any] = {}
 
@@ -268,7 +270,7 @@ def writing(
     manifest = Manifest(
         stage=stage,
         schema_version=SCHEMA_VERSION,
-        fingerprint=fingerprint,
+        fingerprint=writer.fingerprint or fingerprint,
         inputs=dict(inputs),
         settings=settings.model_dump(mode="json"),
         code_version=code_version(),

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,32 @@ def llm_progress() -> Iterator["Callable[[Calls], None]"]:
                 say(f"         {p.done:,} of {p.total:,} calls, {_story(p)}")
 
         yield line
+
+
+@contextmanager
+def training_progress(title: str) -> Iterator[Callable[[int, int, Mapping[str, Any]], None]]:
+    """Shows how far a training is: steps, and the figures of the last one."""
+    if err.is_terminal:
+        with _bar() as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda done, total, f: bar.update(
+                task, completed=done, total=total, description=f"{title} {_figures(f)}"
+            )
+    else:
+        last = time.monotonic()
+
+        def line(done: int, total: int, figures: Mapping[str, Any]) -> None:
+            nonlocal last
+            if time.monotonic() - last >= _LINE_EVERY_S:
+                last = time.monotonic()
+                say(f"         {title}: step {done:,} of {total:,}, {_figures(figures)}")
+
+        yield line
+
+
+def _figures(figures: Mapping[str, Any]) -> str:
+    shown = {"reward": "reward", "loss": "loss", "accuracy": "accuracy", "health/kl": "KL", "seconds/step": "s a step"}
+    return ", ".join(f"{text} {figures[k]:.3g}" for k, text in shown.items() if figures.get(k) is not None)
 
 
 def _story(p: "Calls") -> str:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from gubs.artifacts import Artifact, Run
 from gubs.cluster import ray_session
 from gubs.config import Settings
-from gubs.console import llm_progress, progress, say
+from gubs.console import llm_progress, progress, say, training_progress
 from gubs.data.build import build_stage
 from gubs.data.ingest import ingest_stage
 
@@ -183,6 +183,41 @@ def teach(run: Run, settings: Settings, force: bool = False) -> None:
                 finish(fresh, ", ".join(f"{t.rows:,} {n}" for n, t in artifact.manifest.tables.items()))
             for note in artifact.manifest.info["notes"] if fresh else []:
                 say(f"         note: {note}")
+
+
+def train_sft(run: Run, settings: Settings, force: bool = False) -> Artifact:
+    """`sft` -> `sft_model`: the base model, fine-tuned on the teacher's examples."""
+    from gubs.ufm.stage import SFT, sft_stage
+
+    with _stage(SFT, "fine-tune") as finish, ray_session(settings.ray), training_progress("SFT") as on_progress:
+        artifact, fresh = sft_stage(run, settings, force=force, on_progress=on_progress)
+        last = artifact.manifest.info["last"]
+        finish(fresh, f"{artifact.manifest.info['steps']:,} steps, loss {last['loss']:.3f}")
+    return artifact
+
+
+def train_grpo(run: Run, settings: Settings, force: bool = False, name: str = "grpo") -> Artifact:
+    """`sft_model`, `labels`, `ugm` -> `grpo`: the policy, trained by GA-GRPO."""
+    from gubs.ufm.stage import grpo_stage
+
+    with _stage(name, "GA-GRPO") as finish, ray_session(settings.ray), training_progress("GA-GRPO") as on_progress:
+        artifact, fresh = grpo_stage(run, settings, name=name, force=force, on_progress=on_progress)
+        steps = artifact.table("steps")["reward"].to_pylist()
+        edge = max(1, len(steps) // 10)
+        first, last = sum(steps[:edge]) / edge, sum(steps[-edge:]) / edge
+        finish(fresh, f"{len(steps):,} steps, mean reward {first:.2f} at the start, {last:.2f} at the end")
+    return artifact
+
+
+def judge(run: Run, settings: Settings, policy: str, force: bool = False) -> Artifact:
+    """A policy -> `eval-<policy>`: its answers about the test users, and the metrics."""
+    from gubs.evaluate.judge import judge_stage
+
+    stage = f"eval-{policy}"
+    with _stage(stage, "judge test users") as finish, ray_session(settings.ray), progress("answers") as on_progress:
+        artifact, fresh = judge_stage(run, settings, policy, force=force, on_progress=on_progress)
+        finish(fresh, f"{artifact.manifest.tables['predictions'].rows:,} answers")
+    return artifact
 
 
 def plan_teachers(run: Run, settings: Settings) -> "Plan":

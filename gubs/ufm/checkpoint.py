@@ -1,0 +1,222 @@
+"""Checkpoints of a training run: written beside, renamed when whole, marker last; found again, checked, pruned.
+
+`<folder>/step-000050/` holds `policy/` (safetensors, tokenizer, processor: what transformers and vLLM load), the
+DeepSpeed state of every rank, `rng-<rank>.pt`, and `checkpoint.json`: the step, what it was trained on and with, and
+the size of every file. A folder without that marker is unfinished, whatever it holds. Remote runs (s3://...) are
+written to a local folder and uploaded, the marker last.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from gubs.errors import ArtifactError
+
+MARKER = "checkpoint.json"
+POLICY = "policy"
+_BEST = "best.json"
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What a finished checkpoint is."""
+
+    step: int
+    """Optimiser steps done."""
+    world: int
+    """Ranks; DeepSpeed's state is dealt to them."""
+    recipe: dict[str, str]
+    """Fingerprints of model, data and settings; another recipe is refused."""
+    score: float | None = None
+    """What the best checkpoint is chosen by; larger is better."""
+    files: dict[str, int] = field(default_factory=dict)
+    """Size of every file in bytes."""
+
+
+class Checkpoints:
+    """The checkpoints of one run. All ranks use it; what only one may do, rank 0 does."""
+
+    def __init__(self, folder: str, recipe: Mapping[str, str], keep: int, rank: int = 0, world: int = 1):
+        """Opens the folder.
+
+        Args:
+            folder: path or URI.
+            recipe: see `Marker`.
+            keep: newest ones to keep, beside the best.
+            rank: of this process.
+            world: number of processes.
+        """
+        self.folder, self.recipe, self.keep, self.rank, self.world = folder, dict(recipe), keep, rank, world
+        self.fs, self.root = fsspec.core.url_to_fs(folder)
+        self._local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+
+    def latest(self) -> Marker | None:
+        """The newest finished checkpoint, checked; None if there is none.
+
+        Raises:
+            ArtifactError: it is damaged, or of another model, other data or other settings.
+        """
+        steps = self.steps()
+        if not steps:
+            return None
+        marker = self.read(steps[-1])
+        where = f"{self.folder}/{_name(marker.step)}"
+        for name, mark in self.recipe.items():
+            if marker.recipe.get(name) != mark:
+                raise ArtifactError(
+                    f"{where} was trained with another {name} ({marker.recipe.get(name)}, now {mark}): "
+                    "give the earlier settings, use another --run, or --force to start anew"
+                )
+        if marker.world != self.world:
+            raise ArtifactError(
+                f"{where} was written by {marker.world} workers and cannot go on with {self.world}: "
+                f"set ufm.workers.count={marker.world}"
+            )
+        return marker
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, oldest first."""
+        if not self.fs.exists(self.root):
+            return []
+        names = (p.rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(self.root, detail=False))
+        found = [n for n in names if n.startswith("step-") and "." not in n]
+        return sorted(int(n.removeprefix("step-")) for n in found if self.fs.exists(f"{self.root}/{n}/{MARKER}"))
+
+    def read(self, step: int) -> Marker:
+        """The marker of a finished checkpoint.
+
+        Raises:
+            ArtifactError: a file is missing or not of the recorded size.
+        """
+        place = f"{self.root}/{_name(step)}"
+        marker = Marker(**json.loads(self.fs.cat_file(f"{place}/{MARKER}")))
+        for name, size in marker.files.items():
+            path = f"{place}/{name}"
+            if not self.fs.exists(path) or self.fs.size(path) != size:
+                raise ArtifactError(
+                    f"checkpoint {self.folder}/{_name(step)} is damaged: {name} is missing or not of the recorded "
+                    "size; remove that folder to go on from an earlier one"
+                )
+        return marker
+
+    def local(self, step: int) -> Path:
+        """A finished checkpoint as a local folder; a remote one is fetched first."""
+        place = f"{self.root}/{_name(step)}"
+        if self._local:
+            return Path(place)
+        target = Path(tempfile.mkdtemp(prefix="gubs-checkpoint-"))
+        self.fs.get(f"{place}/", f"{target}/", recursive=True)
+        return target
+
+    def write(
+        self,
+        step: int,
+        save: Callable[[Path], None],
+        *,
+        barrier: Callable[[], None] = lambda: None,
+        score: float | None = None,
+    ) -> None:
+        """Writes a checkpoint; all ranks call it at the same step.
+
+        Args:
+            step: optimiser steps done.
+            save: puts this rank's files into the folder it is given, which the ranks of a machine share.
+            barrier: waits for all ranks.
+            score: see `Marker`.
+
+        Raises:
+            ArtifactError: the disk is full, or not to be written to; earlier checkpoints are as they were.
+        """
+        place = f"{self.root}/{_name(step)}"
+        elsewhere = Path(tempfile.gettempdir()) / f"gubs-{_name(step)}-{os.getppid()}"
+        staged = Path(f"{place}.tmp") if self._local else elsewhere
+        try:
+            if self.rank == 0:
+                shutil.rmtree(staged, ignore_errors=True)
+                staged.mkdir(parents=True)
+            barrier()
+            save(staged)
+            _flush(staged)
+            barrier()
+            if self.rank == 0:
+                self._publish(staged, place, Marker(step, self.world, self.recipe, score, _sizes(staged)))
+        except OSError as e:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise ArtifactError(
+                f"cannot write the checkpoint {self.folder}/{_name(step)}: {e}; earlier ones are whole"
+            ) from e
+        barrier()
+
+    def _publish(self, staged: Path, place: str, marker: Marker) -> None:
+        text = json.dumps(asdict(marker), indent=1).encode()
+        if self._local:
+            if Path(place).exists():
+                shutil.rmtree(place)  # without a marker, or of an attempt that went on from an earlier step
+            staged.rename(place)
+            _write_through(Path(place) / MARKER, text)
+        else:
+            self.fs.put(f"{staged}/", f"{place}/", recursive=True)
+            self.fs.pipe_file(f"{place}/{MARKER}", text)
+            shutil.rmtree(staged)
+        self._note_best(marker)
+        self._prune()
+
+    def best(self) -> int | None:
+        """Step of the best checkpoint so far."""
+        path = f"{self.root}/{_BEST}"
+        return int(json.loads(self.fs.cat_file(path))["step"]) if self.fs.exists(path) else None
+
+    def _note_best(self, marker: Marker) -> None:
+        path = f"{self.root}/{_BEST}"
+        known = json.loads(self.fs.cat_file(path)) if self.fs.exists(path) else None
+        if marker.score is not None and (known is None or known["step"] > marker.step or marker.score > known["score"]):
+            self.fs.pipe_file(path, json.dumps({"step": marker.step, "score": marker.score}).encode())
+
+    def _prune(self) -> None:
+        steps, best = self.steps(), self.best()
+        for step in steps[: -self.keep]:
+            if step != best:
+                self.fs.rm(f"{self.root}/{_name(step)}", recursive=True)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _flush(folder: Path) -> None:
+    """The files' contents reach the disk before their names do."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as f:
+                os.fsync(f.fileno())
+
+
+def _write_through(path: Path, data: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_policy(model: Any, inputs: Any, folder: Path) -> None:
+    """The policy as a checkpoint that transformers and vLLM load."""
+    model.save_pretrained(folder)
+    inputs.processor.save_pretrained(folder)

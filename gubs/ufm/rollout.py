@@ -1,0 +1,245 @@
+"""Rollout: a vLLM engine beside each trainer, on the same GPU, that takes token ids and gives token ids.
+
+`Engine` is vLLM in the present process; `start_rollout` puts one into a Ray actor that lives and dies with the train
+worker that asks for it. Ray's placement groups cannot share a train worker's GPU with another actor, so the actor asks
+for none and gets the worker's own device by its id.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gubs.errors import PlatformError
+from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: weights reach it without another copy
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_BLOCK = 32
+"""Tokens of a cache block on a CPU, the smallest its kernels take: answers to one prompt share more of it."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to be written."""
+
+    prompt: Mapping[str, Any]
+    """See `Inputs.for_engine`."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer."""
+
+    ids: tuple[int, ...]
+    """Its tokens; the last one ends the turn, unless the length limit cut it off."""
+    logprobs: tuple[float, ...]
+    """The engine's own log-probability of each token, at temperature 1, before top-p."""
+    version: int
+    """Number of weight updates the engine had seen."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What has to be known of an engine before it starts."""
+
+    folder: str
+    model: ModelSettings
+    inputs: InputSettings
+    rollout: RolloutSettings
+    threads: int = 0
+    """Threads on a CPU; 0 = all cores."""
+    max_pictures: bool = True
+    """False = no prompt has pictures: no memory is set aside for them."""
+
+
+class Engine:
+    """vLLM in this process, with everything a step needs: generate, sleep and wake, new weights."""
+
+    def __init__(self, shape: Shape):
+        """Loads the model; takes 6-20 s on a CPU.
+
+        Raises:
+            PlatformError: vLLM is not installed.
+        """
+        os.environ.update(_ENVIRONMENT)
+        if shape.threads:
+            os.environ["OMP_NUM_THREADS"] = str(shape.threads)
+        try:
+            from vllm import LLM
+        except ImportError as e:
+            raise PlatformError(f"rollouts need vLLM: {e}; pip install 'gubs[gpu]' or 'gubs[cpu]'") from None
+        import torch
+
+        self.shape, self.version = shape, 0
+        self._cpu = not torch.cuda.is_available()
+        self._awake = True
+        self._llm = LLM(**_engine_arguments(shape, self._cpu))
+
+    def ready(self) -> int:
+        """Answers once the engine is up: its process id."""
+        return os.getpid()
+
+    def generate(
+        self, requests: Sequence[Request], temperature: float | None = None, choices: Sequence[str] | None = None
+    ) -> list[Response]:
+        """Writes the answers, all at once.
+
+        Args:
+            requests: prompts with their seeds.
+            temperature: instead of the settings'; 0 = greedy.
+            choices: the whole answer has to be one of these texts.
+        """
+        if not requests:
+            return []
+        self.wake()
+        parameters = [self._parameters(r.seed, temperature, choices) for r in requests]
+        prompts: Any = [dict(r.prompt) for r in requests]
+        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        return [self._response(o.outputs[0]) for o in outputs]
+
+    def sleep(self) -> None:
+        """Gives the GPU's memory free: weights to the host, no cache. Nothing on a CPU."""
+        if self.shape.rollout.sleep and not self._cpu and self._awake:
+            self._llm.sleep(level=1)
+            self._awake = False
+
+    def wake(self, weights_only: bool = False) -> None:
+        """Takes the memory back."""
+        if not self._awake:
+            self._llm.wake_up(tags=["weights"] if weights_only else None)
+            self._awake = not weights_only
+
+    def load(self, weights: Iterable[tuple[str, Any]], version: int) -> list[str]:
+        """New weights by the checkpoint's names; what was computed with the old ones is forgotten.
+
+        Returns:
+            The names of the engine's parameters that were not among them: they keep their old values.
+        """
+        self.wake(weights_only=True)
+        missing = self._llm.collective_rpc(_reload, args=(list(weights),))[0]
+        self.forget()
+        self.version = version
+        return list(missing)
+
+    def receive(self, pack: Any, version: int) -> list[str]:
+        """`load` for weights that come from another process as a `sync.Pack`."""
+        return self.load(pack.tensors(), version)
+
+    def forget(self) -> None:
+        """Empties the caches of prefixes, of processed pictures and of their embeddings."""
+        if self._awake:
+            self._llm.reset_prefix_cache()
+        self._llm.reset_mm_cache()
+        engine = self._llm.llm_engine
+        if hasattr(engine, "reset_encoder_cache"):
+            engine.reset_encoder_cache()
+
+    def figures(self) -> dict[str, float]:
+        """Totals since the start: prompt tokens asked of the prefix cache and found in it; the same for pictures."""
+        wanted = {
+            "vllm:prefix_cache_queries": "prefix_queries",
+            "vllm:prefix_cache_hits": "prefix_hits",
+            "vllm:mm_cache_queries": "picture_queries",
+            "vllm:mm_cache_hits": "picture_hits",
+        }
+        metrics: Any = self._llm.get_metrics()
+        found = {wanted[m.name]: float(m.value) for m in metrics if m.name in wanted}
+        return {name: found.get(name, 0.0) for name in wanted.values()}
+
+    def hang(self, seconds: float) -> None:
+        """Does nothing for that long: a stand-in for an engine that hangs, for tests of the deadline."""
+        time.sleep(seconds)
+
+    def _parameters(self, seed: int, temperature: float | None, choices: Sequence[str] | None) -> Any:
+        from vllm import SamplingParams
+
+        heat = self.shape.rollout.temperature if temperature is None else temperature
+        guided: Any = {}
+        if choices:
+            from vllm.sampling_params import StructuredOutputsParams
+
+            guided["structured_outputs"] = StructuredOutputsParams(choice=list(choices))
+        return SamplingParams(
+            temperature=heat,
+            top_p=self.shape.rollout.top_p if heat else 1.0,
+            top_k=0,
+            max_tokens=self.shape.inputs.max_new_tokens,
+            seed=seed,
+            logprobs=0,
+            detokenize=False,
+            skip_special_tokens=False,
+            **guided,
+        )
+
+    def _response(self, output: Any) -> Response:
+        ids = tuple(output.token_ids)
+        logprobs = tuple(step[token].logprob for token, step in zip(ids, output.logprobs, strict=True))
+        return Response(ids, logprobs, self.version)
+
+
+def start_rollout(shape: Shape, *, gpu_ids: Sequence[str] = (), node_id: str = "") -> Any:
+    """An `Engine` in a Ray actor of the calling process, on its node and on its GPU; returns the handle at once.
+
+    Args:
+        shape: the engine.
+        gpu_ids: the caller's own device ids; none = a CPU engine.
+        node_id: the caller's node; empty = anywhere.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    environment = {**_ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ",".join(gpu_ids)}
+    if shape.threads:
+        environment["OMP_NUM_THREADS"] = str(shape.threads)
+    remote: Any = ray.remote(Engine)
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0, "runtime_env": {"env_vars": environment}}
+    if node_id:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return remote.options(**options).remote(shape)
+
+
+def _engine_arguments(shape: Shape, cpu: bool) -> dict[str, Any]:
+    rollout = shape.rollout
+    common = {
+        "model": shape.folder,
+        "dtype": shape.model.dtype,
+        "max_num_seqs": rollout.max_num_seqs,
+        "max_model_len": shape.inputs.max_prompt_tokens + shape.inputs.max_new_tokens,
+        "distributed_executor_backend": "uni",
+        "limit_mm_per_prompt": {"video": 1, "image": 1} if shape.max_pictures else {"video": 0, "image": 0},
+        "logprobs_mode": "raw_logprobs",
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    if cpu:
+        bytes_ = int(rollout.kv_cache_gb * 2**30)
+        return {**common, "enforce_eager": True, "kv_cache_memory_bytes": bytes_, "block_size": _BLOCK}
+    return {
+        **common,
+        "enforce_eager": rollout.enforce_eager,
+        "gpu_memory_utilization": rollout.gpu_memory,
+        "enable_sleep_mode": rollout.sleep,
+    }
+
+
+def _reload(worker: Any, weights: list[tuple[str, Any]]) -> list[str]:
+    """Runs in vLLM's worker. A tied model keeps its head apart: given no head, it would keep a stale one."""
+    names = {name for name, _ in weights}
+    missing = _not_given(worker.model_runner.get_model(), names)
+    worker.reload_weights(weights_iterator=iter(weights))
+    return missing
+
+
+def _not_given(model: Any, names: set[str]) -> list[str]:
+    """Checkpoint names that the engine's model needs and that are not among `names`."""
+    needed = {"lm_head.weight"} if hasattr(model, "language_model") else set()
+    return sorted(needed - names)

@@ -1,0 +1,222 @@
+"""The samples of a GA-GRPO step: which prompts are asked about each record, and what the answers are worth.
+
+About a training record there are six samples, a *group*: four from the training user's own prompt (T), one from a
+similar user's (S), one from a group profile's (G), all judged against the record's gold option. `group` and `role` are
+data of the sample; nothing is ever grouped by position.
+"""
+
+import collections
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gubs.prompts.answers import Failure, Reading
+from gubs.records import TASK_OPTIONS, Split, Task
+from gubs.ufm.advantage import Advantages, SampleRole, advantages
+from gubs.ufm.inputs import Encoded, Inputs, Prompt
+from gubs.ufm.questions import Item, Questions
+from gubs.ufm.rewards import RewardParts, judge
+from gubs.ufm.rollout import Request, Response
+from gubs.ufm.sampling import BalancedSampler, Sampled, profile_sampling, sample_seed
+from gubs.ufm.settings import GRPOSettings
+
+
+@dataclass
+class Sample:
+    """One answer of a step, from the prompt to the advantage."""
+
+    group: int
+    """Slot in the step, over all workers; a record may stand in two slots."""
+    role: SampleRole
+    k: int
+    """Number among the samples of its role."""
+    item: Item
+    encoded: Encoded
+    seed: int
+    response: Response | None = None
+    text: str = ""
+    reading: Reading | None = None
+    parts: RewardParts | None = None
+    advantage: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Length of prompt and response."""
+        return len(self.encoded.ids) + (len(self.response.ids) if self.response else 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a person may want to read of it."""
+        read, parts = self.reading, self.parts
+        return {
+            "group": self.group,
+            "role": str(self.role),
+            "user": self.item.user_id,
+            "video": self.item.video_id,
+            "gold": str(self.item.gold),
+            "answer": self.text,
+            "option": str(read.option) if read and read.option else None,
+            "failure": str(read.failure) if read and read.failure else None,
+            "reward": parts.total if parts else None,
+            "advantage": round(self.advantage, 4),
+        }
+
+
+@dataclass
+class Plan:
+    """The samples of one worker for one step, before they are answered."""
+
+    task: Task
+    samples: list[Sample]
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+class Planner:
+    """Says what each step asks. Stateless by step: a resumed run asks the same."""
+
+    def __init__(self, questions: Questions, inputs: Inputs, tasks: Sequence[Task], settings: GRPOSettings, seed: int):
+        """Reads the training records of the tasks.
+
+        Raises:
+            GubsError: an option has no record at all (see `BalancedSampler`).
+        """
+        self._questions, self._inputs, self._settings, self._seed = questions, inputs, settings, seed
+        self.tasks = tuple(tasks)
+        self._items = {t: questions.items(t, Split.TRAIN) for t in self.tasks}
+        self._samplers = {t: self._sampler(t) for t in self.tasks}
+        self._members = {t: questions.members(t) for t in self.tasks}
+
+    def records(self) -> dict[str, int]:
+        """Training records by task."""
+        return {str(t): len(items) for t, items in self._items.items()}
+
+    def missing(self) -> dict[str, list[str]]:
+        """Options by task that no training record has."""
+        return {str(t): [str(o) for o in s.missing] for t, s in self._samplers.items() if s.missing}
+
+    def plan(self, step: int, rank: int = 0, world: int = 1) -> Plan:
+        """One worker's samples of a step; steps take the tasks in turn."""
+        task = self.tasks[step % len(self.tasks)]
+        turn = step // len(self.tasks)
+        sampler = self._samplers[task]
+        picked = sampler.batch(turn)
+        resampled = sampler.resampled(turn)
+        figures = {**sampler.figures(turn), "resampled": float(sum(resampled.values()))}
+        plan = Plan(task, [], figures)
+        dropped = alone = 0
+        for slot in range(rank, len(picked), world):
+            item = self._items[task][picked[slot]]
+            prompts, sampled = self._prompts(item, step, slot)
+            alone += (sampled.similar is None) + (sampled.group is None)
+            encoded = {role: self._inputs.encode(prompt) for role, prompt, _ in prompts}
+            for role, _, count in prompts:
+                if not self._inputs.fits(encoded[role]):
+                    dropped += count
+                    continue
+                for k in range(count):
+                    seed = sample_seed(self._seed, step, slot, role, k)
+                    plan.samples.append(Sample(slot, role, k, item, encoded[role], seed))
+        plan.figures |= {"dropped_too_long": float(dropped), "without_peer": float(alone)}
+        return plan
+
+    def _prompts(self, item: Item, step: int, slot: int) -> tuple[list[tuple[SampleRole, Prompt, int]], Sampled]:
+        """Role, prompt and number of samples; the user's own prompt stands in for a peer that is not there."""
+        ask, s = self._questions, self._settings
+        own = ask.about_user(item.task, item.user_id, item.video_id)
+        if not s.groups:
+            return [(SampleRole.T, own, s.user_samples + 2)], Sampled("", "")
+        seed = sample_seed(self._seed, step, slot, "profiles", 0)
+        sampled = profile_sampling(item.user_id, seed, ask.memberships, self._members[item.task])
+        similar = ask.about_user(item.task, sampled.similar, item.video_id) if sampled.similar else own
+        group = ask.about_group(item.task, sampled.group, item.video_id) if sampled.group else own
+        return [(SampleRole.T, own, s.user_samples), (SampleRole.S, similar, 1), (SampleRole.G, group, 1)], sampled
+
+    def _sampler(self, task: Task) -> BalancedSampler:
+        golds = [str(i.gold) for i in self._items[task]]
+        options = [str(o) for o in TASK_OPTIONS[task]]
+        return BalancedSampler(golds, options, self._settings.prompts, self._seed, allow_missing=True)
+
+
+def requests(inputs: Inputs, samples: Iterable[Sample]) -> list[Request]:
+    """What the engine is asked. Samples of one prompt share one object, which then travels once."""
+    made: dict[int, dict[str, Any]] = {}
+    found = []
+    for s in samples:
+        prompt = made.setdefault(id(s.encoded), inputs.for_engine(s.encoded))
+        found.append(Request(prompt, s.seed))
+    return found
+
+
+def evaluate(
+    samples: Sequence[Sample], responses: Sequence[Response], text_of: Callable[..., tuple[str, bool]], s: GRPOSettings
+) -> Advantages:
+    """Puts responses, rewards and advantages into the samples."""
+    for sample, response in zip(samples, responses, strict=True):
+        sample.response = response
+        sample.text, finished = text_of(response.ids)
+        sample.parts, sample.reading = judge(sample.text, sample.item.gold, sample.item.task, s.rewards, finished)
+    found = advantages(
+        [x.parts.total if x.parts else 0.0 for x in samples],
+        [x.role for x in samples],
+        [x.group for x in samples],
+        s.advantage,
+        right=[bool(x.reading and x.reading.option == x.item.gold) for x in samples],
+    )
+    for sample, value in zip(samples, found.values.tolist(), strict=True):
+        sample.advantage = value
+    return found
+
+
+def answer_sums(samples: Sequence[Sample], found: Advantages) -> dict[str, float]:
+    """Counts and sums over this worker's samples, to be added over all workers; `answer_figures` divides."""
+    sums: dict[str, float] = collections.defaultdict(float)
+    for f in (None, *Failure):
+        sums[f"unparsed/{f}" if f else "answers"] += 0.0
+    for role in SampleRole:
+        for name in ("count", "reward_raw", "reward_weighted", "advantage"):
+            sums[f"{name}/{role}"] += 0.0
+    for name in ("format", "skip", "choice", "right", "right_down", "wrong_up", "response_tokens"):
+        sums[name] += 0.0
+    for s in samples:
+        assert s.parts
+        assert s.reading
+        assert s.response
+        right = s.reading.option == s.item.gold
+        sums["answers"] += 1
+        sums[f"count/{s.role}"] += 1
+        sums[f"reward_raw/{s.role}"] += s.parts.total
+        sums[f"advantage/{s.role}"] += s.advantage
+        sums["format"] += s.parts.format
+        sums["skip"] += s.parts.skip
+        sums["choice"] += s.parts.choice
+        sums["right"] += right
+        sums["right_down"] += right and s.advantage < 0
+        sums["wrong_up"] += not right and s.advantage > 0
+        sums["response_tokens"] += len(s.response.ids)
+        if s.reading.failure:
+            sums[f"unparsed/{s.reading.failure}"] += 1
+    for role, value in found.reward_weighted.items():
+        sums[f"reward_weighted/{role}"] += value * sums[f"count/{role}"]
+    groups = len({s.group for s in samples})
+    return {**sums, "groups": float(groups), "zero_variance": found.frac_zero_variance * groups}
+
+
+def answer_figures(sums: dict[str, float]) -> dict[str, float]:
+    """The figures that ga-grpo always logs, of all workers."""
+    n = max(1.0, sums["answers"])
+    figures = {
+        f"{name}/{role}": sums[f"{name}/{role}"] / sums[f"count/{role}"]
+        for role in SampleRole
+        for name in ("reward_raw", "reward_weighted", "advantage")
+        if sums[f"count/{role}"]
+    }
+    total = sum(sums[f"reward_raw/{r}"] for r in SampleRole)
+    figures |= {f"reward/{name}": sums[name] / n for name in ("format", "skip", "choice")}
+    figures |= {f"unparsed/{f}": sums[f"unparsed/{f}"] / n for f in Failure}
+    return figures | {
+        "reward": total / n,
+        "frac_zero_variance": sums["zero_variance"] / max(1.0, sums["groups"]),
+        "frac_right_pushed_down": sums["right_down"] / max(1.0, sums["right"]),
+        "frac_wrong_pushed_up": sums["wrong_up"] / max(1.0, n - sums["right"]),
+        "frac_truncated": sums[f"unparsed/{Failure.TRUNCATED}"] / n,
+        "response_tokens": sums["response_tokens"] / n,
+    }

@@ -1,0 +1,340 @@
+"""The training stages, on the driver's side: `sft_model` from the teacher's examples, `grpo` from there.
+
+The driver checks everything that can be checked before anything is spent, starts Ray Train, shows progress, and
+publishes the artifact: `policy/` (a checkpoint for transformers and vLLM), the table `steps`, samples, TensorBoard
+files, checkpoints. Run again after a kill, the same command goes on from the last checkpoint.
+"""
+
+import json
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from gubs.artifacts import Artifact, ArtifactWriter, Run, fingerprint, fingerprint_files, writing
+from gubs.config import Settings
+from gubs.errors import ArtifactError, GubsError, PlatformError, SettingsError
+from gubs.teachers.sft import STAGE as EXAMPLES
+from gubs.ufm import model as models
+from gubs.ufm.checkpoint import POLICY, Checkpoints
+from gubs.ufm.monitor import STUCK, read_metrics
+from gubs.ufm.questions import Questions, known_tasks
+from gubs.ufm.sft import COLUMNS, steps_of
+from gubs.ufm.worker import CHECKPOINTS, DivergedError, Job
+
+SFT, GRPO = "sft_model", "grpo"
+_POLL_S = 0.5
+
+OnProgress = Callable[[int, int, Mapping[str, Any]], None]
+"""Told (steps done, steps in all, figures of the last one)."""
+
+
+def sft_stage(
+    run: Run, settings: Settings, *, force: bool = False, on_progress: OnProgress | None = None
+) -> tuple[Artifact, bool]:
+    """Fine-tunes the base model on the teacher's examples. Ray has to be running.
+
+    Returns:
+        The artifact `sft_model` and whether it was made now.
+
+    Raises:
+        ArtifactError: an input is missing, or an unfinished training of other settings is in the way.
+        PlatformError: no GPU, or a worker failed more often than allowed. DivergedError: see there.
+    """
+    ufm = settings.ufm
+    examples = run.artifact(EXAMPLES)
+    table = examples.table("examples", list(COLUMNS))
+    if not table.num_rows:
+        raise ArtifactError(f"{examples.uri} has no examples: see teachers.sft_dislikes and teachers.sft_click_users")
+    if ufm.sft.batch % ufm.workers.count:
+        raise SettingsError(f"ufm.sft.batch={ufm.sft.batch} cannot be dealt evenly to {ufm.workers.count} workers")
+    base = models.checkpoint(ufm.model)
+    inputs = {"examples": examples.fingerprint, **_prompt_inputs(run)}
+    recipe = _recipe(settings, ufm.sft.model_dump(exclude={"checkpoint"}), inputs, base)
+    mark = fingerprint(SFT, recipe, inputs)
+    if found := run.finished(SFT, mark, force):
+        return found, False
+    with _training(run, SFT, mark, settings, inputs, force) as (out, folder):
+        job = Job(run.uri, settings, SFT, str(folder), _checkpoints(folder), str(base), recipe)
+        check_checkpoint(job, ufm.sft.checkpoint.keep)
+        steps = steps_of(table.num_rows, ufm.sft.epochs, ufm.sft.batch)
+        data = _dataset(table, settings.seed, ufm.workers.count)
+        config = {"job": job, "examples": table.num_rows}
+        with _watching(folder, steps, on_progress):
+            _fit("gubs.ufm.sft", config, settings, folder, {"train": data})
+        _finish(out, folder, {"examples": table.num_rows, "base": base.name})
+    return run.artifact(SFT), True
+
+
+def grpo_stage(
+    run: Run,
+    settings: Settings,
+    *,
+    name: str = GRPO,
+    force: bool = False,
+    on_progress: OnProgress | None = None,
+) -> tuple[Artifact, bool]:
+    """Trains the policy by GA-GRPO. Ray has to be running.
+
+    Args:
+        run: with `ifvr`, `labels`, and where the settings need them `sft_model` and `ugm`.
+        settings: of the run.
+        name: of the artifact; several trainings can stand side by side in one run.
+        force: make it again.
+        on_progress: see `OnProgress`.
+
+    Returns:
+        The artifact and whether it was made now.
+
+    Raises:
+        As `sft_stage`.
+    """
+    grpo = settings.ufm.grpo
+    questions = Questions(run, settings)
+    start, inputs = _start(run, settings)
+    if grpo.groups and "ugm" not in run.stages():
+        raise ArtifactError(f"{run.uri} has no groups (artifact ugm): run `gubs ugm`, or set ufm.grpo.groups=false")
+    inputs |= questions.fingerprints()
+    free = {"steps", "checkpoint", "samples_every", "trackers"}
+    keep = {"steps"} if grpo.optimizer.schedule == "constant" else set()
+    recipe = _recipe(settings, grpo.model_dump(exclude=(free - {"steps"}) | keep), inputs, start)
+    mark = fingerprint(name, {**recipe, "steps": str(grpo.steps)}, inputs)
+    if found := run.finished(name, mark, force):
+        return found, False
+    tasks = tuple(known_tasks(questions, grpo.tasks))
+    with _training(run, name, fingerprint(name, recipe, inputs), settings, inputs, force, mark) as (out, folder):
+        job = Job(run.uri, settings, name, str(folder), _checkpoints(folder), str(start), recipe, tasks)
+        check_checkpoint(job, grpo.checkpoint.keep)
+        with _watching(folder, grpo.steps, on_progress):
+            _fit("gubs.ufm.grpo", {"job": job}, settings, folder, {})
+        _finish(out, folder, {"tasks": [str(t) for t in tasks], "start": start.name, "rule": grpo.advantage.rule})
+    return run.artifact(name), True
+
+
+def policy_folder(run: Run, stage: str) -> Path:
+    """Local folder of a trained policy.
+
+    Raises:
+        ArtifactError: it was not trained, or the run is not on a path that this machine sees.
+    """
+    artifact = run.artifact(stage)
+    if "://" in run.uri and not run.uri.startswith("file://"):
+        raise ArtifactError(
+            f"{artifact.uri}: copy {POLICY}/ to a path that all machines see, and give it as a model path"
+        )
+    return Path(run.path(stage, POLICY))
+
+
+def check_checkpoint(job: Job, keep: int) -> None:
+    """Looks at what an earlier attempt left, before anything is overwritten.
+
+    Raises:
+        ArtifactError: the newest checkpoint is damaged or of another model, other data or other settings.
+    """
+    Checkpoints(job.checkpoints, job.recipe, keep, world=job.settings.ufm.workers.count).latest()
+
+
+def _start(run: Run, settings: Settings) -> tuple[Path, dict[str, str]]:
+    if settings.ufm.grpo.start == "base":
+        return models.checkpoint(settings.ufm.model), {}
+    return policy_folder(run, SFT), {SFT: run.artifact(SFT).fingerprint}
+
+
+def _prompt_inputs(run: Run) -> dict[str, str]:
+    return {n: run.artifact(n).fingerprint for n in ("ifvr", "frames") if n in run.stages()}
+
+
+def _recipe(settings: Settings, stage: Mapping[str, Any], inputs: Mapping[str, str], start: Path) -> dict[str, str]:
+    """Fingerprints of everything that decides the weights, by what a person would call it."""
+    ufm = settings.ufm
+    weights = sorted(start.glob("*.safetensors"))
+    chosen = {
+        "seed": settings.seed,
+        "inputs": ufm.inputs.model_dump(),
+        "dtype": ufm.model.dtype,
+        "rollout": ufm.rollout.model_dump(include={"temperature", "top_p"}),
+        "workers": ufm.workers.count,
+        **stage,
+    }
+    return {
+        "model": fingerprint_files(weights) if weights else start.name,
+        "data": fingerprint("data", {}, inputs),
+        "settings": fingerprint("settings", chosen, {}),
+    }
+
+
+def _checkpoints(folder: Path) -> str:
+    return str(folder / CHECKPOINTS)
+
+
+@contextmanager
+def _training(
+    run: Run,
+    stage: str,
+    mark: str,
+    settings: Settings,
+    inputs: Mapping[str, str],
+    force: bool,
+    published: str = "",
+) -> Iterator[tuple[ArtifactWriter, Path]]:
+    """An unfinished artifact of this very training, found again or new; another one's is refused, never removed.
+
+    `published` is the artifact's own fingerprint, where it takes in more than what a checkpoint must agree with (the
+    number of steps: an unfinished run may be given more).
+    """
+    if "://" in run.uri and not run.uri.startswith("file://"):
+        raise SettingsError(
+            f"--run {run.uri}: training writes checkpoints to a path that all workers see, not to a URI"
+        )
+    partial = Path(run.path(f"{stage}.partial"))
+    recipe = partial / "recipe.json"
+    if partial.exists() and force:
+        shutil.rmtree(partial)
+    if recipe.exists() and recipe.read_text() != mark and (partial / CHECKPOINTS).exists():
+        raise ArtifactError(
+            f"{partial} holds an unfinished training with other settings, data or another model: give those again, use "
+            "another --run, or --force to throw it away"
+        )
+    with writing(run, stage, fingerprint=mark, settings=settings, inputs=inputs, resumable=True) as out:
+        yield out, partial
+        out.fingerprint = published or mark
+
+
+def _dataset(table: pa.Table, seed: int, workers: int) -> Any:
+    """The examples in an order of their own, as a stream; as many blocks as workers at least."""
+    import ray.data
+
+    from gubs.cluster import quiet_ray_data
+
+    quiet_ray_data()
+    order = np.random.default_rng([seed, 31]).permutation(table.num_rows)
+    rows = table.take(pa.array(order)).to_pylist()
+    return ray.data.from_items(rows, override_num_blocks=max(workers, min(16, len(rows) // 256 + 1)))
+
+
+def _fit(module: str, config: dict[str, Any], settings: Settings, folder: Path, datasets: dict[str, Any]) -> None:
+    """Runs Ray Train until all steps are done.
+
+    Raises:
+        DivergedError, PlatformError: see `sft_stage`.
+    """
+    import importlib
+
+    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    workers = settings.ufm.workers
+    gpu = use_gpu(settings)
+    _environment(workers.stuck_after_s)
+    loop = importlib.import_module(module).train_loop
+    options: dict[str, Any] = {}
+    if datasets:
+        from ray.data import ExecutionOptions
+
+        in_order = DataConfig(execution_options=ExecutionOptions(preserve_order=True))
+        options = {"datasets": datasets, "dataset_config": in_order}
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(workers.stuck_after_s)),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count, use_gpu=gpu, resources_per_worker=_resources(settings, gpu)
+        ),
+        run_config=RunConfig(
+            name=f"{config['job'].stage}-{uuid.uuid4().hex[:8]}",
+            storage_path=str(folder / "ray-train"),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+        ),
+        **options,
+    )
+    try:
+        result: Any = trainer.fit()
+    except Exception as e:  # noqa: BLE001 - Ray wraps whatever a worker raised; here it gets its own name back
+        raise _named(e, folder) from None
+    finally:
+        shutil.rmtree(folder / "ray-train", ignore_errors=True)
+    outcome = result.return_value or {}
+    if "error" in outcome:
+        raise DivergedError(outcome["error"])
+
+
+def use_gpu(settings: Settings) -> bool:
+    """Whether each worker gets a GPU.
+
+    Raises:
+        PlatformError: they are asked for and not there.
+    """
+    import ray
+
+    workers = settings.ufm.workers
+    there = int(ray.cluster_resources().get("GPU", 0))
+    if workers.gpu == "yes" and there < workers.count:
+        raise PlatformError(f"ufm.workers.count={workers.count} with gpu=yes, but the cluster has {there} GPUs")
+    return workers.gpu == "yes" or (workers.gpu == "auto" and there >= workers.count)
+
+
+def _resources(settings: Settings, gpu: bool) -> dict[str, float]:
+    return {"CPU": settings.ufm.workers.cpus, **({"GPU": 1.0} if gpu else {})}
+
+
+def _environment(stuck_after_s: float) -> None:
+    """Ray Train reads these where the driver runs."""
+    import os
+
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # each report waits for a poll
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(int(stuck_after_s)))
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+
+
+def _named(error: Exception, folder: Path) -> GubsError:
+    """The error a worker raised, as one of ours."""
+    stuck = folder / STUCK
+    if stuck.exists():
+        text = json.loads(stuck.read_text())["message"]
+        stuck.unlink()
+        return PlatformError(f"{text}, more often than ufm.workers.max_failures allows; Ray's log has its stack")
+    failures = getattr(error, "worker_failures", None) or {}
+    for cause in (*failures.values(), error):
+        for found in (cause, getattr(cause, "cause", None), cause.__cause__):
+            if isinstance(found, GubsError):
+                return found
+    text = next((str(f) for f in failures.values()), str(error)) or repr(error)
+    return PlatformError(f"training failed: {text.strip()[-3000:]}")
+
+
+@contextmanager
+def _watching(folder: Path, steps: int, on_progress: OnProgress | None) -> Iterator[None]:
+    """Reads the figures that rank 0 writes, while Ray Train runs, and passes them on."""
+    ended = threading.Event()
+
+    def look() -> None:
+        last = -1
+        while not ended.wait(_POLL_S):
+            lines = read_metrics(folder)
+            if on_progress and lines and lines[-1]["step"] != last:
+                last = lines[-1]["step"]
+                on_progress(last + 1, steps, lines[-1])
+
+    thread = threading.Thread(target=look, daemon=True, name="progress")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _finish(out: ArtifactWriter, folder: Path, info: dict[str, Any]) -> None:
+    steps = read_metrics(folder)
+    names = sorted({k for s in steps for k in s} - {"step"})
+    columns: dict[str, Any] = {"step": pa.array([s["step"] for s in steps], pa.int64())}
+    columns |= {n: pa.array([s.get(n) for s in steps], pa.float64()) for n in names}
+    out.write_table("steps", pa.table(columns))
+    out.info = {**info, "steps": len(steps), "last": steps[-1] if steps else {}}

@@ -1,0 +1,137 @@
+"""Weight sync: the trainer's weights into the engine beside it, without a checkpoint in between.
+
+Life of a sync: manifest (names, shapes, dtypes) checked against the first one -> tensors put where the engine can see
+them (a GPU: CUDA IPC handles of the trainer's own memory; a CPU: Ray's object store, shared memory that the engine
+maps) -> the engine loads them and forgets what it computed before -> the version goes up, and every answer carries it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gubs.errors import GubsError
+
+HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
+
+
+class SyncError(GubsError):
+    """The weights that are sent are not the ones the engine expects."""
+
+    exit_code = 6
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Shape and type of one weight."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+Manifest = Mapping[str, Entry]
+
+
+def weights_of(model: Any) -> dict[str, Any]:
+    """A model's weights by the names of its checkpoint, the head among them also where it is tied."""
+    weights = {name: value.detach() for name, value in model.state_dict().items()}
+    weights.setdefault(HEAD, weights[EMBEDDING])
+    return weights
+
+
+def manifest_of(weights: Mapping[str, Any]) -> dict[str, Entry]:
+    """The manifest of weights."""
+    return {name: Entry(tuple(w.shape), str(w.dtype)) for name, w in weights.items()}
+
+
+def check(expected: Manifest, names: list[str], found: Manifest) -> None:
+    """Refuses weights that are not exactly the expected ones.
+
+    Args:
+        expected: manifest of the checkpoint that the engine was started from.
+        names: names in the order they are sent, to find repeated ones.
+        found: manifest of what is sent.
+
+    Raises:
+        SyncError: missing, repeated or unexpected names, another shape or dtype.
+    """
+    problems = [f"{n} is sent twice" for n in sorted({n for n in names if names.count(n) > 1})]
+    problems += [f"{n} is missing" for n in sorted(set(expected) - set(found))]
+    problems += [f"{n} is unexpected" for n in sorted(set(found) - set(expected))]
+    for name in sorted(set(found) & set(expected)):
+        if found[name] != expected[name]:
+            problems.append(f"{name} is {found[name]}, not {expected[name]}")
+    if problems:
+        more = f" ({len(problems)} such)" if len(problems) > 1 else ""
+        raise SyncError(f"weights do not fit the engine's model: {problems[0]}{more}; nothing was sent")
+
+
+class WeightSync:
+    """Owns the way of the weights from one trainer to the engine beside it."""
+
+    def __init__(self, model: Any, engine: Any, timeout_s: float, version: int = 0):
+        """Notes what the engine has.
+
+        Args:
+            model: the trainer's model, as loaded from the checkpoint that the engine was started from.
+            engine: handle of a Ray actor with an `Engine`.
+            timeout_s: longest time a sync may take.
+            version: of the weights that were sent before.
+        """
+        self._expected = manifest_of(weights_of(model))
+        self._engine, self._timeout_s = engine, timeout_s
+        self.version = version
+
+    def push(self, model: Any) -> int:
+        """Sends the model's weights; returns their version.
+
+        Raises:
+            SyncError: they are not the expected ones; the engine keeps the old weights.
+            ray.exceptions.GetTimeoutError: the engine did not finish in time.
+        """
+        import ray
+
+        weights = weights_of(model)
+        check(self._expected, list(weights), manifest_of(weights))
+        pack = _handles(weights) if next(iter(weights.values())).is_cuda else _shared(weights)
+        missing = ray.get(self._engine.receive.remote(pack, self.version + 1), timeout=self._timeout_s)
+        if missing:
+            raise SyncError(f"the engine's model also needs {missing[0]}, which was not sent")
+        self.version += 1
+        return self.version
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Weights on their way, without the memory they lie in."""
+
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    arrays: tuple[Any, ...]
+    """A CPU: numpy arrays, mapped from shared memory. A GPU: what rebuilds each tensor from its IPC handle."""
+    cuda: bool
+
+    def tensors(self) -> list[tuple[str, Any]]:
+        """The weights as tensors in the receiving process, not copied."""
+        import torch
+
+        if self.cuda:
+            return [(n, rebuild(*arguments)) for n, (rebuild, arguments) in zip(self.names, self.arrays, strict=True)]
+        tensors = (torch.from_numpy(a).view(getattr(torch, d)) for a, d in zip(self.arrays, self.dtypes, strict=True))
+        return list(zip(self.names, tensors, strict=True))
+
+
+def _shared(weights: Mapping[str, Any]) -> Pack:
+    """Numpy has no bfloat16: 16-bit types travel as int16, bit for bit."""
+    import torch
+
+    arrays = [(w.view(torch.int16) if w.element_size() == 2 else w).contiguous().numpy() for w in weights.values()]
+    dtypes = tuple(str(w.dtype).removeprefix("torch.") for w in weights.values())
+    return Pack(tuple(weights), dtypes, tuple(arrays), cuda=False)
+
+
+def _handles(weights: Mapping[str, Any]) -> Pack:
+    """CUDA IPC: the handle of each tensor's memory. The trainer keeps the memory until the engine has loaded it."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    dtypes = tuple(str(w.dtype).removeprefix("torch.") for w in weights.values())
+    return Pack(tuple(weights), dtypes, tuple(reduce_tensor(w.contiguous()) for w in weights.values()), cuda=True)

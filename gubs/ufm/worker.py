@@ -1,0 +1,232 @@
+"""What every train worker does, whatever it trains: set up, go on from the last checkpoint, step, report, stop.
+
+Ray Train starts one `Worker` a rank and starts all of them again when one dies; a worker then finds the newest finished
+checkpoint itself. On a CPU a resumed run computes bit for bit what an uninterrupted one does.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gubs.artifacts import Run
+from gubs.config import Settings
+from gubs.errors import GubsError
+from gubs.records import Task
+from gubs.ufm.checkpoint import POLICY, Checkpoints, save_policy
+from gubs.ufm.inputs import Inputs
+from gubs.ufm.model import cpu_threads
+from gubs.ufm.monitor import Monitor, Phases, Watchdog
+from gubs.ufm.questions import Questions
+from gubs.ufm.settings import CheckpointSettings
+
+CHECKPOINTS = "checkpoints"
+
+
+class DivergedError(GubsError):
+    """Loss or gradients were not numbers several steps in a row."""
+
+    exit_code = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker has to know; travels from the driver."""
+
+    run_uri: str
+    settings: Settings
+    stage: str
+    folder: str
+    """Local folder of the training run's files (metrics, samples, checkpoints of a local run)."""
+    checkpoints: str
+    """Path or URI of the checkpoints."""
+    start: str
+    """Checkpoint folder to start from."""
+    recipe: Mapping[str, str]
+    """Fingerprints that a checkpoint has to have."""
+    tasks: tuple[Task, ...] = ()
+
+
+class Worker:
+    """One rank. Subclasses say what a step is."""
+
+    trainer: Any
+
+    def __init__(self, job: Job, steps: int):
+        """Sets up device, threads, inputs and sinks.
+
+        Args:
+            job: see `Job`.
+            steps: optimiser steps of the whole run.
+        """
+        import torch
+
+        self.job, self.steps, self.ufm = job, steps, job.settings.ufm
+        self.rank, self.world, self.local_world = _ranks()
+        self.device = _device()
+        self.threads = cpu_threads(self.local_world, self.ufm.workers.threads)
+        if self.device.type == "cpu":
+            torch.set_num_threads(self.threads)
+        torch.manual_seed(job.settings.seed)
+        self.folder = Path(job.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.phases = Phases()
+        self.questions = Questions(Run(job.run_uri), job.settings)
+        self.sees = self.ufm.inputs.vision and self.questions.pictures
+        self.inputs = Inputs(job.start, self.ufm.inputs)
+        plan = self.checkpointing
+        self.checkpoints = Checkpoints(job.checkpoints, job.recipe, plan.keep, self.rank, self.world)
+        trackers = self.ufm.grpo.trackers
+        self.monitor = Monitor(self.folder, job.stage, trackers, job.settings.model_dump(mode="json"), self.rank)
+        self._bad = 0
+        self._scores: list[float] = []
+
+    @property
+    def checkpointing(self) -> CheckpointSettings:
+        """When to write checkpoints."""
+        return self.ufm.grpo.checkpoint
+
+    def step(self, step: int) -> dict[str, float]:
+        """One optimiser step; returns its figures."""
+        raise NotImplementedError
+
+    def begin(self, step: int) -> None:
+        """Called before the first step of this attempt, after a checkpoint was loaded."""
+
+    def end(self) -> None:
+        """Called after the last step."""
+
+    def run(self) -> dict[str, Any]:
+        """All steps that are left. Errors that every rank meets at once are returned, not raised: trying again with
+        the same input would not help.
+        """
+        watchdog = Watchdog(self.phases, self.ufm.workers.stuck_after_s, self.folder, self.rank)
+        try:
+            first = self._resume()
+            self.begin(first)
+            for step in range(first, self.steps):
+                figures = self._timed(step)
+                self.monitor.report(step, figures)
+                _report_to_ray(step, figures)
+                self._maybe_checkpoint(step, figures)
+            self._save_final()
+        except DivergedError as e:
+            return {"error": str(e)}
+        else:
+            return {"steps": self.steps}
+        finally:
+            watchdog.stop()
+            self.end()
+
+    def place(self) -> tuple[str, Sequence[str]]:
+        """This worker's node, and its own GPU's id (none on a CPU)."""
+        import ray
+
+        context = ray.get_runtime_context()
+        gpus = context.get_accelerator_ids().get("GPU", []) if self.device.type == "cuda" else []
+        return context.get_node_id(), gpus
+
+    def skipped(self, step: int, skipped: bool, batch: Sequence[Mapping[str, Any]]) -> None:
+        """Counts steps that were skipped because something was not a number.
+
+        Raises:
+            DivergedError: too many in a row; the batch is saved.
+        """
+        self._bad = self._bad + 1 if skipped else 0
+        limit = self.ufm.grpo.optimizer.max_bad_steps
+        if self._bad >= limit:
+            path = self.folder / f"bad-step-{step}-rank-{self.rank}.json"
+            path.write_text(json.dumps(list(batch), ensure_ascii=False))
+            raise DivergedError(
+                f"loss or gradient was not a number in {limit} steps in a row, the last one step {step}; its batch is "
+                f"in {path}. Lower the learning rate, or raise ufm.grpo.optimizer.max_bad_steps"
+            )
+
+    def _timed(self, step: int) -> dict[str, float]:
+        import time
+
+        began = time.monotonic()
+        figures = self.step(step)
+        seconds = {f"seconds/{k.replace(' ', '_')}": v for k, v in self.phases.take().items()}
+        whole = time.monotonic() - began
+        figures = {**figures, **seconds, "seconds/step": whole}
+        if self.device.type == "cuda":
+            import torch
+
+            figures["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return figures
+
+    def _resume(self) -> int:
+        """Loads the newest checkpoint, if there is one; returns the next step."""
+        marker = self.checkpoints.latest()
+        done = marker.step if marker else 0
+        if marker:
+            import torch
+
+            place = self.checkpoints.local(marker.step)
+            self.trainer.load(place / "state")
+            torch.set_rng_state(torch.load(place / f"rng-{self.rank}.pt", weights_only=True))
+        self.monitor.forget_after(done - 1)
+        return done
+
+    def _maybe_checkpoint(self, step: int, figures: Mapping[str, float]) -> None:
+        if "reward_raw/T" in figures:
+            self._scores.append(figures["reward_raw/T"])
+        if (step + 1) % self.checkpointing.every and step + 1 < self.steps:
+            return
+        score = sum(self._scores) / len(self._scores) if self._scores else None
+        self._scores = []
+        with self.phases("checkpoint"):
+            self.checkpoints.write(step + 1, self._save, barrier=_barrier, score=score)
+
+    def _save(self, folder: Path) -> None:
+        import torch
+
+        self.trainer.save(folder / "state")
+        torch.save(torch.get_rng_state(), folder / f"rng-{self.rank}.pt")
+        if self.rank == 0:
+            save_policy(self.trainer.model, self.inputs, folder / POLICY)
+
+    def _save_final(self) -> None:
+        if self.rank == 0:
+            save_policy(self.trainer.model, self.inputs, self.folder / POLICY)
+        _barrier()
+
+
+def _ranks() -> tuple[int, int, int]:
+    """Rank, ranks, ranks on this machine."""
+    import ray.train
+
+    try:
+        context = ray.train.get_context()
+        return context.get_world_rank(), context.get_world_size(), context.get_local_world_size()
+    except RuntimeError:  # not inside Ray Train: a test that runs one rank in its own process
+        return 0, 1, 1
+
+
+def _device() -> Any:
+    import torch
+
+    if not torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return torch.device("cpu")
+    import ray.train.torch
+
+    return ray.train.torch.get_device()
+
+
+def _barrier() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def _report_to_ray(step: int, figures: Mapping[str, float]) -> None:
+    import ray.train
+
+    try:
+        ray.train.report({"step": step, **figures})
+    except RuntimeError:
+        return  # not inside Ray Train
