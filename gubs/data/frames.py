@@ -16,8 +16,9 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, cast
@@ -56,15 +57,13 @@ Progress = Callable[[int, int, Mapping[str, int]], None]
 
 _BATCH = 32
 """Most videos in a batch, and so in a part."""
-_BATCHES_A_WORKER = 16
+_BATCHES_A_WORKER = 8
 """Batches each worker gets at least, if there are videos enough, so that all end at about the same time."""
-_AHEAD = 4
-"""Files fetched and hashed ahead of the decoder."""
+_AHEAD = 8
+"""Files being fetched and hashed ahead of the decoder; as many more may be ready and wait for it."""
 _MAX_ATTEMPTS = 3
 """Workers a batch may cost before it is given up."""
 _LEDGER_TIMEOUT_S = 120.0
-_FETCH_SLACK_S = 30.0
-"""Beyond the time limit of a file: what a loaded machine may take to answer for the ledger."""
 _UNSTORED = {Verdict.MISSING, Verdict.UNREADABLE, Verdict.EMPTY}
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*(::|://)")
 _OUTCOME = pa.schema(
@@ -186,11 +185,9 @@ class Ledger:
         self._attempts[batch] += 1
         return self._attempts[batch]
 
-    def claim(self, batch: int, content_hash: str) -> bool:
-        """True if that batch is to decode that content: it is new, or the batch's own from an attempt before."""
-        if content_hash in self._done:
-            return False
-        return self._owner.setdefault(content_hash, batch) == batch
+    def claim(self, batch: int, hashes: Sequence[str]) -> list[bool]:
+        """Of each content, whether that batch is to decode it: it is new, or its own from an attempt before."""
+        return [h not in self._done and self._owner.setdefault(h, batch) == batch for h in hashes]
 
 
 @dataclass
@@ -213,9 +210,51 @@ class _File:
             Path(self.path).unlink(missing_ok=True)
 
 
-_Answer = SimpleQueue[_File | Exception]
 _Row = tuple[int, str | None]
 """Number of a video, and where it is."""
+
+
+class _Fetch:
+    """A file that a thread of its own fetches, which may hang on it for ever."""
+
+    def __init__(self, fetch: Callable[[_File, str | None], None], row: int, uri: str | None):
+        self._file = _File(row)
+        self._answer: SimpleQueue[_File | Exception] = SimpleQueue()
+        self._given_up = threading.Event()
+        threading.Thread(target=self._run, args=(fetch, uri), daemon=True).start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether `result` would not wait."""
+        return not self._answer.empty()
+
+    def result(self, timeout_s: float) -> _File:
+        """The file, with a verdict if it could not be fetched."""
+        try:
+            answer = self._answer.get(timeout=timeout_s)
+        except Empty:
+            self.give_up()
+            return _File(self._file.row, verdict=Verdict.TIMEOUT, detail="could not be fetched in time")
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def give_up(self) -> None:
+        """Nobody waits for it any more: what it has written goes now, and what it has yet to write as it ends."""
+        self._given_up.set()
+        self._file.discard()
+
+    def _run(self, fetch: Callable[[_File, str | None], None], uri: str | None) -> None:
+        answer: _File | Exception = self._file
+        try:
+            fetch(self._file, uri)
+        except Unfit as e:
+            self._file.verdict, self._file.detail = e.verdict, e.detail
+        except Exception as e:  # noqa: BLE001 - no verdict: the main thread raises it
+            answer = e
+        self._answer.put(answer)
+        if self._given_up.is_set():
+            self._file.discard()
 
 
 class Worker:
@@ -263,58 +302,56 @@ class Worker:
                 stored.append((file.content_hash, done))
 
         seen: set[str] = set()
-        for file in self._fetched(batch, uris):
-            files.append(file)
-            if not file.mine or file.content_hash in seen:
+        fetched = self._fetched(batch, uris)
+        try:
+            for file in fetched:
+                files.append(file)
+                if not file.mine or file.content_hash in seen:
+                    file.discard()
+                elif verdict := before.get(file.content_hash or ""):
+                    file.verdict = verdict
+                    file.discard()
+                else:
+                    seen.add(file.content_hash or "")
+                    if len(waiting) == PIPELINE:
+                        take()
+                    self.decoder.submit(file.path)
+                    waiting.append(file)
+            while waiting:
+                take()
+        finally:
+            fetched.close()
+            for file in waiting:
                 file.discard()
-            elif verdict := before.get(file.content_hash or ""):
-                file.verdict = verdict
-                file.discard()
-            else:
-                seen.add(file.content_hash or "")
-                if len(waiting) == PIPELINE:
-                    take()
-                self.decoder.submit(file.path)
-                waiting.append(file)
-        while waiting:
-            take()
         return files, stored
 
-    def _fetched(self, batch: int, uris: Sequence[_Row]) -> Iterator[_File]:
-        """Files in order, each fetched and hashed by a thread of its own, some ahead of the one that is asked for."""
-        ahead: deque[tuple[int, _Answer, threading.Event]] = deque()
+    def _fetched(self, batch: int, uris: Sequence[_Row]) -> Generator[_File]:
+        """Files in order, fetched and hashed ahead of the one that is asked for, and claimed as many as are ready."""
         rest = iter(uris)
-        while True:
-            while len(ahead) < _AHEAD and (item := next(rest, None)) is not None:
-                answer: _Answer = SimpleQueue()
-                given_up = threading.Event()
-                threading.Thread(target=self._fetch_into, args=(answer, given_up, batch, *item), daemon=True).start()
-                ahead.append((item[0], answer, given_up))
-            if not ahead:
-                return
-            row, answer, given_up = ahead.popleft()
-            try:
-                file = answer.get(timeout=self.settings.timeout_s + _FETCH_SLACK_S)
-            except Empty:
-                given_up.set()
-                file = _File(row, verdict=Verdict.TIMEOUT, detail="could not be fetched in time")
-            if isinstance(file, Exception):
-                raise file
-            yield file
-
-    def _fetch_into(self, answer: _Answer, given_up: threading.Event, batch: int, row: int, uri: str | None) -> None:
-        file = _File(row)
+        ahead: deque[_Fetch] = deque()
+        ready: deque[_File] = deque()
         try:
-            self._fetch(file, uri)
-            file.mine = bool(self._ask("claim", batch, file.content_hash))
-        except Unfit as e:
-            file.verdict, file.detail = e.verdict, e.detail
-        except Exception as e:  # noqa: BLE001 - no verdict: the main thread raises it
-            answer.put(e)
-            return
-        if given_up.is_set():  # too late: nobody waits for it any more
-            file.discard()
-        answer.put(file)
+            while True:
+                ahead.extend(_Fetch(self._fetch, *row) for row in islice(rest, _AHEAD - len(ahead)))
+                if not ahead:
+                    return
+                while ahead and (ahead[0].ready or not ready):
+                    ready.append(ahead.popleft().result(self.settings.timeout_s))
+                ahead.extend(_Fetch(self._fetch, *row) for row in islice(rest, _AHEAD - len(ahead)))
+                self._claim(batch, [file for file in ready if file.content_hash is not None])
+                while ready:
+                    yield ready.popleft()
+        finally:
+            for fetch in ahead:
+                fetch.give_up()
+            for file in ready:
+                file.discard()
+
+    def _claim(self, batch: int, files: Sequence[_File]) -> None:
+        """Asks the ledger which of the files are to be decoded here."""
+        if files:
+            for file, mine in zip(files, self._ask("claim", batch, [f.content_hash for f in files]), strict=True):
+                file.mine = mine
 
     def _fetch(self, file: _File, uri: str | None) -> None:
         """Makes the file local and hashes it.
@@ -326,7 +363,7 @@ class Worker:
             raise Unfit(Verdict.MISSING, "the video has no file")
         limit = self.settings.max_file_mb * 2**20
         if _SCHEME.match(uri):
-            file.path, file.temporary = _download(uri, limit), True
+            _download(file, uri, limit)
         else:
             file.path = uri
         try:
@@ -344,27 +381,26 @@ class Worker:
         return ray.get(getattr(self.ledger, question).remote(*args), timeout=_LEDGER_TIMEOUT_S)
 
 
-def _download(uri: str, limit: float) -> str:
+def _download(file: _File, uri: str, limit: float) -> None:
     """Fetches a remote file into a temporary one.
 
     Raises:
         Unfit: missing, too large, or unreadable for whatever reason.
     """
-    handle, path = tempfile.mkstemp(prefix="gubs-video-")
-    os.close(handle)
     try:
         fs, remote = fsspec.core.url_to_fs(uri)
         size = fs.size(remote) or 0
         if size <= limit:
-            fs.get_file(remote, path)
+            handle, file.path = tempfile.mkstemp(prefix="gubs-video-")
+            file.temporary = True
+            os.close(handle)
+            fs.get_file(remote, file.path)
     except Exception as e:  # noqa: BLE001 - file systems have errors of their own; each is this file's verdict
-        Path(path).unlink(missing_ok=True)
+        file.discard()
         verdict = Verdict.MISSING if isinstance(e, FileNotFoundError) else Verdict.UNREADABLE
         raise Unfit(verdict, f"cannot be fetched: {type(e).__name__}: {e}"[:500]) from None
     if size > limit:
-        Path(path).unlink(missing_ok=True)
         raise Unfit(Verdict.TOO_LARGE, f"{size / 2**20:.0f} MiB, the limit is {limit / 2**20:.0f}")
-    return path
 
 
 def _run(

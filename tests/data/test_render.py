@@ -73,15 +73,15 @@ def test_killed_rendering_continues_where_it_was(tmp_path):
         "synth",
         "--run",
         str(tmp_path / "r"),
-        "users=40",
-        "videos=240",
-        "max_seconds=4",
-        "size=112",
+        "users=20",
+        "videos=64",
+        "max_seconds=3",
+        "render.size=112",
     ]
     partial, final = tmp_path / "r" / "videos.partial", tmp_path / "r" / "videos"
     first = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
-    while len(list(partial.glob("*.mp4"))) < 40:
+    while len(list(partial.glob("*.mp4"))) < 8:
         assert first.poll() is None, "it must still be at work"
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -89,11 +89,11 @@ def test_killed_rendering_continues_where_it_was(tmp_path):
     first.wait()
     time.sleep(1.0)  # Ray's workers notice that their driver is gone
     done = {p.name: p.stat().st_mtime_ns for p in partial.glob("*.mp4")}
-    assert 40 <= len(done) < 240
+    assert 8 <= len(done) < 64
     subprocess.run(command, check=True, capture_output=True, timeout=200)
     info = Run(tmp_path / "r").artifact("videos").manifest.info
     assert info["found_from_earlier_attempt"] == len(done)
-    assert info["rendered_now"] == 240 - len(done)
+    assert info["rendered_now"] == 64 - len(done)
     assert {name: (final / name).stat().st_mtime_ns for name in done} == done, "finished files were not made again"
     assert not list(final.glob("*.tmp*")), "half-written files of the killed attempt do not get into the artifact"
     for path in final.glob("*.mp4"):
