@@ -48,6 +48,10 @@ def checkpoint(settings: ModelSettings) -> Path:
     Raises:
         SettingsError: `path` is not a Qwen2.5-VL checkpoint. PlatformError: see `init`.
     """
+    if not settings.path and settings.size not in _MAKERS:
+        raise SettingsError(
+            f"ufm.model.size={settings.size} is not made here: give a checkpoint, ufm.model.path=FOLDER"
+        )
     if not settings.path:
         return init(settings.size)
     folder = Path(settings.path)

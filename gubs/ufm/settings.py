@@ -40,9 +40,10 @@ class ModelSettings(Section):
 
     path: str = ""
     """Folder of a checkpoint (any Qwen2.5-VL in the Hugging Face form); empty = one made here, of `size`."""
-    size: Literal["tiny", "small"] = "tiny"
+    size: Literal["tiny", "small", "7b"] = "tiny"
     """Checkpoint that `gubs model init` makes: tiny = about 1.5 M parameters from nothing, small = SmolLM2-135M's
-    weights under a new vision tower."""
+    weights under a new vision tower. 7b = Qwen2.5-VL-7B, whose folder `path` has to name; `gubs plan` knows its numbers
+    without it."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the weights in forward, backward and rollout; the optimiser keeps float32 masters."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"

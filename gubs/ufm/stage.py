@@ -21,6 +21,7 @@ from gubs.artifacts import Artifact, ArtifactWriter, Run, fingerprint, fingerpri
 from gubs.config import Settings
 from gubs.errors import ArtifactError, GubsError, PlatformError, SettingsError
 from gubs.teachers.sft import STAGE as EXAMPLES
+from gubs.ufm import memory
 from gubs.ufm import model as models
 from gubs.ufm.checkpoint import POLICY, Checkpoints
 from gubs.ufm.monitor import STUCK, read_metrics
@@ -60,6 +61,7 @@ def sft_stage(
     mark = fingerprint(SFT, recipe, inputs)
     if found := run.finished(SFT, mark, force):
         return found, False
+    _check_memory(settings, base, memory.plan_sft)
     with _training(run, SFT, mark, settings, inputs, force) as (out, folder):
         job = Job(run.uri, settings, SFT, str(folder), _checkpoints(folder), str(base), recipe)
         check_checkpoint(job, ufm.sft.checkpoint.keep)
@@ -108,6 +110,7 @@ def grpo_stage(
     if found := run.finished(name, mark, force):
         return found, False
     tasks = tuple(known_tasks(questions, grpo.tasks))
+    _check_memory(settings, start, memory.plan_grpo)
     with _training(run, name, fingerprint(name, recipe, inputs), settings, inputs, force, mark) as (out, folder):
         job = Job(run.uri, settings, name, str(folder), _checkpoints(folder), str(start), recipe, tasks)
         check_checkpoint(job, grpo.checkpoint.keep)
@@ -277,6 +280,13 @@ def use_gpu(settings: Settings) -> bool:
     if workers.gpu == "yes" and there < workers.count:
         raise PlatformError(f"ufm.workers.count={workers.count} with gpu=yes, but the cluster has {there} GPUs")
     return workers.gpu == "yes" or (workers.gpu == "auto" and there >= workers.count)
+
+
+def _check_memory(settings: Settings, folder: Path, plan: Callable[..., memory.MemoryPlan]) -> None:
+    """Refuses a training that cannot fit the workers' GPUs, with the sum, before anything is loaded."""
+    if use_gpu(settings):
+        frames = (settings.frames.count, settings.frames.max_pixels)
+        memory.check(plan(settings.ufm, memory.config_of(settings.ufm, folder), frames, memory.gpu_bytes()))
 
 
 def _resources(settings: Settings, gpu: bool) -> dict[str, float]:
