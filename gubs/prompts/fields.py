@@ -11,13 +11,16 @@ from collections.abc import Mapping
 from typing import Any
 
 _LOOKALIKES = str.maketrans({"<": "‹", ">": "›", "`": "'", "{": "(", "}": ")"})
+PICTURES = "\N{OBJECT REPLACEMENT CHARACTER}"
+"""Our own prompts put it where pictures belong; text from outside may not."""
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode categories that show nothing: control, format (direction marks too), surrogates, private use, line ends."""
 
 
 def plain(text: str, limit: int = 200) -> str:
     """One line of visible characters, at most `limit` of them (then it ends with …), without angle brackets."""
-    visible = "".join(" " if unicodedata.category(c) in _INVISIBLE else c for c in unicodedata.normalize("NFC", text))
+    normal = unicodedata.normalize("NFC", text)
+    visible = "".join(" " if c == PICTURES or unicodedata.category(c) in _INVISIBLE else c for c in normal)
     line = " ".join(visible.split()).translate(_LOOKALIKES)
     return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
 

@@ -22,6 +22,8 @@ from gubs.errors import ArtifactError
 MARKER = "checkpoint.json"
 POLICY = "policy"
 _BEST = "best.json"
+_FULL = 1 << 20
+"""Bytes left on a disk that is taken for full."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,11 @@ class Checkpoints:
             barrier()
             if self.rank == 0:
                 self._publish(staged, place, Marker(step, self.world, self.recipe, score, _sizes(staged)))
-        except OSError as e:
-            shutil.rmtree(staged, ignore_errors=True)
+        except Exception as e:
+            told = _of_the_disk(e, staged)
+            shutil.rmtree(staged, ignore_errors=True)  # what was written in vain would keep a full disk full
+            if not told:
+                raise
             raise ArtifactError(
                 f"cannot write the checkpoint {self.folder}/{_name(step)}: {e}; earlier ones are whole"
             ) from e
@@ -200,6 +205,13 @@ def _flush(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as f:
                 os.fsync(f.fileno())
+
+
+def _of_the_disk(error: Exception, folder: Path) -> bool:
+    """Whether a disk that is full or broken is behind an error: torch and safetensors raise errors of their own."""
+    if isinstance(error, OSError) or "os error" in str(error):
+        return True
+    return folder.exists() and shutil.disk_usage(folder).free < _FULL
 
 
 def _write_through(path: Path, data: bytes) -> None:

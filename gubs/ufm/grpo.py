@@ -92,8 +92,7 @@ class GRPOWorker(Worker):
         dealt = micro_batches([s.tokens for s in samples], self.grpo.micro_tokens)
         parts = [[samples[i] for i in part] for part in dealt]
         batches = [(self.inputs.collate([(s.encoded, _ids(s)) for s in part]), part) for part in parts]
-        while len(batches) < most(len(dealt), self.device):
-            batches.append((self._empty(samples), []))
+        batches += [(self._empty(samples), [])] * (max(1, most(len(dealt), self.device)) - len(batches))
         if self.reference is None:
             return batches, [None] * len(batches)
         self.reference.to(self.device)

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gubs.errors import SettingsError
+from gubs.prompts.fields import PICTURES
 from gubs.ufm.settings import InputSettings
 
-VISION_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+VISION_MARK = PICTURES
 """Stands for the pictures in a prompt's text; `fields` lets no text from outside bring one in its place."""
 
 IMAGE, VIDEO = 1, 2

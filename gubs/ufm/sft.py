@@ -12,6 +12,7 @@ from gubs.errors import ArtifactError
 from gubs.records import Task
 from gubs.ufm import model as models
 from gubs.ufm.inputs import Encoded
+from gubs.ufm.settings import CheckpointSettings
 from gubs.ufm.trainer import Trainer, micro_batches, most, reduce_sums
 from gubs.ufm.worker import Job, Worker
 
@@ -52,9 +53,9 @@ class SFTWorker(Worker):
         self._batches: Iterator[list[Example]] = iter(())
 
     @property
-    def checkpointing(self) -> Any:
+    def checkpointing(self) -> CheckpointSettings:
         """When to write checkpoints."""
-        return self.sft.checkpoint
+        return self.ufm.sft.checkpoint
 
     def begin(self, step: int) -> None:
         """Passes over the batches that were done before."""
@@ -80,8 +81,7 @@ class SFTWorker(Worker):
     def _update(self, examples: Sequence[Example], step: int) -> tuple[Any, int]:
         parts = micro_batches([len(e.ids) + len(a) for e, a in examples], self.sft.micro_tokens)
         batches = [self.inputs.collate([examples[i] for i in part]) for part in parts]
-        while len(batches) < most(len(parts), self.device):
-            batches.append(self.inputs.collate([(examples[0][0], ())]))
+        batches += [self.inputs.collate([(examples[0][0], ())])] * (most(len(parts), self.device) - len(batches))
         counts = {"tokens": float(sum(int(b.response.sum()) for b in batches))}
         tokens = max(1.0, reduce_sums(counts, self.device)["tokens"])
 

@@ -135,13 +135,13 @@ class Worker:
             DivergedError: too many in a row; the batch is saved.
         """
         self._bad = self._bad + 1 if skipped else 0
-        limit = self.ufm.grpo.optimizer.max_bad_steps
+        limit = self.trainer.settings.max_bad_steps
         if self._bad >= limit:
             path = self.folder / f"bad-step-{step}-rank-{self.rank}.json"
             path.write_text(json.dumps(list(batch), ensure_ascii=False))
             raise DivergedError(
                 f"loss or gradient was not a number in {limit} steps in a row, the last one step {step}; its batch is "
-                f"in {path}. Lower the learning rate, or raise ufm.grpo.optimizer.max_bad_steps"
+                f"in {path}. Lower the learning rate, or raise max_bad_steps of its optimizer"
             )
 
     def _timed(self, step: int) -> dict[str, float]:

@@ -1,0 +1,196 @@
+"""The scripted teacher: what it reads, what it says, and that it never knows the truth."""
+
+import pytest
+from teach_helpers import hand_made, synthetic_settings, view
+
+from gubs.artifacts import Run
+from gubs.config import Settings, load_settings
+from gubs.people import Person
+from gubs.prompts.answers import as_answer, read_answer
+from gubs.records import TASK_OPTIONS, Interaction, Option, Task, User, Video
+from gubs.teachers import script
+from gubs.teachers.cases import Case
+from gubs.teachers.desk import Desk
+from gubs.teachers.reasons import reasons_stage
+from gubs.teachers.sft import sft_stage
+
+PETS = User("u1", 30, tags=["pets", "travel"])
+
+
+def a_case(reason: str | None = None, *, tags=("pets",), seconds=20.0, views=(), title="Cats", **target) -> Case:
+    person = Person(PETS, tuple(views))
+    video = Video("v1", title, seconds, tags=list(tags))
+    shown = {"task": "sequential", "disliked": True, **target}
+    return Case(Interaction("i1", "u1", "v1", dislike_reason=reason, **shown), "train", person, video, ())
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("Pure clickbait!", Option.B),
+        ("It is DISGUSTING", Option.B),
+        ("such vulgar language", Option.B),
+        ("I have seen it before", Option.C),
+        ("why am I shown this", Option.C),
+        ("way too long for me", Option.D),
+        ("not now, please", Option.D),
+    ],
+)
+def test_words_decide_the_cause(words, option):
+    """Whatever the fields say: here the topic does not fit and the video is long."""
+    think, found = script.dislike(a_case(words, tags=("news",), seconds=900.0))
+    assert found == option
+    assert think.endswith({"B": "puts off.", "C": "missed.", "D": "user's moment."}[option])
+
+
+@pytest.mark.parametrize("words", [None, "", "hm", "\U0001f44e"])
+def test_words_that_tell_nothing_leave_it_to_the_fields(words):
+    assert script.dislike(a_case(words, tags=("news",)))[1] == Option.C
+    assert script.dislike(a_case(words, seconds=300.0))[1] == Option.D
+    assert script.dislike(a_case(words))[1] == Option.B
+
+
+def test_every_reason_of_the_simulated_app_is_understood():
+    """A pattern that misses would fill the SFT set with guesses."""
+    from gubs.data.sources.synthetic import _REASONS
+
+    wanted = {"mismatch": "C", "repetition": "C", "too_long": "D", "no_intent": "D", "accident": "D"}
+    for key, reasons in _REASONS.items():
+        for reason in reasons:
+            found = script.read_words(reason.format(topic="pets"))
+            option = None if key == "vague" else Option(wanted.get(key, "B"))
+            assert (found[0] if found else None) == option, (key, reason)
+
+
+def test_facts_are_what_the_fields_say():
+    found = script.facts(Person(PETS, ()), Video("v", "Cats", 20.0, tags=["travel"]))
+    assert found.said() == "Topic travel. Likes pets, travel. It fits. It is short."
+    bare = script.facts(Person(User("u"), ()), Video("v"))
+    assert (bare.fits, bare.seconds, bare.long, bare.said()) == (None, None, False, "Topic unknown.")
+
+
+def test_a_flaw_is_remarked_and_a_repetition_seen():
+    views = ['{"title": "Cats", "length": "20 s", "played": "90%"}']
+    assert "It was shown before." in script.dislike(a_case(None, views=views))[0]
+    assert script.dislike(a_case(None, views=views))[1] == Option.C
+    assert "But the title promises too much." in script.dislike(a_case("clickbait", views=views))[0]
+
+
+def test_patience_comes_from_what_the_user_watched_on():
+    """A user of ten-second videos finds thirty seconds long; one of long films does not."""
+    short = [f'{{"title": "t{i}", "length": "10 s", "played": "90%"}}' for i in range(3)]
+    long = [f'{{"title": "t{i}", "length": "200 s", "played": "90%"}}' for i in range(3)]
+    skipped = [f'{{"title": "t{i}", "length": "10 s", "played": "5%"}}' for i in range(3)]
+    for views, is_long in ((short, True), (long, False), (skipped, False), (short[:2], False)):
+        assert script.facts(Person(PETS, tuple(views)), Video("v", "x", 30.0)).long is is_long
+
+
+@pytest.mark.parametrize(("clicked", "option"), [(True, Option.A), (False, Option.B)])
+def test_clicks_follow_the_log(clicked, option):
+    think, found = script.click(a_case(task="click", clicked=clicked, disliked=None))
+    assert found == option
+    assert ("does not attract" in think) is (option == Option.B)
+
+
+def test_what_it_says_is_a_well_formed_answer():
+    """SFT on a broken form would teach it."""
+    for words in ("clickbait", "seen before", "too long", None):
+        think, option = script.dislike(a_case(words))
+        read = read_answer(as_answer(think, option), TASK_OPTIONS[Task.SEQUENTIAL], finished=True)
+        assert read.ok
+        assert read.option == option
+
+
+def test_every_sentence_is_known_to_the_tokenizer():
+    known = " ".join(script.texts())
+    for words in ("clickbait", "disgusting", "vulgar", "seen before", "boring", "too long", "not now"):
+        conclusion = script.dislike(a_case(words))[0].rsplit(". ", 1)[-1]
+        assert conclusion in known
+
+
+def settings(truth: bool = False) -> Settings:
+    base = synthetic_settings()
+    teachers = base.teachers.model_copy(update={"author": "script", "sft_click_users": 20, "truth": truth})
+    return base.model_copy(update={"teachers": teachers})
+
+
+@pytest.fixture
+def no_llm(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("an LLM was asked")
+
+    monkeypatch.setattr("gubs.teachers.desk.LLMClient", refuse)
+
+
+def stages(run: Run, chosen: Settings) -> dict[str, list[dict]]:
+    with Desk(run, chosen, chosen.teachers) as desk:
+        examples, fresh = sft_stage(desk)
+        labels, _ = reasons_stage(desk)
+        assert fresh
+        assert not sft_stage(desk)[1], "run again, there is nothing to do"
+    return {"examples": examples.table("examples").to_pylist(), "labels": labels.table("labels").to_pylist()}
+
+
+def truths(run: Run) -> dict[str, str]:
+    table = run.artifact("truth").table("skips")
+    return dict(zip(table["interaction_id"].to_pylist(), table["cause"].to_pylist(), strict=True))
+
+
+def test_the_stages_need_no_language_model(simulated, tmp_path, no_llm):
+    from teach_helpers import copy_run
+
+    run = copy_run(simulated, tmp_path / "run")
+    found = stages(run, settings(truth=True))
+    assert {(r["task"], r["label_source"]) for r in found["examples"]} == {("sequential", "script"), ("click", "rule")}
+    assert {r["split"] for r in found["examples"]} == {"train"}
+    options = TASK_OPTIONS[Task.SEQUENTIAL]
+    assert all(read_answer(r["response"], options, finished=True).ok for r in found["examples"])
+    causes = truths(run)
+    told = [r for r in found["labels"] if r["label_source"] == "truth"]
+    assert told
+    assert all(r["option"] == causes[r["interaction_id"]] for r in told)
+    assert run.artifact("labels").table("queue").num_rows == 0
+
+
+def test_without_truth_labels_are_the_scripts_and_not_all_true(simulated, tmp_path, no_llm):
+    """A teacher that is always right would have looked."""
+    from teach_helpers import copy_run
+
+    run = copy_run(simulated, tmp_path / "run")
+    found = stages(run, settings())
+    causes = truths(run)
+    told = [r for r in found["labels"] if r["label_source"] == "script"]
+    right = sum(r["option"] == causes[r["interaction_id"]] for r in told)
+    assert 0.2 * len(told) < right < len(told)
+
+
+def test_the_script_says_the_same_where_the_truth_is_another(simulated, tmp_path, no_llm):
+    """Examples are for training: a cause only the simulator knows must not get into them."""
+    import pyarrow as pa
+    from teach_helpers import copy_run
+
+    from gubs.artifacts import writing
+
+    plain, changed = copy_run(simulated, tmp_path / "a"), copy_run(simulated, tmp_path / "b")
+    table = changed.artifact("truth").table("skips")
+    other = pa.array([{"B": "C", "C": "D", "D": "B"}[c] for c in table["cause"].to_pylist()])
+    with writing(changed, "truth", fingerprint="t", settings=settings(), inputs={}) as out:
+        out.write_table("skips", table.set_column(table.schema.get_field_index("cause"), "cause", other))
+    first, second = stages(plain, settings()), stages(changed, settings())
+    assert first == second
+
+
+def test_a_source_without_truth_is_labelled_by_the_script(tmp_path, no_llm):
+    """truth=true is a wish of simulated sources; elsewhere the script has to do."""
+    history = [view(f"h{i}", f"v{i}", play_rate=0.9) for i in range(3)]
+    run = hand_made(
+        tmp_path / "run",
+        [*history, view("t1", "v9", role="target", play_rate=0.05), view("t2", "v8", role="target", play_rate=0.9)],
+        v9={"title": "News", "duration_s": 20.0, "tags": ["news"]},
+    )
+    chosen = load_settings("tiny", ["teachers.author=script", "teachers.truth=true"])
+    with Desk(run, chosen, chosen.teachers) as desk:
+        labels, _ = reasons_stage(desk)
+    found = {r["interaction_id"]: (r["option"], r["label_source"]) for r in labels.table("labels").to_pylist()}
+    assert found["t1"] == ("C", "script")
+    assert found["t2"] == ("A", "rule")

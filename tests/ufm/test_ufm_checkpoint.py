@@ -1,0 +1,244 @@
+"""Checkpoints: whole or not there, refused where they do not fit, and never at the cost of an earlier one."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ufm_helpers import text_prompt, tiny_inputs
+
+from gubs.errors import ArtifactError
+from gubs.ufm import checkpoint
+from gubs.ufm.checkpoint import MARKER, Checkpoints, save_policy
+from gubs.ufm.model import load
+from gubs.ufm.settings import ModelSettings
+
+RECIPE = {"model": "m1", "data": "d1", "settings": "s1"}
+
+
+def save(text: str = "weights") -> Callable[[Path], None]:
+    def put(folder: Path) -> None:
+        (folder / "state").mkdir(exist_ok=True)
+        (folder / "state" / "optimizer.pt").write_text(text)
+        (folder / "rng-0.pt").write_text("rng")
+
+    return put
+
+
+def opened(folder: Path, keep: int = 2, world: int = 1, **recipe: str) -> Checkpoints:
+    return Checkpoints(str(folder), {**RECIPE, **recipe}, keep, world=world)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_newest_are_kept_and_the_best(tmp_path):
+    found = opened(tmp_path)
+    for step, score in ((2, 0.1), (4, 0.9), (6, 0.3), (8, 0.2)):
+        found.write(step, save(str(step)), score=score)
+    assert found.steps() == [4, 6, 8]
+    assert found.best() == 4
+    assert found.latest().step == 8
+    assert (found.local(8) / "state" / "optimizer.pt").read_text() == "8"
+
+
+def test_a_better_one_replaces_the_best(tmp_path):
+    found = opened(tmp_path, keep=1)
+    for step, score in ((1, 0.5), (2, 0.1), (3, 0.8), (4, 0.2)):
+        found.write(step, save(), score=score)
+    assert (found.best(), found.steps()) == (3, [3, 4])
+
+
+def test_no_folder_is_no_checkpoint(tmp_path):
+    assert opened(tmp_path / "none").latest() is None
+
+
+def test_what_a_kill_left_behind_is_no_checkpoint(tmp_path):
+    """A kill can come at any moment: while files are written, after the rename, while the marker is written."""
+    found = opened(tmp_path)
+    found.write(2, save())
+    shutil.copytree(tmp_path / "step-000002", tmp_path / "step-000004.tmp")
+    shutil.copytree(tmp_path / "step-000002", tmp_path / "step-000006", ignore=shutil.ignore_patterns(MARKER))
+    (tmp_path / "step-000006" / "checkpoint.tmp").write_text('{"step": 6, "wor')
+    assert found.steps() == [2]
+    assert found.latest().step == 2
+    for step in (4, 6):
+        found.write(step, save("again"))
+    assert found.steps() == [4, 6]
+    assert found.latest().step == 6
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("moment", ["rename", "marker"])
+def test_killed_for_real_in_the_middle(tmp_path, moment):
+    """The process ends at once, without any clean-up; what was there before stays, and the step can be done again."""
+    opened(tmp_path).write(2, save("old"))
+    code = f"""
+import os, pathlib, sys
+from gubs.ufm import checkpoint
+die = lambda *a: os._exit(9)
+if {moment!r} == "rename": pathlib.Path.rename = die
+else: checkpoint._write_through = die
+def save(folder): (folder / "a").write_text("new")
+checkpoint.Checkpoints({str(tmp_path)!r}, {RECIPE!r}, 2).write(4, save)
+"""
+    assert subprocess.run(["python", "-c", code], env=_env(), timeout=60).returncode == 9
+    found = opened(tmp_path)
+    assert found.latest().step == 2
+    assert (found.local(2) / "state" / "optimizer.pt").read_text() == "old"
+    found.write(4, save("new"))
+    assert found.latest().step == 4
+
+
+def _env() -> dict[str, str]:
+    import sys
+
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated"])
+def test_a_damaged_file_is_named(tmp_path, harm):
+    """Half an optimiser state must not be loaded, nor the whole run begin anew in silence."""
+    found = opened(tmp_path)
+    found.write(2, save())
+    path = tmp_path / "step-000002" / "state" / "optimizer.pt"
+    path.unlink() if harm == "missing" else path.write_text("we")
+    with pytest.raises(ArtifactError, match=r"step-000002 is damaged: state/optimizer.pt .*remove that folder"):
+        found.latest()
+
+
+@pytest.mark.parametrize("what", ["model", "data", "settings"])
+def test_another_recipe_is_refused(tmp_path, what):
+    opened(tmp_path).write(2, save())
+    before = files(tmp_path)
+    with pytest.raises(ArtifactError, match=rf"trained with another {what} .*another --run, or --force"):
+        opened(tmp_path, **{what: "other"}).latest()
+    assert files(tmp_path) == before
+
+
+def test_another_number_of_workers_is_refused(tmp_path):
+    """ZeRO's optimiser state is dealt to the ranks: with another number it would be read wrongly."""
+    opened(tmp_path, world=2).write(2, save())
+    with pytest.raises(ArtifactError, match=r"written by 2 workers .* set ufm.workers.count=2"):
+        opened(tmp_path, world=1).latest()
+
+
+def test_ranks_write_into_one_folder_and_the_marker_comes_after_all_of_them(tmp_path):
+    """A marker that comes before the last rank's file would vouch for a checkpoint that is not whole."""
+    barrier = threading.Barrier(2, timeout=30)
+    errors: list[BaseException] = []
+
+    def rank(number: int) -> None:
+        def put(folder: Path) -> None:
+            (folder / f"rng-{number}.pt").write_text("x" * (number + 1))
+
+        try:
+            found = Checkpoints(str(tmp_path), RECIPE, 2, number, 2)
+            found.write(2, put, barrier=lambda: barrier.wait() and None)
+        except BaseException as e:  # noqa: BLE001 - shown by the test
+            errors.append(e)
+
+    threads = [threading.Thread(target=rank, args=(n,)) for n in range(2)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not errors
+    marker = json.loads((tmp_path / "step-000002" / MARKER).read_text())
+    assert marker["files"] == {"rng-0.pt": 1, "rng-1.pt": 2}
+    assert marker["world"] == 2
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("where", ["_flush", "_write_through"])
+def test_a_full_disk_leaves_the_earlier_ones_whole(tmp_path, monkeypatch, where):
+    found = opened(tmp_path, keep=1)
+    found.write(2, save("old"), score=1.0)
+    monkeypatch.setattr(checkpoint, where, full)
+    with pytest.raises(ArtifactError, match=r"cannot write .*step-000004: .*No space left.*earlier ones are whole"):
+        found.write(4, save("new"), score=2.0)
+    monkeypatch.undo()
+    assert found.latest().step == 2
+    assert (found.local(2) / "state" / "optimizer.pt").read_text() == "old"
+    assert found.best() == 2
+    found.write(4, save("new"))
+    assert found.steps() == [2, 4]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 3 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True
+        ).returncode
+    ):
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a traceback may hold a file open
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_a_disk_that_is_really_full(small_disk, kind):
+    """torch and safetensors have errors of their own for a full disk: they must not pass for a bug in training."""
+    found = opened(small_disk)
+    found.write(2, save("old"))
+
+    def put(folder: Path) -> None:
+        big = {"w": torch.zeros(4 << 20)}
+        if kind == "torch":
+            torch.save(big, folder / "state.pt")
+        else:
+            import safetensors.torch
+
+            safetensors.torch.save_file(big, folder / "model.safetensors")
+
+    with pytest.raises(ArtifactError, match=r"cannot write .*step-000004.*earlier ones are whole"):
+        found.write(4, put)
+    assert found.latest().step == 2
+    assert not list(small_disk.glob("*.tmp")), "what was written in vain keeps the disk full"
+    found.write(4, save("fits"))
+    assert found.latest().step == 4
+
+
+def test_a_bug_while_saving_is_not_called_a_full_disk(tmp_path):
+    def put(folder: Path) -> None:
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        opened(tmp_path).write(2, put)
+    assert opened(tmp_path).latest() is None
+
+
+def test_a_saved_policy_loads_in_plain_transformers(tmp_path, tiny):
+    """What we hand over must need none of our code: same weights, same processor, same logits."""
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+    model = load(tiny, ModelSettings(dtype="float32"))
+    with torch.no_grad():
+        model.model.language_model.embed_tokens.weight.mul_(1.01)
+    inputs = tiny_inputs(tiny)
+    save_policy(model, inputs, tmp_path / "policy")
+    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "policy")
+    assert plain.dtype == torch.float32
+    for name, weight in model.state_dict().items():
+        assert torch.equal(plain.state_dict()[name], weight), name
+    assert plain.lm_head.weight.data_ptr() == plain.get_input_embeddings().weight.data_ptr()
+    processor = AutoProcessor.from_pretrained(tmp_path / "policy")
+    ids = torch.tensor([inputs.encode(text_prompt()).ids])
+    chat = [{"role": "user", "content": [{"type": "text", "text": text_prompt().text}]}]
+    theirs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_tensors="pt")
+    assert torch.equal(getattr(theirs, "input_ids", theirs), ids)
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(ids).logits, model.eval()(ids).logits)

@@ -1,0 +1,99 @@
+"""Weights on their way to the engine: nothing missing, nothing else, no bit changed."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from gubs.ufm.model import load
+from gubs.ufm.settings import ModelSettings
+from gubs.ufm.sync import EMBEDDING, HEAD, Entry, SyncError, _shared, check, manifest_of, weights_of
+
+EXPECTED = {"a": Entry((2, 3), "torch.float32"), "b": Entry((4,), "torch.float32")}
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return load(tiny, ModelSettings(dtype="float32"))
+
+
+def test_what_is_expected_passes():
+    check(EXPECTED, ["b", "a"], {"b": EXPECTED["b"], "a": EXPECTED["a"]})
+
+
+@pytest.mark.parametrize(
+    ("names", "found", "says"),
+    [
+        (["a"], {"a": EXPECTED["a"]}, "b is missing"),
+        (["a", "b", "a"], EXPECTED, "a is sent twice"),
+        (["a", "b", "c"], {**EXPECTED, "c": EXPECTED["b"]}, "c is unexpected"),
+        (["a", "b"], {**EXPECTED, "b": Entry((5,), "torch.float32")}, r"b is Entry\(shape=\(5,\).*not .*\(4,\)"),
+        (["a", "b"], {**EXPECTED, "b": Entry((4,), "torch.bfloat16")}, r"b is .*bfloat16.*not .*float32"),
+        ([], {}, r"a is missing \(2 such\)"),
+    ],
+    ids=["missing", "twice", "unexpected", "shape", "dtype", "several"],
+)
+def test_other_weights_are_refused_by_name(names, found, says):
+    """An engine that took them would sample from a model that nobody trains, without an error."""
+    with pytest.raises(SyncError, match=says):
+        check(EXPECTED, names, found)
+
+
+def test_a_push_of_other_weights_leaves_the_engine_alone(model):
+    """The check comes first: a half-loaded engine would be worse than none."""
+    from gubs.ufm.sync import WeightSync
+
+    class NoEngine:
+        def __getattr__(self, name):
+            raise AssertionError("the engine was asked")
+
+    sync = WeightSync(model, NoEngine(), 1.0, version=3)
+    lost = torch.nn.Module()
+    lost.register_buffer(EMBEDDING.replace(".", "_"), torch.zeros(1))
+
+    class Fewer:
+        def state_dict(self):
+            return {EMBEDDING: model.state_dict()[EMBEDDING]}
+
+    with pytest.raises(SyncError, match="is missing"):
+        sync.push(Fewer())
+    assert sync.version == 3
+
+
+def test_the_tied_head_is_sent(model, tiny):
+    """The checkpoint has no head of its own; vLLM keeps a stale one, without an error, unless it gets it."""
+    import safetensors
+
+    with safetensors.safe_open(tiny / "model.safetensors", "pt") as f:
+        assert HEAD not in f.keys()  # noqa: SIM118
+    weights = weights_of(model)
+    assert weights[HEAD].data_ptr() == weights[EMBEDDING].data_ptr()
+    assert set(weights) == {*model.state_dict(), HEAD}
+    assert {n.split(".")[1] for n in weights if n != HEAD} == {"language_model", "visual"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_travel_bit_for_bit(dtype):
+    """numpy has no bfloat16: a conversion on the way would round, or lose NaN payloads, zeros' signs and denormals."""
+    bits = torch.from_numpy(np.random.default_rng(0).integers(-(2**15), 2**15, 4096, np.int16))
+    sent = {"w": bits.view(dtype).reshape(2, -1), "scalar": torch.tensor(1.5, dtype=dtype)}
+    pack = pickle.loads(pickle.dumps(_shared(sent)))
+    got = dict(pack.tensors())
+    assert list(got) == ["w", "scalar"]
+    for name, weight in sent.items():
+        assert got[name].dtype == dtype
+        assert got[name].shape == weight.shape
+        raw = torch.int16 if dtype != torch.float32 else torch.int32
+        assert torch.equal(got[name].view(raw), weight.view(raw))
+
+
+def test_a_view_that_is_not_contiguous_travels_whole():
+    weight = torch.arange(12, dtype=torch.bfloat16).reshape(3, 4).T
+    ((_, got),) = _shared({"w": weight}).tensors()
+    assert torch.equal(got, weight)
+
+
+def test_the_manifest_of_a_model_names_every_weight(model):
+    manifest = manifest_of(weights_of(model))
+    assert manifest[EMBEDDING] == manifest[HEAD] == Entry((len(model.lm_head.weight), 128), "torch.float32")
