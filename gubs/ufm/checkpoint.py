@@ -21,7 +21,6 @@ from gubs.errors import ArtifactError
 
 MARKER = "checkpoint.json"
 POLICY = "policy"
-_BEST = "best.json"
 _FULL = 1 << 20
 """Bytes left on a disk that is taken for full."""
 
@@ -98,7 +97,7 @@ class Checkpoints:
             ArtifactError: a file is missing or not of the recorded size.
         """
         place = f"{self.root}/{_name(step)}"
-        marker = Marker(**json.loads(self.fs.cat_file(f"{place}/{MARKER}")))
+        marker = self._marker(step)
         for name, size in marker.files.items():
             path = f"{place}/{name}"
             if not self.fs.exists(path) or self.fs.size(path) != size:
@@ -170,25 +169,24 @@ class Checkpoints:
             self.fs.put(f"{staged}/", f"{place}/", recursive=True)
             self.fs.pipe_file(f"{place}/{MARKER}", text)
             shutil.rmtree(staged)
-        self._note_best(marker)
         self._prune()
 
     def best(self) -> int | None:
-        """Step of the best checkpoint so far."""
-        path = f"{self.root}/{_BEST}"
-        return int(json.loads(self.fs.cat_file(path))["step"]) if self.fs.exists(path) else None
+        """Step of the best finished checkpoint; the earlier one of two that are as good."""
+        scores = {step: self._marker(step).score for step in self.steps()}
+        scored = [step for step in scores if scores[step] is not None]
+        return max(scored, key=lambda step: (scores[step], -step)) if scored else None
 
-    def _note_best(self, marker: Marker) -> None:
-        path = f"{self.root}/{_BEST}"
-        known = json.loads(self.fs.cat_file(path)) if self.fs.exists(path) else None
-        if marker.score is not None and (known is None or known["step"] > marker.step or marker.score > known["score"]):
-            self.fs.pipe_file(path, json.dumps({"step": marker.step, "score": marker.score}).encode())
+    def _marker(self, step: int) -> Marker:
+        return Marker(**json.loads(self.fs.cat_file(f"{self.root}/{_name(step)}/{MARKER}")))
 
     def _prune(self) -> None:
         steps, best = self.steps(), self.best()
         for step in steps[: -self.keep]:
             if step != best:
-                self.fs.rm(f"{self.root}/{_name(step)}", recursive=True)
+                place = f"{self.root}/{_name(step)}"
+                self.fs.rm_file(f"{place}/{MARKER}")  # first: half a checkpoint must not look like a whole one
+                self.fs.rm(place, recursive=True)
 
 
 def _name(step: int) -> str:

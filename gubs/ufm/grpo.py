@@ -183,15 +183,22 @@ class RolloutEngine:
         raise PlatformError(f"the rollout engine died {_ENGINE_TRIES} times in one step; Ray's dashboard has its log")
 
     def push(self, model: Any) -> None:
-        """New weights for the engine."""
-        from ray.exceptions import RayActorError
+        """New weights for the engine; one that died is started again.
+
+        Raises:
+            PlatformError: it does not take them in time.
+        """
+        from ray.exceptions import GetTimeoutError, RayActorError
 
         assert self.sync
         try:
-            self.sync.push(model)
-        except RayActorError:
-            self._start(model)
-            self.sync.push(model)
+            try:
+                self.sync.push(model)
+            except RayActorError:
+                self._start(model)
+                self.sync.push(model)
+        except GetTimeoutError:
+            raise self._end("take the weights") from None
 
     def figures(self) -> dict[str, float]:
         """See `Engine.figures`."""
@@ -211,10 +218,16 @@ class RolloutEngine:
         try:
             return ray.get(ref, timeout=self._limit)
         except GetTimeoutError:
-            ray.kill(self.handle)
-            raise PlatformError(
-                f"the rollout engine did not {what} within {self._limit:g} s (ufm.workers.stuck_after_s) and was ended"
-            ) from None
+            raise self._end(what) from None
+
+    def _end(self, what: str) -> PlatformError:
+        """Ends the engine that did not do something in time; returns the error that says so."""
+        import ray
+
+        ray.kill(self.handle)
+        return PlatformError(
+            f"the rollout engine did not {what} within {self._limit:g} s (ufm.workers.stuck_after_s) and was ended"
+        )
 
 
 def _dense(flat: Any, mask: Any) -> Any:

@@ -56,6 +56,32 @@ def test_a_better_one_replaces_the_best(tmp_path):
     assert (found.best(), found.steps()) == (3, [3, 4])
 
 
+def test_the_best_is_known_whenever_the_run_was_killed(tmp_path, monkeypatch):
+    """A kill right after the marker must neither lose the best one nor leave anything that stops the next attempt."""
+    found = opened(tmp_path, keep=1)
+    found.write(2, save(), score=0.9)
+    monkeypatch.setattr(Checkpoints, "_prune", full)
+    with pytest.raises(ArtifactError):
+        found.write(4, save(), score=0.95)
+    monkeypatch.undo()
+    again = opened(tmp_path, keep=1)
+    assert again.best() == again.latest().step == 4
+    again.write(6, save(), score=0.1)
+    assert again.steps() == [4, 6]
+
+
+def test_killed_while_an_old_one_is_removed(tmp_path, monkeypatch):
+    """What is left of it must not count as a checkpoint, the best one least of all."""
+    found = opened(tmp_path, keep=1)
+    found.write(2, save(), score=0.5)
+    monkeypatch.setattr(type(found.fs), "rm", full)
+    with pytest.raises(ArtifactError):
+        found.write(4, save(), score=0.9)
+    monkeypatch.undo()
+    assert (tmp_path / "step-000002" / "rng-0.pt").exists()
+    assert opened(tmp_path, keep=1).steps() == [4]
+
+
 def test_no_folder_is_no_checkpoint(tmp_path):
     assert opened(tmp_path / "none").latest() is None
 
