@@ -180,7 +180,7 @@ def test_ranks_write_into_one_folder_and_the_marker_comes_after_all_of_them(tmp_
     assert marker["world"] == 2
 
 
-def full(*_: object) -> None:
+def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
