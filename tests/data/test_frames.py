@@ -25,7 +25,9 @@ from gubs.artifacts import Run
 from gubs.config import FrameSettings, Settings
 from gubs.data.decoded import Decoded, DecodeOptions, Verdict
 from gubs.data.frame_store import FACTS, FrameStore
-from gubs.data.frames import _MAX_ATTEMPTS, Ledger, Worker, _batches, extract_frames, frame_stage
+from gubs.data.frame_worker import FETCHING, MAX_ATTEMPTS, Limits, Worker
+from gubs.data.frames import _batches, extract_frames, frame_stage
+from gubs.data.ledger import Ledger
 from gubs.errors import ArtifactError, PlatformError
 
 SETTINGS = FrameSettings(count=4, max_pixels=16 * 28 * 28, workers=2, timeout_s=20)
@@ -264,8 +266,7 @@ def test_nothing_fetched_is_left_behind(server: _Server, tmp_path: Path, monkeyp
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     for name in ("1.mp4", "2.mp4", "3.mp4"):
         (tmp_path / "served" / name).write_bytes((tmp_path / "served" / "0.mp4").read_bytes() + name.encode())
-    quick = SETTINGS.model_copy(update={"timeout_s": 2.0})
-    worker = _Asking(quick, str(tmp_path / "store"), "run", Ledger(set()))
+    worker = _Asking(OPTIONS, Limits(2.0, 2048), str(tmp_path / "store"), "run", Ledger(set()))
     names = ["0.mp4", "held.mp4", "gone.mp4", "1.mp4", "2.mp4"]
     files, stored = worker._decode_batch(0, list(enumerate(f"{server.address}/{name}" for name in names)), {})
     assert [f.verdict for f in files] == ["ok", "timeout", "missing", "ok", "ok"]
@@ -278,11 +279,9 @@ def test_nothing_fetched_is_left_behind(server: _Server, tmp_path: Path, monkeyp
     monkeypatch.setattr(worker.ledger, "claim", claim)
     with pytest.raises(RuntimeError, match="ledger"):
         worker._decode_batch(1, [(i, f"{server.address}/{i % 4}.mp4") for i in range(24)], {})
-    deadline = time.monotonic() + 20
-    while (
-        list(folder.iterdir()) and time.monotonic() < deadline
-    ):  # threads that were still fetching clean up as they end
-        time.sleep(0.02)
+    server.released.set()
+    for thread in [t for t in threading.enumerate() if t.name == FETCHING]:
+        thread.join(20)
     assert not list(folder.iterdir())
     worker.decoder.close()
 
@@ -408,13 +407,13 @@ def _ended(process: psutil.Process) -> bool:
 def test_a_batch_that_kills_its_workers_is_given_up(films: list[str], tmp_path: Path) -> None:
     """Told without Ray: the worker asks the ledger, which has seen this batch too often."""
     ledger = Ledger(set())
-    worker = _Asking(SETTINGS, str(tmp_path), "run", ledger)
+    worker = _Asking(OPTIONS, Limits(20.0, 2048), str(tmp_path), "run", ledger)
     (batch,) = _batches([films[0]], 1)
     block = pa.table({k: [v] for k, v in batch.items()})
     assert worker(block)["verdict"].to_pylist() == ["ok"]
     assert worker(block)["verdict"].to_pylist() == ["ok"]  # its part is there: not decoded again
     assert worker.decoder.restarts == 0
-    for _ in range(_MAX_ATTEMPTS - 2):
+    for _ in range(MAX_ATTEMPTS - 2):
         worker(block)
     assert worker(block)["verdict"].to_pylist() == ["crashed"]
     worker.decoder.close()
