@@ -1,0 +1,294 @@
+"""Engine and trainer compute the same: ids, positions, log-probabilities, for text, image and video, after a sync too.
+
+One real vLLM engine in a Ray actor serves all tests of this file. It starts from a checkpoint with louder weights than
+the untrained one has: whose answers depend on every token and every picture, so that a difference shows.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ufm_helpers import image_prompt, make_clip, text_prompt, tiny_inputs, video_prompt
+
+from gubs.errors import PlatformError
+from gubs.ufm.checkpoint import save_policy
+from gubs.ufm.grpo import RolloutEngine
+from gubs.ufm.inputs import Encoded, Inputs, mrope_positions
+from gubs.ufm.loss import Denominators, policy_loss
+from gubs.ufm.model import load
+from gubs.ufm.rollout import _ENVIRONMENT, Request, Response, Shape
+from gubs.ufm.settings import ModelSettings, RolloutSettings
+from gubs.ufm.sync import HEAD, WeightSync, _shared, weights_of
+from gubs.ufm.trainer import logprobs
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+
+MODEL = ModelSettings(dtype="float32", gradient_checkpointing=False)
+CLOSE = 1e-4
+LONG = 'Playing.\nUser: {"age": 30}\n- {"title": "Rare health sleep"}\n' * 3
+
+
+@pytest.fixture(scope="module")
+def loud(tiny, tmp_path_factory) -> Path:
+    """The tiny checkpoint with weights three times as large."""
+    model, folder = load(tiny, MODEL), tmp_path_factory.mktemp("loud") / "policy"
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(3.0)
+    save_policy(model, tiny_inputs(tiny), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(loud) -> Inputs:
+    return tiny_inputs(loud)
+
+
+@pytest.fixture(scope="module")
+def engine(loud, inputs, ray_local) -> Iterator[Any]:
+    from gubs.ufm.rollout import Engine
+
+    class Probe(Engine):
+        """The engine, with a look inside."""
+
+        def prompt_ids(self, prompt: Any) -> list[int]:
+            return list(
+                self._llm.generate([prompt], self._parameters(0, 0.0, None), use_tqdm=False)[0].prompt_token_ids
+            )
+
+        def positions(self, ids: list[int], clips: list[tuple[str, Any, float, int, int]]) -> Any:
+            from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+
+            class Held:
+                def __init__(self, value):
+                    self.data = torch.tensor(value)
+
+            features = [
+                MultiModalFeatureSpec(
+                    {f"{kind}_grid_thw": Held(grid), "second_per_grid_ts": Held(seconds)},
+                    kind,
+                    "x",
+                    PlaceholderRange(offset=at, length=count),
+                )
+                for kind, grid, seconds, at, count in clips
+            ]
+            ask = lambda worker: worker.model_runner.get_model().get_mrope_input_positions(ids, features)[0]  # noqa: E731
+            return self._llm.collective_rpc(ask)[0].numpy()
+
+    shape = Shape(str(loud), MODEL, inputs.settings, RolloutSettings(kv_cache_gb=0.1, max_num_seqs=16), threads=2)
+    actor = ray.remote(Probe).options(num_cpus=0, runtime_env={"env_vars": {**_ENVIRONMENT, "OMP_NUM_THREADS": "2"}})
+    handle = actor.remote(shape)
+    ray.get(handle.ready.remote(), timeout=150)
+    yield handle
+    ray.kill(handle)
+
+
+@pytest.fixture
+def model(loud) -> Any:
+    return load(loud, MODEL)
+
+
+PROMPTS = {
+    "text": text_prompt(LONG),
+    "image": image_prompt(LONG),
+    "video": video_prompt(LONG),
+    "long wide video": video_prompt("x", 5, frames=6, height=56, width=112, seconds=33.0),
+    "short tall video": video_prompt("y", 6, frames=2, height=84, width=28, seconds=0.5),
+}
+
+
+def ask(engine: Any, inputs: Inputs, encoded: list[Encoded], seed: int = 0, **how: Any) -> list[Response]:
+    asked = [Request(inputs.for_engine(e), seed + i) for i, e in enumerate(encoded)]
+    return ray.get(engine.generate.remote(asked, **how), timeout=100)
+
+
+def gaps(model: Any, inputs: Inputs, encoded: list[Encoded], said: list[Response]) -> list[float]:
+    """Largest difference of a token's log-probability between engine and trainer, by sequence."""
+    with torch.no_grad():
+        batch = inputs.collate([(e, r.ids) for e, r in zip(encoded, said, strict=True)])
+        ours = logprobs(model, batch, sees=True).split([len(r.ids) for r in said])
+    return [float((o - torch.tensor(r.logprobs)).abs().max()) for o, r in zip(ours, said, strict=True)]
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_the_engine_computes_with_our_ids(engine, inputs, name):
+    encoded = inputs.encode(PROMPTS[name])
+    assert ray.get(engine.prompt_ids.remote(inputs.for_engine(encoded)), timeout=60) == encoded.ids
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_the_engine_computes_with_our_positions(engine, inputs, name):
+    encoded = inputs.encode(PROMPTS[name])
+    ids, clips, types = [*encoded.ids, 5, 6], [], np.zeros(len(encoded.ids) + 2, np.int64)
+    if encoded.pixels:
+        p = encoded.pixels
+        pad = inputs.tokenizer.convert_tokens_to_ids(f"<|{p.kind}_pad|>")
+        clips = [(p.kind, p.grid, p.seconds_per_grid, ids.index(pad), ids.count(pad))]
+        types[np.array(ids) == pad] = 1
+    theirs = ray.get(engine.positions.remote(ids, clips), timeout=60)
+    assert np.array_equal(mrope_positions(types, encoded.pixels, 2, 2.0), theirs)
+
+
+def test_log_probabilities_agree(engine, inputs, model):
+    """All kinds in one batch of the trainer: else the ratio of policy and rollout is noise from the first step on."""
+    encoded = [inputs.encode(p) for p in PROMPTS.values()]
+    said = ask(engine, inputs, encoded)
+    assert all(len(r.ids) == 24 or r.ids[-1] == inputs.end for r in said)
+    found = dict(zip(PROMPTS, gaps(model, inputs, encoded, said), strict=True))
+    assert max(found.values()) < CLOSE, found
+
+
+@pytest.mark.parametrize("name", ["image", "video"])
+def test_other_pictures_would_show(engine, inputs, model, name):
+    """If they did not, the test above would say nothing about pictures."""
+    seen = inputs.encode(PROMPTS[name])
+    other = inputs.encode(type(PROMPTS[name])(PROMPTS[name].text, make_clip(99, len(PROMPTS[name].clip.frames))))
+    said = ask(engine, inputs, [seen])
+    assert gaps(model, inputs, [seen], said)[0] < CLOSE
+    assert gaps(model, inputs, [other], said)[0] > 100 * CLOSE
+
+
+def test_transformers_own_positions_would_show(engine, inputs, model):
+    """Positions matter to this model, so the test above tells that they are the engine's."""
+    encoded = inputs.encode(PROMPTS["long wide video"])
+    said = ask(engine, inputs, [encoded])
+    batch = inputs.collate([(encoded, said[0].ids)])
+    batch.positions = torch.arange(batch.ids.shape[1]).expand(3, 1, -1).clone()
+    with torch.no_grad():
+        ours = logprobs(model, batch, sees=True)
+    assert float((ours - torch.tensor(said[0].logprobs)).abs().max()) > 100 * CLOSE
+
+
+def test_health_at_step_0(engine, inputs, model):
+    """Before any update the policy is the reference, the ratio is 1 and the engine samples from the policy."""
+    encoded = [inputs.encode(p) for p in PROMPTS.values()]
+    said = ask(engine, inputs, encoded, seed=50)
+    batch = inputs.collate([(e, r.ids) for e, r in zip(encoded, said, strict=True)])
+    dense = lambda flat: torch.zeros(batch.response.shape).masked_scatter(batch.response, flat)  # noqa: E731
+    with torch.no_grad():
+        ours = dense(logprobs(model, batch, sees=True))
+        reference = dense(logprobs(model, batch, sees=True))
+    _, sums = policy_loss(
+        ours,
+        None,
+        reference,
+        torch.ones(len(said)),
+        batch.response,
+        denominators=Denominators.of(batch.response),
+        beta=0.04,
+        rollout_logp=dense(torch.tensor([p for r in said for p in r.logprobs])),
+    )
+    tokens = float(sums["tokens"])
+    assert float(sums["ratio"]) / tokens == 1.0
+    assert float(sums["kl"]) == float(sums["kl_old"]) == 0.0
+    assert 1.0 <= float(sums["mismatch"]) / tokens < 1.0001
+    assert float(sums["capped"]) == 0.0
+
+
+def test_a_seed_is_an_answer(engine, inputs):
+    """A resumed run must sample the same; replicas must not sample the same as each other."""
+    encoded = [inputs.encode(PROMPTS["video"])] * 3
+    first, again = ask(engine, inputs, encoded, seed=7), ask(engine, inputs, encoded, seed=7)
+    assert [r.ids for r in first] == [r.ids for r in again]
+    assert len({r.ids for r in first}) == 3
+    alone = ask(engine, inputs, encoded[:1], seed=8)
+    assert alone[0].ids == first[1].ids, "whatever else is in the batch"
+
+
+def test_greedy_takes_the_likeliest_token(engine, inputs, model):
+    encoded = inputs.encode(PROMPTS["video"])
+    said = ask(engine, inputs, [encoded, encoded], temperature=0.0)
+    assert said[0].ids == said[1].ids
+    from gubs.ufm.policy import response_logits
+
+    with torch.no_grad():
+        likeliest = response_logits(model, inputs.collate([(encoded, said[0].ids)])).argmax(-1)
+    assert likeliest.tolist() == list(said[0].ids)
+
+
+def test_equal_prompts_are_read_once(engine, inputs):
+    """Four T samples of a group: prefix and pictures come from the caches."""
+    encoded = [inputs.encode(video_prompt(LONG + LONG, seed=31))] * 4
+    before = ray.get(engine.figures.remote(), timeout=30)
+    ask(engine, inputs, encoded)
+    after = ray.get(engine.figures.remote(), timeout=30)
+    grown = {k: after[k] - before[k] for k in after}
+    assert grown["prefix_queries"] == 4 * len(encoded[0].ids)
+    assert grown["prefix_hits"] >= 2 * (len(encoded[0].ids) // 32) * 32
+    assert grown["picture_hits"] >= 3
+
+
+def test_a_guided_answer_is_one_of_the_choices(engine, inputs):
+    choices = [f"<think>It fits.</think><answer>{o}</answer>" for o in "ABCD"]
+    said = ask(engine, inputs, [inputs.encode(PROMPTS["video"])] * 4, choices=choices)
+    assert {inputs.text(r.ids)[0] for r in said} <= set(choices)
+    assert all(inputs.text(r.ids)[1] for r in said)
+
+
+def test_a_sync_brings_the_engine_the_trainers_weights(engine, inputs, model):
+    """Before it they are apart, after it they agree, and what was cached with the old weights is not used any more."""
+    encoded = [inputs.encode(p) for p in PROMPTS.values()]
+    old = ask(engine, inputs, encoded, seed=3)
+    sync = WeightSync(model, engine, 60.0, version=old[0].version)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
+    assert max(gaps(model, inputs, encoded, old)) > 100 * CLOSE
+    assert sync.push(model) == old[0].version + 1
+    new = ask(engine, inputs, encoded, seed=3)
+    found = dict(zip(PROMPTS, gaps(model, inputs, encoded, new), strict=True))
+    assert max(found.values()) < CLOSE, found
+    assert {r.version for r in new} == {old[0].version + 1}
+
+
+def test_a_second_sync_is_as_good_as_the_first(engine, inputs, model, loud):
+    """Loading prepacked layers again, and back to the first weights: the answers are those of the first day."""
+    encoded = [inputs.encode(p) for p in PROMPTS.values()]
+    sync = WeightSync(model, engine, 60.0, version=10)
+    sync.push(model)
+    first = ask(engine, inputs, encoded, seed=3)
+    assert max(gaps(model, inputs, encoded, first)) < CLOSE
+    sync.push(model)
+    assert [r.ids for r in ask(engine, inputs, encoded, seed=3)] == [r.ids for r in first]
+
+
+def test_a_forgotten_head_is_told(engine, model):
+    """vLLM itself says nothing and goes on with the old head."""
+    weights = {n: w for n, w in weights_of(model).items() if n != HEAD}
+    assert ray.get(engine.receive.remote(_shared(weights), 20), timeout=60) == [HEAD]
+    assert ray.get(engine.receive.remote(_shared(weights_of(model)), 21), timeout=60) == []
+
+
+def test_an_engine_that_does_not_take_the_weights_is_named(model, ray_local):
+    class Hung:
+        def receive(self, pack: Any, version: int) -> list[str]:
+            time.sleep(60)
+            return []
+
+    stuck = object.__new__(RolloutEngine)
+    stuck.handle, stuck._limit = ray.remote(Hung).options(num_cpus=0).remote(), 2.0
+    stuck.sync = WeightSync(model, stuck.handle, stuck._limit)
+    with pytest.raises(PlatformError, match=r"did not take the weights within 2 s"):
+        stuck.push(model)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(stuck.handle.receive.remote(None, 1), timeout=30)
+
+
+def test_z_a_hung_engine_is_named_within_the_deadline(engine, inputs):
+    """The last test of this file: it ends the engine. A job that waits for ever is worse than one that stops."""
+    stuck = object.__new__(RolloutEngine)
+    stuck.handle, stuck._limit = engine, 2.0
+    engine.hang.remote(120)
+    began = time.monotonic()
+    with pytest.raises(PlatformError, match=r"did not generate within 2 s \(ufm.workers.stuck_after_s\) and was ended"):
+        stuck.generate([Request(inputs.for_engine(inputs.encode(PROMPTS["text"])), 1)], None)
+    assert time.monotonic() - began < 10
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(engine.ready.remote(), timeout=30)

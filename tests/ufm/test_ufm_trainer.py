@@ -1,0 +1,216 @@
+"""An optimiser step gives the same whatever it is cut into: micro-batches, ranks, pictures on one rank only."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trainer_ranks import MODEL, OPTIMIZER, six_samples
+from ufm_helpers import tiny_inputs
+
+from gubs.ufm.loss import Denominators, policy_loss
+from gubs.ufm.model import load
+from gubs.ufm.settings import GRPOSettings, OptimizerSettings
+from gubs.ufm.trainer import learning_rate, logprobs, micro_batches
+from gubs.ufm.worker import DivergedError, Worker
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def run_ranks(world: int, folder: Path, checkpoint: Path) -> list[dict[str, Any]]:
+    """What each rank found; every process is ended at the deadline."""
+    script = Path(__file__).with_name("trainer_ranks.py")
+    outs = [folder / f"{world}-{rank}.pt" for rank in range(world)]
+    logs = [out.with_suffix(".log").open("w") for out in outs]
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(script),
+                str(rank),
+                str(world),
+                str(folder / f"meet-{world}"),
+                str(out),
+                str(checkpoint),
+            ],
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        for rank, (out, log) in enumerate(zip(outs, logs, strict=True))
+    ]
+    try:
+        for process, out in zip(processes, outs, strict=True):
+            code = process.wait(timeout=180)
+            assert code == 0, out.with_suffix(".log").read_text()[-3000:]
+    finally:
+        [p.kill() for p in processes]
+        [log.close() for log in logs]
+    return [torch.load(out, weights_only=False) for out in outs]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, tiny) -> dict[int, list[dict[str, Any]]]:
+    """Results by number of ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return {world: run_ranks(world, folder, tiny) for world in (1, 2)}
+
+
+def plain(tiny: Path, level: str) -> tuple[dict[str, torch.Tensor], float]:
+    """Gradients and loss of all samples as one batch in plain PyTorch: no DeepSpeed, no ranks, no micro-batches."""
+    torch.manual_seed(1)
+    reference = load(tiny, MODEL)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    model, inputs = load(tiny, MODEL, train=True), tiny_inputs(tiny)
+    samples = six_samples(inputs)
+    batch = inputs.collate([(s.encoded, s.response.ids) for s in samples])
+    dense = lambda flat: torch.zeros(batch.response.shape).masked_scatter(batch.response, flat)  # noqa: E731
+    with torch.no_grad():
+        ref = logprobs(reference, batch, sees=True)
+    grpo = GRPOSettings()
+    loss, _ = policy_loss(
+        dense(logprobs(model, batch, sees=True)),
+        None,
+        dense(ref),
+        torch.tensor([s.advantage for s in samples]),
+        batch.response,
+        denominators=Denominators.of(batch.response),
+        beta=grpo.beta,
+        rollout_logp=dense(torch.tensor([p for s in samples for p in s.response.logprobs])),
+        tis_cap=grpo.tis_cap,
+        level=level,
+    )
+    loss.backward()
+    return {n: p.grad for n, p in model.named_parameters()}, float(loss.detach())
+
+
+@pytest.fixture(scope="module")
+def expected(tiny) -> dict[str, tuple[dict[str, torch.Tensor], float]]:
+    return {level: plain(tiny, level) for level in ("sequence", "token")}
+
+
+def apart(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Distance of all gradients together, relative to their size."""
+    assert set(found) == set(wanted)
+    difference = sum(float((found[n] - g).double().pow(2).sum()) for n, g in wanted.items())
+    return (difference / sum(float(g.double().pow(2).sum()) for g in wanted.values())) ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("case", ["k1", "k2", "k3", "token"])
+def test_any_cut_gives_the_gradients_of_one_batch(ranks, expected, world, case):
+    """Micro-batches and ranks must not weigh samples: with 2 ranks, one has the pictures and the other only text."""
+    grads, loss = expected["token" if case == "token" else "sequence"]
+    for found in ranks[world]:
+        assert apart(found[case]["grads"], grads) < 1e-4
+        assert found[case]["sums"]["loss"] == pytest.approx(loss, rel=1e-4)
+        assert found[case]["norm"] == pytest.approx(
+            sum(float(g.double().pow(2).sum()) for g in grads.values()) ** 0.5, rel=1e-4
+        )
+        assert found[case]["sums"]["tokens"] == 3 + 11 + 24 + 1 + 17 + 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_any_cut_gives_the_same_weights(ranks, world, k):
+    """After the optimiser step, on every rank. (Adam's first step is the gradient's sign: where a gradient is all but
+    zero, rounding decides it; a wrong denominator would not show here at all, hence the test above.)"""
+    wanted = ranks[1][0]["k1"]["weights"]
+    for found in ranks[world]:
+        far = sum(int(((found[f"k{k}"]["weights"][n] - w).abs() > 1e-4).sum()) for n, w in wanted.items())
+        assert far < 0.001 * sum(w.numel() for w in wanted.values())
+
+
+@pytest.mark.slow
+def test_ranks_have_the_same_weights_bit_for_bit(ranks):
+    first, second = ranks[2]
+    for case in ("k1", "k2", "k3", "uneven"):
+        assert all(torch.equal(second[case]["weights"][n], w) for n, w in first[case]["weights"].items())
+
+
+@pytest.mark.slow
+def test_a_rank_without_any_sample_neither_hangs_nor_counts(ranks, expected):
+    """All samples on rank 0, in several micro-batches; rank 1 keeps step with empty ones."""
+    for found in (*ranks[1], *ranks[2]):
+        assert found["uneven"]["batches"] > 1
+        assert apart(found["uneven"]["grads"], expected["sequence"][0]) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_mean_of_micro_batch_means_is_wrong(ranks, expected, world):
+    """Parts of 2, 2, 1 and 1 samples (on 2 ranks 2 and 1 each): their means weigh the single ones double. If this
+    passed for right, the tests above could not tell anything."""
+    assert apart(ranks[world][0]["naive"]["grads"], expected["sequence"][0]) > 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_is_not_a_number_is_skipped_on_all_ranks(ranks, world):
+    """NaN in one micro-batch of one rank: no rank may step, and the next step is a clean one."""
+    for found in ranks[world]:
+        assert found["nan"]["skipped"] == [True, True, False]
+        assert found["nan"]["norms"][0] != found["nan"]["norms"][0], "the log says nan"
+        assert found["nan"]["unchanged"]
+        assert found["nan"]["recovered"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_trainer_goes_on_from_what_was_saved_bit_for_bit(ranks, world):
+    for found in ranks[world]:
+        assert found["resumed"] == {"equal": True, "moved": True}
+
+
+def rates(steps: int = 10, **settings: Any) -> list[float]:
+    chosen = OptimizerSettings(learning_rate=1.0, **settings)
+    return [learning_rate(chosen, step, steps) for step in range(steps)]
+
+
+def test_learning_rates():
+    assert rates() == [1.0] * 10
+    assert rates(warmup_steps=3)[:4] == [0.25, 0.5, 0.75, 1.0]
+    linear = rates(schedule="linear")
+    assert linear == pytest.approx([1.0 - i / 10 for i in range(10)])
+    cosine = rates(schedule="cosine", warmup_steps=2)
+    assert cosine[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert cosine[6] == pytest.approx(0.5)
+    assert all(a > b > 0 for a, b in itertools.pairwise(cosine[2:]))
+
+
+@pytest.mark.slow
+def test_the_rate_of_the_schedule_is_the_one_used(ranks):
+    assert ranks[1][0]["k1"]["rate"] == OPTIMIZER.learning_rate
+
+
+def test_micro_batches_hold_all_and_are_within_their_size():
+    lengths = [5, 90, 31, 30, 200, 7, 7]
+    dealt = micro_batches(lengths, 100)
+    assert sorted(i for part in dealt for i in part) == list(range(7))
+    for part in dealt:
+        assert len(part) == 1 or len(part) * max(lengths[i] for i in part) <= 100
+    assert [4] in dealt, "too long for any micro-batch: alone, not lost"
+    assert micro_batches([], 100) == []
+
+
+def test_bad_steps_in_a_row_stop_the_run_with_their_batch(tmp_path):
+    """One bad step is passed over; several in a row are a run that only burns money."""
+    worker = object.__new__(Worker)
+    worker.ufm = type("U", (), {"grpo": GRPOSettings()})()
+    worker.folder, worker.rank, worker._bad = tmp_path, 0, 0
+    worker.trainer = type("T", (), {"settings": OptimizerSettings(max_bad_steps=3)})()
+    for step, bad in enumerate((True, True, False, True, True)):
+        worker.skipped(step, bad, [{"answer": "x"}])
+    with pytest.raises(
+        DivergedError, match=r"3 steps in a row, the last one step 5; its batch is in .*bad-step-5-rank-0"
+    ):
+        worker.skipped(5, True, [{"answer": "last"}])
+    assert "last" in (tmp_path / "bad-step-5-rank-0.json").read_text()

@@ -1,0 +1,242 @@
+"""One rank of the trainer's tests, a process of its own: `trainer_ranks.py RANK WORLD RENDEZVOUS OUT CHECKPOINT`.
+
+Runs every scenario with real DeepSpeed and gloo, and saves what came of it: gradients, weights, figures.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import torch
+from ufm_helpers import image_prompt, text_prompt, tiny_inputs, video_prompt
+
+from gubs.records import Option, Task
+from gubs.ufm.advantage import SampleRole
+from gubs.ufm.grpo import GRPOWorker
+from gubs.ufm.inputs import Inputs
+from gubs.ufm.loss import Denominators
+from gubs.ufm.model import load
+from gubs.ufm.questions import Item
+from gubs.ufm.rollout import Response
+from gubs.ufm.samples import Sample
+from gubs.ufm.settings import GRPOSettings, ModelSettings, OptimizerSettings
+from gubs.ufm.trainer import Trainer
+
+MODEL = ModelSettings(dtype="float32", gradient_checkpointing=False)
+OPTIMIZER = OptimizerSettings(learning_rate=1e-3, max_grad_norm=1e9)
+LENGTHS = (3, 11, 24, 1, 17, 6)
+"""Response tokens of the six samples: the first three about pictures, the others text only."""
+BETA1 = OPTIMIZER.beta1
+
+
+def six_samples(inputs: Inputs) -> list[Sample]:
+    """Two about a video, one about an image, three text-only ones; answers of unequal lengths."""
+    rng = np.random.default_rng(3)
+    prompts = [
+        video_prompt("a"),
+        video_prompt("another user of the same video"),
+        image_prompt("b"),
+        text_prompt("c"),
+        text_prompt("User: x. A much longer text than that of the others"),
+        text_prompt("d"),
+    ]
+    item = Item("i", "u", "v", Task.CLICK, Option.A, "rule")
+    samples = []
+    for k, (prompt, length) in enumerate(zip(prompts, LENGTHS, strict=True)):
+        ids = tuple(int(i) for i in rng.integers(300, len(inputs.tokenizer), length))
+        said = Response(ids, tuple(float(x) for x in rng.normal(-7.5, 0.3, length)), 0)
+        sample = Sample(0, SampleRole.T, k, item, inputs.encode(prompt), 0, said)
+        sample.advantage = float(rng.normal())
+        samples.append(sample)
+    return samples
+
+
+def worker(checkpoint: str, reference: Any, **grpo: Any) -> GRPOWorker:
+    """A GA-GRPO worker without Ray, engine and data."""
+    shell = object.__new__(GRPOWorker)
+    shell.device, shell.sees = torch.device("cpu"), True
+    shell.grpo = GRPOSettings().model_copy(update=grpo)
+    shell.inputs, shell.reference = tiny_inputs(Path(checkpoint)), reference
+    shell.trainer = Trainer(load(checkpoint, MODEL, train=True), MODEL, OPTIMIZER, 10, shell.device, True)
+    return shell
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """The last step's gradients, of the first step of an Adam: its first moment is (1 - beta1) times them."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    found = {n: safe_get_full_optimizer_state(p, "exp_avg") for n, p in model.named_parameters()}
+    return {n: g.clone() / (1 - BETA1) for n, g in found.items()}
+
+
+def weights(shell: GRPOWorker) -> dict[str, torch.Tensor]:
+    return {n: w.clone() for n, w in shell.trainer.model.state_dict().items()}
+
+
+def result(shell: GRPOWorker, update: Any, **more: Any) -> dict[str, Any]:
+    figures = {"norm": update.grad_norm, "skipped": update.skipped, "sums": update.sums, "rate": update.learning_rate}
+    return {"grads": gradients(shell.trainer.model), "weights": weights(shell), **figures, **more}
+
+
+def micro(shell: GRPOWorker, samples: list[Sample], k: int) -> list[tuple[Any, list[Sample]]]:
+    """The samples in k micro-batches of as equal numbers as possible."""
+    parts = [list(p) for p in np.array_split(np.arange(len(samples)), k)]
+    return [
+        (
+            shell.inputs.collate([(samples[i].encoded, samples[i].response.ids) for i in part]),
+            [samples[i] for i in part],
+        )
+        for part in parts
+    ]
+
+
+def references(shell: GRPOWorker, batches: list[tuple[Any, Any]]) -> list[Any]:
+    from gubs.ufm.trainer import logprobs
+
+    with torch.no_grad():
+        return [logprobs(shell.reference, b, sees=True) for b, _ in batches]
+
+
+def split(k: int, level: str = "sequence") -> Callable[..., dict[str, Any]]:
+    """One step, this rank's share of the samples in k micro-batches."""
+
+    def scenario(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
+        shell = worker(checkpoint, reference, level=level)
+        mine = np.array_split(np.arange(6), world)[rank]
+        samples = [six_samples(shell.inputs)[i] for i in mine]
+        batches = micro(shell, samples, k)
+        update = shell._update(batches, references(shell, batches), [], 0, first=True)
+        return result(shell, update)
+
+    return scenario
+
+
+def uneven(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
+    """Dealt by tokens, as in a real step: ranks find different numbers of micro-batches (two against none)."""
+    shell = worker(checkpoint, reference, micro_tokens=200)
+    samples = six_samples(shell.inputs) if rank == 0 else []
+    batches, refs = shell._references(samples)
+    update = shell._update(batches, refs, [], 0, first=True)
+    return result(shell, update, batches=len(batches))
+
+
+def naive(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
+    """Each micro-batch divided by its own number of samples, and the mean taken: what must not be done."""
+    shell = worker(checkpoint, reference)
+    mine = np.array_split(np.arange(6), world)[rank]
+    batches = micro(shell, [six_samples(shell.inputs)[i] for i in mine], 4 // world)
+    refs, old = references(shell, batches), []
+    import gubs.ufm.grpo as module
+
+    real, parts = module.Denominators, iter([b.response for b, _ in batches])
+
+    class Own:
+        of = staticmethod(real.of)
+
+        def __new__(cls, *_: int) -> Denominators:
+            return real(1, 1)  # the whole step's sums; divided by each part's own count below
+
+    module.Denominators = Own
+    try:
+        update_of = shell.trainer.update
+
+        def update(given: Any, loss_of: Any, step: int) -> Any:
+            def own(logp: Any, number: int) -> Any:
+                loss, sums = loss_of(logp, number)
+                return loss / real.of(next(parts)).samples / len(given) / world, sums
+
+            return update_of(given, own, step)
+
+        shell.trainer.update = update
+        return result(shell, shell._update(batches, refs, old, 0, first=True))
+    finally:
+        module.Denominators = real
+
+
+def not_a_number(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
+    """NaN in one micro-batch of the last rank only; then the same step without it."""
+    shell = worker(checkpoint, reference)
+    before = weights(shell)
+    mine = np.array_split(np.arange(6), world)[rank]
+    batches = micro(shell, [six_samples(shell.inputs)[i] for i in mine], 2)
+
+    def loss_of(bad: float) -> Any:
+        def loss(logp: Any, number: int) -> Any:
+            return -logp.sum() * (bad if rank == world - 1 and number == 1 else 1.0), {}
+
+        return loss
+
+    given = [b for b, _ in batches]
+    bad = shell.trainer.update(given, loss_of(float("nan")), 0)
+    infinite = shell.trainer.update(given, loss_of(float("inf")), 1)
+    unchanged = all(torch.equal(w, before[n]) for n, w in weights(shell).items())
+    good = shell.trainer.update(given, loss_of(1.0), 0)
+    clean = worker(checkpoint, reference)
+    clean.trainer.update(given, loss_of(1.0), 0)
+    recovered = all(torch.equal(w, weights(clean)[n]) for n, w in weights(shell).items())
+    return {
+        "skipped": [bad.skipped, infinite.skipped, good.skipped],
+        "norms": [bad.grad_norm, infinite.grad_norm, good.grad_norm],
+        "unchanged": unchanged,
+        "recovered": recovered,
+    }
+
+
+def resumed(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
+    """Three steps, against one step, saved, loaded into another trainer, and two more."""
+    folder = Path(sys.argv[4]).parent / f"state-{world}"
+    mine = np.array_split(np.arange(6), world)[rank]
+
+    def steps(shell: GRPOWorker, numbers: range) -> None:
+        batches = micro(shell, [six_samples(shell.inputs)[i] for i in mine], 2)
+        for number in numbers:
+            shell._update(batches, references(shell, batches), [], number, first=True)
+
+    whole = worker(checkpoint, reference)
+    steps(whole, range(3))
+    first = worker(checkpoint, reference)
+    steps(first, range(1))
+    first.trainer.save(folder)
+    torch.distributed.barrier()
+    second = worker(checkpoint, reference)
+    second.trainer.load(folder)
+    steps(second, range(1, 3))
+    moved = any(not torch.equal(w, weights(first)[n]) for n, w in weights(whole).items())
+    return {"equal": all(torch.equal(w, weights(second)[n]) for n, w in weights(whole).items()), "moved": moved}
+
+
+SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
+    "k1": split(1),
+    "k2": split(2),
+    "k3": split(3),
+    "token": split(2, "token"),
+    "uneven": uneven,
+    "naive": naive,
+    "nan": not_a_number,
+    "resumed": resumed,
+}
+
+
+def main(rank: int, world: int, rendezvous: str, out: str, checkpoint: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=timedelta(seconds=40)
+    )
+    torch.manual_seed(1)
+    reference = load(checkpoint, MODEL)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    found = {name: scenario(checkpoint, reference, rank, world) for name, scenario in SCENARIOS.items()}
+    torch.save(found, out)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6])
