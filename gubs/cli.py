@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 
 _DATA, _GROUPS, _JOBS = "From logs and videos to a data set", "Groups and labels, by text LLMs", "Clusters"
-_LOOK, _SETUP = "Look", "Set-up"
+_MODEL, _LOOK, _SETUP = "The model", "Look", "Set-up"
 
 RunOption = Annotated[str, typer.Option("--run", "-r", help="Run folder: a path or URI (s3://...).")]
 PresetOption = Annotated[str, typer.Option("--preset", "-p", help=f"{', '.join(preset_names())}, or a YAML file.")]
@@ -39,14 +39,25 @@ Overrides = Annotated[
 DEFAULT_RUN = "runs/demo-synthetic"
 
 
+AddressOption = Annotated[
+    str, typer.Option(help="Dashboard of a cluster, http://host:8265; else a local head is started.")
+]
+
+
 @app.command(rich_help_panel=_DATA)
 def demo(
-    run: RunOption = DEFAULT_RUN, preset: PresetOption = "tiny", force: ForceOption = False, overrides: Overrides = None
+    run: RunOption = DEFAULT_RUN,
+    preset: PresetOption = "tiny",
+    force: ForceOption = False,
+    address: AddressOption = "",
+    overrides: Overrides = None,
 ) -> None:
-    """All of the below in one go, on a small simulated app (or source.kind=... source.path=...)."""
-    from gubs import pipeline
+    """All of the below in one go, as a Ray job, on a small simulated app (or source.kind=... source.path=...)."""
+    from gubs import jobs
 
-    pipeline.demo(pipeline.open_run(run), _settings(preset, overrides), force)
+    _settings(preset, overrides)  # a wrong setting is said before a cluster is started
+    arguments = ["--all", "--run", run, "--preset", preset, *(["--force"] if force else []), *(overrides or [])]
+    raise typer.Exit(jobs.submit("train_grpo", arguments, address))
 
 
 @app.command(rich_help_panel=_DATA)
@@ -192,13 +203,90 @@ def annotate_review(
     console.say(f"{given} answered, {left} left")
 
 
+model = typer.Typer(no_args_is_help=True, help="Make the checkpoints of the small presets.")
+app.add_typer(model, name="model", rich_help_panel=_MODEL)
+
+
+@model.command("init")
+def model_init(
+    size: Annotated[str, typer.Argument(help="tiny or small.")],
+    folder: Annotated[str, typer.Option(help="Where to; else the user's cache.")] = "",
+) -> None:
+    """Make a Qwen2.5-VL checkpoint to start from: `tiny` from nothing, `small` with the text model SmolLM2-135M."""
+    from gubs.ufm.model import init
+
+    console.out.print(str(init(size, folder)), markup=False, soft_wrap=True)
+
+
+@app.command(rich_help_panel=_MODEL)
+def sft(
+    run: RunOption = DEFAULT_RUN, preset: PresetOption = "tiny", force: ForceOption = False, overrides: Overrides = None
+) -> None:
+    """Fine-tune the base model on the teacher's examples."""
+    from gubs import pipeline
+
+    pipeline.train_sft(pipeline.open_run(run), _settings(preset, overrides), force)
+
+
+@app.command(rich_help_panel=_MODEL)
+def grpo(
+    run: RunOption = DEFAULT_RUN,
+    preset: PresetOption = "tiny",
+    name: Annotated[str, typer.Option(help="Of the trained policy; several can stand side by side.")] = "grpo",
+    force: ForceOption = False,
+    overrides: Overrides = None,
+) -> None:
+    """Train the policy by GA-GRPO, from the SFT model on."""
+    from gubs import pipeline
+
+    pipeline.train_grpo(pipeline.open_run(run), _settings(preset, overrides), force, name)
+
+
+@app.command(rich_help_panel=_MODEL)
+def judge(
+    policies: Annotated[
+        list[str], typer.Argument(metavar="POLICY... [key=value ...]", help="base, sft_model, grpo, ... and settings.")
+    ],
+    run: RunOption = DEFAULT_RUN,
+    preset: PresetOption = "tiny",
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask policies about the test users; the table has the first one's figures beside the last one's."""
+    from gubs import pipeline
+
+    opened, resolved = pipeline.open_run(run), _settings(preset, [p for p in policies if "=" in p])
+    names = [p for p in policies if "=" not in p]
+    for policy in names:
+        pipeline.judge(opened, resolved, policy, force)
+    pipeline.report(opened, names, as_json)
+
+
+@app.command(rich_help_panel=_MODEL)
+def plan(
+    preset: PresetOption = "tiny",
+    gpu_gib: Annotated[float, typer.Option(help="Memory of a GPU, GiB.")] = 80.0,
+    gpus: Annotated[int, typer.Option(help="GPUs, one a worker; 0 = as the settings say.")] = 0,
+    as_json: JsonOption = False,
+    overrides: Overrides = None,
+) -> None:
+    """Does a training fit the GPUs? The memory sum, phase by phase, before anything is loaded."""
+    from gubs.ufm.memory import plans
+
+    found = plans(_settings(preset, [*(overrides or []), *([f"ufm.workers.count={gpus}"] if gpus else [])]), gpu_gib)
+    if as_json:
+        console.print_json([p.to_json() for p in found])
+    for line in [] if as_json else [line for p in found for line in p.lines()]:
+        console.out.print(line, markup=False, soft_wrap=True)
+    if any(p.problems for p in found):
+        raise typer.Exit(5)
+
+
 @app.command(rich_help_panel=_JOBS, context_settings={"ignore_unknown_options": True})
 def submit(
     script: Annotated[str, typer.Argument(help="A script of ray_jobs/, without .py.")],
     arguments: Annotated[list[str] | None, typer.Argument(help="Its own options and key=value settings.")] = None,
-    address: Annotated[
-        str, typer.Option(help="Dashboard of a cluster, http://host:8265; else a local head is started.")
-    ] = "",
+    address: AddressOption = "",
 ) -> None:
     """Submit a Ray job (`ray job submit`) and follow its log: to a cluster, or to a local head made for it."""
     from gubs import jobs
@@ -217,6 +305,18 @@ def show(run: Annotated[str, typer.Argument(help="Run folder.")] = DEFAULT_RUN, 
         console.print_json(summarize(opened).to_json())
     else:
         console.out.print(pipeline.show(opened), markup=False, soft_wrap=True)
+
+
+@app.command(rich_help_panel=_LOOK)
+def report(
+    run: Annotated[str, typer.Argument(help="Run folder.")] = DEFAULT_RUN,
+    policies: Annotated[list[str] | None, typer.Argument(help="Judged policies; all if none is named.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Curves of the trainings and the judged policies before and after, as a page and a table (or JSON)."""
+    from gubs import pipeline
+
+    pipeline.report(pipeline.open_run(run), policies or [], as_json)
 
 
 @app.command(rich_help_panel=_LOOK)

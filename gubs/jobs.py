@@ -34,18 +34,26 @@ _START_TIMEOUT_S = 90.0
 _EXCLUDES = [".venv", ".git", "runs", "**/__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"]
 
 
-def job_main(work: Work, default_run: str) -> None:
-    """The command line of a script in ray_jobs/ (--run, --preset, --force, key=value), then `work`."""
+def job_main(work: Work, default_run: str, whole: Work | None = None) -> None:
+    """The command line of a script in ray_jobs/ (--run, --preset, --force, key=value), then `work`.
+
+    Args:
+        work: what the job does; it makes inputs that are missing, and takes those that are there as they are.
+        default_run: run folder where none is given.
+        whole: with --all, instead of `work`: every stage from the logs on is checked or made.
+    """
 
     def command(
         run: Annotated[str, typer.Option(help="Run folder: a path or URI.")] = default_run,
         preset: Annotated[str, typer.Option(help="Preset or YAML file.")] = "tiny",
         force: Annotated[bool, typer.Option("--force", help="Make it again even if it is there.")] = False,
+        every: Annotated[bool, typer.Option("--all", hidden=not whole, help="Check the inputs' stages too.")] = False,
         overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]")] = None,
     ) -> None:
         from gubs.pipeline import open_run
 
-        work(open_run(run), load_settings(preset, overrides or []), force)
+        chosen = whole if every and whole else work
+        chosen(open_run(run), load_settings(preset, overrides or []), force)
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)

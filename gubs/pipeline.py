@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +12,16 @@ import pyarrow as pa
 from gubs.artifacts import Artifact, Run
 from gubs.cluster import ray_session
 from gubs.config import Settings
-from gubs.console import llm_progress, progress, say, training_progress
+from gubs.console import llm_progress, print_json, progress, say, training_progress
 from gubs.data.build import build_stage
 from gubs.data.ingest import ingest_stage
+from gubs.errors import ArtifactError
 
 if TYPE_CHECKING:
     from gubs.llm.budget import Plan
+
+SFT, GRPO, BASE, POLICY = "sft_model", "grpo", "base", "policy"
+"""Names of `ufm.stage`, `evaluate.judge` and `ufm.checkpoint`, which import too much to be imported here."""
 
 _UPLOAD_MARK = "/runtime_resources/"
 
@@ -120,11 +124,96 @@ def build_ifvr(run: Run, settings: Settings, force: bool = False) -> None:
 
 
 def demo(run: Run, settings: Settings, force: bool = False) -> None:
-    """All of the journey that there is: data set, frames, groups, what the teachers write; with pages to look at."""
+    """The whole journey, every stage checked or made: data set, groups, teachers, SFT, GA-GRPO, before and after."""
     with ray_session(settings.ray):
         build_ifvr(run, settings, force)
-        ugm(run, settings, force)
+        if settings.ufm.grpo.groups:
+            ugm(run, settings, force)
         teach(run, settings, force)
+        if settings.ufm.grpo.start == "sft":
+            train_sft(run, settings, force)
+        _train_and_compare(run, settings, force)
+
+
+def main_job(run: Run, settings: Settings, force: bool = False) -> None:
+    """GA-GRPO, and what it did for test users; first whatever the run lacks. `force` trains again, from the same."""
+    with ray_session(settings.ray):
+        prepare(run, settings)
+        _train_and_compare(run, settings, force)
+
+
+def sft_job(run: Run, settings: Settings, force: bool = False) -> None:
+    """SFT; first whatever the run lacks."""
+    with ray_session(settings.ray):
+        prepare(run, settings, before=SFT)
+        train_sft(run, settings, force)
+
+
+def evaluate_job(run: Run, settings: Settings, force: bool = False) -> None:
+    """Judges every policy that the run has, and compares them.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    trained = policies(run)
+    if not trained:
+        raise ArtifactError(f"{run.uri} has no trained policy: run `gubs sft` or `gubs grpo` first")
+    with ray_session(settings.ray):
+        for policy in trained:
+            judge(run, settings, policy, force)
+    report(run, trained)
+
+
+def prepare(run: Run, settings: Settings, before: str = GRPO) -> None:
+    """Makes what a training reads and the run has not got; what is there is taken as it is. Says so line by line."""
+    wanted = ["ifvr", "frames", "ugm", "sft", "labels", SFT]
+    if before == SFT or not settings.ufm.grpo.groups:
+        wanted.remove("ugm")
+    if before == SFT or settings.ufm.grpo.start == "base":
+        wanted.remove(SFT)
+    there = run.stages()
+    missing = [n for n in wanted if n not in there]
+    if len(missing) < len(wanted):
+        say(f"[run]    {run.uri} has {', '.join(n for n in wanted if n in there)}")
+    if missing:
+        say(f"[run]    {run.uri} has no {', '.join(missing)}: made first")
+    if {"ifvr", "frames"} & set(missing):
+        build_ifvr(run, settings)
+    if "ugm" in missing:
+        ugm(run, settings)
+    if {"sft", "labels"} & set(missing):
+        teach(run, settings)
+    if SFT in missing:
+        train_sft(run, settings)
+
+
+def _train_and_compare(run: Run, settings: Settings, force: bool) -> None:
+    """Judges the policy that GA-GRPO starts from, trains, judges the result, and shows both."""
+    start = SFT if settings.ufm.grpo.start == "sft" else BASE
+    judge(run, settings, start, force)
+    train_grpo(run, settings, force)
+    judge(run, settings, GRPO, force)
+    report(run, [start, GRPO])
+
+
+def policies(run: Run) -> list[str]:
+    """The trained policies of a run, in the order in which they were made."""
+    made = [run.artifact(n).manifest for n in run.stages() if run.fs.exists(run.path(n, POLICY))]
+    return [m.stage for m in sorted(made, key=lambda m: m.created)]
+
+
+def report(run: Run, judged: Sequence[str] = (), as_json: bool = False) -> None:
+    """Writes the page about training, and prints the judged policies (none named: all) side by side."""
+    from gubs.evaluate.compare import compare, print_blocks
+    from gubs.evaluate.report import write_page
+
+    blocks = compare(run, judged)
+    page = write_page(run, blocks)
+    if as_json:
+        print_json([b.to_json() for b in blocks])
+    else:
+        print_blocks(blocks)
+    say(f"[page]   {page}")
 
 
 def ugm(run: Run, settings: Settings, force: bool = False) -> Artifact:
@@ -137,9 +226,7 @@ def ugm(run: Run, settings: Settings, force: bool = False) -> Artifact:
         ray_session(settings.ray),
         llm_progress() as on_progress,
     ):
-        artifact, fresh = ugm_stage(
-            run, settings, force=force, say=lambda text: say(f"         {text}"), on_progress=on_progress
-        )
+        artifact, fresh = ugm_stage(run, settings, force=force, say=_detail, on_progress=on_progress)
         info = artifact.manifest.info
         grouped = f"{info['grouped_users']} of {info['users']} users in them"
         memberships = f"{artifact.manifest.tables['memberships'].rows:,} memberships in all"
@@ -187,21 +274,21 @@ def teach(run: Run, settings: Settings, force: bool = False) -> None:
 
 def train_sft(run: Run, settings: Settings, force: bool = False) -> Artifact:
     """`sft` -> `sft_model`: the base model, fine-tuned on the teacher's examples."""
-    from gubs.ufm.stage import SFT, sft_stage
+    from gubs.ufm.stage import sft_stage
 
     with _stage(SFT, "fine-tune") as finish, ray_session(settings.ray), training_progress("SFT") as on_progress:
-        artifact, fresh = sft_stage(run, settings, force=force, on_progress=on_progress)
+        artifact, fresh = sft_stage(run, settings, force=force, say=_detail, on_progress=on_progress)
         last = artifact.manifest.info["last"]
         finish(fresh, f"{artifact.manifest.info['steps']:,} steps, loss {last['loss']:.3f}")
     return artifact
 
 
-def train_grpo(run: Run, settings: Settings, force: bool = False, name: str = "grpo") -> Artifact:
+def train_grpo(run: Run, settings: Settings, force: bool = False, name: str = GRPO) -> Artifact:
     """`sft_model`, `labels`, `ugm` -> `grpo`: the policy, trained by GA-GRPO."""
     from gubs.ufm.stage import grpo_stage
 
     with _stage(name, "GA-GRPO") as finish, ray_session(settings.ray), training_progress("GA-GRPO") as on_progress:
-        artifact, fresh = grpo_stage(run, settings, name=name, force=force, on_progress=on_progress)
+        artifact, fresh = grpo_stage(run, settings, name=name, force=force, say=_detail, on_progress=on_progress)
         steps = artifact.table("steps")["reward"].to_pylist()
         edge = max(1, len(steps) // 10)
         first, last = sum(steps[:edge]) / edge, sum(steps[-edge:]) / edge
@@ -210,12 +297,16 @@ def train_grpo(run: Run, settings: Settings, force: bool = False, name: str = "g
 
 
 def judge(run: Run, settings: Settings, policy: str, force: bool = False) -> Artifact:
-    """A policy -> `eval-<policy>`: its answers about the test users, and the metrics."""
+    """A policy -> `eval-<policy>`: its answers about the test users, and the metrics.
+
+    The answers of a policy that was trained anew since are replaced.
+    """
     from gubs.evaluate.judge import judge_stage
 
     stage = f"eval-{policy}"
+    again = force or _older(run, stage, policy)
     with _stage(stage, "judge test users") as finish, ray_session(settings.ray), progress("answers") as on_progress:
-        artifact, fresh = judge_stage(run, settings, policy, force=force, on_progress=on_progress)
+        artifact, fresh = judge_stage(run, settings, policy, force=again, on_progress=on_progress)
         finish(fresh, f"{artifact.manifest.tables['predictions'].rows:,} answers")
     return artifact
 
@@ -253,6 +344,18 @@ def _stage(name: str, doing: str) -> Iterator[_Finish]:
         say(f"{label} {took}: {text}")
 
     yield finish
+
+
+def _detail(text: str) -> None:
+    say(f"         {text}")
+
+
+def _older(run: Run, stage: str, source: str) -> bool:
+    """Whether a stage was made before the one it comes from."""
+    there = run.stages()
+    if stage not in there or source not in there:
+        return False
+    return run.artifact(stage).manifest.created < run.artifact(source).manifest.created
 
 
 def _counts(artifact: Artifact) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gubs.config import Settings
 from gubs.errors import PlatformError
 from gubs.ufm.settings import UFMSettings
 
@@ -206,6 +207,12 @@ class MemoryPlan:
             "problems": list(self.problems),
             "notes": list(self.notes),
         }
+
+
+def plans(settings: Settings, gpu_gib: float) -> list[MemoryPlan]:
+    """The sums of both trainings, by the settings alone."""
+    ufm, frames = settings.ufm, (settings.frames.count, settings.frames.max_pixels)
+    return [make(ufm, config_of(ufm), frames, gpu_gib * GIB) for make in (plan_sft, plan_grpo)]
 
 
 def plan_sft(ufm: UFMSettings, config: Mapping[str, Any], frames: tuple[int, int], gpu: float) -> MemoryPlan:

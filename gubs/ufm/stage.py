@@ -9,6 +9,7 @@ import json
 import shutil
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ import pyarrow as pa
 from gubs.artifacts import Artifact, ArtifactWriter, Run, fingerprint, fingerprint_files, writing
 from gubs.config import Settings
 from gubs.errors import ArtifactError, GubsError, PlatformError, SettingsError
+from gubs.records import TASK_OPTIONS, Split
 from gubs.teachers.sft import STAGE as EXAMPLES
 from gubs.ufm import memory
 from gubs.ufm import model as models
@@ -37,7 +39,12 @@ OnProgress = Callable[[int, int, Mapping[str, Any]], None]
 
 
 def sft_stage(
-    run: Run, settings: Settings, *, force: bool = False, on_progress: OnProgress | None = None
+    run: Run,
+    settings: Settings,
+    *,
+    force: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+    on_progress: OnProgress | None = None,
 ) -> tuple[Artifact, bool]:
     """Fine-tunes the base model on the teacher's examples. Ray has to be running.
 
@@ -50,9 +57,12 @@ def sft_stage(
     """
     ufm = settings.ufm
     examples = run.artifact(EXAMPLES)
-    table = examples.table("examples", list(COLUMNS))
+    table = examples.table("examples", [*COLUMNS, "gold"])
     if not table.num_rows:
-        raise ArtifactError(f"{examples.uri} has no examples: see teachers.sft_dislikes and teachers.sft_click_users")
+        raise ArtifactError(
+            f"{examples.uri} has no examples (see teachers.sft_dislikes and teachers.sft_click_users); "
+            "ufm.grpo.start=base trains without SFT"
+        )
     if ufm.sft.batch % ufm.workers.count:
         raise SettingsError(f"ufm.sft.batch={ufm.sft.batch} cannot be dealt evenly to {ufm.workers.count} workers")
     base = models.checkpoint(ufm.model)
@@ -62,11 +72,12 @@ def sft_stage(
     if found := run.finished(SFT, mark, force):
         return found, False
     _check_memory(settings, base, memory.plan_sft)
+    say(_options("examples", Counter(zip(*(table[c].to_pylist() for c in ("task", "gold")), strict=True))))
     with _training(run, SFT, mark, settings, inputs, force) as (out, folder):
         job = Job(run.uri, settings, SFT, str(folder), _checkpoints(folder), str(base), recipe)
         check_checkpoint(job, ufm.sft.checkpoint.keep)
         steps = steps_of(table.num_rows, ufm.sft.epochs, ufm.sft.batch)
-        data = _dataset(table, settings.seed, ufm.workers.count)
+        data = _dataset(table.select(list(COLUMNS)), settings.seed, ufm.workers.count)
         config = {"job": job, "examples": table.num_rows}
         with _watching(folder, steps, on_progress):
             _fit("gubs.ufm.sft", config, settings, folder, {"train": data})
@@ -80,6 +91,7 @@ def grpo_stage(
     *,
     name: str = GRPO,
     force: bool = False,
+    say: Callable[[str], None] = lambda _: None,
     on_progress: OnProgress | None = None,
 ) -> tuple[Artifact, bool]:
     """Trains the policy by GA-GRPO. Ray has to be running.
@@ -89,6 +101,7 @@ def grpo_stage(
         settings: of the run.
         name: of the artifact; several trainings can stand side by side in one run.
         force: make it again.
+        say: told what it trains on.
         on_progress: see `OnProgress`.
 
     Returns:
@@ -111,6 +124,9 @@ def grpo_stage(
         return found, False
     tasks = tuple(known_tasks(questions, grpo.tasks))
     _check_memory(settings, start, memory.plan_grpo)
+    say(
+        _options("records", Counter((str(i.task), str(i.gold)) for t in tasks for i in questions.items(t, Split.TRAIN)))
+    )
     with _training(run, name, fingerprint(name, recipe, inputs), settings, inputs, force, mark) as (out, folder):
         job = Job(run.uri, settings, name, str(folder), _checkpoints(folder), str(start), recipe, tasks)
         check_checkpoint(job, grpo.checkpoint.keep)
@@ -141,6 +157,18 @@ def check_checkpoint(job: Job, keep: int) -> None:
         ArtifactError: the newest checkpoint is damaged or of another model, other data or other settings.
     """
     Checkpoints(job.checkpoints, job.recipe, keep, world=job.settings.ufm.workers.count).latest()
+
+
+def _options(what: str, counts: Mapping[tuple[str, str], int]) -> str:
+    """How many there are of each task and option, and which are missing."""
+    parts = []
+    for task, options in TASK_OPTIONS.items():
+        mine = {str(o): counts.get((str(task), str(o)), 0) for o in options}
+        absent = [o for o, n in mine.items() if not n]
+        listed = ", ".join(f"{n:,} {o}" for o, n in mine.items() if n)
+        lack = f" (none of {', '.join(absent)})" if absent and listed else ""
+        parts.append(f"{task} task: {listed or 'none'}{lack}")
+    return f"{what}: " + "; ".join(parts)
 
 
 def _start(run: Run, settings: Settings) -> tuple[Path, dict[str, str]]:

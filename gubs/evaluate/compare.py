@@ -1,0 +1,256 @@
+"""Judged policies side by side: the first against the last, with what needs no model beside them.
+
+A block is one task on one mix of options; its rows are metrics, its columns the policies, greedy and sampled. Figures
+come with the 95 % interval over users and n; constants and base rates are never left out.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from gubs import console
+from gubs.artifacts import Artifact, Run
+from gubs.errors import ArtifactError
+from gubs.evaluate.judge import BASE, MIXES, MODES
+from gubs.prompts.answers import as_answer
+from gubs.records import TASK_OPTIONS, Option, Task
+from gubs.ufm.rewards import judge
+from gubs.ufm.settings import RewardSettings
+
+REWARD = "reward"
+LABELS = {
+    REWARD: "Mean reward (0-3)",
+    "judge_f1": "Judge F1",
+    "judge_acc": "Judge Acc",
+    "judge_balanced_acc": "Judge balanced Acc",
+    "reason_f1": "Reason F1",
+    "reason_f1_B": "Reason F1 of B",
+    "click_f1": "Click F1",
+    "click_acc": "Click Acc",
+    "click_balanced_acc": "Click balanced Acc",
+    "share_kept": "Share kept",
+    "person_play_rate": "Person play rate, kept",
+    "total_play_rate": "Total play rate, kept",
+    "click_rate": "Click rate, kept",
+}
+"""The metrics shown, in order, in words."""
+
+CONSTANTS = {
+    Task.SEQUENTIAL: ("always skip", "never skip", "coin"),
+    Task.CLICK: ("always click", "never click", "coin"),
+}
+_PREFIX = "eval-"
+_LOG_WIDTH = 136
+"""Columns of the tables where there is no terminal."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured value."""
+
+    value: float | None
+    """None where it is undefined."""
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def text(self) -> str:
+        """The value, and its interval where there is one."""
+        if self.value is None:
+            return "–"
+        if self.low is None or self.high is None:
+            return f"{self.value:.3f}"
+        return f"{self.value:.3f} ({self.low:.2f}–{self.high:.2f})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of all policies."""
+
+    name: str
+    label: str
+    n: int
+    base_rate: float | None
+    constants: Mapping[str, float | None]
+    figures: Mapping[str, Mapping[str, Figure]]
+    """policy -> mode -> value."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One task on one mix of options."""
+
+    task: str
+    mix: str
+    policies: tuple[str, ...]
+    items: int
+    users: int
+    golds: Mapping[str, int]
+    unanswered: Mapping[str, Mapping[str, int]]
+    """policy -> mode -> answers that could not be read."""
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """For scripts."""
+        return asdict(self)
+
+
+def judged_policies(run: Run) -> list[str]:
+    """The policies that were judged: the base, then in the order in which they were trained."""
+    there = run.stages()
+    names = [s.removeprefix(_PREFIX) for s in there if s.startswith(_PREFIX)]
+
+    def made(name: str) -> str:
+        return "" if name == BASE or name not in there else run.artifact(name).manifest.created
+
+    return sorted(names, key=lambda n: (made(n), n))
+
+
+def compare(run: Run, policies: Sequence[str] = ()) -> list[Block]:
+    """A block for each task and mix.
+
+    Args:
+        run: with `eval-<policy>` of each.
+        policies: in the order to be shown; empty = all that were judged.
+
+    Raises:
+        ArtifactError: a policy was not judged, none was, or they were not asked the same.
+    """
+    names = list(policies) or judged_policies(run)
+    if not names:
+        raise ArtifactError(f"{run.uri} has no judged policy: run `gubs judge sft_model grpo` first")
+    found = [_Judged(run.artifact(_PREFIX + n), n) for n in names]
+    for other in found[1:]:
+        if other.asked != found[0].asked:
+            raise ArtifactError(
+                f"{other.name} and {found[0].name} were judged on different targets: judge both with the same settings"
+            )
+    return [b for task in Task for mix in MIXES if (b := _block(found, task, mix))]
+
+
+class _Judged:
+    """The answers and metrics of one policy."""
+
+    def __init__(self, artifact: Artifact, name: str):
+        self.name = name
+        self.rows = artifact.table("predictions").to_pylist()
+        self.asked = {(r["interaction_id"], r["natural"], r["balanced"], r["gold"]) for r in self.rows}
+        metrics = artifact.table("metrics").to_pylist()
+        self.metrics = {(m["task"], m["mix"], m["mode"], m["method"], m["name"]): m for m in metrics}
+        ufm = artifact.manifest.settings["ufm"]
+        self.rewards = RewardSettings(**ufm["grpo"]["rewards"])
+        self.resamples, self.seed = ufm["evaluate"]["bootstrap"], artifact.manifest.settings["seed"]
+
+    def of(self, task: Task, mix: str, mode: str) -> list[dict[str, Any]]:
+        return [r for r in self.rows if r["task"] == task and r["mode"] == mode and r[mix]]
+
+    def reward(self, task: Task, mix: str, mode: str) -> Figure:
+        """Mean R of Eq. 4; the interval is over users."""
+        rows = self.of(task, mix, mode)
+        users, place = np.unique([r["user_id"] for r in rows], return_inverse=True)
+        rewards = np.array([r["reward"] or 0.0 for r in rows])
+        sums, counts = np.bincount(place, rewards), np.bincount(place)
+        low = high = None
+        if len(users) > 1 and self.resamples:
+            drawn = np.random.default_rng(self.seed).integers(len(users), size=(self.resamples, len(users)))
+            means = sums[drawn].sum(1) / counts[drawn].sum(1)
+            low, high = (float(v) for v in np.percentile(means, (2.5, 97.5)))
+        return Figure(float(rewards.mean()), low, high, len(rows))
+
+
+def _block(found: Sequence[_Judged], task: Task, mix: str) -> Block | None:
+    rows = found[0].of(task, mix, MODES[0])
+    if not rows:
+        return None
+    return Block(
+        task=str(task),
+        mix=mix,
+        policies=tuple(f.name for f in found),
+        items=len(rows),
+        users=len({r["user_id"] for r in rows}),
+        golds={str(o): sum(r["gold"] == o for r in rows) for o in TASK_OPTIONS[task]},
+        unanswered={f.name: {m: sum(not r["predicted"] for r in f.of(task, mix, m)) for m in MODES} for f in found},
+        rows=(_reward_row(found, task, mix, rows), *_metric_rows(found, task, mix)),
+    )
+
+
+def _metric_rows(found: Sequence[_Judged], task: Task, mix: str) -> list[Row]:
+    rows = []
+    for name, label in LABELS.items():
+        first = found[0].metrics.get((task, mix, MODES[0], "model", name))
+        if first is None:
+            continue
+        constants = {c: found[0].metrics.get((task, mix, MODES[0], c, name)) for c in CONSTANTS[task]}
+        figures = {f.name: {m: _figure(f.metrics[task, mix, m, "model", name]) for m in MODES} for f in found}
+        values = {c: _known(m["value"]) for c, m in constants.items() if m}
+        rows.append(Row(name, label, first["n"], _known(first["base_rate"]), values, figures))
+    return rows
+
+
+def _reward_row(found: Sequence[_Judged], task: Task, mix: str, rows: Sequence[dict[str, Any]]) -> Row:
+    """The mean reward; of constants, that of a well-formed answer which always says the same."""
+    golds = [Option(r["gold"]) for r in rows]
+    skips = [g for g in golds if g != Option.A]
+    most = max(set(skips), key=skips.count) if skips else Option.B
+    yes, no = (Option.A, Option.B) if task == Task.CLICK else (most, Option.A)
+    names = CONSTANTS[task]
+    constants = {
+        name: _constant_reward(o, golds, task, found[0].rewards) for name, o in zip(names, (yes, no), strict=False)
+    }
+    figures = {f.name: {m: f.reward(task, mix, m) for m in MODES} for f in found}
+    return Row(REWARD, LABELS[REWARD], len(rows), None, constants, figures)
+
+
+def _constant_reward(option: Option, golds: Sequence[Option], task: Task, rewards: RewardSettings) -> float:
+    text = as_answer("The same as ever.", option)
+    by_gold = {g: judge(text, g, task, rewards, finished=True)[0].total for g in set(golds)}
+    return float(np.mean([by_gold[g] for g in golds]))
+
+
+def _figure(metric: Mapping[str, Any]) -> Figure:
+    return Figure(_known(metric["value"]), _known(metric["low"]), _known(metric["high"]), metric["n"])
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None or value != value else float(value)
+
+
+def print_blocks(blocks: Sequence[Block]) -> None:
+    """The first and the last policy of each block as a table on stdout."""
+    from rich.console import Console
+
+    screen = console.out if console.out.is_terminal else Console(width=_LOG_WIDTH, highlight=False)
+    for block in blocks:
+        screen.print(_as_table(block))
+
+
+def _as_table(block: Block) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    golds = ", ".join(f"{n:,} {o}" for o, n in block.golds.items())
+    title = (
+        f"{block.task.capitalize()} task, {block.mix} mix: {block.items:,} targets of {block.users:,} users ({golds})"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("metric (95 % interval)", no_wrap=True)
+    table.add_column("n", justify="right")
+    shown = list(dict.fromkeys((block.policies[0], block.policies[-1])))
+    for mode in MODES:
+        for policy in shown:
+            table.add_column(f"{policy}\n{mode}", justify="right")
+    constants = CONSTANTS[Task(block.task)][:2]
+    for name in ("base rate", *constants):
+        table.add_column(name.replace(" ", "\n"), justify="right")
+    for row in block.rows:
+        table.add_row(*_cells(row, shown, constants))
+    return table
+
+
+def _cells(row: Row, policies: Sequence[str], constants: Sequence[str]) -> list[str]:
+    figures = [row.figures[p][m].text for m in MODES for p in policies]
+    plain = [row.base_rate, *(row.constants.get(c) for c in constants)]
+    return [row.label, f"{row.n:,}", *figures, *("–" if v is None else f"{v:.3f}" for v in plain)]

@@ -1,0 +1,285 @@
+"""The page about training: curves of SFT and GA-GRPO, judged policies before and after, answers to read.
+
+`write_page` puts `training.html` into the run's folder. It is complete in itself: figures are SVG, there is no script,
+and all that comes from models and users is escaped.
+"""
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+from markupsafe import Markup
+
+from gubs.artifacts import Artifact, Manifest, Run, write_atomically
+from gubs.evaluate.compare import CONSTANTS, Block
+from gubs.evaluate.judge import MODES
+from gubs.records import Task
+from gubs.ufm.monitor import SAMPLES
+
+PAGE = "training.html"
+_SHOWN_STEPS = (0.0, 0.5, 1.0)
+"""Of the steps with samples: the first, the middle, the last."""
+_SMOOTH = 20
+"""A curve is the mean over the steps divided by this, around each step; single steps are pale behind it."""
+
+Floats = npt.NDArray[np.float64]
+Columns = dict[str, Floats]
+
+_COLOURS = tuple(f"#0{i}0{i}0{i}" for i in range(1, 7))
+_INK, _FAINT = "#070707", "#080808"
+"""Placeholders in the drawings, replaced by the page's colours so that a figure follows light and dark."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a panel."""
+
+    column: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture: some columns of the table `steps` against the step."""
+
+    title: str
+    caption: str
+    curves: tuple[Curve, ...]
+    unit: str = ""
+    draw: str = "lines"
+    """`lines`, or `stack`: one above the other."""
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training as the page shows it."""
+
+    manifest: Manifest
+    kind: str
+    figures: list[tuple[Panel, Markup]]
+    samples: list[dict[str, Any]]
+    seconds: float
+    """Of all steps."""
+
+
+def _roles(name: str) -> tuple[Curve, ...]:
+    words = {"T": "the user (T)", "S": "a similar user (S)", "G": "the group (G)"}
+    return tuple(Curve(f"{name}/{r}", words[r]) for r in words)
+
+
+_PHASES = ("rollout", "reward", "reference", "train", "sync", "checkpoint", "waiting_for_data")
+_SECONDS = Panel(
+    "Seconds a step, by phase",
+    "stacked; what is above the last layer is the step's rest",
+    tuple(Curve(f"seconds/{p}", p.replace("_", " ")) for p in _PHASES),
+    "s",
+    "stack",
+)
+_GRAD = Panel("Gradient norm", "before clipping", (Curve("grad_norm", "norm"),))
+_SFT_PANELS = (
+    Panel("Loss", "mean negative log-likelihood of the teacher's tokens", (Curve("loss", "loss"),)),
+    Panel(
+        "Tokens foretold",
+        "share of the teacher's tokens with a probability above one half",
+        (Curve("accuracy", "share"),),
+    ),
+    _GRAD,
+    _SECONDS,
+)
+_GRPO_PANELS = (
+    Panel(
+        "Raw reward by role", "R = format + skip + choice, 0 to 3, by whose prompt was answered", _roles("reward_raw")
+    ),
+    Panel(
+        "Parts of the reward",
+        "share of answers that earn each",
+        (Curve("reward/format", "format"), Curve("reward/skip", "skip or not"), Curve("reward/choice", "right option")),
+    ),
+    Panel("KL to the start", "per token, k3 estimator, on the policy's own answers", (Curve("health/kl", "KL"),)),
+    Panel(
+        "Engine against trainer",
+        "mean exp|log p of vLLM - log p of the trainer|; 1 = they agree, below 1.02 is healthy",
+        (Curve("health/mismatch", "mismatch"),),
+    ),
+    Panel("Response length", "tokens an answer", (Curve("response_tokens", "tokens"),)),
+    Panel(
+        "Answers that cannot be read",
+        "share by cause; causes that never came are left out",
+        tuple(
+            Curve(f"unparsed/{c}", c.replace("_", " "))
+            for c in (
+                "empty",
+                "truncated",
+                "no_think",
+                "no_answer",
+                "out_of_order",
+                "repeated_tag",
+                "text_before_think",
+                "text_between",
+                "text_after_answer",
+                "bad_option",
+            )
+        ),
+    ),
+    Panel("Advantage by role", "mean of a step", _roles("advantage")),
+    Panel(
+        "What the advantage does",
+        "right answers that are made less likely, wrong ones more likely, groups without any difference",
+        (
+            Curve("frac_right_pushed_down", "right, pushed down"),
+            Curve("frac_wrong_pushed_up", "wrong, pushed up"),
+            Curve("frac_zero_variance", "groups all alike"),
+        ),
+    ),
+    _GRAD,
+    _SECONDS,
+)
+
+
+def write_page(run: Run, blocks: Sequence[Block] = ()) -> str:
+    """Writes the page into the run's folder and returns its path."""
+    write_atomically(run.fs, run.path(PAGE), render(run, blocks).encode())
+    return run.full(PAGE)
+
+
+def render(run: Run, blocks: Sequence[Block] = ()) -> str:
+    """The page as HTML.
+
+    Args:
+        run: with trainings (artifacts that have a table `steps`).
+        blocks: judged policies, see `compare`.
+    """
+    trainings = [training(run.artifact(s)) for s in run.stages() if "steps" in run.artifact(s).manifest.tables]
+    trainings.sort(key=lambda t: t.manifest.created)
+    return _template().render(
+        run=run.name,
+        trainings=trainings,
+        blocks=blocks,
+        modes=MODES,
+        constants={str(t): c for t, c in CONSTANTS.items()},
+    )
+
+
+def training(artifact: Artifact) -> Training:
+    """The curves and samples of one training."""
+    table = artifact.table("steps")
+    columns = {n: table[n].cast("float64").to_numpy(zero_copy_only=False) for n in table.column_names}
+    grpo = "reward" in columns
+    figures = [(p, drawn) for p in (_GRPO_PANELS if grpo else _SFT_PANELS) if (drawn := draw(p, columns))]
+    seconds = float(np.nansum(columns.get("seconds/step", np.zeros(1))))
+    return Training(artifact.manifest, "GA-GRPO" if grpo else "SFT", figures, samples(artifact), seconds)
+
+
+def samples(artifact: Artifact) -> list[dict[str, Any]]:
+    """Answers of the first, the middle and the last step that has some, one a role."""
+    path = artifact.run.path(artifact.stage, SAMPLES)
+    if not artifact.run.fs.exists(path):
+        return []
+    lines = artifact.run.fs.cat_file(path).decode(errors="replace").splitlines()
+    rows = [json.loads(line) for line in lines if line.strip()]
+    steps = sorted({r["step"] for r in rows})
+    shown = {steps[round(at * (len(steps) - 1))] for at in _SHOWN_STEPS} if steps else set()
+    return sorted((r for r in rows if r["step"] in shown), key=lambda r: (r["step"], "TSG".find(r["role"])))
+
+
+def draw(panel: Panel, columns: Columns) -> Markup | None:
+    """A panel as SVG; None where there is nothing to draw."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    curves = [c for c in panel.curves if c.column in columns and np.nansum(np.abs(columns[c.column])) > 0]
+    if not curves:
+        return None
+    style = {"svg.fonttype": "none", "svg.hashsalt": panel.title, "font.size": 11, "text.parse_math": False}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(5.2, 3.1), layout="constrained")
+        axes = figure.subplots()
+        _DRAW[panel.draw](axes, curves, columns)
+        _style(axes, panel, len(curves))
+        buffer = io.StringIO()
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+    return _with_page_colours(buffer.getvalue())
+
+
+def _with_page_colours(svg: str) -> Markup:
+    """Labels are ours and numbers only: nothing from outside gets in."""
+    names = {_INK: "--muted", _FAINT: "--line", **{c: f"--c{i}" for i, c in enumerate(_COLOURS, start=1)}}
+    for placeholder, variable in names.items():
+        svg = svg.replace(placeholder, f"var({variable})")
+    return Markup(svg[svg.index("<svg") :])
+
+
+def _lines(axes: Any, curves: Sequence[Curve], columns: Columns) -> None:
+    for i, curve in enumerate(curves):
+        steps, values = columns["step"] + 1, columns[curve.column]
+        known = ~np.isnan(values)
+        steps, values = steps[known], values[known]
+        colour, dash = _COLOURS[i % len(_COLOURS)], "-" if i < len(_COLOURS) else "--"
+        window = max(1, len(values) // _SMOOTH)
+        if window > 1:
+            axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
+        axes.plot(steps, smooth(values, window), dash, color=colour, linewidth=1.8, label=curve.label)
+
+
+def _stack(axes: Any, curves: Sequence[Curve], columns: Columns) -> None:
+    steps = columns["step"] + 1
+    window = max(1, len(steps) // _SMOOTH)
+    layers = [smooth(np.nan_to_num(columns[c.column]), window) for c in curves]
+    colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(curves))]
+    axes.stackplot(steps, *layers, labels=[c.label for c in curves], colors=colours, alpha=0.8, linewidth=0)
+
+
+_DRAW: dict[str, Callable[[Any, Sequence[Curve], Columns], None]] = {"lines": _lines, "stack": _stack}
+
+
+def smooth(values: Floats, window: int) -> Floats:
+    """Mean over `window` neighbours around each value; at the ends over those that are there."""
+    kernel = np.ones(window)
+    if len(values) < 2 or window < 2:
+        return values
+    counts = np.convolve(np.ones(len(values)), kernel, "same")
+    found: Floats = np.convolve(values, kernel, "same") / counts
+    return found
+
+
+def _style(axes: Any, panel: Panel, curves: int) -> None:
+    axes.set_xlabel("step")
+    axes.set_ylabel(panel.unit)
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+    axes.grid(axis="y", color=_FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_INK, length=0)
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)
+    axes.spines[:].set_visible(False)
+    axes.margins(x=0.01)
+    if curves > 1:
+        place = {"loc": "outside upper left", "ncols": 3}
+        axes.figure.legend(frameon=False, labelcolor=_INK, fontsize=9.5, handlelength=1.2, columnspacing=1.2, **place)
+
+
+@cache
+def _template() -> jinja2.Template:
+    env = jinja2.Environment(
+        loader=jinja2.PackageLoader("gubs.evaluate"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {
+        "n": lambda v: f"{v:,.0f}",
+        "f": lambda v: "–" if v is None else f"{v:.3f}",
+        "short": lambda v: "–" if v is None else f"{v:.2f}",
+        "clock": lambda s: f"{s / 60:.1f} min" if s >= 90 else f"{s:.0f} s",
+    }
+    env.globals["tasks"] = {str(t): t for t in Task}
+    return env.get_template("training.html.j2")
