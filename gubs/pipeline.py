@@ -276,6 +276,7 @@ def train_sft(run: Run, settings: Settings, force: bool = False) -> Artifact:
     """`sft` -> `sft_model`: the base model, fine-tuned on the teacher's examples."""
     from gubs.ufm.stage import sft_stage
 
+    run.artifact("sft")  # what is missing is said before Ray is started
     with _stage(SFT, "fine-tune") as finish, ray_session(settings.ray), training_progress("SFT") as on_progress:
         artifact, fresh = sft_stage(run, settings, force=force, say=_detail, on_progress=on_progress)
         last = artifact.manifest.info["last"]
@@ -287,6 +288,7 @@ def train_grpo(run: Run, settings: Settings, force: bool = False, name: str = GR
     """`sft_model`, `labels`, `ugm` -> `grpo`: the policy, trained by GA-GRPO."""
     from gubs.ufm.stage import grpo_stage
 
+    run.artifact("labels")
     with _stage(name, "GA-GRPO") as finish, ray_session(settings.ray), training_progress("GA-GRPO") as on_progress:
         artifact, fresh = grpo_stage(run, settings, name=name, force=force, say=_detail, on_progress=on_progress)
         steps = artifact.table("steps")["reward"].to_pylist()
@@ -304,6 +306,8 @@ def judge(run: Run, settings: Settings, policy: str, force: bool = False) -> Art
     from gubs.evaluate.judge import judge_stage
 
     stage = f"eval-{policy}"
+    if policy != BASE:
+        run.artifact(policy)
     again = force or _older(run, stage, policy)
     with _stage(stage, "judge test users") as finish, ray_session(settings.ray), progress("answers") as on_progress:
         artifact, fresh = judge_stage(run, settings, policy, force=again, on_progress=on_progress)

@@ -35,6 +35,12 @@ def test_help_lists_every_job_with_a_sentence():
         "build",
         "frames",
         "submit",
+        "model",
+        "sft",
+        "grpo",
+        "judge",
+        "plan",
+        "report",
         "show",
         "status",
         "probe",
@@ -54,6 +60,11 @@ def test_help_lists_every_job_with_a_sentence():
         (["ingest", "--run", "r", "source.kind=movielens", "source.path=nowhere"], 3, "nowhere"),
         (["build", "--run", "no-such-run"], 4, "no such artifact"),
         (["submit", "no_such_job"], 5, "build_ifvr"),
+        (["demo", "grpo.stepps=3"], 2, "did you mean 'ufm.grpo.steps'"),
+        (["sft", "--run", "no-such-run"], 4, "no such artifact"),
+        (["judge", "sft_model", "--run", "no-such-run"], 4, "no such artifact"),
+        (["report", "no-such-run"], 4, "gubs judge"),
+        (["plan", "--preset", "paper", "--gpus", "3"], 2, "cannot be dealt evenly"),
     ],
 )
 def test_errors_are_one_message_and_a_meaningful_exit_code(args, code, message, tmp_path):
@@ -106,3 +117,32 @@ def test_relative_runs_stand_where_results_outlive_a_job(tmp_path, monkeypatch):
     monkeypatch.chdir(upload)
     monkeypatch.setenv("HOME", "/home/someone")
     assert open_run("runs/x").root == "/home/someone/gubs/runs/x"
+
+
+def test_plan_prints_the_sum_and_refuses_what_cannot_fit():
+    fits = gubs("plan", "--preset", "paper", "--gpu-gib", "80")
+    assert fits.returncode == 0, fits.stderr
+    assert "8.29 B parameters" in fits.stdout
+    assert "masters, Adam 23.2 GiB" in fits.stdout
+    small = gubs("plan", "--preset", "paper", "--gpu-gib", "40")
+    assert small.returncode == 5
+    assert "DOES NOT FIT" in small.stdout
+    told = json.loads(gubs("plan", "--preset", "paper", "--json").stdout)
+    assert [p["title"] for p in told] == ["SFT", "GA-GRPO"]
+    assert not told[0]["problems"]
+
+
+def test_missing_inputs_are_named_and_what_is_there_is_kept(run, monkeypatch, capsys):
+    from gubs import pipeline
+
+    made = []
+    for name in ("build_ifvr", "ugm", "teach", "train_sft"):
+        monkeypatch.setattr(pipeline, name, lambda *_, name=name: made.append(name))
+    pipeline.prepare(run, load_settings("tiny"))
+    assert made == ["build_ifvr", "ugm", "teach", "train_sft"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "has ifvr" in said
+    assert "has no frames, ugm, sft, labels, sft_model: made first" in said
+    made.clear()
+    pipeline.prepare(run, load_settings("tiny", ["ufm.grpo.groups=false", "ufm.grpo.start=base"]))
+    assert made == ["build_ifvr", "teach"]

@@ -1,0 +1,165 @@
+"""The page and the table about training, from artifacts that the test writes itself."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from gubs.artifacts import Run, writing
+from gubs.config import load_settings
+from gubs.errors import ArtifactError
+from gubs.evaluate.compare import compare, judged_policies, print_blocks
+from gubs.evaluate.judge import MODES, PREDICTIONS, measure
+from gubs.evaluate.report import render, smooth, write_page
+from gubs.records import TASK_OPTIONS, Task
+from gubs.ufm.monitor import SAMPLES
+
+SETTINGS = load_settings("tiny", ["ufm.evaluate.bootstrap=50"])
+EVIL = "<think><script>alert(1)</script></think><answer>B</answer>"
+
+
+def answers(right, task=Task.SEQUENTIAL, users=8, balanced=True):
+    """One target an option and user; the first `right` of a user's answers are right, the next says A or nothing."""
+    rows = []
+    for u in range(users):
+        for i, gold in enumerate(TASK_OPTIONS[task]):
+            said = str(gold) if i < right else "A" if u % 2 else None
+            rows += [
+                {
+                    "interaction_id": f"{task}{u}-{gold}",
+                    "user_id": f"u{u}",
+                    "task": str(task),
+                    "mode": mode,
+                    "natural": True,
+                    "balanced": balanced,
+                    "gold": str(gold),
+                    "predicted": said,
+                    "failure": None if said else "empty",
+                    "reward": 3.0 if said == gold else float(said is not None),
+                    "play_rate": (0.9 if gold == "A" else 0.1) if task == Task.SEQUENTIAL else None,
+                    "clicked": gold == "A" if task == Task.CLICK else None,
+                    "answer": "x",
+                }
+                for mode in MODES
+            ]
+    return rows
+
+
+def put_judged(run, policy, rows):
+    stage = f"eval-{policy}"
+    with writing(run, stage, fingerprint=policy, settings=SETTINGS, inputs={}) as out:
+        out.write_table("predictions", pa.Table.from_pylist(rows, schema=PREDICTIONS))
+        out.write_table("metrics", pa.Table.from_pylist(measure(rows, 50, 0)))
+
+
+def put_training(run, stage, columns, info):
+    with writing(run, stage, fingerprint=stage, settings=SETTINGS, inputs={}) as out:
+        steps = len(next(iter(columns.values())))
+        out.write_table("steps", pa.table({"step": list(range(steps)), **columns}))
+        out.info = {"steps": steps, **info}
+        if stage == "grpo":
+            sample = {"group": 0, "user": "u1", "video": "<b>v</b>", "gold": "B", "answer": EVIL, "option": "B"}
+            rows = [
+                {"step": s, "role": r, **sample, "failure": None, "reward": 3.0, "advantage": 0.5}
+                for s in range(9)
+                for r in "TSG"
+            ]
+            out.write_text(SAMPLES, "".join(json.dumps(r) + "\n" for r in rows))
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run(tmp_path / "r")
+    put_judged(run, "sft_model", answers(1))
+    put_judged(run, "grpo", answers(3))
+    put_training(run, "sft_model", {"loss": [2.0, 1.0, 0.5], "seconds/train": [1.0, 1.0, 1.0]}, {"examples": 48})
+    grpo = {"reward": [1.0, 2.0], "reward_raw/T": [1.0, 2.0], "unparsed/empty": [0.0, 0.0], "health/kl": [0.0, 0.1]}
+    put_training(run, "grpo", grpo, {})
+    return run
+
+
+def row(blocks, name, task="sequential", mix="natural"):
+    block = next(b for b in blocks if (b.task, b.mix) == (task, mix))
+    return next(r for r in block.rows if r.name == name)
+
+
+def test_the_mean_reward_and_its_constants_are_those_counted_by_hand(run):
+    reward = row(compare(run, ["sft_model", "grpo"]), "reward")
+    # A of each user is right (3); of B, C, D half of the users say A (format only: 1), the others nothing (0)
+    assert reward.figures["sft_model"]["greedy"].value == pytest.approx((3 + 3 * 0.5) / 4)
+    assert reward.figures["grpo"]["greedy"].value == pytest.approx((3 * 3 + 0.5) / 4)
+    # always the same skip: A 1, its own letter 3, the other two letters 2 each
+    assert reward.constants["always skip"] == pytest.approx((1 + 3 + 2 + 2) / 4)
+    assert reward.constants["never skip"] == pytest.approx((3 + 1 + 1 + 1) / 4)
+    low, high = reward.figures["grpo"]["greedy"].low, reward.figures["grpo"]["greedy"].high
+    assert low <= reward.figures["grpo"]["greedy"].value <= high
+
+
+def test_every_metric_comes_with_n_base_rate_and_constants(run):
+    for block in compare(run):
+        for r in block.rows:
+            assert r.constants
+            assert all(set(modes) == set(MODES) for modes in r.figures.values())
+            assert r.name == "reward" or r.base_rate is not None
+    assert row(compare(run), "judge_acc").n == 32
+    assert row(compare(run), "reason_f1").n == 24
+
+
+def test_policies_stand_in_the_order_of_their_training(run):
+    put_judged(run, "base", answers(0))
+    manifest = Path(run.path("grpo", "manifest.json"))
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "created": "2999-01-01T00:00:00+00:00"}))
+    assert judged_policies(run) == ["base", "sft_model", "grpo"]
+
+
+def test_policies_judged_on_other_targets_are_not_compared(run):
+    put_judged(run, "other", answers(2, users=7))
+    with pytest.raises(ArtifactError, match="different targets"):
+        compare(run, ["sft_model", "other"])
+
+
+def test_a_run_without_judged_policies_says_what_to_do(tmp_path):
+    with pytest.raises(ArtifactError, match="gubs judge"):
+        compare(Run(tmp_path / "empty"))
+
+
+def test_the_page_is_whole_and_shows_what_models_said_as_text(run):
+    blocks = compare(run, ["sft_model", "grpo"])
+    page = Path(write_page(run, blocks)).read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "<b>v</b>" not in page
+    assert "src=" not in page
+    assert page.count("<svg") == 4  # loss, seconds; reward by role, KL: curves without a value are left out
+    assert "Judge F1" in page
+    assert "never skip" in page
+    assert [f"Step {n}" in page for n in (1, 2, 5, 9)] == [True, False, True, True]
+
+
+def test_the_page_stands_without_judged_policies(run):
+    assert "Before and after" not in render(run)
+    assert "Raw reward by role" in render(run)
+
+
+def test_the_table_names_both_policies_and_the_mix(run, capsys):
+    print_blocks(compare(run, ["sft_model", "grpo"]))
+    said = capsys.readouterr().out
+    assert "Sequential task, natural mix: 32 targets of 8 users (8 A, 8 B, 8 C, 8 D)" in said
+    assert "grpo" in said
+    assert "Reason F1 of B" in said
+
+
+def test_click_blocks_have_click_metrics(tmp_path):
+    run = Run(tmp_path / "c")
+    put_judged(run, "grpo", answers(1, Task.CLICK, balanced=False))
+    blocks = compare(run)
+    assert [(b.task, b.mix) for b in blocks] == [("click", "natural")]
+    assert row(blocks, "click_f1", "click").constants["always click"] == pytest.approx(2 / 3)
+
+
+def test_smoothing_keeps_the_mean_of_a_constant_and_the_ends():
+    import numpy as np
+
+    assert smooth(np.full(7, 2.0), 3).tolist() == [2.0] * 7
+    assert smooth(np.array([0.0, 3.0]), 1).tolist() == [0.0, 3.0]
