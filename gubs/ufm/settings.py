@@ -122,6 +122,8 @@ class SFTSettings(Section):
 
     epochs: int = Field(1, ge=1)
     """(paper: 1)"""
+    min_steps: int = Field(0, ge=0)
+    """Optimiser steps at least: where the examples are few, more epochs are made; 0 = no such minimum."""
     batch: int = Field(16, ge=1)
     """Examples a step, over all workers."""
     micro_tokens: int = Field(16384, ge=64)

@@ -4,6 +4,7 @@ Every worker reads its own shard of the stream; an epoch is shuffled with a seed
 same batches and passes over those it has done.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,7 +13,7 @@ from gubs.errors import ArtifactError
 from gubs.records import Task
 from gubs.ufm import model as models
 from gubs.ufm.inputs import Encoded
-from gubs.ufm.settings import CheckpointSettings
+from gubs.ufm.settings import CheckpointSettings, SFTSettings
 from gubs.ufm.trainer import Trainer, micro_batches, most, reduce_sums
 from gubs.ufm.worker import Job, Worker
 
@@ -29,9 +30,14 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     return SFTWorker(config["job"], ray.train.get_dataset_shard("train"), config["examples"]).run()
 
 
-def steps_of(examples: int, epochs: int, batch: int) -> int:
+def epochs_of(examples: int, sft: SFTSettings) -> int:
+    """Passes over the examples: as set, more where that would be too few steps."""
+    return max(sft.epochs, math.ceil(sft.min_steps / max(1, examples // sft.batch)))
+
+
+def steps_of(examples: int, sft: SFTSettings) -> int:
     """Optimiser steps: whole batches of each epoch, one at least."""
-    return epochs * max(1, examples // batch)
+    return epochs_of(examples, sft) * max(1, examples // sft.batch)
 
 
 class SFTWorker(Worker):
@@ -46,7 +52,7 @@ class SFTWorker(Worker):
             examples: examples in all, over all ranks.
         """
         sft = job.settings.ufm.sft
-        super().__init__(job, steps_of(examples, sft.epochs, sft.batch))
+        super().__init__(job, steps_of(examples, sft))
         self.sft, self._shard, self._examples = sft, shard, examples
         model = models.load(job.start, self.ufm.model, train=True)
         self.trainer = Trainer(model, self.ufm.model, sft.optimizer, self.steps, self.device, self.sees)
@@ -109,7 +115,7 @@ class SFTWorker(Worker):
     def _rows(self, size: int) -> Iterator[list[dict[str, Any]]]:
         """Rows of one batch after the other; what does not fill a batch at an epoch's end is left out."""
         per_epoch = max(1, self._examples // self.sft.batch)
-        for _ in range(self.sft.epochs):
+        for _ in range(epochs_of(self._examples, self.sft)):
             given = 0
             for found in self._shard.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=2):
                 if given < per_epoch:

@@ -10,7 +10,7 @@ import shutil
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import pyarrow as pa
 from gubs.artifacts import Artifact, ArtifactWriter, Run, fingerprint, fingerprint_files, writing
 from gubs.config import Settings
 from gubs.errors import ArtifactError, GubsError, PlatformError, SettingsError
-from gubs.records import TASK_OPTIONS, Split
+from gubs.records import TASK_OPTIONS, Split, Task
 from gubs.teachers.sft import STAGE as EXAMPLES
 from gubs.ufm import memory
 from gubs.ufm import model as models
@@ -76,7 +76,7 @@ def sft_stage(
     with _training(run, SFT, mark, settings, inputs, force) as (out, folder):
         job = Job(run.uri, settings, SFT, str(folder), _checkpoints(folder), str(base), recipe)
         check_checkpoint(job, ufm.sft.checkpoint.keep)
-        steps = steps_of(table.num_rows, ufm.sft.epochs, ufm.sft.batch)
+        steps = steps_of(table.num_rows, ufm.sft)
         data = _dataset(table.select(list(COLUMNS)), settings.seed, ufm.workers.count)
         config = {"job": job, "examples": table.num_rows}
         with _watching(folder, steps, on_progress):
@@ -122,11 +122,8 @@ def grpo_stage(
     mark = fingerprint(name, {**recipe, "steps": str(grpo.steps)}, inputs)
     if found := run.finished(name, mark, force):
         return found, False
-    tasks = tuple(known_tasks(questions, grpo.tasks))
+    tasks = _tasks(questions, grpo.tasks, say)
     _check_memory(settings, start, memory.plan_grpo)
-    say(
-        _options("records", Counter((str(i.task), str(i.gold)) for t in tasks for i in questions.items(t, Split.TRAIN)))
-    )
     with _training(run, name, fingerprint(name, recipe, inputs), settings, inputs, force, mark) as (out, folder):
         job = Job(run.uri, settings, name, str(folder), _checkpoints(folder), str(start), recipe, tasks)
         check_checkpoint(job, grpo.checkpoint.keep)
@@ -157,6 +154,23 @@ def check_checkpoint(job: Job, keep: int) -> None:
         ArtifactError: the newest checkpoint is damaged or of another model, other data or other settings.
     """
     Checkpoints(job.checkpoints, job.recipe, keep, world=job.settings.ufm.workers.count).latest()
+
+
+def _tasks(questions: Questions, wanted: Sequence[Task], say: Callable[[str], None]) -> tuple[Task, ...]:
+    """The tasks to train on: those with records of two options at least, for else there is a constant to be learnt.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    known = known_tasks(questions, wanted)
+    counts = Counter((str(t), str(i.gold)) for t in known for i in questions.items(t, Split.TRAIN))
+    say(_options("records", counts))
+    useful = [t for t in known if sum(task == t for task, _ in counts) > 1]
+    for task in set(known) - set(useful):
+        say(f"the {task} task is left out: its records have one option only")
+    if not useful:
+        raise ArtifactError(f"{questions.run.uri}: no task has training records of two options; see `gubs show`")
+    return tuple(useful)
 
 
 def _options(what: str, counts: Mapping[tuple[str, str], int]) -> str:
