@@ -6,6 +6,7 @@ started on this machine, used, and stopped.
 
 import asyncio
 import ctypes
+import logging
 import os
 import secrets
 import shlex
@@ -162,6 +163,7 @@ def _wait_until_up(address: str, head: subprocess.Popen[bytes], folder: Path) ->
 def _follow(address: str, entrypoint: Sequence[str], runtime_env: dict[str, object]) -> int:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     try:
         client = JobSubmissionClient(address)
         job = client.submit_job(entrypoint=shlex.join(entrypoint), runtime_env=runtime_env)
