@@ -54,7 +54,8 @@ class Panel:
     unit: str = ""
     draw: str = "lines"
     """`lines`, or `stack`: one above the other."""
-    log: bool = False
+    sparse: bool = False
+    """Leave out curves that are 0 all the time."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ _SECONDS = Panel(
     tuple(Curve(f"seconds/{p}", p.replace("_", " ")) for p in _PHASES),
     "s",
     "stack",
+    sparse=True,
 )
 _GRAD = Panel("Gradient norm", "before clipping", (Curve("grad_norm", "norm"),))
 _SFT_PANELS = (
@@ -127,6 +129,7 @@ _GRPO_PANELS = (
                 "bad_option",
             )
         ),
+        sparse=True,
     ),
     Panel("Advantage by role", "mean of a step", _roles("advantage")),
     Panel(
@@ -194,7 +197,8 @@ def draw(panel: Panel, columns: Columns) -> Markup | None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    curves = [c for c in panel.curves if c.column in columns and np.nansum(np.abs(columns[c.column])) > 0]
+    curves = [c for c in panel.curves if c.column in columns and not np.isnan(columns[c.column]).all()]
+    curves = [c for c in curves if not panel.sparse or np.nansum(columns[c.column]) > 0]
     if not curves:
         return None
     style = {"svg.fonttype": "none", "svg.hashsalt": panel.title, "font.size": 11, "text.parse_math": False}
