@@ -5,6 +5,7 @@ A process killed with SIGKILL cannot clean up after itself, but its end of the p
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -19,11 +20,15 @@ def main(command: list[str]) -> int:
     """Runs the command in a session of its own until it ends or standard input does; returns its exit code."""
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: os.close(0))  # ends the wait below
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_guard)
     threading.Thread(target=_end_with_parent, args=(process,), daemon=True).start()
     code = process.wait()
     _kill(process.pid, signal.SIGKILL)  # whatever the command left behind
     return code
+
+
+def _die_with_guard() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a guard killed with SIGKILL cannot end anything
 
 
 def _end_with_parent(process: "subprocess.Popen[bytes]") -> None:

@@ -63,8 +63,8 @@ LABELS = pa.schema(
         ("verdicts", _ATTEMPTS),
     ]
 )
-"""One row a labelled target. label_source: rule, teacher-1 ... teacher-3 (the round), script, truth, human. rounds: 0 for
-rule."""
+"""One row a labelled target. label_source: rule, teacher-1 ... teacher-3 (the round), script, truth, human. rounds: 0
+for rule."""
 
 QUEUE = pa.schema([*IDS, ("play_rate", pa.float64()), pa.field("cause", pa.string(), nullable=False)]).append(
     pa.field("attempts", _ATTEMPTS)

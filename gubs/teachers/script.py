@@ -54,14 +54,16 @@ class Facts:
     repeated: bool
 
     def said(self, remark: str = "") -> str:
-        """The facts, a short sentence each; `remark` is what is known about the content beyond the fields."""
-        parts = [f"Topic {self.topic}." if self.topic else "Topic unknown."]
-        if self.interests:
-            parts.append(f"Likes {', '.join(self.interests)}.")
+        """The facts, a short sentence each; `remark` is what is known about the content beyond the fields.
+
+        The topic is quoted as in the list of interests, and the length repeated before it is judged: a small model
+        then compares like with like.
+        """
+        parts = [f'Topic "{self.topic}".' if self.topic else "Topic unknown."]
         if self.fits is not None:
             parts.append("It fits." if self.fits else "It does not fit.")
         if self.seconds is not None:
-            parts.append("It is long." if self.long else "It is short.")
+            parts.append(f"Length {self.seconds:.0f} s, {'long' if self.long else 'short'}.")
         if remark in _FLAWS:
             parts.append(f"But {remark}.")
         elif self.repeated:

@@ -1,28 +1,63 @@
-"""Texts the project makes itself, for the tokenizer of the `tiny` model: prompts about a simulated app no run uses."""
+"""How the `tiny` model is taught to read before it sees any log: texts for its tokenizer, lessons for its weights.
 
-from collections.abc import Iterator
+A lesson shows the fields and pictures of a prompt about a simulated app that no run uses, and asks only what is there:
+the topic, the user's interests, whether they fit, whether the video is long, what is wrong with title or picture. No
+lesson says what any user did. It stands in for what a model of 7 B parameters brings along.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from gubs.config import SyntheticSettings
-from gubs.data.sources.world import TOPICS, make_archetypes, make_users, make_videos
+from gubs.config import RenderSettings, SyntheticSettings
+from gubs.data.render import Scene, frames
+from gubs.data.sources.world import FLAWS, TOPICS, make_archetypes, make_users, make_videos
 from gubs.people import Person, view_line
 from gubs.prompts.answers import as_answer
 from gubs.prompts.ufm import Style, group_prompt, user_prompt
 from gubs.records import TASK_OPTIONS, Task, User, Video
 from gubs.teachers import script
+from gubs.ufm.inputs import VISION_MARK, Clip, Encoded, Inputs, Prompt
 
 _SEED = 20_250_519
 _PEOPLE = 400
+_CLIPS = 800
+_FRAMES = 4
+_MICRO_TOKENS = 2048
+_SIZE = 56
 _STYLES: tuple[Style, ...] = ("full", "brief")
+_REMARKS = {
+    "clickbait": "the title promises too much",
+    "unpleasant": "the picture is hard to bear",
+    "vulgar": "the words are vulgar",
+}
+
+BATCH = 32
+LEARNING_RATE = 3e-3
+_FLAW_RATE = 0.4
+"""More than in the apps: what is to be learned must be seen."""
+
+
+@dataclass(frozen=True)
+class World:
+    """People with a short made-up history, and videos with their flaws and clips."""
+
+    people: list[Person]
+    videos: list[Video]
+    flaws: list[str]
+    clips: list[Clip]
 
 
 def corpus() -> Iterator[str]:
     """Prompts of both styles and tasks with answers, all topics' words, numbers; always the same."""
     rng = np.random.default_rng(_SEED)
-    people, videos = simulated(rng)
-    for i, person in enumerate(people):
-        video = videos[int(rng.integers(len(videos)))]
+    world = simulated(rng, _PEOPLE)
+    for i, person in enumerate(world.people):
+        video = world.videos[int(rng.integers(len(world.videos)))]
         for task in Task:
             yield user_prompt(task, person, video, style=_STYLES[i % 2])
             think = script.facts(person, video).said()
@@ -34,25 +69,104 @@ def corpus() -> Iterator[str]:
     yield " ".join(f"{n} s {n % 101}%" for n in range(600))
 
 
-def simulated(rng: np.random.Generator) -> tuple[list[Person], list[Video]]:
-    """People with a short made-up history, and videos."""
-    world = SyntheticSettings(users=_PEOPLE, videos=_PEOPLE)
-    users = make_users(world, make_archetypes(world, rng), rng)
-    drawn = make_videos(world, rng)
+def teach(model: Any, inputs: Inputs, steps: int, seed: int) -> float:
+    """Teaches a model in place, wherever it is; returns the mean loss of the last lessons (nats a token).
+
+    Args:
+        model: a Qwen2.5-VL for conditional generation.
+        inputs: of its checkpoint.
+        steps: optimiser steps of `BATCH` lessons.
+        seed: of the lessons.
+    """
+    import torch
+
+    rng = np.random.default_rng([seed, 51])
+    world = simulated(rng, _CLIPS, clips=True)
+    adam = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    model.train()
+    losses = []
+    for step in range(steps):
+        for group in adam.param_groups:
+            group["lr"] = _rate(step, steps)
+        encoded = [(inputs.encode(p), inputs.answer_ids(a)) for p, a in (lesson(world, rng) for _ in range(BATCH))]
+        adam.zero_grad()
+        losses.append(_accumulate(model, inputs, encoded))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+    return float(np.mean(losses[-50:]))
+
+
+def _accumulate(model: Any, inputs: Inputs, encoded: Sequence[tuple[Encoded, list[int]]]) -> float:
+    """Adds up the gradients of one step; sequences of about the same length go together."""
+    from gubs.ufm.trainer import logprobs, micro_batches
+
+    tokens, total = sum(len(a) for _, a in encoded), 0.0
+    for part in micro_batches([len(e.ids) + len(a) for e, a in encoded], _MICRO_TOKENS):
+        loss = -logprobs(model, inputs.collate([encoded[i] for i in part]), sees=True).sum() / tokens
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def _rate(step: int, steps: int) -> float:
+    warm, left = min(1.0, (step + 1) / 50), 0.5 * (1 + math.cos(math.pi * step / steps))
+    return LEARNING_RATE * warm * max(0.02, left)
+
+
+def lesson(world: World, rng: np.random.Generator) -> tuple[Prompt, str]:
+    """One prompt and what is there to be read in it. Some show a history, some a cover only, some no picture.
+
+    Interests are drawn anew each time: a list that comes back would be learned by heart instead of being read.
+    """
+    someone = world.people[int(rng.integers(len(world.people)))]
+    number = int(rng.integers(len(world.videos)))
+    video, flaw, clip = world.videos[number], world.flaws[number], world.clips[number]
+    topics = [TOPICS[t].name for t in rng.permutation(len(TOPICS))[: int(rng.integers(1, 5))]]
+    if rng.random() < _HALF and video.tags[0] not in topics:
+        topics[int(rng.integers(len(topics)))] = video.tags[0]
+    video = replace(video, duration_s=float(rng.integers(3, 150)))
+    views = someone.views if rng.random() < _QUARTER else ()
+    person = Person(replace(someone.user, tags=topics), views)
+    task = Task.CLICK if rng.random() < _QUARTER else Task.SEQUENTIAL
+    shown = rng.random() > _TENTH
+    if task == Task.CLICK:
+        clip = Clip(f"{clip.key}-cover", clip.frames[:1])
+    text = user_prompt(task, person, video, vision=VISION_MARK if shown else "", style="brief")
+    read = script.facts(person, video).said(_REMARKS.get(flaw, "") if shown or flaw != "unpleasant" else "")
+    return Prompt(f"{text}\nRead.", clip if shown else None), read
+
+
+def simulated(rng: np.random.Generator, count: int, clips: bool = False) -> World:
+    """People and as many videos; with clips where they are wanted."""
+    settings = SyntheticSettings(users=count, videos=count, flaw_rate=_FLAW_RATE)
+    users = make_users(settings, make_archetypes(settings, rng), rng)
+    drawn = make_videos(settings, rng)
     videos = [
         Video(f"v{i}", title, float(drawn.duration_s[i]), tags=[TOPICS[drawn.title_topic[i]].name])
         for i, title in enumerate(drawn.titles)
     ]
-    people = [
-        Person(
-            User(f"u{i}", int(users.age[i]), "female", "teacher", {}, [TOPICS[t].name for t in tags if t >= 0]),
-            tuple(_view(videos[int(rng.integers(len(videos)))], rng) for _ in range(3)),
-        )
-        for i, tags in enumerate(users.listed)
-    ]
-    return people, videos
+    people = [_person(i, users, videos, rng) for i in range(count)]
+    flaws = [FLAWS[f] for f in drawn.flaw]
+    made = [_clip(i, int(drawn.topic[i]), flaws[i]) for i in range(count)] if clips else []
+    return World(people, videos, flaws, made)
+
+
+def _person(i: int, users: Any, videos: Sequence[Video], rng: np.random.Generator) -> Person:
+    tags = [TOPICS[t].name for t in users.listed[i] if t >= 0]
+    user = User(f"u{i}", int(users.age[i]), "female", "teacher", {}, tags)
+    return Person(user, tuple(_view(videos[int(rng.integers(len(videos)))], rng) for _ in range(3)))
 
 
 def _view(video: Video, rng: np.random.Generator) -> str:
     seen = {"title": video.title, "tags": video.tags, "duration_s": video.duration_s, "rating": None}
     return view_line({**seen, "play_rate": float(rng.random()), "clicked": None})
+
+
+def _clip(number: int, topic: int, flaw: str) -> Clip:
+    settings = RenderSettings(size=_SIZE, fps=1)
+    scene = Scene(f"v{number}", topic, flaw, float(_FRAMES), _SEED + number)
+    pictures: list[npt.NDArray[np.uint8]] = [np.asarray(f.convert("RGB")) for f in frames(scene, settings)]
+    return Clip(f"lesson-{number}", np.stack(pictures[:_FRAMES]), float(_FRAMES))
+
+
+_HALF, _QUARTER, _TENTH = 0.5, 0.25, 0.1

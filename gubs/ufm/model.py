@@ -53,7 +53,7 @@ def checkpoint(settings: ModelSettings) -> Path:
             f"ufm.model.size={settings.size} is not made here: give a checkpoint, ufm.model.path=FOLDER"
         )
     if not settings.path:
-        return init(settings.size)
+        return init(settings.size, lessons=settings.lessons)
     folder = Path(settings.path)
     config = folder / "config.json"
     if not config.is_file():
@@ -64,19 +64,27 @@ def checkpoint(settings: ModelSettings) -> Path:
     return folder
 
 
-def init(size: str, folder: str | Path = "", seed: int = 0) -> Path:
+def init(size: str, folder: str | Path = "", seed: int = 0, lessons: int = 0) -> Path:
     """Makes a checkpoint, in a folder of its own in the user's cache unless `folder` is given; one that is there stays.
+
+    Args:
+        size: `tiny` or `small`.
+        folder: where to.
+        seed: of the new weights.
+        lessons: steps of teaching for `tiny` (see lessons.py); 0 = random weights.
 
     Raises:
         PlatformError: `small` needs the weights of SmolLM2, which are not installed.
     """
-    target = Path(folder) if folder else default_cache() / f"ufm-{size}-v{_FORMAT}-{_recipe(size, seed)}"
+    target = Path(folder) if folder else default_cache() / f"ufm-{size}-v{_FORMAT}-{_recipe(size, seed, lessons)}"
     if (target / "config.json").is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp-", dir=target.parent))
     try:
         _MAKERS[size](temporary, seed)
+        if lessons and size == "tiny":
+            _teach(temporary, lessons, seed)
         temporary.chmod(0o755)
         try:
             temporary.rename(target)
@@ -114,9 +122,20 @@ def attention(settings: ModelSettings) -> str:
     return "flash_attention_2" if half and fits and importlib.util.find_spec("flash_attn") else "sdpa"
 
 
-def _recipe(size: str, seed: int) -> str:
+def _teach(folder: Path, lessons: int, seed: int) -> None:
+    """Gives the model in a folder its lessons, in float32."""
+    from gubs.ufm.inputs import Inputs
+    from gubs.ufm.lessons import teach
+    from gubs.ufm.settings import InputSettings
+
+    model = load(folder, ModelSettings(dtype="float32", gradient_checkpointing=False), train=True)
+    teach(model, Inputs(folder, InputSettings()), lessons, seed)
+    model.eval().save_pretrained(folder)
+
+
+def _recipe(size: str, seed: int, lessons: int) -> str:
     texts = "".join(_texts()) if size == "tiny" else ""
-    return hashlib.sha256(f"{_FORMAT} {size} {seed} {texts} {CHAT_TEMPLATE}".encode()).hexdigest()[:8]
+    return hashlib.sha256(f"{_FORMAT} {size} {seed} {lessons} {texts} {CHAT_TEMPLATE}".encode()).hexdigest()[:8]
 
 
 def _make_tiny(folder: Path, seed: int) -> None:

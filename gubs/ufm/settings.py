@@ -44,6 +44,8 @@ class ModelSettings(Section):
     """Checkpoint that `gubs model init` makes: tiny = about 1.5 M parameters from nothing, small = SmolLM2-135M's
     weights under a new vision tower. 7b = Qwen2.5-VL-7B, whose folder `path` has to name; `gubs plan` knows its numbers
     without it."""
+    lessons: int = Field(0, ge=0)
+    """Steps in which `tiny` is taught to read prompts and pictures before it sees any log; 0 = random weights."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the weights in forward, backward and rollout; the optimiser keeps float32 masters."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
