@@ -201,7 +201,7 @@ def draw(panel: Panel, columns: Columns) -> Markup | None:
     curves = [c for c in curves if not panel.sparse or np.nansum(columns[c.column]) > 0]
     if not curves:
         return None
-    style = {"svg.fonttype": "none", "svg.hashsalt": panel.title, "font.size": 11, "text.parse_math": False}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": panel.title, "font.size": 11, "text.parse_math": False}
     with mpl.rc_context(style):
         figure = Figure(figsize=(5.2, 3.1), layout="constrained")
         axes = figure.subplots()
