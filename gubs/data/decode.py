@@ -16,13 +16,13 @@ import io
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from itertools import pairwise
 from typing import BinaryIO, cast
 
 import av
 import av.logging
-import decord
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
@@ -53,7 +53,13 @@ Size = tuple[int, int]
 """Width, height."""
 
 
-def decode(path: str, options: DecodeOptions, heard: Callable[[], int] = lambda: 0) -> Decoded:
+Loading = Callable[[], AbstractContextManager[None]]
+"""Entered while a library is loaded."""
+
+
+def decode(
+    path: str, options: DecodeOptions, heard: Callable[[], int] = lambda: 0, loading: Loading = nullcontext
+) -> Decoded:
     """Decodes one file; never raises for anything that is the file's fault.
 
     May hang, crash or take any memory, for decoders do: run it in a `DecoderProcess`.
@@ -62,12 +68,13 @@ def decode(path: str, options: DecodeOptions, heard: Callable[[], int] = lambda:
         path: a local path.
         options: what to take from it.
         heard: how much has been written to the standard error so far; decord's complaints are seen nowhere else.
+        loading: entered while decord is loaded, which most files do without.
     """
     try:
         with opened(path, options.max_file_mb * 2**20) as file:
             refuse_text(file)
             refuse_encrypted_matroska(file)
-            return _Film(file, options, heard).decode()
+            return _Film(file, options, heard, loading).decode()
     except Unfit as e:
         return Decoded(e.verdict, e.detail)
     except OSError as e:
@@ -120,8 +127,8 @@ def _nearest_allowed(width: int, height: int, min_pixels: int, max_pixels: int) 
 class _Film:
     """One open file on its way to a `Decoded`."""
 
-    def __init__(self, file: BinaryIO, options: DecodeOptions, heard: Callable[[], int]):
-        self.file, self.options, self.heard = file, options, heard
+    def __init__(self, file: BinaryIO, options: DecodeOptions, heard: Callable[[], int], loading: Loading):
+        self.file, self.options, self.heard, self.loading = file, options, heard, loading
         self.reformatter = VideoReformatter()
         self.pixel_aspect = 1.0
 
@@ -191,6 +198,8 @@ class _Film:
         """The frames by decord; None where it cannot be trusted, fails, or complains."""
         if not (found.lone and found.format in _EXACT_FORMATS and found.clean_seeks and not found.hidden):
             return None
+        with self.loading():
+            import decord
         before = self.heard()
         wanted = sorted(set(indices))
         try:
@@ -339,9 +348,11 @@ def _needed_frames(stream: VideoStream, found: Scan, wanted: Sequence[int]) -> I
             yield from (f for f in stream.decode(None) if f.pts in left)
             context.flush_buffers()
             at = key
-        for packet in packets[at : stop + 1]:
-            context.skip_frame = "DEFAULT" if packet.pts in left else "NONREF"
+        context.skip_frame = "NONREF"
+        for packet in packets[at:stop]:  # those wanted are stops themselves
             yield from (f for f in stream.decode(packet) if f.pts in left)
+        context.skip_frame = "DEFAULT"
+        yield from (f for f in stream.decode(packets[stop]) if f.pts in left)
         at = stop + 1
     yield from (f for f in stream.decode(None) if f.pts in left)
 

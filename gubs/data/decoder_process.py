@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -212,19 +213,37 @@ def _serve(connection: Connection, memory_mb: int, alarm_s: float) -> None:
         if os.fstat(2).st_size > _STDERR_LIMIT // 2:
             os.ftruncate(2, 0)
         signal.setitimer(signal.ITIMER_REAL, alarm_s)
-        done = decode(path, options, heard=lambda: os.fstat(2).st_size)
+        done = decode(path, options, heard=lambda: os.fstat(2).st_size, loading=_uncapped)
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send(replace(done, detail=done.detail.replace("\n", " ")[:500]))
 
 
 def _limit_memory(memory_mb: int) -> None:
     """Caps the address space, counted from what the process has now, and the log; a full log swallows writes."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + memory_mb * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    _cap(_address_space() + memory_mb * 2**20)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (_STDERR_LIMIT, _STDERR_LIMIT))
+
+
+@contextlib.contextmanager
+def _uncapped() -> Iterator[None]:
+    """What is loaded in here does not count: the cap moves by as much."""
+    cap, hard = resource.getrlimit(resource.RLIMIT_AS)
+    before = _address_space()
+    _cap(hard)
+    try:
+        yield
+    finally:
+        _cap(cap + max(0, _address_space() - before))
+
+
+def _cap(limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def _address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def _main() -> None:

@@ -390,6 +390,16 @@ def test_memory_is_capped(tmp_path: Path) -> None:
     roomy.close()
 
 
+def test_loading_decord_is_not_the_files_memory(tmp_path: Path) -> None:
+    """It is loaded for the first file that needs it, and the cap counts from there."""
+    process = DecoderProcess(OPTIONS, timeout_s=60, memory_mb=24)
+    done = process.decode(str(film(tmp_path / "a.webm", "libvpx")))
+    assert (done.verdict, done.decoder, process.restarts) == ("ok", "decord", 0), done.detail
+    huge = film(tmp_path / "huge.webm", "libvpx", frames=2, size=(3072, 3072), options={"cpu-used": "8"})
+    assert process.decode(str(huge)).verdict in ("too_large", "undecodable")
+    process.close()
+
+
 def test_the_process_goes_when_its_owner_goes(tmp_path: Path) -> None:
     process = DecoderProcess(OPTIONS)
     process.start()
