@@ -3,9 +3,10 @@
 Four measurements on the same files, the timed ones repeated in turn, for other work on the machine moves all of them:
 (a) one process with a plain decord loop, the same frames at the same size as JPEG; (b) as many such processes as there
 are cores, at once, which is what the cores can give; (c) the frame stage with a fresh store, from the call to the
-table, with Ray running already; (d) the same from its first result on, without the start of its workers. On a machine
-that others use too, look at CPU seconds a video rather than at the clock. Memory is the summed RSS of this process and
-all below it (Ray's own included; shared pages count several times), and what is left in Ray's object store.
+table, with Ray running already; (d) the same from its first result on, without the start of its workers, which with few
+videos flatters: batches half done by then count in full. On a machine that others use too, look at CPU seconds a video
+rather than at the clock. Memory is the summed RSS of this process and all below it (Ray's own included; shared pages
+count several times), and what is left in Ray's object store.
 
     python benchmarks/frames.py --videos 200 2000 --json out.json
 """
