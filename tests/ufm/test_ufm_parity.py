@@ -1,9 +1,10 @@
 """Engine and trainer compute the same: ids, positions, log-probabilities, for text, image and video, after a sync too.
 
-One real vLLM engine in a Ray actor serves all tests of this file. It starts from a checkpoint with louder weights than
-the untrained one has: whose answers depend on every token and every picture, so that a difference shows.
+One real vLLM engine in a Ray actor serves all tests of this file. It starts from a checkpoint with loud random
+weights, whose answers depend on every token and every picture, so that a difference shows.
 """
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,13 +36,18 @@ LONG = 'Playing.\nUser: {"age": 30}\n- {"title": "Rare health sleep"}\n' * 3
 
 @pytest.fixture(scope="module")
 def loud(tiny, tmp_path_factory) -> Path:
-    """The tiny checkpoint with weights three times as large."""
-    model, folder = load(tiny, MODEL), tmp_path_factory.mktemp("loud") / "policy"
-    with torch.no_grad():
+    """The tiny model with random weights three times as large as usual."""
+    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("loud") / "policy"
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(tiny)).float()
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.mul_(3.0)
     save_policy(model, tiny_inputs(tiny), folder)
+    shutil.copy(tiny / "generation_config.json", folder)
     return folder
 
 
@@ -225,7 +231,7 @@ def test_equal_prompts_are_read_once(engine, inputs):
 
 
 def test_a_guided_answer_is_one_of_the_choices(engine, inputs):
-    choices = [f"<think>It fits.</think><answer>{o}</answer>" for o in "ABCD"]
+    choices = ["It fits.", "It is long.", "B"]  # short enough if written letter by letter
     said = ask(engine, inputs, [inputs.encode(PROMPTS["video"])] * 4, choices=choices)
     assert {inputs.text(r.ids)[0] for r in said} <= set(choices)
     assert all(inputs.text(r.ids)[1] for r in said)

@@ -28,6 +28,10 @@ SMALL = [
     "teachers.truth=true",
     "sft_click_users=10",
     "render.max_seconds=4",
+    "ufm.grpo.prompts=4",
+    "ufm.sft.min_steps=0",
+    "ufm.sft.optimizer.schedule=constant",
+    "ufm.sft.optimizer.warmup_steps=0",
 ]
 """Overrides of preset tiny: a data set that is made in seconds and still has every option."""
 

@@ -1,0 +1,287 @@
+"""A training that is killed, part by part, ends with the very weights of one that was left alone."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pytest
+from drive_grpo import STEPS, resume_settings
+from ufm_helpers import changed_copy
+
+from gubs.artifacts import Run, writing
+from gubs.errors import ArtifactError, PlatformError
+from gubs.prompts.answers import as_answer
+from gubs.records import TASK_OPTIONS, Split, Task
+from gubs.teachers.sft import SCHEMA
+from gubs.ufm.monitor import STUCK, STUCK_EXIT, read_metrics
+from gubs.ufm.questions import Questions
+from gubs.ufm.stage import _named, grpo_stage, sft_stage
+
+DRIVER = Path(__file__).with_name("drive_grpo.py")
+SFT_EXAMPLES = 16 * 50
+
+
+@pytest.fixture(scope="module")
+def ready(ufm_run, tmp_path_factory) -> Run:
+    """The small run with a policy that has learned the form of an answer and nothing else: some of its answers are
+    right, so rewards differ and gradients are not zero."""
+    settings = resume_settings()
+    run = changed_copy(ufm_run, tmp_path_factory.mktemp("resume") / "run", settings)
+    items = [i for t in Task for i in Questions(run, settings).items(t, Split.TRAIN)]
+    rows = []
+    for n in range(SFT_EXAMPLES):
+        item = items[n * 7919 % len(items)]
+        option = TASK_OPTIONS[item.task][n % len(TASK_OPTIONS[item.task])]
+        answer = as_answer("It fits.", option)
+        about = {"task": item.task, "user_id": item.user_id, "video_id": item.video_id}
+        which = {"example_id": str(n), "interaction_id": item.interaction_id, "split": "train", "gold": option}
+        rows.append({**about, **which, "response": answer})
+    with writing(run, "sft", fingerprint="by hand", settings=settings, inputs={}) as out:
+        out.write_table("examples", pa.Table.from_pylist(rows, schema=SCHEMA))
+    artifact, _ = sft_stage(run, settings)
+    steps = artifact.table("steps").to_pylist()
+    assert len(steps) == SFT_EXAMPLES // settings.ufm.sft.batch
+    assert steps[-1]["loss"] < 0.4 < steps[0]["loss"], "SFT did not learn"
+    return run
+
+
+def start(run: Run, name: str, log: Path) -> subprocess.Popen:
+    with log.open("a") as out:
+        return subprocess.Popen([sys.executable, str(DRIVER), run.root, name], stdout=out, stderr=out)
+
+
+@pytest.fixture(scope="module")
+def whole(ready) -> Path:
+    """The training that nobody disturbs."""
+    log = Path(ready.root).parent / "whole.log"
+    process = start(ready, "whole", log)
+    assert process.wait(timeout=150) == 0, log.read_text()[-3000:]
+    return Path(ready.path("whole"))
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """The policy's bytes at every checkpoint."""
+    return {p.parent.parent.name: p.read_bytes() for p in sorted(folder.glob("checkpoints/*/policy/model.safetensors"))}
+
+
+def wait_for(what: Callable[[], bool], seconds: float, says: str, process: subprocess.Popen | None = None) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, f"waited {seconds:g} s for {says}"
+        assert process is None or process.poll() is None, f"the job ended while waiting for {says}"
+        time.sleep(0.02)
+
+
+def below(process: subprocess.Popen, title: str = "") -> list[psutil.Process]:
+    """The job's processes, of Ray and ours, whose title holds a text."""
+    return [p for p in psutil.Process(process.pid).children(recursive=True) if title in title_of(p)]
+
+
+def title_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether a process still runs; a zombie does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class Job:
+    """A running job, its progress, and its parts."""
+
+    def __init__(self, run: Run, name: str):
+        self.log = Path(run.root).parent / f"{name}.log"
+        self.folder = Path(run.path(f"{name}.partial"))
+        self.process = start(run, name, self.log)
+
+    def after(self, step: int) -> None:
+        """Waits until a step is done."""
+        done = lambda: any(line["step"] >= step for line in read_metrics(self.folder))  # noqa: E731
+        wait_for(done, 100, f"step {step}; log: {self.log}", self.process)
+
+    def kill(self, title: str) -> int:
+        """Ends the one process with this title, at once."""
+        (found,) = below(self.process, title)
+        found.send_signal(signal.SIGKILL)
+        found.wait(20)
+        return found.pid
+
+    def end(self) -> list[str]:
+        """Ends the driver, at once. Gives the titles of workers that outlive it for long; ends all that is left."""
+        if self.process.poll() is not None:
+            return []
+        parts = {p: title_of(p) for p in below(self.process)}
+        workers = [p for p, title in parts.items() if not title.startswith(AGENTS)]
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(20)
+        until = time.monotonic() + 30
+        while any(map(alive, workers)) and time.monotonic() < until:
+            time.sleep(0.1)
+        left = [parts[p] for p in workers if alive(p)]
+        for p in filter(alive, parts):
+            p.kill()
+        return left
+
+
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Ray's helpers look for a parent, and one that nobody reaps (as in some containers) seems to live: they may stay."""
+
+ENGINE, WORKER = "ray::Engine", "ray::RayTrainWorker"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(290)
+def test_killed_part_by_part_the_weights_are_those_of_the_undisturbed_run(ready, whole):
+    """First the engine dies, then the train worker, then the driver, and the same command is given again. Each kill
+    falls between two checkpoints, so the checkpoint that differs tells which of them was not survived."""
+    job = Job(ready, "broken")
+    try:
+        job.after(0)
+        worker = below(job.process, WORKER)[0].pid
+        first = job.kill(ENGINE)
+        job.after(2)
+        assert below(job.process, ENGINE)[0].pid != first
+        assert below(job.process, WORKER)[0].pid == worker, "the engine's death must not cost the worker"
+        job.kill(WORKER)
+        job.after(4)
+        assert below(job.process, WORKER)[0].pid != worker
+        assert job.end() == [], "what outlives a dead driver holds its GPU"
+        _others_are_refused(ready, job.folder)
+        job = Job(ready, "broken")
+        assert job.process.wait(timeout=120) == 0, job.log.read_text()[-3000:]
+    finally:
+        job.end()
+    broken = Path(ready.path("broken"))
+    wanted, found = weights(whole), weights(broken)
+    assert list(wanted) == [f"step-{s:06d}" for s in range(2, STEPS + 1, 2)] == list(found)
+    assert [n for n in wanted if found[n] != wanted[n]] == []
+    model = "policy/model.safetensors"
+    assert (broken / model).read_bytes() == (whole / model).read_bytes() == wanted[f"step-{STEPS:06d}"]
+    _same_figures(ready)
+
+
+def _others_are_refused(run: Run, partial: Path) -> None:
+    """An unfinished training is in the way of one with other settings, and stays as it is."""
+    before = sorted(partial.rglob("*"))
+    with pytest.raises(ArtifactError, match=r"unfinished training with other settings.*--force"):
+        grpo_stage(run, resume_settings("ufm.grpo.beta=0.5"), name="broken")
+    newest = max(partial.glob("checkpoints/step-*/policy/model.safetensors"))
+    data = newest.read_bytes()
+    newest.write_bytes(data[:-1])
+    try:
+        with pytest.raises(ArtifactError, match=r"is damaged: policy/model.safetensors .*remove that folder"):
+            grpo_stage(run, resume_settings(), name="broken")
+    finally:
+        newest.write_bytes(data)
+    assert sorted(partial.rglob("*")) == before
+
+
+def _same_figures(run: Run) -> None:
+    """Every step stands in the log once, with what the undisturbed run says of it."""
+    tables = [run.artifact(n).table("steps").to_pylist() for n in ("whole", "broken")]
+    timed = ("seconds/",)
+    kept = [[{k: v for k, v in row.items() if not k.startswith(timed)} for row in t] for t in tables]
+    assert [row["step"] for row in kept[1]] == list(range(STEPS))
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.slow
+def test_the_undisturbed_run_learned_something_to_lose(ready, whole):
+    """With rewards all alike, or weights that never moved, equal weights would prove nothing."""
+    rows = ready.artifact("whole").table("steps").to_pylist()
+    assert any(0 < row["frac_zero_variance"] < 1 or row["frac_zero_variance"] == 0 for row in rows)
+    assert len({row["reward"] for row in rows}) > 2
+    found = weights(whole)
+    start_of = Path(ready.path("sft_model", "policy", "model.safetensors")).read_bytes()
+    assert len({*found.values(), start_of}) == len(found) + 1
+    first = rows[0]
+    assert first["health/ratio"] == 1.0
+    assert first["health/kl"] == first["health/kl_old"] == 0.0
+    assert first["health/mismatch"] < 1.02
+    assert rows[-1]["health/kl"] > 0
+    assert rows[-1]["health/mismatch"] < 1.02, "the engine has the weights of every step"
+    assert {row["skipped"] for row in rows} == {0.0}
+    samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
+    assert {s["role"] for s in samples} == {"T", "S", "G"}
+
+
+@pytest.mark.slow
+def test_sft_goes_on_from_a_checkpoint_with_the_batches_that_are_left(ready, tmp_path):
+    """The stream of examples is passed over up to where the checkpoint was written: the last ten steps, done again,
+    give the same weights bit for bit."""
+    settings = resume_settings()
+    run = changed_copy(ready, tmp_path / "run", settings)
+    mark = run.artifact("sft_model").fingerprint
+    partial = Path(run.path("sft_model.partial"))
+    Path(run.path("sft_model")).rename(tmp_path / "done")
+    shutil.copytree(tmp_path / "done" / "checkpoints" / "step-000040", partial / "checkpoints" / "step-000040")
+    (partial / "recipe.json").write_text(mark)
+    artifact, fresh = sft_stage(run, settings)
+    assert fresh
+    assert artifact.table("steps")["step"].to_pylist() == list(range(40, 50)), "it did not begin anew"
+    name = "policy/model.safetensors"
+    again, once = Path(run.path("sft_model", name)).read_bytes(), (tmp_path / "done" / name).read_bytes()
+    assert again == once != (tmp_path / "done" / "checkpoints" / "step-000040" / name).read_bytes()
+
+
+STUCK_SCRIPT = """
+import sys, time, pathlib
+from gubs.teachers.sft import SCHEMA
+from gubs.ufm.monitor import Phases, Watchdog
+phases = Phases()
+Watchdog(phases, 0.5, pathlib.Path(sys.argv[1]), 3)
+for _ in range(4):
+    with phases("train"):
+        time.sleep(0.3)
+time.sleep(1.0)
+print("fine so far", flush=True)
+with phases("sync"):
+    time.sleep(60)
+"""
+
+
+def test_a_stuck_phase_is_named_and_ended(tmp_path):
+    """Phases that go on are left alone, and so is the time between them; the one that hangs ends the process."""
+    began = time.monotonic()
+    command = [sys.executable, "-c", STUCK_SCRIPT, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert time.monotonic() - began < 40
+    assert done.returncode == STUCK_EXIT
+    assert "fine so far" in done.stdout
+    assert "worker 3 was stuck in the phase 'sync' for more than 0.5 s" in done.stderr
+    assert "<string>" in done.stderr, "the stack that hangs is shown"
+    assert json.loads((tmp_path / STUCK).read_text())["phase"] == "sync"
+
+
+def test_the_driver_tells_which_phase_was_stuck(tmp_path):
+    (tmp_path / STUCK).write_text(json.dumps({"message": "worker 3 was stuck in the phase 'sync' for more than 5 s"}))
+    error = _named(RuntimeError("actor died"), tmp_path)
+    assert isinstance(error, PlatformError)
+    assert "worker 3 was stuck in the phase 'sync'" in str(error)
+    assert "'sync'" not in str(_named(RuntimeError("actor died"), tmp_path)), "an old name must not be told again"
+
+
+def test_our_own_errors_come_back_as_they_are(tmp_path):
+    """Not as a Ray traceback of forty lines."""
+    ours = ArtifactError("the disk is full")
+
+    class Wrapped(Exception):
+        def __init__(self) -> None:
+            self.worker_failures = {0: ours}
+
+    assert _named(Wrapped(), tmp_path) is ours
+    assert os.environ.get("RAY_ADDRESS") is None
