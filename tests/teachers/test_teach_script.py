@@ -64,7 +64,7 @@ def test_every_reason_of_the_simulated_app_is_understood():
 
 def test_facts_are_what_the_fields_say():
     found = script.facts(Person(PETS, ()), Video("v", "Cats", 20.0, tags=["travel"]))
-    assert found.said() == "Topic travel. Likes pets, travel. It fits. It is short."
+    assert found.said() == 'Topic "travel". It fits. Length 20 s, short.'
     bare = script.facts(Person(User("u"), ()), Video("v"))
     assert (bare.fits, bare.seconds, bare.long, bare.said()) == (None, None, False, "Topic unknown.")
 
