@@ -300,8 +300,8 @@ def _fit(module: str, config: dict[str, Any], settings: Settings, folder: Path, 
     )
     try:
         result: Any = trainer.fit()
-    except Exception as e:  # noqa: BLE001 - Ray wraps whatever a worker raised; here it gets its own name back
-        raise _named(e, folder) from None
+    except Exception as e:  # Ray wraps whatever a worker raised; here it gets its own name back
+        raise _named(e, folder) from e
     finally:
         shutil.rmtree(folder / "ray-train", ignore_errors=True)
     outcome = result.return_value or {}
