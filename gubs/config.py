@@ -73,6 +73,8 @@ class SyntheticSettings(Section):
     """Number of latent user groups."""
     flaw_rate: float = Field(0.13, ge=0, le=1)
     """Share of videos with a flaw (clickbait title, unpleasant picture, vulgar wording)."""
+    matched: float = Field(0.94, ge=0, le=1)
+    """Share of recommendations that follow the listed tags; the rest follows popularity."""
     days: int = Field(7, ge=1)
     """Length of the log in days (paper: 7)."""
     noise: NoiseSettings = NoiseSettings()

@@ -6,13 +6,14 @@ sentence a field, and concludes. It sees no pictures and knows no truth, and whe
 the fields alone: like any teacher it makes mistakes, and `gubs status` tells how many where the truth is known.
 """
 
+import hashlib
 import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gubs.people import Person
-from gubs.records import Option, Video
+from gubs.records import Option, Task, Video
 from gubs.teachers.cases import Case, clicked
 
 SCRIPT = "script"
@@ -20,6 +21,9 @@ SCRIPT = "script"
 
 LONG_S = 75.0
 """Length from which a video asks for time, where the user's history does not say more."""
+
+_INTERESTS = 4
+"""Listed interests that are gone through."""
 
 _WORDS: tuple[tuple[str, Option, str], ...] = (
     (r"clickbait|promis|misleading|nothing of the title", Option.B, "the title promises too much"),
@@ -33,12 +37,15 @@ _WORDS: tuple[tuple[str, Option, str], ...] = (
 """What people write about a dislike: pattern, cause, and what it says about the video."""
 
 _FLAWS = {"the title promises too much", "the picture is hard to bear", "the words are vulgar"}
-_CONCLUSION = {
-    Option.B: "So the content puts off.",
-    Option.C: "So the recommendation missed.",
-    Option.D: "So it is the user's moment.",
+_CONCLUSIONS = {
+    Task.SEQUENTIAL: {
+        Option.A: "So it is watched on.",
+        Option.B: "So the content puts off.",
+        Option.C: "So the recommendation missed.",
+        Option.D: "So it is the user's moment.",
+    },
+    Task.CLICK: {Option.A: "So it attracts.", Option.B: "So it does not attract."},
 }
-_CLICK_CONCLUSION = {Option.A: "So it attracts.", Option.B: "So it does not attract."}
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,9 @@ class Facts:
     """What the fields of a case say."""
 
     topic: str
+    """The first of the video's topics that the user lists, else its first; empty where it has none."""
     interests: tuple[str, ...]
+    """As the user lists them, up to the topic where it is among them."""
     fits: bool | None
     """The topic is among the interests; None where either is unknown."""
     seconds: float | None
@@ -56,11 +65,13 @@ class Facts:
     def said(self, remark: str = "") -> str:
         """The facts, a short sentence each; `remark` is what is known about the content beyond the fields.
 
-        The topic is quoted as in the list of interests, and the length repeated before it is judged: a small model
-        then compares like with like.
+        The interests are gone through until the topic is met, and the length repeated before it is judged: a small
+        model then compares like with like, one step a token, instead of all at once.
         """
         parts = [f'Topic "{self.topic}".' if self.topic else "Topic unknown."]
         if self.fits is not None:
+            likes = ", ".join(f'"{i}"' for i in self.interests)
+            parts.append(f"Likes {likes}.")
             parts.append("It fits." if self.fits else "It does not fit.")
         if self.seconds is not None:
             parts.append(f"Length {self.seconds:.0f} s, {'long' if self.long else 'short'}.")
@@ -73,24 +84,42 @@ class Facts:
 
 def facts(person: Person, video: Video) -> Facts:
     """Reads the fields."""
-    interests = tuple(person.user.tags[:4])
-    topic = video.tags[0] if video.tags else ""
-    fits = bool(set(video.tags) & set(person.user.tags)) if interests and video.tags else None
+    listed = person.user.tags[:_INTERESTS]
+    common = [t for t in video.tags if t in listed]
+    topic = (common or video.tags or [""])[0]
+    fits = bool(common) if listed and video.tags else None
+    interests = tuple(listed[: listed.index(topic) + 1] if common else listed)
     seconds = video.duration_s
     return Facts(topic, interests, fits, seconds, bool(seconds and seconds > _patience(person)), _shown(person, video))
 
 
-def dislike(case: Case) -> tuple[str, Option]:
-    """Chain of thought and cause for an explicit dislike; the words decide, the fields where they say nothing."""
+def concluded(think: str, task: Task, option: Option) -> str:
+    """A chain of thought with its last sentence."""
+    return f"{think} {_CONCLUSIONS[task][option]}"
+
+
+def dislike(case: Case, mistakes: float = 0.0) -> tuple[str, Option]:
+    """Chain of thought and cause for an explicit dislike; the words decide, the fields where they say nothing.
+
+    Args:
+        case: the disliked target.
+        mistakes: share of targets whose words are overlooked; which ones is drawn by their id.
+    """
     found = facts(case.person, case.video)
-    option, remark = read_words(case.target.dislike_reason or "") or (by_fields(found), "")
-    return f"{found.said(remark)} {_CONCLUSION[option]}", option
+    words = "" if _overlooked(case, mistakes) else case.target.dislike_reason or ""
+    option, remark = read_words(words) or (by_fields(found), "")
+    return concluded(found.said(remark), Task(case.target.task), option), option
+
+
+def _overlooked(case: Case, share: float) -> bool:
+    drawn = int(hashlib.sha256(case.target.interaction_id.encode()).hexdigest()[:8], 16)
+    return drawn < share * 16**8
 
 
 def click(case: Case) -> tuple[str, Option]:
     """Chain of thought for a click target whose outcome the log knows."""
     option = Option.A if clicked(case.target) else Option.B
-    return f"{facts(case.person, case.video).said()} {_CLICK_CONCLUSION[option]}", option
+    return concluded(facts(case.person, case.video).said(), Task(case.target.task), option), option
 
 
 def skip_cause(case: Case) -> tuple[str, Option]:
@@ -131,4 +160,4 @@ def _shown(person: Person, video: Video) -> bool:
 def texts() -> Sequence[str]:
     """Every sentence this teacher can say, for tokenizers trained on our own words."""
     remarks = [r for _, _, r in _WORDS]
-    return [*(f"But {r}." for r in remarks), *_CONCLUSION.values(), *_CLICK_CONCLUSION.values()]
+    return [*(f"But {r}." for r in remarks), *(c for by in _CONCLUSIONS.values() for c in by.values())]

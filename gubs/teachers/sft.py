@@ -51,13 +51,21 @@ def sft_stage(desk: Desk, *, force: bool = False) -> tuple[Artifact, bool]:
     Errors: see `LLMClient.stream`; what was finished is kept in the journal.
     """
     ifvr = desk.run.artifact("ifvr")
-    names = ("sft_dislikes", "sft_click_users", "sft_click_each", "history_items", "max_text", "think_chars")
+    names = (
+        "sft_dislikes",
+        "sft_click_users",
+        "sft_click_each",
+        "history_items",
+        "max_text",
+        "think_chars",
+        "script_mistakes",
+    )
     inputs = {"ifvr": ifvr.fingerprint}
     mark = fingerprint(STAGE, desk.recipe(ROLE, *names), inputs)
     if found := desk.run.finished(STAGE, mark, force):
         return found, False
     cases = sft_cases(ifvr, desk.teachers, desk.settings.seed)
-    rows, failed = _scripted(cases) if desk.teachers.author == "script" else _annotated(desk, cases)
+    rows, failed = _scripted(cases, desk.teachers) if desk.teachers.author == "script" else _annotated(desk, cases)
     with writing(desk.run, STAGE, fingerprint=mark, settings=desk.settings, inputs=inputs) as out:
         out.write_table("examples", pa.Table.from_pylist(rows, schema=SCHEMA))
         out.write_table("failures", failed)
@@ -76,11 +84,12 @@ def _annotated(desk: Desk, cases: list[Case]) -> tuple[list[dict[str, Any]], pa.
     return rows, failures(answers)
 
 
-def _scripted(cases: list[Case]) -> tuple[list[dict[str, Any]], pa.Table]:
+def _scripted(cases: list[Case], settings: TeacherSettings) -> tuple[list[dict[str, Any]], pa.Table]:
     """Examples written by rules; they do not fail."""
     rows = []
     for case in cases:
-        think, option = script.dislike(case) if case.target.task == Task.SEQUENTIAL else script.click(case)
+        disliked = case.target.task == Task.SEQUENTIAL
+        think, option = script.dislike(case, settings.script_mistakes) if disliked else script.click(case)
         rows.append(_example(case, option, think, script.SCRIPT))
     return rows, failures([])
 

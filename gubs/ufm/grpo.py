@@ -78,12 +78,13 @@ class GRPOWorker(Worker):
         """Rollout, rewards and advantages; figures over all workers."""
         with self.phases("rollout"):
             responses = self.engine.generate(requests(self.inputs, plan.samples), self.trainer.model)
+            reuse = self.engine.reuse()
         with self.phases("reward"):
             found = evaluate(plan.samples, responses, self.inputs.text, self.grpo)
             figures = answer_figures(reduce_sums(answer_sums(plan.samples, found), self.device))
         if self.grpo.samples_every and step % self.grpo.samples_every == 0:
             self.monitor.samples(step, [s.to_json() for s in _one_a_role(plan.samples)])
-        return figures
+        return figures | reuse
 
     def _references(self, samples: Sequence[Sample]) -> tuple[list[tuple[Batch, list[Sample]]], list[Any]]:
         """Micro-batches, as many on every rank, and the reference's log-probabilities for each."""
@@ -161,6 +162,7 @@ class RolloutEngine:
         self._place = worker.place()
         self._limit = ufm.workers.stuck_after_s
         self.sync: WeightSync | None = None
+        self._counted: dict[str, float] = {}
         self._start(worker.trainer.model)
 
     def generate(self, asked: Sequence[Request], model: Any) -> list[Response]:
@@ -200,14 +202,20 @@ class RolloutEngine:
         except GetTimeoutError:
             raise self._end("take the weights") from None
 
-    def figures(self) -> dict[str, float]:
-        """See `Engine.figures`."""
-        found: dict[str, float] = self._get(self.handle.figures.remote(), "count")
+    def reuse(self) -> dict[str, float]:
+        """Since the last call: shares of the prompts' tokens and of the clips that the engine had in its caches."""
+        totals: dict[str, float] = self._get(self.handle.figures.remote(), "count")
+        before, self._counted = self._counted, totals
+        found = {}
+        for kind in ("prefix", "picture"):
+            asked, hits = (totals[f"{kind}_{n}"] - before.get(f"{kind}_{n}", 0.0) for n in ("queries", "hits"))
+            found[f"engine/{kind}_reuse"] = hits / asked if asked > 0 else 0.0
         return found
 
     def _start(self, model: Any) -> None:
         self.handle = start_rollout(self._shape, gpu_ids=self._place[1], node_id=self._place[0])
         self._get(self.handle.ready.remote(), "start")
+        self._counted = {}
         version = self.sync.version if self.sync else 0
         self.sync = WeightSync(model, self.handle, self._limit, version)
 

@@ -22,6 +22,8 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_READ_AT_ONCE = 4096
+"""Prompt tokens a step of the engine on a CPU."""
 _BLOCK = 32
 """Tokens of a cache block on a CPU, the smallest its kernels take: answers to one prompt share more of it."""
 
@@ -173,6 +175,7 @@ class Engine:
             top_p=self.shape.rollout.top_p if heat else 1.0,
             top_k=0,
             max_tokens=self.shape.inputs.max_new_tokens,
+            min_tokens=self.shape.rollout.min_new_tokens,
             seed=seed,
             logprobs=0,
             detokenize=False,
@@ -209,11 +212,12 @@ def start_rollout(shape: Shape, *, gpu_ids: Sequence[str] = (), node_id: str = "
 
 def _engine_arguments(shape: Shape, cpu: bool) -> dict[str, Any]:
     rollout = shape.rollout
+    longest = shape.inputs.max_prompt_tokens + shape.inputs.max_new_tokens
     common = {
         "model": shape.folder,
         "dtype": shape.model.dtype,
         "max_num_seqs": rollout.max_num_seqs,
-        "max_model_len": shape.inputs.max_prompt_tokens + shape.inputs.max_new_tokens,
+        "max_model_len": longest,
         "distributed_executor_backend": "uni",
         "limit_mm_per_prompt": {"video": 1, "image": 1} if shape.max_pictures else {"video": 0, "image": 0},
         "logprobs_mode": "raw_logprobs",
@@ -222,7 +226,15 @@ def _engine_arguments(shape: Shape, cpu: bool) -> dict[str, Any]:
     }
     if cpu:
         bytes_ = int(rollout.kv_cache_gb * 2**30)
-        return {**common, "enforce_eager": True, "kv_cache_memory_bytes": bytes_, "block_size": _BLOCK}
+        return {
+            **common,
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": bytes_,
+            "block_size": _BLOCK,
+            # a seeded sample whose prompt is read in parts would rewind its generator, which CPU generators cannot do
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(_READ_AT_ONCE, longest),
+        }
     return {
         **common,
         "enforce_eager": rollout.enforce_eager,

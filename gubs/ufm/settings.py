@@ -141,6 +141,8 @@ class RolloutSettings(Section):
     """(paper: 1.0)"""
     top_p: float = Field(1.0, gt=0, le=1)
     """(paper: 1.0)"""
+    min_new_tokens: int = Field(0, ge=0)
+    """Tokens before an answer may end; 0 = as the model likes. For measurements with answers of equal length."""
     gpu_memory: float = Field(0.45, gt=0, lt=1)
     """Share of the GPU's memory for the engine while it is awake."""
     kv_cache_gb: float = Field(1.0, gt=0)

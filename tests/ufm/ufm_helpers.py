@@ -28,6 +28,7 @@ SMALL = [
     "teachers.truth=true",
     "sft_click_users=10",
     "render.max_seconds=4",
+    "ufm.model.lessons=0",
     "ufm.grpo.prompts=4",
     "ufm.sft.min_steps=0",
     "ufm.sft.optimizer.schedule=constant",

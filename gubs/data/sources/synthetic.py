@@ -32,8 +32,6 @@ from gubs.records import FAST_SKIP_BELOW, SCHEMAS, Option, conform, empty
 START_MS = 1747612800000
 """The log starts on 2025-05-19, 00:00 UTC, as the paper's does."""
 
-P_MATCHED = 0.94
-"""Share of recommendations that follow the listed tags; the rest follows popularity."""
 P_FLAW_INTOLERANT, P_FLAW_TOLERANT = 0.92, 0.05
 """Chance that a flaw ends the view, for users who cannot and who can stand it."""
 P_MISMATCH = 0.80
@@ -121,7 +119,7 @@ def simulate(settings: SyntheticSettings, seed: int) -> SourceTables:
 def _sequential(
     s: SyntheticSettings, users: Users, videos: Videos, viewers: Ints, rng: np.random.Generator
 ) -> tuple[pa.Table, pa.Table]:
-    shown = _recommend(users, videos, viewers, _lengths(len(viewers), s.views_per_user, rng), rng)
+    shown = _recommend(users, videos, viewers, _lengths(len(viewers), s.views_per_user, rng), s.matched, rng)
     mechanism = _end_of_view(users, videos, shown, s.noise, rng)
     duration = videos.duration_s[shown.video]
     watched = _watch_seconds(mechanism, duration, rng)
@@ -150,7 +148,7 @@ def _sequential(
 
 def _click(s: SyntheticSettings, users: Users, videos: Videos, readers: Ints, rng: np.random.Generator) -> pa.Table:
     pages = np.maximum(1, np.round(_lengths(len(readers), s.exposures_per_user, rng) / s.page_size)).astype(np.int64)
-    shown = _recommend(users, videos, readers, pages * s.page_size, rng)
+    shown = _recommend(users, videos, readers, pages * s.page_size, s.matched, rng)
     page, position = shown.order // s.page_size, shown.order % s.page_size
     noticed = rng.random(len(position)) < 1.0 / (1.0 + 0.12 * position)
     title_fits = users.interests[shown.user, videos.title_topic[shown.video]]
@@ -190,25 +188,27 @@ def _lengths(n: int, mean: float, rng: np.random.Generator) -> Ints:
     return np.maximum(6, np.round(raw * (mean / raw.mean()))).astype(np.int64) if n else np.zeros(0, np.int64)
 
 
-def _recommend(users: Users, videos: Videos, people: Ints, lengths: Ints, rng: np.random.Generator) -> _Shown:
+def _recommend(
+    users: Users, videos: Videos, people: Ints, lengths: Ints, matched: float, rng: np.random.Generator
+) -> _Shown:
     """Chooses videos by the listed tags (or by popularity), more popular videos more often, seldom one seen before."""
     user = np.repeat(people, lengths)
     order = np.arange(len(user)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    video = _choose(users, videos, user, rng)
+    video = _choose(users, videos, user, matched, rng)
     for _ in range(_REDRAWS):
         again = np.flatnonzero(_seen_before(user, video))
-        video[again] = _choose(users, videos, user[again], rng)
+        video[again] = _choose(users, videos, user[again], matched, rng)
     return _Shown(user, video, order)
 
 
-def _choose(users: Users, videos: Videos, user: Ints, rng: np.random.Generator) -> Ints:
+def _choose(users: Users, videos: Videos, user: Ints, matched: float, rng: np.random.Generator) -> Ints:
     """One video for each entry of `user`."""
     listed = users.listed[user]
     pick = rng.random(listed.shape)
     pick[listed < 0] = -1.0
     best = pick.argmax(axis=1)
     topic = np.where(pick.max(axis=1) >= 0, listed[np.arange(len(user)), best], -1)
-    by_tags = (rng.random(len(user)) < P_MATCHED) & (topic >= 0)
+    by_tags = (rng.random(len(user)) < matched) & (topic >= 0)
     popular = np.searchsorted(np.cumsum(videos.weight), rng.random(len(user)) * videos.weight.sum() * (1 - 1e-12))
     return np.where(by_tags, _popular_in_topic(videos, topic, rng), popular)
 

@@ -1,0 +1,317 @@
+"""What a GRPO step costs: against TRL's trainer, by phase, against vLLM alone, and by batch, length and workers.
+
+Both trainers get the same model, the same text prompts in the same order, the same number of completions, and answers
+of exactly the same length; both use all cores. TRL runs its usual way on a CPU, with transformers' generation. It is
+needed for this benchmark only: `pip install --target DIR --no-deps trl accelerate datasets dill multiprocess xxhash`.
+
+    python benchmarks/grpo_step.py --trl DIR --work /tmp/grpo-step --json out.json
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SIZES = {
+    "tiny": ["ufm.model.size=tiny", "ufm.model.lessons=0"],
+    "small": ["ufm.model.size=small", "ufm.model.dtype=bfloat16"],
+}
+COMMON = [
+    "ufm.grpo.groups=false",
+    "ufm.grpo.start=base",
+    "ufm.grpo.tasks=[sequential]",
+    "ufm.inputs.vision=false",
+    "ufm.grpo.checkpoint.every=100000",
+    "ufm.grpo.micro_tokens=4096",
+    "teachers.profile_users=1",
+]
+PHASES = ("rollout", "reward", "reference", "train", "sync", "checkpoint", "waiting_for_data")
+SAMPLES = 6
+"""Completions a prompt."""
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--trl", type=Path, help="folder that TRL was installed to; none = without TRL")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--steps", type=int, default=6, help="steps measured; two more come first")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--no-table", action="store_true", help="leave out batch, length and workers")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--trl-worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--offline-worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.trl_worker:
+        run_trl(json.loads(args.trl_worker.read_text()))
+        return
+    if args.offline_worker:
+        run_offline(json.loads(args.offline_worker.read_text()))
+        return
+    results: dict[str, Any] = {size: compare(args, size) for size in args.sizes}
+    if not args.no_table:
+        results["pictures"] = pictures(args)
+        results["scaling"] = scaling(args)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+
+
+def compare(args: argparse.Namespace, size: str) -> dict[str, Any]:
+    """Our step, TRL's step and vLLM alone, for one model."""
+    settings = _overrides(size, args.prompts, args.tokens, args.steps + 2)
+    spec = _spec(args, settings, size)
+    ours = measure(args, settings, f"{size}-{args.prompts}x{args.tokens}")
+    alone = _worker("--offline-worker", spec, {})
+    found: dict[str, Any] = {"ours": ours, "vllm_offline_tokens_per_second": alone["tokens_per_second"]}
+    found["rollout_to_offline"] = ours["rollout_tokens_per_second"] / alone["tokens_per_second"]
+    shares = ", ".join(f"{p} {100 * ours['share'][p]:.1f} %" for p in PHASES if ours["share"][p] > 0.001)
+    rollout, offline = ours["rollout_tokens_per_second"], alone["tokens_per_second"]
+    print(f"{size}: {_cost(ours)}; {shares}")
+    print(f"{size}: rollout {rollout:.0f} tokens/s, {rollout / offline:.2f} of vLLM alone ({offline:.0f})")
+    print(f"{size}: {100 * ours['prefix_reuse']:.0f} % of prompt tokens from the prefix cache", flush=True)
+    if args.trl:
+        trl = _worker("--trl-worker", spec, {"PYTHONPATH": str(args.trl)})
+        found |= {"trl": trl, "faster": trl["per_completion"] / ours["per_completion"]}
+        print(f"{size}: TRL {trl['version']} {_cost(trl)}: {found['faster']:.2f} x ours", flush=True)
+    return found
+
+
+def _cost(found: dict[str, Any]) -> str:
+    each = f"{found['per_completion'] * 1e3:.1f} ms a completion of {found['tokens']:.1f} tokens"
+    return f"{found['step']:.2f} s a step, {each}"
+
+
+def pictures(args: argparse.Namespace) -> dict[str, Any]:
+    """A group-aware step with frames: how often the engine finds prompt and pictures in its caches."""
+    settings = [
+        *_overrides("tiny", args.prompts, args.tokens, args.steps + 2),
+        "ufm.grpo.groups=true",
+        "ufm.inputs.vision=true",
+    ]
+    found = measure(args, settings, "tiny-pictures")
+    reuse = (
+        f"{100 * found['prefix_reuse']:.0f} % of prompt tokens, {100 * found['picture_reuse']:.0f} % of clips reused"
+    )
+    print(f"tiny, group-aware, with frames: {_cost(found)}; {reuse}", flush=True)
+    return found
+
+
+def scaling(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Cost by batch, by response length, and by workers, at size tiny."""
+    rows = []
+    cells = [(4, 64, 1), (8, 64, 1), (16, 64, 1), (8, 32, 1), (8, 128, 1), (8, 64, 2)]
+    for prompts, tokens, workers in cells:
+        settings = [
+            *_overrides("tiny", prompts, tokens, args.steps + 2),
+            f"ufm.workers.count={workers}",
+            "ufm.rollout.kv_cache_gb=0.25",
+        ]
+        found = measure(args, settings, f"tiny-{prompts}x{tokens}-{workers}")
+        rows.append({"prompts": prompts, "tokens": tokens, "workers": workers, **found})
+        print(
+            f"tiny: {prompts:>2} prompts x {SAMPLES}, {tokens:>3} tokens, {workers} worker(s): {found['step']:.2f} s a "
+            f"step, {found['per_completion'] * 1e3:.1f} ms a completion, sync {100 * found['share']['sync']:.1f} %",
+            flush=True,
+        )
+    return rows
+
+
+def measure(args: argparse.Namespace, settings: list[str], name: str) -> dict[str, Any]:
+    """A real training of some steps under Ray Train; medians without the first two."""
+    import numpy as np
+
+    from gubs import pipeline
+    from gubs.artifacts import Run
+    from gubs.cluster import ray_session
+    from gubs.config import load_settings
+
+    run, loaded = Run(args.work / "run"), load_settings("tiny", settings)
+    with ray_session(loaded.ray):
+        pipeline.prepare(run, loaded)
+        if loaded.ufm.grpo.groups and "ugm" not in run.stages():
+            pipeline.ugm(run, loaded)
+        artifact = pipeline.train_grpo(run, loaded, force=True, name=f"grpo-{name}")
+    steps = artifact.table("steps").slice(2)
+    column = {n: steps[n].to_numpy() for n in steps.column_names}
+    step = float(np.median(column["seconds/step"]))
+    completions = loaded.ufm.grpo.prompts * SAMPLES
+    tokens = float(np.mean(column["response_tokens"]))
+    seconds = {p: float(np.median(column.get(f"seconds/{p}", np.zeros(1)))) for p in PHASES}
+    return {
+        "step": step,
+        "per_completion": step / completions,
+        "tokens": tokens,
+        "seconds": seconds,
+        "share": {p: s / step for p, s in seconds.items()},
+        "rollout_tokens_per_second": completions * tokens / seconds["rollout"],
+        "prefix_reuse": float(np.mean(column["engine/prefix_reuse"])),
+        "picture_reuse": float(np.mean(column["engine/picture_reuse"])),
+    }
+
+
+def run_offline(spec: dict[str, Any]) -> None:
+    """VLLM alone, in this process: the same requests, no Ray and no trainer."""
+    from gubs.config import load_settings
+    from gubs.ufm.rollout import Engine, Request, Shape
+
+    loaded = load_settings("tiny", spec["settings"])
+    engine = Engine(Shape(spec["model"], loaded.ufm.model, loaded.ufm.inputs, loaded.ufm.rollout, max_pictures=False))
+    rates = []
+    for number, prompts in enumerate(spec["steps"]):
+        asked = [
+            Request({"prompt_token_ids": p["ids"]}, 1000 * number + 10 * i + k)
+            for i, p in enumerate(prompts)
+            for k in range(SAMPLES)
+        ]
+        began = time.perf_counter()
+        answers = engine.generate(asked)
+        rates.append(sum(len(a.ids) for a in answers) / (time.perf_counter() - began))
+    print(json.dumps({"tokens_per_second": statistics.median(rates[2:])}))
+
+
+def run_trl(spec: dict[str, Any]) -> None:
+    """TRL's GRPOTrainer, in this process."""
+    import torch
+    import trl
+    from datasets import Dataset
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from gubs.config import load_settings
+    from gubs.records import Option, Task
+    from gubs.ufm.rewards import judge
+
+    grpo = load_settings("tiny", spec["settings"]).ufm.grpo
+    torch.set_num_threads(os.cpu_count() or 1)
+    tokenizer = AutoTokenizer.from_pretrained(spec["model"], padding_side="left")
+    rows = [p for step in spec["steps"] for p in step]
+    for row in rows:
+        assert tokenizer(row["text"])["input_ids"] == row["ids"], "TRL would see another prompt"
+    ends: list[float] = []
+    lengths: list[int] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if not ends:
+                ends.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+
+    def reward(completions: list[str], completion_ids: list[list[int]], gold: list[str], **_: Any) -> list[float]:
+        lengths.extend(len(ids) for ids in completion_ids)
+        return [
+            judge(text, Option(g), Task.SEQUENTIAL, grpo.rewards, finished=True)[0].total
+            for text, g in zip(completions, gold, strict=True)
+        ]
+
+    half = spec["dtype"] == "bfloat16"
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(spec["model"], dtype=getattr(torch, spec["dtype"]))
+    config = GRPOConfig(
+        output_dir=spec["out"],
+        use_cpu=True,
+        bf16=half,
+        per_device_train_batch_size=spec["micro"],
+        gradient_accumulation_steps=spec["prompts"] * SAMPLES // spec["micro"],
+        num_generations=SAMPLES,
+        max_completion_length=spec["tokens"],
+        generation_kwargs={"min_new_tokens": spec["tokens"]},
+        beta=grpo.beta,
+        temperature=1.0,
+        learning_rate=grpo.optimizer.learning_rate,
+        lr_scheduler_type="constant",
+        max_steps=len(spec["steps"]),
+        gradient_checkpointing=False,
+        shuffle_dataset=False,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=10**6,
+        disable_tqdm=True,
+    )
+    data = Dataset.from_list([{"prompt": r["text"], "gold": r["gold"]} for r in rows])
+    trainer = GRPOTrainer(model, reward, config, data, processing_class=tokenizer, callbacks=[Clock()])
+    trainer.train()
+    seconds = [b - a for a, b in itertools.pairwise(ends)][2:]
+    step = statistics.median(seconds)
+    per_completion = step / (spec["prompts"] * SAMPLES)
+    found = {"step": step, "per_completion": per_completion, "tokens": statistics.fmean(lengths)}
+    print(json.dumps({**found, "version": trl.__version__}))
+
+
+def _spec(args: argparse.Namespace, settings: list[str], size: str) -> Path:
+    """Writes down what our trainer will ask in each step, for the others."""
+    from gubs import pipeline
+    from gubs.artifacts import Run
+    from gubs.cluster import ray_session
+    from gubs.config import load_settings
+    from gubs.records import Task
+    from gubs.ufm import model as models
+    from gubs.ufm.inputs import Inputs
+    from gubs.ufm.questions import Questions
+    from gubs.ufm.samples import Planner
+
+    run, loaded = Run(args.work / "run"), load_settings("tiny", settings)
+    with ray_session(loaded.ray):
+        pipeline.prepare(run, loaded)
+    folder = models.checkpoint(loaded.ufm.model)
+    inputs = Inputs(folder, loaded.ufm.inputs)
+    planner = Planner(Questions(run, loaded), inputs, [Task.SEQUENTIAL], loaded.ufm.grpo, loaded.seed)
+    steps = []
+    for number in range(args.steps + 2):
+        firsts = {s.group: s for s in planner.plan(number).samples}
+        steps.append(
+            [
+                {
+                    "ids": s.encoded.ids,
+                    "text": inputs.processor.tokenizer.decode(s.encoded.ids),
+                    "gold": str(s.item.gold),
+                }
+                for s in firsts.values()
+            ]
+        )
+    spec = {
+        "model": str(folder),
+        "dtype": loaded.ufm.model.dtype,
+        "settings": settings,
+        "steps": steps,
+        "prompts": args.prompts,
+        "tokens": args.tokens,
+        "micro": args.prompts * SAMPLES if size == "tiny" else SAMPLES * 2,
+        "out": str(args.work / "trl"),
+    }
+    path = args.work / f"spec-{size}.json"
+    path.write_text(json.dumps(spec))
+    return path
+
+
+def _worker(flag: str, spec: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Runs a part of the benchmark in a process of its own; its last line is the result."""
+    command = [sys.executable, __file__, "--work", str(spec.parent), flag, str(spec)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+    if done.returncode:
+        raise SystemExit(f"{flag} failed:\n{done.stderr[-4000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def _overrides(size: str, prompts: int, tokens: int, steps: int) -> list[str]:
+    return [
+        *COMMON,
+        *SIZES[size],
+        f"ufm.grpo.prompts={prompts}",
+        f"ufm.grpo.steps={steps}",
+        f"ufm.inputs.max_new_tokens={tokens}",
+        f"ufm.rollout.min_new_tokens={tokens}",
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Does it learn? SFT, plain GRPO and GA-GRPO by each advantage rule, over several seeds, judged on held-out users.
+
+Every seed trains its own SFT model on the same data set and every policy from there, as Ray jobs do; the policies then
+answer the same targets of test users. Finished parts are kept in the folder: started again, it goes on.
+
+    python benchmarks/learning.py --work /tmp/learning --json out.json
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gubs import pipeline
+from gubs.artifacts import Run
+from gubs.cluster import ray_session
+from gubs.config import Settings, load_settings
+from gubs.evaluate.compare import compare
+
+POLICIES: Mapping[str, Sequence[str]] = {
+    "plain": ["ufm.grpo.groups=false", "ufm.grpo.advantage.rule=weighted"],
+    "paper": ["ufm.grpo.advantage.rule=paper"],
+    "weighted": ["ufm.grpo.advantage.rule=weighted"],
+    "anchored": ["ufm.grpo.advantage.rule=anchored"],
+    "no-frames": ["ufm.grpo.advantage.rule=weighted", "ufm.inputs.vision=false"],
+}
+"""What differs between the policies. Plain: six samples from the user's own prompt, standardised without weights."""
+
+SFT = "sft"
+DATA = ("raw", "truth", "videos", "ifvr", "frames", "ugm", "sft", "labels", "profiles")
+
+FIGURES = (
+    ("reward", "sequential", "balanced", "sampled"),
+    ("reward", "sequential", "natural", "sampled"),
+    ("judge_f1", "sequential", "natural", "greedy"),
+    ("judge_balanced_acc", "sequential", "natural", "greedy"),
+    ("reason_f1", "sequential", "natural", "greedy"),
+    ("reason_f1", "sequential", "balanced", "greedy"),
+    ("reason_f1_B", "sequential", "balanced", "greedy"),
+    ("click_balanced_acc", "click", "natural", "greedy"),
+)
+"""Metric, task, mix of options, way of answering."""
+
+Figures = dict[str, dict[str, float]]
+"""Policy -> figure -> value."""
+
+
+def main() -> None:
+    """Trains what is missing, judges it, prints the table and draws the curves."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=list(POLICIES))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--curves", type=Path, help="SVG of the rewards; default: curves.svg in the folder")
+    parser.add_argument("settings", nargs="*", help="key=value")
+    args = parser.parse_args()
+    shared = load_settings(args.preset, args.settings)
+    with ray_session(shared.ray):
+        pipeline.prepare(Run(args.work / "data"), shared, before=pipeline.SFT)
+        pipeline.ugm(Run(args.work / "data"), shared)
+        found = {seed: run_seed(args, seed) for seed in args.seeds}
+    table = summary(found)
+    print_table(table, args.seeds)
+    draw_curves(args)
+    if args.json:
+        args.json.write_text(json.dumps({"seeds": found, "table": table}, indent=1))
+
+
+def run_seed(args: argparse.Namespace, seed: int) -> Figures:
+    """All policies of one seed."""
+    run = linked(args.work / "data", args.work / f"seed-{seed}")
+    base = [*args.settings, f"seed={seed}"]
+    pipeline.train_sft(run, load_settings(args.preset, base))
+    judged = {SFT: "sft_model"}
+    judge(run, "sft_model", load_settings(args.preset, args.settings))
+    for policy in args.policies:
+        name = f"grpo-{policy}"
+        pipeline.train_grpo(run, load_settings(args.preset, [*base, *POLICIES[policy]]), name=name)
+        judge(run, name, load_settings(args.preset, [*args.settings, *POLICIES[policy]]))
+        judged[policy] = name
+    return {policy: dict(figures(run, name)) for policy, name in judged.items()}
+
+
+def linked(data: Path, folder: Path) -> Run:
+    """A run of its own that stands on the data set of another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage in DATA:
+        target = folder / stage
+        if (data / stage).exists() and not target.exists():
+            target.symlink_to((data / stage).absolute())
+    return Run(folder)
+
+
+def judge(run: Run, policy: str, settings: Settings) -> None:
+    """Asks a policy about the test users; the seed is that of the data, so that all are asked the same."""
+    pipeline.judge(run, settings, policy)
+
+
+def figures(run: Run, policy: str) -> Iterator[tuple[str, float]]:
+    """The figures of one judged policy."""
+    rows = {(b.task, b.mix, r.name): r for b in compare(run, [policy]) for r in b.rows}
+    for name, task, mix, mode in FIGURES:
+        row = rows.get((task, mix, name))
+        value = row.figures[policy][mode].value if row else None
+        if value is not None:
+            yield f"{name} {task} {mix} {mode}", value
+
+
+def summary(found: Mapping[int, Figures]) -> dict[str, dict[str, Any]]:
+    """Policy -> figure -> mean and standard deviation over the seeds, least gain over SFT, gain in every seed."""
+    table: dict[str, dict[str, Any]] = {}
+    seeds = list(found)
+    for policy in found[seeds[0]]:
+        for figure in found[seeds[0]][SFT]:
+            values = [found[s][policy][figure] for s in seeds]
+            gains = [found[s][policy][figure] - found[s][SFT][figure] for s in seeds]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            table.setdefault(figure, {})[policy] = {
+                "mean": statistics.fmean(values),
+                "std": spread,
+                "least_gain": min(gains),
+                "in_every_seed_beyond_the_spread": min(gains) > spread,
+            }
+    return table
+
+
+def print_table(table: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> None:
+    """One row a figure, one column a policy: mean +- standard deviation; * = every seed gained more than that."""
+    policies = list(next(iter(table.values())))
+    print(f"mean +- standard deviation over seeds {', '.join(map(str, seeds))}; * every seed gained more than that")
+    print("".join(f"{p:>18}" for p in ("", *policies)).replace(" " * 18, " " * 46, 1))
+    for figure, row in table.items():
+        cells = [
+            f"{c['mean']:.3f} +- {c['std']:.3f}{'*' if c['in_every_seed_beyond_the_spread'] else ' '}"
+            for c in row.values()
+        ]
+        print(f"{figure:<46}" + "".join(f"{c:>18}" for c in cells))
+
+
+def draw_curves(args: argparse.Namespace) -> None:
+    """The reward of the training user's own samples against the step, a line a policy: mean over the seeds."""
+    import matplotlib as mpl
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from gubs.evaluate.report import smooth
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for policy in args.policies:
+        curves = [_rewards(args.work / f"seed-{s}", f"grpo-{policy}") for s in args.seeds]
+        mean = np.mean(curves, axis=0)
+        axes.plot(np.arange(len(mean)) + 1, smooth(mean, max(1, len(mean) // 10)), label=policy)
+    axes.set_xlabel("step")
+    axes.set_ylabel("reward of the user's own samples, sequential task")
+    axes.legend(frameon=False)
+    with mpl.rc_context({"svg.hashsalt": "learning"}):
+        figure.savefig(args.curves or args.work / "curves.svg", format="svg", metadata={"Date": None})
+
+
+def _rewards(folder: Path, stage: str) -> Any:
+    """Raw reward of T at the steps of the sequential task."""
+    import numpy as np
+
+    steps = Run(folder).artifact(stage).table("steps")
+    rewards = steps["reward_raw/T"].to_numpy()
+    sequential = np.arange(0, len(rewards), len(Run(folder).artifact(stage).manifest.info["tasks"]))
+    return rewards[sequential]
+
+
+if __name__ == "__main__":
+    main()
