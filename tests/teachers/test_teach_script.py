@@ -1,5 +1,7 @@
 """The scripted teacher: what it reads, what it says, and that it never knows the truth."""
 
+from dataclasses import replace
+
 import pytest
 from teach_helpers import hand_made, synthetic_settings, view
 
@@ -64,7 +66,11 @@ def test_every_reason_of_the_simulated_app_is_understood():
 
 def test_facts_are_what_the_fields_say():
     found = script.facts(Person(PETS, ()), Video("v", "Cats", 20.0, tags=["travel"]))
-    assert found.said() == 'Topic "travel". It fits. Length 20 s, short.'
+    assert found.said() == 'Topic "travel". Likes "pets", "travel". It fits. Length 20 s, short.'
+    first = script.facts(Person(PETS, ()), Video("v", "Cats", 20.0, tags=["news", "pets"]))
+    assert first.said().startswith('Topic "pets". Likes "pets". It fits.'), "the interests up to the one that is met"
+    other = script.facts(Person(PETS, ()), Video("v", "Cats", 20.0, tags=["news"]))
+    assert other.said().startswith('Topic "news". Likes "pets", "travel". It does not fit.')
     bare = script.facts(Person(User("u"), ()), Video("v"))
     assert (bare.fits, bare.seconds, bare.long, bare.said()) == (None, None, False, "Topic unknown.")
 
@@ -90,6 +96,17 @@ def test_clicks_follow_the_log(clicked, option):
     think, found = script.click(a_case(task="click", clicked=clicked, disliked=None))
     assert found == option
     assert ("does not attract" in think) is (option == Option.B)
+
+
+def test_mistakes_overlook_the_words_of_about_that_share():
+    """Which ones depends on the target alone, so a resumed run makes the same; 0 makes none, 1 only them."""
+    one = a_case("clickbait", tags=("news",))
+    cases = [replace(one, target=replace(one.target, interaction_id=f"i{i}")) for i in range(400)]
+    wrong = [script.dislike(c, 0.3)[1] == Option.C for c in cases]
+    assert 0.2 < sum(wrong) / len(wrong) < 0.4
+    assert wrong == [script.dislike(c, 0.3)[1] == Option.C for c in cases]
+    assert {script.dislike(c)[1] for c in cases} == {Option.B}
+    assert {script.dislike(c, 1.0)[1] for c in cases} == {Option.C}
 
 
 def test_what_it_says_is_a_well_formed_answer():

@@ -207,6 +207,14 @@ def test_a_seed_is_an_answer(engine, inputs):
     assert alone[0].ids == first[1].ids, "whatever else is in the batch"
 
 
+def test_more_seeded_samples_than_are_read_at_once(engine, inputs):
+    """A prompt read in parts would rewind its generator, which a CPU's cannot: prompts wait until they fit."""
+    encoded = [inputs.encode(text_prompt(f"{LONG * 4}{i}")) for i in range(24)]
+    assert sum(len(e.ids) for e in encoded) > 4096
+    said = ask(engine, inputs, encoded, seed=5)
+    assert [r.ids for r in said] == [r.ids for r in ask(engine, inputs, encoded, seed=5)]
+
+
 def test_greedy_takes_the_likeliest_token(engine, inputs, model):
     encoded = inputs.encode(PROMPTS["video"])
     said = ask(engine, inputs, [encoded, encoded], temperature=0.0)

@@ -1,0 +1,93 @@
+"""The lessons of the tiny model: what they show and say, and that a model learns from them; how its weights begin."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from gubs.prompts.answers import read_answer
+from gubs.records import TASK_OPTIONS, Option, Task
+from gubs.ufm import lessons
+from gubs.ufm.inputs import Inputs
+from gubs.ufm.model import init, load
+from gubs.ufm.settings import InputSettings, ModelSettings
+
+MODEL = ModelSettings(dtype="float32", gradient_checkpointing=False)
+
+
+@pytest.fixture(scope="module")
+def some() -> list[tuple]:
+    rng = np.random.default_rng(1)
+    world = lessons.simulated(rng, 60, clips=True)
+    return [lessons.lesson(world, rng) for _ in range(300)]
+
+
+def task_of(prompt) -> Task:
+    return Task.CLICK if prompt.text.startswith("Offered") else Task.SEQUENTIAL
+
+
+def test_a_lesson_ends_in_the_form_of_an_answer(some):
+    for prompt, answer in some:
+        assert read_answer(answer, TASK_OPTIONS[task_of(prompt)], finished=True).ok, answer
+
+
+def test_what_a_lesson_says_stands_in_its_prompt(some):
+    """Topic, interests and length are quoted, the verdict on them is right."""
+    for prompt, answer in some:
+        listed = re.search(r'"interest tags": \["(.*?)"\]', prompt.text)[1].split('", "')
+        topic = re.search(r'Topic "(\w+)"', answer)[1]
+        assert (topic in listed) is ("It fits." in answer)
+        assert topic in prompt.text.rsplit("Video:", 1)[1]
+        seconds = re.search(r"Length (\d+) s, (long|short)", answer)
+        assert f'"{seconds[1]} s"' in prompt.text
+
+
+def test_common_sense_leaves_the_option_open(some):
+    """The same facts end in several options: what really drives people away is for the logs to tell."""
+    by_facts: dict[str, set[str]] = {}
+    for prompt, answer in some:
+        if task_of(prompt) == Task.SEQUENTIAL:
+            facts = ("not fit" in answer, "long" in answer, "But" in answer)
+            by_facts.setdefault(str(facts), set()).add(read_answer(answer, tuple(Option), finished=True).option)
+    assert len(by_facts) >= 6
+    assert all(len(options) > 1 and Option.A in options for options in by_facts.values())
+
+
+def test_hidden_pictures_are_not_talked_about(some):
+    shown = [(p, a) for p, a in some if "hard to bear" in a]
+    assert shown
+    assert all(p.clip is not None for p, _ in shown)
+
+
+def test_lessons_are_learned(tiny):
+    """Twenty-five steps lower the loss of lessons that were not among them."""
+    inputs = Inputs(tiny, InputSettings())
+    model = load(tiny, MODEL, train=True)
+    first = lessons.teach(load(tiny, MODEL, train=True), inputs, 1, seed=5)
+    last = lessons.teach(model, inputs, 25, seed=5)
+    after = lessons.teach(model, inputs, 1, seed=6)
+    assert after < last < first
+
+
+def test_taught_and_untaught_are_different_checkpoints(tmp_path):
+    """The number of lessons is part of the recipe: another number, another folder in the cache."""
+    from gubs.ufm.model import _recipe
+
+    assert len({_recipe("tiny", 0, n) for n in (0, 1, 2)}) == 3
+    taught = init("tiny", tmp_path / "taught", lessons=1)
+    assert not torch.equal(weights(taught), weights(init("tiny")))
+
+
+def weights(folder) -> torch.Tensor:
+    return load(folder, MODEL).model.language_model.layers[0].mlp.up_proj.weight
+
+
+def test_weights_begin_wide_and_keys_like_queries(tiny):
+    layer = load(tiny, MODEL).model.language_model.layers[0]
+    assert layer.mlp.up_proj.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
+    keys, queries = layer.self_attn.k_proj.weight, layer.self_attn.q_proj.weight
+    dim, shared = layer.self_attn.head_dim, len(queries) // len(keys)
+    for head in range(len(keys) // dim):
+        at = head * shared * dim
+        assert torch.equal(keys[head * dim : (head + 1) * dim], queries[at : at + dim])
