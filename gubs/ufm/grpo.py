@@ -10,7 +10,7 @@ from typing import Any
 
 from gubs.errors import PlatformError
 from gubs.ufm import model as models
-from gubs.ufm.inputs import Batch, Encoded
+from gubs.ufm.inputs import Batch, Encoded, rows_of
 from gubs.ufm.loss import Denominators, policy_loss
 from gubs.ufm.rollout import Request, Response, Shape, start_rollout
 from gubs.ufm.samples import Plan, Planner, Sample, answer_figures, answer_sums, evaluate, requests
@@ -37,6 +37,7 @@ class GRPOWorker(Worker):
         model = models.load(job.start, self.ufm.model, train=True)
         self.trainer = Trainer(model, self.ufm.model, self.grpo.optimizer, self.steps, self.device, self.sees)
         self.reference = models.load(job.start, self.ufm.model) if self.grpo.beta else None
+        self._share = models.attention(self.ufm.model) != "flash_attention_2"  # whose kernels take no mask
         self.engine = RolloutEngine(self, job.start)
         self._ahead = ThreadPoolExecutor(1, "plan")
         self._next: Future[Plan] | None = None
@@ -90,9 +91,13 @@ class GRPOWorker(Worker):
         """Micro-batches, as many on every rank, and the reference's log-probabilities for each."""
         import torch
 
-        dealt = micro_batches([s.tokens for s in samples], self.grpo.micro_tokens)
-        parts = [[samples[i] for i in part] for part in dealt]
-        batches = [(self.inputs.collate([(s.encoded, _ids(s)) for s in part]), part) for part in parts]
+        rows = rows_of([s.encoded for s in samples], self._share)
+        lengths = [len(samples[r[0]].encoded.ids) + sum(len(_ids(samples[i])) for i in r) for r in rows]
+        dealt = micro_batches(lengths, self.grpo.micro_tokens)
+        parts = [[samples[i] for row in part for i in rows[row]] for part in dealt]
+        batches = [
+            (self.inputs.collate([(s.encoded, _ids(s)) for s in part], share=self._share), part) for part in parts
+        ]
         batches += [(self._empty(samples), [])] * (max(1, most(len(dealt), self.device)) - len(batches))
         if self.reference is None:
             return batches, [None] * len(batches)
@@ -239,7 +244,7 @@ class RolloutEngine:
 
 
 def _dense(flat: Any, mask: Any) -> Any:
-    """Values of response tokens, row by row, at their places in (b, n - 1); zeros elsewhere."""
+    """Values of response tokens, sequence by sequence, at their places in (s, r); zeros elsewhere."""
     import torch
 
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)

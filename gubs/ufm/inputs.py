@@ -8,7 +8,7 @@ the engine's request, `collate` a padded batch for the trainer. Responses are to
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,6 @@ from gubs.ufm.settings import InputSettings
 VISION_MARK = PICTURES
 """Stands for the pictures in a prompt's text; `fields` lets no text from outside bring one in its place."""
 
-IMAGE, VIDEO = 1, 2
 """Token types of transformers' Qwen2.5-VL."""
 
 _CACHED_CLIPS = 512
@@ -80,22 +79,31 @@ class Encoded:
 
 @dataclass
 class Batch:
-    """Padded sequences (prompt + response) for the trainer. b sequences of at most n tokens, v different clips."""
+    """Padded rows for the trainer: b rows of at most n tokens, v different clips, s sequences (prompt and response).
+
+    A row is a prompt with one response, or with several that do not see each other: prompts are computed once then.
+    """
 
     ids: Any
     """(b, n) int64, padded on the right."""
     positions: Any
     """(3, b, n) int64, mRoPE positions."""
     response: Any
-    """(b, n - 1) bool: the logits at this place predict a token of the response."""
+    """(s, r) bool: which of r places hold a token of the sequence's response."""
+    predict: Any
+    """(tokens,) int64: place in the flattened rows (b * n) that predicts each response token, sequence by sequence."""
+    targets: Any
+    """(tokens,) int64: the response tokens."""
     vision: Any
     """(b, n) bool: the embedding at this place comes from the vision tower."""
+    attention: Any = None
+    """(b, 1, n, n) bool: what sees what; None = each place sees all before it."""
     pixels: dict[str, Any] = field(default_factory=dict)
     """Kind -> concatenated pixel values of the different clips of that kind."""
     grids: dict[str, Any] = field(default_factory=dict)
     """Kind -> (clips, 3) int64."""
     clip_of: list[tuple[str, int] | None] = field(default_factory=list)
-    """For each sequence: kind and number of its clip."""
+    """For each row: kind and number of its clip."""
 
     @property
     def tokens(self) -> int:
@@ -104,12 +112,16 @@ class Batch:
 
     def to(self, device: Any) -> "Batch":
         """The batch on a device."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in self.pixels.items()}
-        grids = {k: v.to(device) for k, v in self.grids.items()}
-        ids, positions, response, vision = (
-            t.to(device, non_blocking=True) for t in (self.ids, self.positions, self.response, self.vision)
-        )
-        return Batch(ids, positions, response, vision, moved, grids, self.clip_of)
+        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
+        pixels, grids = ({k: move(v) for k, v in kinds.items()} for kinds in (self.pixels, self.grids))
+        tensors: dict[str, Any] = {n: move(getattr(self, n)) for n in _TENSORS}
+        return replace(self, pixels=pixels, grids=grids, **tensors)
+
+
+_TENSORS = ("ids", "positions", "response", "predict", "targets", "vision", "attention")
+
+Sequence_ = tuple["Encoded", Sequence[int]]
+"""A prompt and the tokens of a response to it."""
 
 
 class Inputs:
@@ -191,35 +203,57 @@ class Inputs:
         finished = bool(ids) and ids[-1] == self.end
         return self.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False), finished
 
-    def collate(self, sequences: Sequence[tuple[Encoded, Sequence[int]]]) -> Batch:
-        """Pads one or more sequences (prompt, response) on the right; every different clip goes in once."""
+    def collate(self, sequences: Sequence[Sequence_], *, share: bool = False) -> Batch:
+        """Pads one or more sequences (prompt, response) on the right; every different clip goes in once.
+
+        Args:
+            sequences: in the order in which the batch keeps them.
+            share: put responses to one and the same `Encoded` into one row. The attention must be able to take a mask.
+        """
         import torch
 
-        size = max(len(e.ids) + len(r) for e, r in sequences)
-        ids = torch.full((len(sequences), size), self.end, dtype=torch.long)
-        types = torch.zeros((len(sequences), size), dtype=torch.int)
-        response = torch.zeros((len(sequences), size - 1), dtype=torch.bool)
+        rows = rows_of([e for e, _ in sequences], share)
+        size, places = _lay_out(rows, sequences)
+        ids = torch.full((len(rows) * size,), self.end, dtype=torch.long)
+        vision = torch.zeros((len(rows), size), dtype=torch.bool)
+        positions = np.zeros((3, len(rows), size), np.int64)
         clips: dict[tuple[str, str], int] = {}
         kinds: dict[str, list[Pixels]] = {"image": [], "video": []}
         clip_of: list[tuple[str, int] | None] = []
-        for row, (encoded, answer) in enumerate(sequences):
-            whole = torch.tensor([*encoded.ids, *answer])
-            ids[row, : len(whole)] = whole
-            response[row, len(encoded.ids) - 1 : len(whole) - 1] = True
+        predict: dict[int, list[int]] = {}
+        for row, members in enumerate(rows):
+            encoded = sequences[members[0]][0]
+            prompt, begin = len(encoded.ids), row * size
+            ids[begin : begin + prompt] = torch.tensor(encoded.ids)
+            sees = np.zeros(size, bool)
+            sees[:prompt] = self._vision_places(encoded)
+            vision[row] = torch.from_numpy(sees)
+            known = mrope_positions(sees, encoded.pixels, self._merge, self._per_second)
+            positions[:, row] = known
+            for i in members:
+                place, answer = places[i], sequences[i][1]
+                ids[place.start : place.stop] = torch.tensor(answer, dtype=torch.long)
+                positions[:, row, place.start - begin : place.stop - begin] = known[:, prompt : prompt + len(answer)]
+                # a response's first token is predicted where the prompt ends, every other one by the token before it
+                predict[i] = [begin + prompt - 1, *place[:-1]] if place else []
             clip_of.append(_place(encoded, clips, kinds))
-            if encoded.clip:
-                pad = self._pads[encoded.clip.kind]
-                types[row, : len(encoded.ids)][whole[: len(encoded.ids)] == pad] = _TYPES[encoded.clip.kind]
-        positions = np.stack(
-            [
-                mrope_positions(t, e.pixels, self._merge, self._per_second)
-                for t, (e, _) in zip(types.numpy(), sequences, strict=True)
-            ],
-            axis=1,
+        return Batch(
+            ids.view(len(rows), size),
+            torch.from_numpy(positions),
+            _mask([len(place) for place in places]),
+            torch.tensor([p for i in range(len(places)) for p in predict[i]], dtype=torch.long),
+            ids[torch.tensor([p for place in places for p in place], dtype=torch.long)],
+            vision,
+            _branches(rows, places, size),
+            {k: torch.cat([p.values for p in found]) for k, found in kinds.items() if found},
+            {k: torch.tensor([p.grid for p in found]) for k, found in kinds.items() if found},
+            clip_of,
         )
-        pixels = {k: torch.cat([p.values for p in found]) for k, found in kinds.items() if found}
-        grids = {k: torch.tensor([p.grid for p in found]) for k, found in kinds.items() if found}
-        return Batch(ids, torch.from_numpy(positions), response, types > 0, pixels, grids, clip_of)
+
+    def _vision_places(self, encoded: Encoded) -> npt.NDArray[np.bool_]:
+        if encoded.clip is None:
+            return np.zeros(len(encoded.ids), bool)
+        return np.asarray(encoded.ids) == self._pads[encoded.clip.kind]
 
     def _video(self, clip: Clip) -> Pixels:
         import torch
@@ -237,7 +271,48 @@ class Inputs:
         return Pixels("image", out["pixel_values"], tuple(out["image_grid_thw"][0].tolist()), 0.0)
 
 
-_TYPES = {"image": IMAGE, "video": VIDEO}
+def rows_of(encoded: Sequence[Encoded], share: bool) -> list[list[int]]:
+    """Numbers of the sequences that stand in one row: those of the same `Encoded` object, or each alone."""
+    if not share:
+        return [[i] for i in range(len(encoded))]
+    rows: dict[int, list[int]] = {}
+    for i, e in enumerate(encoded):
+        rows.setdefault(id(e), []).append(i)
+    return list(rows.values())
+
+
+def _lay_out(rows: Sequence[Sequence[int]], sequences: Sequence[Sequence_]) -> tuple[int, list[range]]:
+    """Length of the rows, and where in the flattened rows each response goes: one after the other behind the prompt."""
+    size = max(len(sequences[r[0]][0].ids) + sum(len(sequences[i][1]) for i in r) for r in rows)
+    places = [range(0)] * len(sequences)
+    for row, members in enumerate(rows):
+        end = row * size + len(sequences[members[0]][0].ids)
+        for i in members:
+            places[i] = range(end, end + len(sequences[i][1]))
+            end = places[i].stop
+    return size, places
+
+
+def _mask(lengths: Sequence[int]) -> Any:
+    """(s, r): true for the first so many places of each sequence; one place wide at least."""
+    import torch
+
+    return torch.arange(max(1, *lengths, 1)) < torch.tensor(lengths).unsqueeze(1)
+
+
+def _branches(rows: Sequence[Sequence[int]], places: Sequence[range], size: int) -> Any:
+    """The attention mask of rows with several responses: each sees its prompt and itself, not the others."""
+    import torch
+
+    if all(len(r) == 1 for r in rows):
+        return None
+    mask = torch.ones(size, size, dtype=torch.bool).tril().repeat(len(rows), 1, 1)
+    for row, members in enumerate(rows):
+        first = places[members[0]].start - row * size
+        for i in members:
+            begin, end = places[i].start - row * size, places[i].stop - row * size
+            mask[row, begin:end, first:begin] = False
+    return mask.unsqueeze(1)
 
 
 def _as_image(frame: npt.NDArray[np.uint8]) -> Any:
@@ -279,7 +354,7 @@ def _place(
 
 
 def mrope_positions(
-    types: npt.NDArray[np.int64], pixels: Pixels | None, merge: int, tokens_per_second: float
+    types: npt.NDArray[Any], pixels: Pixels | None, merge: int, tokens_per_second: float
 ) -> npt.NDArray[np.int64]:
     """Positions (3, n) in time, height and width of one sequence with at most one clip.
 

@@ -1,7 +1,8 @@
 """The policy's forward pass: log-probabilities of responses, each given its own prompt.
 
 The vision tower runs once for every different clip of a batch, however many sequences show it, and the vocabulary is
-only computed at the places of responses: the six samples of a GA-GRPO group share one clip.
+only computed at the places of responses: the six samples of a GA-GRPO group share one clip. Answers to the same prompt
+can stand behind it in one row (see `Batch`): then a prompt is computed once, not once an answer.
 """
 
 from typing import Any
@@ -25,19 +26,19 @@ def hidden_states(model: Any, batch: Batch, *, sees: bool = True) -> Any:
     if sees and not {"video", "image"} & set(batch.pixels):
         embedded = embedded + 0.0 * _nothing(core).sum().to(embedded.dtype)
     return core.language_model(
-        inputs_embeds=embedded, position_ids=batch.positions, attention_mask=None, use_cache=False
+        inputs_embeds=embedded, position_ids=batch.positions, attention_mask=batch.attention, use_cache=False
     ).last_hidden_state
 
 
 def response_logits(model: Any, batch: Batch, *, sees: bool = True) -> Any:
-    """Logits (tokens, vocabulary) at every place that predicts a token of a response, row by row."""
+    """Logits (tokens, vocabulary) at every place that predicts a token of a response, sequence by sequence."""
     hidden = hidden_states(model, batch, sees=sees)
-    return model.lm_head(hidden[:, :-1][batch.response])
+    return model.lm_head(hidden.flatten(0, 1)[batch.predict])
 
 
 def response_ids(batch: Batch) -> Any:
     """The response tokens (tokens,), in the order of `response_logits`."""
-    return batch.ids[:, 1:][batch.response]
+    return batch.targets
 
 
 def _vision(core: Any, batch: Batch) -> Any:

@@ -141,16 +141,35 @@ def test_a_clip_goes_into_a_batch_once(inputs):
     assert len(batch.pixels["image"]) == 16
 
 
-def test_the_response_mask_points_at_the_logits_that_predict_the_response(inputs):
+@pytest.mark.parametrize("share", [False, True])
+def test_each_response_token_is_predicted_by_the_token_before_it(inputs, share):
     """One place off, and the model learns to predict something else."""
     wanted = sequences(inputs)
-    batch = inputs.collate(wanted)
-    for row, (encoded, answer) in enumerate(wanted):
-        predicted = batch.ids[row, 1:][batch.response[row]]
-        assert predicted.tolist() == list(answer)
-        first = batch.response[row].nonzero()
-        if len(answer):
-            assert int(first[0]) == len(encoded.ids) - 1
+    wanted.append((wanted[0][0], (11, 12)))
+    batch = inputs.collate(wanted, share=share)
+    flat, targets = batch.ids.flatten().tolist(), iter(batch.targets.tolist())
+    predict = iter(batch.predict.tolist())
+    assert len(batch.ids) == (5 if share else 6)
+    for mask, (encoded, answer) in zip(batch.response, wanted, strict=True):
+        assert int(mask.sum()) == len(answer)
+        for before, token in zip((encoded.ids[-1], *answer), answer, strict=False):
+            assert flat[next(predict)] == before
+            assert next(targets) == token
+    assert next(targets, None) is None
+
+
+def test_answers_that_share_a_prompt_do_not_see_each_other(inputs):
+    """And each stands at the positions it has alone."""
+    same = inputs.encode(video_prompt("a"))
+    batch = inputs.collate([(same, (5, 6, 7)), (inputs.encode(text_prompt()), (5,)), (same, (8, 9))], share=True)
+    alone = inputs.collate([(same, (5, 6, 7))])
+    n, sees = len(same.ids), batch.attention[0, 0]
+    assert batch.attention.shape == (2, 1, n + 5, n + 5)
+    assert sees[n + 3, : n + 5].tolist() == [True] * n + [False] * 3 + [True, False]
+    assert sees[n + 2, : n + 5].tolist() == [True] * (n + 3) + [False] * 2
+    assert batch.positions[:, 0, n + 3 : n + 5].equal(alone.positions[:, 0, n : n + 2])
+    assert batch.positions[:, 0, : n + 3].equal(alone.positions[:, 0])
+    assert alone.attention is None, "flash attention takes no mask"
 
 
 def test_an_end_of_turn_inside_the_padding_is_no_response(inputs):

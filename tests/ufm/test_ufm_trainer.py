@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from trainer_ranks import MODEL, OPTIMIZER, six_samples
-from ufm_helpers import tiny_inputs
+from ufm_helpers import text_prompt, tiny_inputs, video_prompt
 
 from gubs.ufm.loss import Denominators, policy_loss
 from gubs.ufm.model import load
@@ -88,6 +88,24 @@ def plain(tiny: Path, level: str) -> tuple[dict[str, torch.Tensor], float]:
     )
     loss.backward()
     return {n: p.grad for n, p in model.named_parameters()}, float(loss.detach())
+
+
+def test_answers_in_one_row_are_worth_what_they_are_alone(tiny):
+    """Log-probabilities and gradients, with text and with pictures: a prompt computed once is the same prompt."""
+    model, inputs = load(tiny, MODEL, train=True), tiny_inputs(tiny)
+    seen, text = inputs.encode(video_prompt("a")), inputs.encode(text_prompt())
+    answers = [(seen, (5, 6, 7)), (text, (9,)), (seen, (8, 9)), (seen, ()), (text, (10, 11, 12, 13)), (seen, (14,))]
+    found = []
+    for share in (False, True):
+        model.zero_grad()
+        batch = inputs.collate(answers, share=share)
+        logp = logprobs(model, batch, sees=True)
+        (logp * torch.linspace(-1, 1, len(logp))).sum().backward()
+        found.append((batch, logp.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}))
+    (alone, logp, grads), (together, shared_logp, shared_grads) = found
+    assert together.tokens < 0.5 * alone.tokens
+    assert torch.allclose(logp, shared_logp, atol=1e-5)
+    assert apart(shared_grads, grads) < 1e-4
 
 
 @pytest.fixture(scope="module")

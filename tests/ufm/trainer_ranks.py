@@ -60,7 +60,7 @@ def six_samples(inputs: Inputs) -> list[Sample]:
 def worker(checkpoint: str, reference: Any, **grpo: Any) -> GRPOWorker:
     """A GA-GRPO worker without Ray, engine and data."""
     shell = object.__new__(GRPOWorker)
-    shell.device, shell.sees = torch.device("cpu"), True
+    shell.device, shell.sees, shell._share = torch.device("cpu"), True, True
     shell.grpo = GRPOSettings().model_copy(update=grpo)
     shell.inputs, shell.reference = tiny_inputs(Path(checkpoint)), reference
     shell.trainer = Trainer(load(checkpoint, MODEL, train=True), MODEL, OPTIMIZER, 10, shell.device, True)
