@@ -19,7 +19,7 @@ from gubs.teachers.cases import Case, clicked
 SCRIPT = "script"
 """`label_source` of what this teacher says."""
 
-LONG_S = 75.0
+LONG_S = 40.0
 """Length from which a video asks for time, where the user's history does not say more."""
 
 _INTERESTS = 4
