@@ -211,11 +211,15 @@ app.add_typer(model, name="model", rich_help_panel=_MODEL)
 def model_init(
     size: Annotated[str, typer.Argument(help="tiny or small.")],
     folder: Annotated[str, typer.Option(help="Where to; else the user's cache.")] = "",
+    lessons: Annotated[int, typer.Option(help="Steps in which tiny is taught to read; default: its preset's.")] = -1,
 ) -> None:
     """Make a Qwen2.5-VL checkpoint to start from: `tiny` from nothing, `small` with the text model SmolLM2-135M."""
     from gubs.ufm.model import init
 
-    console.out.print(str(init(size, folder)), markup=False, soft_wrap=True)
+    steps = _settings(size, None).ufm.model.lessons if lessons < 0 else lessons
+    with console.progress("lessons") as on_progress:
+        made = init(size, folder, lessons=steps, on_progress=on_progress)
+    console.out.print(str(made), markup=False, soft_wrap=True)
 
 
 @app.command(rich_help_panel=_MODEL)

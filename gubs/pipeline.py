@@ -272,11 +272,26 @@ def teach(run: Run, settings: Settings, force: bool = False) -> None:
                 say(f"         note: {note}")
 
 
+def base_model(settings: Settings) -> Path:
+    """The checkpoint that training starts from; one of ours is made first where it is not there, which it says."""
+    from gubs.ufm import model as models
+
+    wanted = settings.ufm.model
+    if models.made(wanted):
+        return models.checkpoint(wanted)
+    doing = f"make {wanted.size}" + (f", {wanted.lessons} steps of lessons" if wanted.lessons else "")
+    with _stage("model", doing) as finish, progress("lessons") as on_progress:
+        folder = models.checkpoint(wanted, on_progress)
+        finish(True, str(folder))
+    return folder
+
+
 def train_sft(run: Run, settings: Settings, force: bool = False) -> Artifact:
     """`sft` -> `sft_model`: the base model, fine-tuned on the teacher's examples."""
     from gubs.ufm.stage import sft_stage
 
     run.artifact("sft")  # what is missing is said before Ray is started
+    base_model(settings)
     with _stage(SFT, "fine-tune") as finish, ray_session(settings.ray), training_progress("SFT") as on_progress:
         artifact, fresh = sft_stage(run, settings, force=force, say=_detail, on_progress=on_progress)
         last = artifact.manifest.info["last"]
@@ -289,6 +304,8 @@ def train_grpo(run: Run, settings: Settings, force: bool = False, name: str = GR
     from gubs.ufm.stage import grpo_stage
 
     run.artifact("labels")
+    if settings.ufm.grpo.start == BASE:
+        base_model(settings)
     with _stage(name, "GA-GRPO") as finish, ray_session(settings.ray), training_progress("GA-GRPO") as on_progress:
         artifact, fresh = grpo_stage(run, settings, name=name, force=force, say=_detail, on_progress=on_progress)
         steps = artifact.table("steps")["reward"].to_pylist()
@@ -308,6 +325,8 @@ def judge(run: Run, settings: Settings, policy: str, force: bool = False) -> Art
     stage = f"eval-{policy}"
     if policy != BASE:
         run.artifact(policy)
+    else:
+        base_model(settings)
     again = force or _older(run, stage, policy)
     with _stage(stage, "judge test users") as finish, ray_session(settings.ray), progress("answers") as on_progress:
         artifact, fresh = judge_stage(run, settings, policy, force=again, on_progress=on_progress)

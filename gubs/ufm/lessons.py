@@ -8,7 +8,7 @@ why videos are skipped.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,7 +71,9 @@ def corpus() -> Iterator[str]:
     yield " ".join(f"{n} s {n % 101}%" for n in range(600))
 
 
-def teach(model: Any, inputs: Inputs, steps: int, seed: int) -> float:
+def teach(
+    model: Any, inputs: Inputs, steps: int, seed: int, on_progress: Callable[[int, int], None] | None = None
+) -> float:
     """Teaches a model in place, wherever it is; returns the mean loss of the last lessons (nats a token).
 
     Args:
@@ -79,6 +81,7 @@ def teach(model: Any, inputs: Inputs, steps: int, seed: int) -> float:
         inputs: of its checkpoint.
         steps: optimiser steps of `BATCH` lessons.
         seed: of the lessons.
+        on_progress: told (steps done, steps in all).
     """
     import torch
 
@@ -95,6 +98,8 @@ def teach(model: Any, inputs: Inputs, steps: int, seed: int) -> float:
         losses.append(_accumulate(model, inputs, encoded))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
+        if on_progress:
+            on_progress(step + 1, steps)
     return float(np.mean(losses[-50:]))
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,11 @@ _EMBEDDING_STD = 0.09
 _PATCH, _MERGE = 14, 2
 
 
-def checkpoint(settings: ModelSettings) -> Path:
+OnProgress = Callable[[int, int], None]
+"""Told (lessons done, lessons in all)."""
+
+
+def checkpoint(settings: ModelSettings, on_progress: OnProgress | None = None) -> Path:
     """Folder of the checkpoint to start from; makes it first where it is one of ours and not there yet.
 
     Raises:
@@ -54,7 +58,7 @@ def checkpoint(settings: ModelSettings) -> Path:
             f"ufm.model.size={settings.size} is not made here: give a checkpoint, ufm.model.path=FOLDER"
         )
     if not settings.path:
-        return init(settings.size, lessons=settings.lessons)
+        return init(settings.size, lessons=settings.lessons, on_progress=on_progress)
     folder = Path(settings.path)
     config = folder / "config.json"
     if not config.is_file():
@@ -65,7 +69,14 @@ def checkpoint(settings: ModelSettings) -> Path:
     return folder
 
 
-def init(size: str, folder: str | Path = "", seed: int = 0, lessons: int = 0) -> Path:
+def made(settings: ModelSettings) -> bool:
+    """Whether the checkpoint to start from is there already."""
+    return bool(settings.path) or (_home(settings.size, 0, settings.lessons) / "config.json").is_file()
+
+
+def init(
+    size: str, folder: str | Path = "", seed: int = 0, lessons: int = 0, on_progress: OnProgress | None = None
+) -> Path:
     """Makes a checkpoint, in a folder of its own in the user's cache unless `folder` is given; one that is there stays.
 
     Args:
@@ -73,11 +84,12 @@ def init(size: str, folder: str | Path = "", seed: int = 0, lessons: int = 0) ->
         folder: where to.
         seed: of the new weights.
         lessons: steps of teaching for `tiny` (see lessons.py); 0 = random weights.
+        on_progress: told of the lessons.
 
     Raises:
         PlatformError: `small` needs the weights of SmolLM2, which are not installed.
     """
-    target = Path(folder) if folder else default_cache() / f"ufm-{size}-v{_FORMAT}-{_recipe(size, seed, lessons)}"
+    target = Path(folder) if folder else _home(size, seed, lessons)
     if (target / "config.json").is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +97,7 @@ def init(size: str, folder: str | Path = "", seed: int = 0, lessons: int = 0) ->
     try:
         _MAKERS[size](temporary, seed)
         if lessons and size == "tiny":
-            _teach(temporary, lessons, seed)
+            _teach(temporary, lessons, seed, on_progress)
         temporary.chmod(0o755)
         try:
             temporary.rename(target)
@@ -123,14 +135,18 @@ def attention(settings: ModelSettings) -> str:
     return "flash_attention_2" if half and fits and importlib.util.find_spec("flash_attn") else "sdpa"
 
 
-def _teach(folder: Path, lessons: int, seed: int) -> None:
+def _home(size: str, seed: int, lessons: int) -> Path:
+    return default_cache() / f"ufm-{size}-v{_FORMAT}-{_recipe(size, seed, lessons)}"
+
+
+def _teach(folder: Path, lessons: int, seed: int, on_progress: OnProgress | None) -> None:
     """Gives the model in a folder its lessons, in float32."""
     from gubs.ufm.inputs import Inputs
     from gubs.ufm.lessons import teach
     from gubs.ufm.settings import InputSettings
 
     model = load(folder, ModelSettings(dtype="float32", gradient_checkpointing=False), train=True)
-    teach(model, Inputs(folder, InputSettings()), lessons, seed)
+    teach(model, Inputs(folder, InputSettings()), lessons, seed, on_progress)
     model.eval().save_pretrained(folder)
 
 
