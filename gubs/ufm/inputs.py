@@ -22,8 +22,6 @@ from gubs.ufm.settings import InputSettings
 VISION_MARK = PICTURES
 """Stands for the pictures in a prompt's text; `fields` lets no text from outside bring one in its place."""
 
-"""Token types of transformers' Qwen2.5-VL."""
-
 _CACHED_CLIPS = 512
 
 
@@ -120,7 +118,7 @@ class Batch:
 
 _TENSORS = ("ids", "positions", "response", "predict", "targets", "vision", "attention")
 
-Sequence_ = tuple["Encoded", Sequence[int]]
+Answered = tuple["Encoded", Sequence[int]]
 """A prompt and the tokens of a response to it."""
 
 
@@ -203,7 +201,7 @@ class Inputs:
         finished = bool(ids) and ids[-1] == self.end
         return self.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False), finished
 
-    def collate(self, sequences: Sequence[Sequence_], *, share: bool = False) -> Batch:
+    def collate(self, sequences: Sequence[Answered], *, share: bool = False) -> Batch:
         """Pads one or more sequences (prompt, response) on the right; every different clip goes in once.
 
         Args:
@@ -281,7 +279,7 @@ def rows_of(encoded: Sequence[Encoded], share: bool) -> list[list[int]]:
     return list(rows.values())
 
 
-def _lay_out(rows: Sequence[Sequence[int]], sequences: Sequence[Sequence_]) -> tuple[int, list[range]]:
+def _lay_out(rows: Sequence[Sequence[int]], sequences: Sequence[Answered]) -> tuple[int, list[range]]:
     """Length of the rows, and where in the flattened rows each response goes: one after the other behind the prompt."""
     size = max(len(sequences[r[0]][0].ids) + sum(len(sequences[i][1]) for i in r) for r in rows)
     places = [range(0)] * len(sequences)
