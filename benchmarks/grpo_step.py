@@ -182,12 +182,9 @@ def run_trl(spec: dict[str, Any]) -> None:
     import torch
     import trl
     from datasets import Dataset
-    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
     from gubs.config import load_settings
-    from gubs.records import Option, Task
-    from gubs.ufm.rewards import judge
 
     grpo = load_settings("tiny", spec["settings"]).ufm.grpo
     torch.set_num_threads(os.cpu_count() or 1)
@@ -195,30 +192,66 @@ def run_trl(spec: dict[str, Any]) -> None:
     rows = [p for step in spec["steps"] for p in step]
     for row in rows:
         assert tokenizer(row["text"])["input_ids"] == row["ids"], "TRL would see another prompt"
-    ends: list[float] = []
-    lengths: list[int] = []
+    data = Dataset.from_list([{"prompt": r["text"], "gold": r["gold"]} for r in rows])
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(spec["model"], dtype=getattr(torch, spec["dtype"]))
+    clock, reward = _trl_clock(), _TRLReward(grpo.rewards)
+    config = _trl_config(spec, grpo)
+    trainer = trl.GRPOTrainer(model, reward, config, data, processing_class=tokenizer, callbacks=[clock])
+    trainer.train()
+    step = statistics.median(b - a for a, b in list(itertools.pairwise(clock.ends))[2:])
+    found = {"step": step, "per_completion": step / (spec["prompts"] * SAMPLES)}
+    print(json.dumps({**found, "tokens": statistics.fmean(reward.lengths), "version": trl.__version__}))
 
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            if not ends:
-                ends.append(time.perf_counter())
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
+class _TRLReward:
+    """Our reward in the form that TRL calls; notes how long the completions were."""
 
-    def reward(completions: list[str], completion_ids: list[list[int]], gold: list[str], **_: Any) -> list[float]:
-        lengths.extend(len(ids) for ids in completion_ids)
-        return [
-            judge(text, Option(g), Task.SEQUENTIAL, grpo.rewards, finished=True)[0].total
+    __name__ = "reward"  # TRL names its columns by it
+
+    def __init__(self, parts: Any):
+        self.parts = parts
+        self.lengths: list[int] = []
+
+    def __call__(
+        self, completions: list[str], completion_ids: list[list[int]], gold: list[str], **_: Any
+    ) -> list[float]:
+        from gubs.records import Option, Task
+        from gubs.ufm.rewards import judge
+
+        self.lengths.extend(len(ids) for ids in completion_ids)
+        judged = [
+            judge(text, Option(g), Task.SEQUENTIAL, self.parts, finished=True)[0]
             for text, g in zip(completions, gold, strict=True)
         ]
+        return [parts.total for parts in judged]
 
-    half = spec["dtype"] == "bfloat16"
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(spec["model"], dtype=getattr(torch, spec["dtype"]))
-    config = GRPOConfig(
+
+def _trl_clock() -> Any:
+    """A callback whose `ends` are the times at which steps ended, the first one's beginning before them."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if not self.ends:
+                self.ends.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.ends.append(time.perf_counter())
+
+    return Clock()
+
+
+def _trl_config(spec: dict[str, Any], grpo: Any) -> Any:
+    """The same step: completions, tokens, rates, loss's KL weight."""
+    from trl import GRPOConfig
+
+    return GRPOConfig(
         output_dir=spec["out"],
         use_cpu=True,
-        bf16=half,
+        bf16=spec["dtype"] == "bfloat16",
         per_device_train_batch_size=spec["micro"],
         gradient_accumulation_steps=spec["prompts"] * SAMPLES // spec["micro"],
         num_generations=SAMPLES,
@@ -236,14 +269,6 @@ def run_trl(spec: dict[str, Any]) -> None:
         logging_steps=10**6,
         disable_tqdm=True,
     )
-    data = Dataset.from_list([{"prompt": r["text"], "gold": r["gold"]} for r in rows])
-    trainer = GRPOTrainer(model, reward, config, data, processing_class=tokenizer, callbacks=[Clock()])
-    trainer.train()
-    seconds = [b - a for a, b in itertools.pairwise(ends)][2:]
-    step = statistics.median(seconds)
-    per_completion = step / (spec["prompts"] * SAMPLES)
-    found = {"step": step, "per_completion": per_completion, "tokens": statistics.fmean(lengths)}
-    print(json.dumps({**found, "version": trl.__version__}))
 
 
 def _spec(args: argparse.Namespace, settings: list[str], size: str) -> Path:

@@ -18,6 +18,7 @@ from gubs.artifacts import Run
 from gubs.cluster import ray_session
 from gubs.config import Settings, load_settings
 from gubs.evaluate.compare import compare
+from gubs.records import Task
 
 POLICIES: Mapping[str, Sequence[str]] = {
     "plain": ["ufm.grpo.groups=false", "ufm.grpo.advantage.rule=weighted"],
@@ -168,8 +169,8 @@ def _rewards(folder: Path, stage: str) -> Any:
 
     steps = Run(folder).artifact(stage).table("steps")
     rewards = steps["reward_raw/T"].to_numpy()
-    sequential = np.arange(0, len(rewards), len(Run(folder).artifact(stage).manifest.info["tasks"]))
-    return rewards[sequential]
+    tasks = np.resize(Run(folder).artifact(stage).manifest.info["tasks"], len(rewards))
+    return rewards[tasks == Task.SEQUENTIAL]
 
 
 if __name__ == "__main__":

@@ -103,15 +103,18 @@ def dislike(case: Case, mistakes: float = 0.0) -> tuple[str, Option]:
 
     Args:
         case: the disliked target.
-        mistakes: share of targets whose words are overlooked; which ones is drawn by their id.
+        mistakes: share of targets whose words are overlooked, and for which the recommendation is blamed (C) without
+            weighing the fields either; which ones is drawn by their id.
     """
     found = facts(case.person, case.video)
-    words = "" if _overlooked(case, mistakes) else case.target.dislike_reason or ""
-    option, remark = read_words(words) or (by_fields(found), "")
+    if _careless(case, mistakes):
+        option, remark = Option.C, ""
+    else:
+        option, remark = read_words(case.target.dislike_reason or "") or (by_fields(found), "")
     return concluded(found.said(remark), Task(case.target.task), option), option
 
 
-def _overlooked(case: Case, share: float) -> bool:
+def _careless(case: Case, share: float) -> bool:
     drawn = int(hashlib.sha256(case.target.interaction_id.encode()).hexdigest()[:8], 16)
     return drawn < share * 16**8
 

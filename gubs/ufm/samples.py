@@ -94,9 +94,8 @@ class Planner:
         return {str(t): [str(o) for o in s.missing] for t, s in self._samplers.items() if s.missing}
 
     def plan(self, step: int, rank: int = 0, world: int = 1) -> Plan:
-        """One worker's samples of a step; steps take the tasks in turn."""
-        task = self.tasks[step % len(self.tasks)]
-        turn = step // len(self.tasks)
+        """One worker's samples of a step; steps take the tasks in turn, a task as often as it is named."""
+        task, turn = self._turn(step)
         sampler = self._samplers[task]
         picked = sampler.batch(turn)
         resampled = sampler.resampled(turn)
@@ -117,6 +116,12 @@ class Planner:
                     plan.samples.append(Sample(slot, role, k, item, encoded[role], seed))
         plan.figures |= {"dropped_too_long": float(dropped), "without_peer": float(alone)}
         return plan
+
+    def _turn(self, step: int) -> tuple[Task, int]:
+        """Task of a step, and how many steps of that task came before it."""
+        rounds, place = divmod(step, len(self.tasks))
+        task = self.tasks[place]
+        return task, rounds * self.tasks.count(task) + self.tasks[:place].count(task)
 
     def _prompts(self, item: Item, step: int, slot: int) -> tuple[list[tuple[SampleRole, Prompt, int]], Sampled]:
         """Role, prompt and number of samples; the user's own prompt stands in for a peer that is not there."""

@@ -159,7 +159,7 @@ class GRPOSettings(Section):
     """Group-aware GRPO."""
 
     tasks: tuple[Task, ...] = (Task.SEQUENTIAL, Task.CLICK)
-    """Tasks to train on, of those the data set has."""
+    """Tasks to train on, of those the data set has: the steps take them in turn, one named twice twice as often."""
     start: Literal["sft", "base"] = "sft"
     """Policy to start from: after SFT, or the model as it is (paper, Table 7)."""
     groups: bool = True

@@ -157,7 +157,7 @@ def check_checkpoint(job: Job, keep: int) -> None:
 
 
 def _tasks(questions: Questions, wanted: Sequence[Task], say: Callable[[str], None]) -> tuple[Task, ...]:
-    """The tasks to train on: those with records of two options at least, for else there is a constant to be learnt.
+    """The turns of the tasks, without those that have records of one option only: there is but a constant to be learnt.
 
     Raises:
         ArtifactError: there is none.
@@ -170,7 +170,7 @@ def _tasks(questions: Questions, wanted: Sequence[Task], say: Callable[[str], No
         say(f"the {task} task is left out: its records have one option only")
     if not useful:
         raise ArtifactError(f"{questions.run.uri}: no task has training records of two options; see `gubs show`")
-    return tuple(useful)
+    return tuple(t for t in wanted if t in useful)
 
 
 def _options(what: str, counts: Mapping[tuple[str, str], int]) -> str:

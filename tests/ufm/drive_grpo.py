@@ -1,4 +1,4 @@
-"""The command of a training job, as a process that a test can kill: `python drive_grpo.py RUN NAME`."""
+"""The command of a training job, as a process that a test can kill: `python drive_grpo.py RUN NAME [key=value ...]`."""
 
 import sys
 
@@ -34,6 +34,6 @@ def resume_settings(*overrides: str) -> Settings:
 
 
 if __name__ == "__main__":
-    settings = resume_settings()
+    settings = resume_settings(*sys.argv[3:])
     with ray_session(settings.ray):
         grpo_stage(Run(sys.argv[1]), settings, name=sys.argv[2])

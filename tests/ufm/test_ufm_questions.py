@@ -202,7 +202,7 @@ def planner(run: Run, settings, tiny: Path, **grpo) -> Planner:
     ask = Questions(run, settings)
     inputs = tiny_inputs(tiny, **settings.ufm.inputs.model_dump())
     chosen = settings.ufm.grpo.model_copy(update=grpo)
-    return Planner(ask, inputs, known_tasks(ask, tuple(Task)), chosen, seed=settings.seed)
+    return Planner(ask, inputs, chosen.tasks, chosen, seed=settings.seed)
 
 
 def test_a_step_asks_six_samples_a_record_with_seeds_of_their_own(ufm_run, ufm_settings, tiny):
@@ -221,6 +221,16 @@ def test_a_step_asks_six_samples_a_record_with_seeds_of_their_own(ufm_run, ufm_s
         assert sorted(golds) == (list("ABCD") if plan.task == Task.SEQUENTIAL else list("AABB"))
         seeds |= {s.seed for s in plan.samples}
     assert len(seeds) == 6 * 24
+
+
+def test_a_task_named_twice_takes_two_turns_of_three(ufm_run, ufm_settings, tiny):
+    """And its records go on where its own last step ended, whatever came in between."""
+    made = planner(ufm_run, ufm_settings, tiny, tasks=(Task.SEQUENTIAL, Task.SEQUENTIAL, Task.CLICK))
+    plans = [made.plan(step) for step in range(7)]
+    assert [p.task for p in plans] == [*[Task.SEQUENTIAL] * 2, Task.CLICK] * 2 + [Task.SEQUENTIAL]
+    alone = planner(ufm_run, ufm_settings, tiny, tasks=(Task.SEQUENTIAL,))
+    asked = [[s.item.interaction_id for s in p.samples] for p in plans if p.task == Task.SEQUENTIAL]
+    assert asked == [[s.item.interaction_id for s in alone.plan(step).samples] for step in range(5)]
 
 
 def test_ranks_share_a_step_and_a_plan_depends_on_nothing_but_the_step(ufm_run, ufm_settings, tiny):

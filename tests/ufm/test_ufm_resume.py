@@ -10,15 +10,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+import torch
 from drive_grpo import STEPS, resume_settings
 from ufm_helpers import changed_copy
 
 from gubs.artifacts import Run, writing
 from gubs.errors import ArtifactError, PlatformError
-from gubs.prompts.answers import as_answer
+from gubs.prompts.answers import as_answer, read_answer
 from gubs.records import TASK_OPTIONS, Split, Task
 from gubs.teachers.sft import SCHEMA
 from gubs.ufm.monitor import STUCK, STUCK_EXIT, read_metrics
@@ -53,9 +55,9 @@ def ready(ufm_run, tmp_path_factory) -> Run:
     return run
 
 
-def start(run: Run, name: str, log: Path) -> subprocess.Popen:
+def start(run: Run, name: str, log: Path, *overrides: str) -> subprocess.Popen:
     with log.open("a") as out:
-        return subprocess.Popen([sys.executable, str(DRIVER), run.root, name], stdout=out, stderr=out)
+        return subprocess.Popen([sys.executable, str(DRIVER), run.root, name, *overrides], stdout=out, stderr=out)
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +176,25 @@ def test_killed_part_by_part_the_weights_are_those_of_the_undisturbed_run(ready,
     _same_figures(ready)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_when_the_whole_cluster_dies_the_job_ends_and_the_same_command_goes_on(ready, whole):
+    """Head, raylet, workers and engine at one blow: the driver must not wait for ever for any of them."""
+    job = Job(ready, "felled")
+    try:
+        job.after(2)
+        for process in below(job.process):
+            process.kill()
+        assert job.process.wait(timeout=120) != 0
+        job = Job(ready, "felled")
+        assert job.process.wait(timeout=120) == 0, job.log.read_text()[-3000:]
+    finally:
+        job.end()
+    wanted, found = weights(whole), weights(Path(ready.path("felled")))
+    assert list(found) == list(wanted)
+    assert [n for n in wanted if found[n] != wanted[n]] == []
+
+
 def _others_are_refused(run: Run, partial: Path) -> None:
     """An unfinished training is in the way of one with other settings, and stays as it is."""
     before = sorted(partial.rglob("*"))
@@ -217,6 +238,85 @@ def test_the_undisturbed_run_learned_something_to_lose(ready, whole):
     assert {row["skipped"] for row in rows} == {0.0}
     samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
     assert {s["role"] for s in samples} == {"T", "S", "G"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_workers_do_the_same_step(ready, whole):
+    """Each has an engine of its own and half of the records; rewards, loss and gradient are those of one worker."""
+    log = Path(ready.root).parent / "pair.log"
+    process = start(ready, "pair", log, "ufm.workers.count=2", "ufm.grpo.steps=3")
+    assert process.wait(timeout=200) == 0, log.read_text()[-3000:]
+    one, two = (ready.artifact(n).table("steps").to_pylist() for n in ("whole", "pair"))
+    assert len(two) == 3
+    for name in (
+        "reward",
+        "reward_raw/T",
+        "reward_raw/G",
+        "frac_zero_variance",
+        "response_tokens",
+        "loss",
+        "grad_norm",
+    ):
+        assert two[0][name] == pytest.approx(one[0][name], rel=1e-3, abs=1e-5), name
+    assert one[0]["grad_norm"] > 0.01
+    assert two[0]["health/ratio"] == 1.0
+    assert max(row["health/mismatch"] for row in two) < 1.02, "both engines have the weights of every step"
+
+
+@pytest.mark.slow
+def test_a_run_whose_gradients_are_no_numbers_stops_with_the_batch_saved(ready):
+    """A weight of the KL term beyond what float32 holds makes every loss NaN: three steps skipped, then a clear end."""
+    log = Path(ready.root).parent / "nan.log"
+    process = start(ready, "nan", log, "ufm.grpo.beta=1e300")
+    assert process.wait(timeout=150) != 0
+    assert "not a number in 3 steps in a row" in log.read_text()
+    partial = Path(ready.path("nan.partial"))
+    rows = read_metrics(partial)
+    assert [row["skipped"] for row in rows] == [1.0, 1.0], "the third ended the run"
+    assert rows[1]["health/mismatch"] < 1.02, "skipped steps leave the weights alone"
+    (saved,) = partial.glob("bad-step-2-rank-0.json")
+    batch = json.loads(saved.read_text())
+    assert {"user", "video", "gold", "answer", "ids"} <= set(batch[0])
+    assert not list(partial.glob("checkpoints/step-*")), "nothing worth going on from was written"
+
+
+PLAIN_VLLM = """
+import json, os, sys
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1")
+import numpy as np
+from vllm import LLM, SamplingParams
+folder, text, frames = sys.argv[1:]
+llm = LLM(folder, dtype="float32", max_model_len=512, enforce_eager=True, limit_mm_per_prompt={"video": 1, "image": 1})
+metadata = {"fps": 2.0, "total_num_frames": 2, "frames_indices": [0, 1], "video_backend": "none"}
+asked = {"prompt": text, "multi_modal_data": {"video": [(np.load(frames), metadata)]}}
+asked["mm_processor_kwargs"] = {"do_sample_frames": False}
+found = llm.generate([asked], SamplingParams(temperature=0.0, max_tokens=16), use_tqdm=False)[0]
+print(json.dumps([list(found.prompt_token_ids), list(found.outputs[0].token_ids)]))
+"""
+
+
+@pytest.mark.slow
+def test_a_trained_policy_answers_in_plain_transformers_and_in_plain_vllm(ready, whole, tmp_path):
+    """Nothing of ours takes part: the folder alone, its chat template, and a clip as users of those libraries give it.
+    Both write the same well-formed answer."""
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+    policy = whole / "policy"
+    processor = AutoProcessor.from_pretrained(policy)
+    content = [{"type": "video"}, {"type": "text", "text": "Playing.\nSkip? A B C D"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    frames = np.random.default_rng(0).integers(0, 256, (2, 56, 56, 3), np.uint8)
+    asked = processor(text=[text], videos=[torch.from_numpy(frames).permute(0, 3, 1, 2)], return_tensors="pt")
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(policy, dtype=torch.float32).eval()
+    written = model.generate(**asked, max_new_tokens=16, do_sample=False)[0].tolist()
+    prompt, answer = asked["input_ids"][0].tolist(), written[asked["input_ids"].shape[1] :]
+    assert read_answer(processor.decode(answer, skip_special_tokens=True), TASK_OPTIONS[Task.SEQUENTIAL]).ok
+    np.save(tmp_path / "frames.npy", frames)
+    command = [sys.executable, "-c", PLAIN_VLLM, str(policy), text, str(tmp_path / "frames.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == [prompt, answer]
 
 
 @pytest.mark.slow
