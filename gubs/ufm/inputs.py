@@ -137,6 +137,7 @@ class Inputs:
         self._per_second = float(vision.get("tokens_per_second", 4))
         self._pads = {k: self.tokenizer.convert_tokens_to_ids(f"<|{k}_pad|>") for k in ("image", "video")}
         self.end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self._ends = {self.end, *_stops(Path(folder))}
         self._cache: OrderedDict[str, Pixels] = OrderedDict()
 
     def encode(self, prompt: Prompt) -> Encoded:
@@ -198,7 +199,7 @@ class Inputs:
     def text(self, response: Sequence[int]) -> tuple[str, bool]:
         """A response as text, and whether the model ended it by itself."""
         ids = list(response)
-        finished = bool(ids) and ids[-1] == self.end
+        finished = bool(ids) and ids[-1] in self._ends
         return self.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=False), finished
 
     def collate(self, sequences: Sequence[Answered], *, share: bool = False) -> Batch:
@@ -267,6 +268,13 @@ class Inputs:
     def _image(self, clip: Clip) -> Pixels:
         out = self.processor.image_processor(images=[_as_image(clip.frames[0])], size=_size(clip), return_tensors="pt")
         return Pixels("image", out["pixel_values"], tuple(out["image_grid_thw"][0].tolist()), 0.0)
+
+
+def _stops(folder: Path) -> list[int]:
+    """Tokens at which engines end an answer by the checkpoint's own settings: Qwen's end of a text beside its turn's."""
+    path = folder / "generation_config.json"
+    found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    return found if isinstance(found, list) else [found] if found is not None else []
 
 
 def rows_of(encoded: Sequence[Encoded], share: bool) -> list[list[int]]:

@@ -1,5 +1,7 @@
 """Prompts in token ids: the same as the Hugging Face processor's, and batches with every clip once."""
 
+import json
+import shutil
 from collections.abc import Sequence
 
 import numpy as np
@@ -222,3 +224,15 @@ def test_a_response_is_read_with_and_without_its_end(inputs):
     assert inputs.text(ids) == ("<think>It fits.</think><answer>A</answer>", True)
     assert inputs.text(ids[:-1]) == ("<think>It fits.</think><answer>A</answer>", False)
     assert inputs.text([]) == ("", False)
+
+
+def test_a_checkpoint_with_more_than_one_end_may_use_each(tiny, tmp_path):
+    """Released Qwen2.5-VL checkpoints stop at the end of the turn and at the end of a text."""
+    folder = tmp_path / "two-ends"
+    shutil.copytree(tiny, folder)
+    inputs = tiny_inputs(folder)
+    other = inputs.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    ids = [*inputs.answer_ids("<answer>A</answer>")[:-1], other]
+    assert not inputs.text(ids)[1]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [inputs.end, other]}))
+    assert tiny_inputs(folder).text(ids) == ("<answer>A</answer>", True)
