@@ -103,18 +103,18 @@ def dislike(case: Case, mistakes: float = 0.0) -> tuple[str, Option]:
 
     Args:
         case: the disliked target.
-        mistakes: share of targets whose words are overlooked, and for which the recommendation is blamed (C) without
-            weighing the fields either; which ones is drawn by their id.
+        mistakes: share of targets whose words are overlooked: what the fields do not explain is then put down to the
+            user's moment (D), never to the content; which ones is drawn by their id.
     """
     found = facts(case.person, case.video)
-    if _careless(case, mistakes):
-        option, remark = Option.C, ""
+    if _overlooked(case, mistakes):
+        option, remark = (Option.C if found.repeated or found.fits is False else Option.D), ""
     else:
         option, remark = read_words(case.target.dislike_reason or "") or (by_fields(found), "")
     return concluded(found.said(remark), Task(case.target.task), option), option
 
 
-def _careless(case: Case, share: float) -> bool:
+def _overlooked(case: Case, share: float) -> bool:
     drawn = int(hashlib.sha256(case.target.interaction_id.encode()).hexdigest()[:8], 16)
     return drawn < share * 16**8
 

@@ -14,8 +14,8 @@ class TeacherSettings(Section):
     """Who writes SFT examples and reasons of skips: the LLM in the role `annotator`, or simple rules that need no LLM
     (see teachers/script.py) and fit small runs."""
     script_mistakes: float = Field(0.0, ge=0, le=1)
-    """Share of dislikes, drawn at random, in which the scripted teacher overlooks the user's words and blames the
-    recommendation: no teacher is perfect, and learning from what users did is there to mend what it got wrong."""
+    """Share of dislikes, drawn at random, in which the scripted teacher overlooks the user's words and never blames the
+    content: no teacher is perfect, and learning from what users did is there to mend what it got wrong."""
     truth: bool = False
     """Simulated sources: skips are labelled with their true cause, in place of a person's check of every label."""
     sft_dislikes: int = Field(0, ge=0)

@@ -59,6 +59,7 @@ class Trainer:
         import torch
         import torch.distributed as dist
 
+        _compile_nothing()
         self.settings, self.steps, self.device, self.sees = optimizer, steps, device, sees
         self.world = dist.get_world_size()
         model.model.visual.requires_grad_(sees)
@@ -116,6 +117,16 @@ class Trainer:
     def load(self, folder: str | Path) -> None:
         """Takes back what `save` wrote; same number of ranks, same model."""
         self.engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
+
+
+def _compile_nothing() -> None:
+    """Lets ranks on CPUs speak through gloo: DeepSpeed would else compile a collective of its own when it starts.
+
+    That takes a compiler and a minute or more, and one that is killed leaves a lock for which every later start waits.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def logprobs(model: Any, batch: Batch, *, sees: bool) -> Any:

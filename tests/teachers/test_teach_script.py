@@ -98,16 +98,17 @@ def test_clicks_follow_the_log(clicked, option):
     assert ("does not attract" in think) is (option == Option.B)
 
 
-def test_mistakes_blame_the_recommendation_in_about_that_share():
+def test_mistakes_overlook_the_words_in_about_that_share():
     """Which ones depends on the target alone, so a resumed run makes the same; 0 makes none, 1 only them."""
     one = a_case("clickbait")
     cases = [replace(one, target=replace(one.target, interaction_id=f"i{i}")) for i in range(400)]
-    wrong = [script.dislike(c, 0.3)[1] == Option.C for c in cases]
+    wrong = [script.dislike(c, 0.3)[1] == Option.D for c in cases]
     assert 0.2 < sum(wrong) / len(wrong) < 0.4
-    assert wrong == [script.dislike(c, 0.3)[1] == Option.C for c in cases]
+    assert wrong == [script.dislike(c, 0.3)[1] == Option.D for c in cases]
     assert {script.dislike(c)[1] for c in cases} == {Option.B}
-    assert {script.dislike(c, 1.0)[1] for c in cases} == {Option.C}
+    assert {script.dislike(c, 1.0)[1] for c in cases} == {Option.D}
     assert "promises" not in script.dislike(one, 1.0)[0]
+    assert script.dislike(a_case("clickbait", tags=("news",)), 1.0)[1] == Option.C
 
 
 def test_what_it_says_is_a_well_formed_answer():
