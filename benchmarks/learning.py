@@ -1,7 +1,8 @@
 """Does it learn? SFT, plain GRPO and GA-GRPO by each advantage rule, over several seeds, judged on held-out users.
 
 Every seed trains its own SFT model on the same data set and every policy from there, as Ray jobs do; the policies then
-answer the same targets of test users. Finished parts are kept in the folder: started again, it goes on.
+answer the same targets of test users. Finished parts are kept in the folder: started again, it goes on. On two cores
+two processes with one thread each (`ufm.workers.threads=1`) and seeds of their own get through in about half the time.
 
     python benchmarks/learning.py --work /tmp/learning --json out.json
 """

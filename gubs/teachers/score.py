@@ -18,6 +18,14 @@ def true_causes(run: Run) -> dict[str, str]:
     return dict(zip(table["interaction_id"].to_pylist(), table["cause"].to_pylist(), strict=True))
 
 
+def true_flaws(run: Run) -> dict[str, str]:
+    """What is wrong with each video ("none" among it), by its id; empty where the source does not know."""
+    if TRUTH not in run.stages():
+        return {}
+    table = run.artifact(TRUTH).table("videos", ["video_id", "flaw"])
+    return dict(zip(table["video_id"].to_pylist(), table["flaw"].to_pylist(), strict=True))
+
+
 def score(said: Mapping[str, str], truth: Mapping[str, str]) -> dict[str, Any] | None:
     """Accuracy, confusion and recall per cause of labels (interaction id -> option); None where nothing can be judged.
 

@@ -2,8 +2,9 @@
 
 For small runs and for tests, where a real annotator would cost more than the training: it reads the same fields as the
 annotator (title, length, tags, history, and the user's own words about a dislike), notes what it finds in one short
-sentence a field, and concludes. It sees no pictures and knows no truth, and where the words tell nothing it goes by
-the fields alone: like any teacher it makes mistakes, and `gubs status` tells how many where the truth is known.
+sentence a field, and concludes. It looks at no pictures itself (on simulated sources it can be told what a look would
+show) and knows no causes, and where the words tell nothing it goes by the fields alone: like any teacher it makes
+mistakes, and `gubs status` tells how many where the truth is known.
 """
 
 import hashlib
@@ -36,7 +37,13 @@ _WORDS: tuple[tuple[str, Option, str], ...] = (
 )
 """What people write about a dislike: pattern, cause, and what it says about the video."""
 
-_FLAWS = {"the title promises too much", "the picture is hard to bear", "the words are vulgar"}
+REMARKS = {
+    "clickbait": "the title promises too much",
+    "unpleasant": "the picture is hard to bear",
+    "vulgar": "the words are vulgar",
+}
+"""What is said about a video with a flaw, by the simulation's name of it."""
+
 _CONCLUSIONS = {
     Task.SEQUENTIAL: {
         Option.A: "So it is watched on.",
@@ -75,7 +82,7 @@ class Facts:
             parts.append("It fits." if self.fits else "It does not fit.")
         if self.seconds is not None:
             parts.append(f"Length {self.seconds:.0f} s, {'long' if self.long else 'short'}.")
-        if remark in _FLAWS:
+        if remark in REMARKS.values():
             parts.append(f"But {remark}.")
         elif self.repeated:
             parts.append("It was shown before.")
@@ -98,31 +105,31 @@ def concluded(think: str, task: Task, option: Option) -> str:
     return f"{think} {_CONCLUSIONS[task][option]}"
 
 
-def dislike(case: Case, mistakes: float = 0.0) -> tuple[str, Option]:
+def dislike(case: Case, mistakes: float = 0.0, seen: str = "") -> tuple[str, Option]:
     """Chain of thought and cause for an explicit dislike; the words decide, the fields where they say nothing.
 
     Args:
         case: the disliked target.
-        mistakes: share of targets whose words are overlooked: what the fields do not explain is then put down to the
-            user's moment (D), never to the content; which ones is drawn by their id.
+        mistakes: share of targets for which the content is never blamed, whatever the words say about it: a topic that
+            does not fit is (C), else the user's moment (D); which ones is drawn by their id.
+        seen: what a look at the video tells about it (of `REMARKS`), whether the user minds it or not.
     """
     found = facts(case.person, case.video)
-    if _overlooked(case, mistakes):
-        option, remark = (Option.C if found.repeated or found.fits is False else Option.D), ""
-    else:
-        option, remark = read_words(case.target.dislike_reason or "") or (by_fields(found), "")
-    return concluded(found.said(remark), Task(case.target.task), option), option
+    option, remark = read_words(case.target.dislike_reason or "") or (by_fields(found), "")
+    if _mistaken(case, mistakes):
+        option = Option.C if found.repeated or found.fits is False else Option.D
+    return concluded(found.said(seen or remark), Task(case.target.task), option), option
 
 
-def _overlooked(case: Case, share: float) -> bool:
+def _mistaken(case: Case, share: float) -> bool:
     drawn = int(hashlib.sha256(case.target.interaction_id.encode()).hexdigest()[:8], 16)
     return drawn < share * 16**8
 
 
-def click(case: Case) -> tuple[str, Option]:
-    """Chain of thought for a click target whose outcome the log knows."""
+def click(case: Case, seen: str = "") -> tuple[str, Option]:
+    """Chain of thought for a click target whose outcome the log knows; `seen` as in `dislike`."""
     option = Option.A if clicked(case.target) else Option.B
-    return concluded(facts(case.person, case.video).said(), Task(case.target.task), option), option
+    return concluded(facts(case.person, case.video).said(seen), Task(case.target.task), option), option
 
 
 def skip_cause(case: Case) -> tuple[str, Option]:

@@ -14,10 +14,11 @@ class TeacherSettings(Section):
     """Who writes SFT examples and reasons of skips: the LLM in the role `annotator`, or simple rules that need no LLM
     (see teachers/script.py) and fit small runs."""
     script_mistakes: float = Field(0.0, ge=0, le=1)
-    """Share of dislikes, drawn at random, in which the scripted teacher overlooks the user's words and never blames the
-    content: no teacher is perfect, and learning from what users did is there to mend what it got wrong."""
+    """Share of dislikes, drawn at random, in which the scripted teacher sees what the user complains about and still
+    does not blame the content: no teacher is perfect, and learning from what users did is there to mend that."""
     truth: bool = False
-    """Simulated sources: skips are labelled with their true cause, in place of a person's check of every label."""
+    """Simulated sources: skips are labelled with their true cause, in place of a person's check of every label, and the
+    scripted teacher is told which videos have a flaw, in place of eyes (not whether it drove somebody away)."""
     sft_dislikes: int = Field(0, ge=0)
     """Explicit dislikes of training users that become SFT examples, drawn at random; 0 = all (paper: 50 K)."""
     sft_click_users: int = Field(1000, ge=0)

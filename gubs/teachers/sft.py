@@ -24,6 +24,7 @@ from gubs.teachers import script
 from gubs.teachers.cases import Case, by_id, clicked, draw, load_cases, targets
 from gubs.teachers.desk import Desk, by_cause, failures
 from gubs.teachers.forms import PARSER, thought_form, words
+from gubs.teachers.score import true_flaws
 from gubs.teachers.settings import TeacherSettings
 
 STAGE = "sft"
@@ -59,13 +60,14 @@ def sft_stage(desk: Desk, *, force: bool = False) -> tuple[Artifact, bool]:
         "max_text",
         "think_chars",
         "script_mistakes",
+        "truth",
     )
     inputs = {"ifvr": ifvr.fingerprint}
     mark = fingerprint(STAGE, desk.recipe(ROLE, *names), inputs)
     if found := desk.run.finished(STAGE, mark, force):
         return found, False
     cases = sft_cases(ifvr, desk.teachers, desk.settings.seed)
-    rows, failed = _scripted(cases, desk.teachers) if desk.teachers.author == "script" else _annotated(desk, cases)
+    rows, failed = _scripted(desk, cases) if desk.teachers.author == "script" else _annotated(desk, cases)
     with writing(desk.run, STAGE, fingerprint=mark, settings=desk.settings, inputs=inputs) as out:
         out.write_table("examples", pa.Table.from_pylist(rows, schema=SCHEMA))
         out.write_table("failures", failed)
@@ -84,12 +86,16 @@ def _annotated(desk: Desk, cases: list[Case]) -> tuple[list[dict[str, Any]], pa.
     return rows, failures(answers)
 
 
-def _scripted(cases: list[Case], settings: TeacherSettings) -> tuple[list[dict[str, Any]], pa.Table]:
+def _scripted(desk: Desk, cases: list[Case]) -> tuple[list[dict[str, Any]], pa.Table]:
     """Examples written by rules; they do not fail."""
+    flaws = true_flaws(desk.run) if desk.teachers.truth else {}
     rows = []
     for case in cases:
+        seen = script.REMARKS.get(flaws.get(case.target.video_id, ""), "")
         disliked = case.target.task == Task.SEQUENTIAL
-        think, option = script.dislike(case, settings.script_mistakes) if disliked else script.click(case)
+        think, option = (
+            script.dislike(case, desk.teachers.script_mistakes, seen) if disliked else script.click(case, seen)
+        )
         rows.append(_example(case, option, think, script.SCRIPT))
     return rows, failures([])
 

@@ -271,7 +271,7 @@ class Inputs:
 
 
 def _stops(folder: Path) -> list[int]:
-    """Tokens at which engines end an answer by the checkpoint's own settings: Qwen's end of a text beside its turn's."""
+    """Tokens at which engines end an answer by the checkpoint's settings: Qwen's end of a text beside its turn's."""
     path = folder / "generation_config.json"
     found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
     return found if isinstance(found, list) else [found] if found is not None else []

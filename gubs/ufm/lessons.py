@@ -32,12 +32,6 @@ _FRAMES = 4
 _MICRO_TOKENS = 2048
 _SIZE = 56
 _STYLES: tuple[Style, ...] = ("full", "brief")
-_REMARKS = {
-    "clickbait": "the title promises too much",
-    "unpleasant": "the picture is hard to bear",
-    "vulgar": "the words are vulgar",
-}
-
 BATCH = 32
 LEARNING_RATE = 2e-3
 _FLAW_RATE = 0.4
@@ -139,14 +133,14 @@ def lesson(world: World, rng: np.random.Generator) -> tuple[Prompt, str]:
     if task == Task.CLICK:
         clip = Clip(f"{clip.key}-cover", clip.frames[:1])
     text = user_prompt(task, person, video, vision=VISION_MARK if shown else "", style="brief")
-    remark = _REMARKS.get(flaw, "") if shown or flaw != "unpleasant" else ""
+    remark = script.REMARKS.get(flaw, "") if shown or flaw != "unpleasant" else ""
     found = script.facts(person, video)
     option = _guess(task, found, remark, rng)
     return Prompt(text, clip if shown else None), as_answer(script.concluded(found.said(remark), task, option), option)
 
 
 def _guess(task: Task, found: script.Facts, remark: str, rng: np.random.Generator) -> Option:
-    """What the facts may speak for, by common sense: one of them, or that nothing is wrong, at even odds.
+    """What the facts may speak for, by common sense: one of those that speak at even odds, else that nothing is wrong.
 
     Whether a remark, a length or a topic really drives somebody away is what the logs have to tell.
     """
@@ -156,7 +150,7 @@ def _guess(task: Task, found: script.Facts, remark: str, rng: np.random.Generato
     if task == Task.CLICK:
         return Option.A if found.fits and rng.random() < _HALF else options[int(rng.integers(len(options)))]
     said = {Option.B: bool(remark), Option.C: found.fits is False, Option.D: found.long}
-    open_ = [Option.A, *(o for o, speaks in said.items() if speaks)]
+    open_ = [o for o, speaks in said.items() if speaks] or [Option.A]
     return open_[int(rng.integers(len(open_)))]
 
 

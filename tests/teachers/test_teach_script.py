@@ -98,7 +98,7 @@ def test_clicks_follow_the_log(clicked, option):
     assert ("does not attract" in think) is (option == Option.B)
 
 
-def test_mistakes_overlook_the_words_in_about_that_share():
+def test_mistakes_do_not_blame_the_content_in_about_that_share():
     """Which ones depends on the target alone, so a resumed run makes the same; 0 makes none, 1 only them."""
     one = a_case("clickbait")
     cases = [replace(one, target=replace(one.target, interaction_id=f"i{i}")) for i in range(400)]
@@ -107,8 +107,16 @@ def test_mistakes_overlook_the_words_in_about_that_share():
     assert wrong == [script.dislike(c, 0.3)[1] == Option.D for c in cases]
     assert {script.dislike(c)[1] for c in cases} == {Option.B}
     assert {script.dislike(c, 1.0)[1] for c in cases} == {Option.D}
-    assert "promises" not in script.dislike(one, 1.0)[0]
+    assert script.dislike(one, 1.0)[0].endswith("But the title promises too much. So it is the user's moment.")
     assert script.dislike(a_case("clickbait", tags=("news",)), 1.0)[1] == Option.C
+
+
+def test_what_a_look_shows_is_noted_whatever_the_user_complains_about():
+    think, option = script.dislike(a_case("too long"), seen=script.REMARKS["unpleasant"])
+    assert "But the picture is hard to bear. So it is the user's moment." in think
+    assert option == Option.D
+    think, option = script.click(a_case(task="click", clicked=True, disliked=None), script.REMARKS["vulgar"])
+    assert think.endswith("But the words are vulgar. So it attracts.")
 
 
 def test_what_it_says_is_a_well_formed_answer():

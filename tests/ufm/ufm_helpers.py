@@ -30,6 +30,7 @@ SMALL = [
     "render.max_seconds=4",
     "ufm.model.lessons=0",
     "ufm.grpo.prompts=4",
+    "ufm.grpo.tasks=[sequential,click]",
     "ufm.sft.min_steps=0",
     "ufm.sft.optimizer.schedule=constant",
     "ufm.sft.optimizer.warmup_steps=0",
