@@ -111,13 +111,13 @@ class Run:
         return "/".join([self.uri, *parts])
 
     def stages(self) -> list[str]:
-        """Names of the finished stages."""
+        """Names of the finished stages; one may be a link to that of another run."""
         if not self.fs.exists(self.root):
             return []
         names = [
             p["name"].rstrip("/").rsplit("/", 1)[-1]
             for p in self.fs.ls(self.root, detail=True)
-            if p["type"] == "directory"
+            if p["type"] == "directory" or p.get("islink")
         ]
         return sorted(n for n in names if "." not in n and self.fs.exists(self.path(n, MANIFEST)))
 

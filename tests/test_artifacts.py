@@ -37,6 +37,16 @@ def test_round_trip_with_manifest(run):
     assert [p.rsplit("/", 1)[-1] for p in run.fs.ls(run.root, detail=False)] == ["raw"], "no temporary folder is left"
 
 
+def test_a_stage_may_be_a_link_to_that_of_another_run(tmp_path):
+    """Several trainings stand on one data set without a copy of it."""
+    write(Run(tmp_path / "data"))
+    (tmp_path / "seed").mkdir()
+    (tmp_path / "seed" / "raw").symlink_to(tmp_path / "data" / "raw")
+    (tmp_path / "seed" / "gone").symlink_to(tmp_path / "nowhere")
+    assert Run(tmp_path / "seed").stages() == ["raw"]
+    assert Run(tmp_path / "seed").artifact("raw").table("t").equals(TABLE)
+
+
 def test_finished_found_only_with_the_same_fingerprint(run):
     assert run.finished("raw", "m1") is None
     write(run)
