@@ -73,6 +73,11 @@ def fast_skips(table: pa.Table) -> pa.Table:
     return table.filter(pc.less(table["play_rate"], FAST_SKIP_BELOW))
 
 
+def watched(table: pa.Table) -> pa.Table:
+    """The rows with a play rate that is no fast skip."""
+    return table.filter(pc.greater_equal(table["play_rate"], FAST_SKIP_BELOW))
+
+
 def draw(table: pa.Table, count: int, seed: Sequence[int]) -> pa.Table:
     """`count` random rows in the table's order; all of them for 0."""
     if not count or table.num_rows <= count:

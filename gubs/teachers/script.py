@@ -121,6 +121,11 @@ def dislike(case: Case, mistakes: float = 0.0, seen: str = "") -> tuple[str, Opt
     return concluded(found.said(seen or remark), Task(case.target.task), option), option
 
 
+def watched(case: Case, seen: str = "") -> tuple[str, Option]:
+    """Chain of thought for a target that was no fast skip; `seen` as in `dislike`."""
+    return concluded(facts(case.person, case.video).said(seen), Task(case.target.task), Option.A), Option.A
+
+
 def _mistaken(case: Case, share: float) -> bool:
     drawn = int(hashlib.sha256(case.target.interaction_id.encode()).hexdigest()[:8], 16)
     return drawn < share * 16**8

@@ -21,7 +21,7 @@ from gubs.prompts.fields import inline, plain
 from gubs.prompts.options import OPTION_TEXTS, SKIP_CAUSES, option_lines
 from gubs.records import SCHEMAS, TASK_OPTIONS, Interaction, Option, Split, Task
 from gubs.teachers import script
-from gubs.teachers.cases import Case, by_id, clicked, draw, load_cases, targets
+from gubs.teachers.cases import Case, by_id, clicked, draw, load_cases, targets, watched
 from gubs.teachers.desk import Desk, by_cause, failures
 from gubs.teachers.forms import PARSER, thought_form, words
 from gubs.teachers.score import true_flaws
@@ -54,6 +54,7 @@ def sft_stage(desk: Desk, *, force: bool = False) -> tuple[Artifact, bool]:
     ifvr = desk.run.artifact("ifvr")
     names = (
         "sft_dislikes",
+        "sft_watched",
         "sft_click_users",
         "sft_click_each",
         "history_items",
@@ -92,12 +93,17 @@ def _scripted(desk: Desk, cases: list[Case]) -> tuple[list[dict[str, Any]], pa.T
     rows = []
     for case in cases:
         seen = script.REMARKS.get(flaws.get(case.target.video_id, ""), "")
-        disliked = case.target.task == Task.SEQUENTIAL
-        think, option = (
-            script.dislike(case, desk.teachers.script_mistakes, seen) if disliked else script.click(case, seen)
-        )
+        think, option = _by_rules(case, desk.teachers.script_mistakes, seen)
         rows.append(_example(case, option, think, script.SCRIPT))
     return rows, failures([])
+
+
+def _by_rules(case: Case, mistakes: float, seen: str) -> tuple[str, Option]:
+    if case.target.task == Task.CLICK:
+        return script.click(case, seen)
+    if case.target.disliked:
+        return script.dislike(case, mistakes, seen)
+    return script.watched(case, seen)
 
 
 def sft_requests(desk: Desk) -> list[LLMRequest]:
@@ -109,10 +115,14 @@ def sft_requests(desk: Desk) -> list[LLMRequest]:
 
 
 def sft_cases(ifvr: Artifact, settings: TeacherSettings, seed: int) -> list[Case]:
-    """The targets that become examples: dislikes, then clicks; training users only."""
+    """The targets that become examples: dislikes, some that were watched, then clicks; training users only."""
     rows = targets(ifvr, Task.SEQUENTIAL, [Split.TRAIN])
-    disliked = draw(rows.filter(pc.fill_null(rows["disliked"], False)), settings.sft_dislikes, [seed, 11])
+    minded = pc.fill_null(rows["disliked"], False)
+    disliked = draw(rows.filter(minded), settings.sft_dislikes, [seed, 11])
     cases = load_cases(ifvr, disliked, settings.history_items, settings.max_text)
+    if settings.sft_watched and settings.author == "script":
+        liked = draw(watched(rows.filter(pc.invert(minded))), settings.sft_watched, [seed, 13])
+        cases += load_cases(ifvr, liked, settings.history_items, settings.max_text)
     picked = _balanced_clicks(targets(ifvr, Task.CLICK, [Split.TRAIN]), settings, seed)
     return cases + load_cases(ifvr, picked, settings.history_items, settings.max_text)
 
