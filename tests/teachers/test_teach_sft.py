@@ -66,6 +66,17 @@ def test_only_disliked_targets_of_training_users(tmp_path):
     assert [c.target.interaction_id for c in cases_of(world(tmp_path / "run"))] == ["d1"]
 
 
+def test_watched_targets_become_examples_of_option_a_by_the_script_alone(tmp_path, monkeypatch):
+    """The training user's only target that was no fast skip; an annotator is not asked about it."""
+    run = world(tmp_path / "run")
+    by_script = TeacherSettings(author="script", sft_watched=5)
+    assert [c.target.interaction_id for c in cases_of(run, by_script)] == ["d1", "next"]
+    assert [c.target.interaction_id for c in cases_of(run, TeacherSettings(sft_watched=5))] == ["d1"]
+    rows = stage(run, monkeypatch, thought, by_script).table("examples").to_pylist()
+    assert [(r["interaction_id"], r["gold"]) for r in rows][1] == ("next", "A")
+    assert rows[1]["response"].endswith("So it is watched on.</think><answer>A</answer>")
+
+
 def test_the_annotator_reads_profile_history_video_and_the_users_words(tmp_path):
     (request,) = requests_of(world(tmp_path / "run"))
     prompt = prompt_of(request)
