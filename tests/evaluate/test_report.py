@@ -75,7 +75,7 @@ def run(tmp_path):
     put_judged(run, "grpo", answers(3))
     put_training(run, "sft_model", {"loss": [2.0, 1.0, 0.5], "seconds/train": [1.0, 1.0, 1.0]}, {"examples": 48})
     grpo = {"reward": [1.0, 2.0], "reward_raw/T": [1.0, 2.0], "unparsed/empty": [0.0, 0.0], "health/kl": [0.0, 0.1]}
-    put_training(run, "grpo", grpo, {})
+    put_training(run, "grpo", grpo, {"tasks": ["sequential", "click"]})
     return run
 
 

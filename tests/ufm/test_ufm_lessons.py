@@ -1,6 +1,7 @@
 """The lessons of the tiny model: what they show and say, and that a model learns from them; how its weights begin."""
 
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -43,15 +44,22 @@ def test_what_a_lesson_says_stands_in_its_prompt(some):
         assert f'"{seconds[1]} s"' in prompt.text
 
 
-def test_common_sense_leaves_the_option_open(some):
-    """The same facts end in several options: what really drives people away is for the logs to tell."""
-    by_facts: dict[str, set[str]] = {}
+def test_common_sense_names_what_speaks_and_leaves_open_which_of_several_counts(some):
+    """What nothing speaks against is watched on; now and then anything is said, so that no option is forgotten."""
+    by_facts: dict[tuple[str, ...], Counter[str]] = {}
     for prompt, answer in some:
         if task_of(prompt) == Task.SEQUENTIAL:
-            facts = ("not fit" in answer, "long" in answer, "But" in answer)
-            by_facts.setdefault(str(facts), set()).add(read_answer(answer, tuple(Option), finished=True).option)
+            marks = {"B": "But the", "C": "not fit", "D": "s, long"}
+            speaks = tuple(o for o, words in marks.items() if words in answer)
+            option = read_answer(answer, tuple(Option), finished=True).option
+            by_facts.setdefault(speaks, Counter())[str(option)] += 1
     assert len(by_facts) >= 6
-    assert all(len(options) > 1 and Option.A in options for options in by_facts.values())
+    named = [(sum(said[o] for o in speaks or "A"), said.total()) for speaks, said in by_facts.items()]
+    assert 0.85 < sum(n for n, _ in named) / sum(total for _, total in named) < 1.0
+    for speaks, said in by_facts.items():
+        likely = set(speaks or "A")
+        assert said.most_common(1)[0][0] in likely, (speaks, said)
+        assert said.total() < 20 or likely <= set(said), (speaks, said)
 
 
 def test_hidden_pictures_are_not_talked_about(some):
