@@ -26,23 +26,23 @@ LONG_S = 40.0
 _INTERESTS = 4
 """Listed interests that are gone through."""
 
-_WORDS: tuple[tuple[str, Option, str], ...] = (
-    (r"clickbait|promis|misleading|nothing of the title", Option.B, "the title promises too much"),
-    (r"disgust|creep|sick|blood|horrible|gross|gore|scary", Option.B, "the picture is hard to bear"),
-    (r"vulgar|crude|rude|swear|language|obscene", Option.B, "the words are vulgar"),
-    (r"before|again|same|repeat|already", Option.C, "it was shown before"),
-    (r"not care|not my thing|not interest|why am i shown|boring|irrelevant", Option.C, "the topic does not fit"),
-    (r"too long|no time|watch that long", Option.D, "it takes too long"),
-    (r"not now|just now|wrong moment|at the moment|accident|by mistake", Option.D, "the moment is wrong"),
-)
-"""What people write about a dislike: pattern, cause, and what it says about the video."""
-
 REMARKS = {
     "clickbait": "the title promises too much",
     "unpleasant": "the picture is hard to bear",
     "vulgar": "the words are vulgar",
 }
 """What is said about a video with a flaw, by the simulation's name of it."""
+
+_WORDS: tuple[tuple[str, Option, str], ...] = (
+    (r"clickbait|promis|misleading|nothing of the title", Option.B, REMARKS["clickbait"]),
+    (r"disgust|creep|sick|blood|horrible|gross|gore|scary", Option.B, REMARKS["unpleasant"]),
+    (r"vulgar|crude|rude|swear|language|obscene", Option.B, REMARKS["vulgar"]),
+    (r"before|again|same|repeat|already", Option.C, "it was shown before"),
+    (r"not care|not my thing|not interest|why am i shown|boring|irrelevant", Option.C, "the topic does not fit"),
+    (r"too long|no time|watch that long", Option.D, "it takes too long"),
+    (r"not now|just now|wrong moment|at the moment|accident|by mistake", Option.D, "the moment is wrong"),
+)
+"""What people write about a dislike: pattern, cause, and what it says about the video."""
 
 _CONCLUSIONS = {
     Task.SEQUENTIAL: {

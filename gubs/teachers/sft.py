@@ -72,7 +72,7 @@ def sft_stage(desk: Desk, *, force: bool = False) -> tuple[Artifact, bool]:
     with writing(desk.run, STAGE, fingerprint=mark, settings=desk.settings, inputs=inputs) as out:
         out.write_table("examples", pa.Table.from_pylist(rows, schema=SCHEMA))
         out.write_table("failures", failed)
-        out.info = _report(rows, cases, failed)
+        out.info = _report(rows, cases, failed, told=bool(_told_flaws(desk)))
     return desk.run.artifact(STAGE), True
 
 
@@ -89,13 +89,18 @@ def _annotated(desk: Desk, cases: list[Case]) -> tuple[list[dict[str, Any]], pa.
 
 def _scripted(desk: Desk, cases: list[Case]) -> tuple[list[dict[str, Any]], pa.Table]:
     """Examples written by rules; they do not fail."""
-    flaws = true_flaws(desk.run) if desk.teachers.truth else {}
+    flaws = _told_flaws(desk)
     rows = []
     for case in cases:
         seen = script.REMARKS.get(flaws.get(case.target.video_id, ""), "")
         think, option = _by_rules(case, desk.teachers.script_mistakes, seen)
         rows.append(_example(case, option, think, script.SCRIPT))
     return rows, failures([])
+
+
+def _told_flaws(desk: Desk) -> dict[str, str]:
+    """Flaws of videos that the scripted teacher is told, by video; empty where it has to do without."""
+    return true_flaws(desk.run) if desk.teachers.truth and desk.teachers.author == "script" else {}
 
 
 def _by_rules(case: Case, mistakes: float, seen: str) -> tuple[str, Option]:
@@ -204,7 +209,7 @@ def _quotes(think: str, reason: str | None) -> bool:
     return len(said) >= _QUOTE_FROM and said in plain(think, 100_000).casefold()
 
 
-def _report(rows: list[dict[str, Any]], cases: list[Case], failed: pa.Table) -> dict[str, Any]:
+def _report(rows: list[dict[str, Any]], cases: list[Case], failed: pa.Table, told: bool) -> dict[str, Any]:
     golds = {
         str(task): {str(o): sum(r["task"] == task and r["gold"] == o for r in rows) for o in options}
         for task, options in TASK_OPTIONS.items()
@@ -214,12 +219,13 @@ def _report(rows: list[dict[str, Any]], cases: list[Case], failed: pa.Table) -> 
         "golds": golds,
         "failures": by_cause(failed),
         "quotes_reason": sum(r["quotes_reason"] for r in rows),
-        "notes": _notes(cases),
+        "notes": _notes(cases, told),
     }
 
 
-def _notes(cases: list[Case]) -> list[str]:
-    notes = ["the annotator saw no pictures: a video is its title, length and tags"]
+def _notes(cases: list[Case], told: bool) -> list[str]:
+    eyes = "; which videos have a flaw, the simulation told it" if told else ""
+    notes = [f"the annotator saw no pictures: a video is its title, length and tags{eyes}"]
     dislikes = [c for c in cases if c.target.task == Task.SEQUENTIAL]
     if not dislikes:
         notes.append("no training user disliked a target of the sequential task: there are only click examples")

@@ -47,6 +47,11 @@ def test_a_task_with_one_option_only_is_left_out_and_said():
     assert "the click task is left out: its records have one option only" in said
 
 
+def test_turns_are_kept_as_they_are_named():
+    wanted = (Task.CLICK, Task.SEQUENTIAL, Task.SEQUENTIAL)
+    assert _tasks(Log(sequential="AB", click="AB"), wanted, lambda _: None) == wanted
+
+
 def test_without_any_choice_to_learn_nothing_is_trained():
     with pytest.raises(ArtifactError, match="two options"):
         _tasks(Log(click="BBB"), tuple(Task), lambda _: None)
