@@ -308,5 +308,6 @@ def _explain(e: ValidationError) -> str:
                 lines.append(str(unknown))
             continue
         message = err["msg"].removeprefix("Value error, ")
-        lines.append(f"{where}: {message} (got {err['input']!r})" if where else message)
+        whole = isinstance(err["input"], dict)  # a rule about several settings, which it names itself
+        lines.append(message if whole or not where else f"{where}: {message} (got {err['input']!r})")
     return "\n".join(lines)

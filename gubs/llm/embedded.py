@@ -227,7 +227,7 @@ def _command(settings: EmbeddedSettings, model: str, host: str, port: int) -> li
         "served-model-name": MODEL,
         "host": host,
         "port": port,
-        "dtype": "bfloat16",
+        "dtype": _dtype(),
         "max-num-seqs": settings.max_concurrency,
         "max-model-len": settings.max_model_len,
         "distributed-executor-backend": "uni",  # the model in the engine's process: one process fewer to start and feed
@@ -238,6 +238,13 @@ def _command(settings: EmbeddedSettings, model: str, host: str, port: int) -> li
     }
     words = [w for name, value in flags.items() for w in (f"--{name}", value) if w is not None]
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, words)]
+
+
+def _dtype() -> str:
+    """The faster precision: x86 cores without AVX-512 have no bfloat16 (float32 was seen to be five times faster)."""
+    import torch
+
+    return "float32" if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2") else "bfloat16"
 
 
 def _environment(settings: EmbeddedSettings, key: Secret) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gubs.section import Section
 
@@ -49,3 +49,9 @@ class TeacherSettings(Section):
     """Longest rationale or criticism, in characters."""
     profile_chars: int = Field(800, ge=40)
     """Longest user profile, in characters."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TeacherSettings":
+        if self.sft_watched and self.author != "script":
+            raise ValueError("teachers.sft_watched is for teachers.author=script only: set it to 0")
+        return self

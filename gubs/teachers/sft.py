@@ -125,7 +125,7 @@ def sft_cases(ifvr: Artifact, settings: TeacherSettings, seed: int) -> list[Case
     minded = pc.fill_null(rows["disliked"], False)
     disliked = draw(rows.filter(minded), settings.sft_dislikes, [seed, 11])
     cases = load_cases(ifvr, disliked, settings.history_items, settings.max_text)
-    if settings.sft_watched and settings.author == "script":
+    if settings.sft_watched:
         liked = draw(watched(rows.filter(pc.invert(minded))), settings.sft_watched, [seed, 13])
         cases += load_cases(ifvr, liked, settings.history_items, settings.max_text)
     picked = _balanced_clicks(targets(ifvr, Task.CLICK, [Split.TRAIN]), settings, seed)

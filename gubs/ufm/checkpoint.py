@@ -121,15 +121,15 @@ class Checkpoints:
         step: int,
         save: Callable[[Path], None],
         *,
-        barrier: Callable[[], None] = lambda: None,
+        agree: Callable[[bool], bool] = bool,
         score: float | None = None,
     ) -> None:
-        """Writes a checkpoint; all ranks call it at the same step.
+        """Writes a checkpoint; all ranks call it at the same step, and where one fails all of them do.
 
         Args:
             step: optimiser steps done.
             save: puts this rank's files into the folder it is given, which the ranks of a machine share.
-            barrier: waits for all ranks.
+            agree: waits for all ranks, and tells whether it went well on every one of them.
             score: see `Marker`.
 
         Raises:
@@ -138,25 +138,27 @@ class Checkpoints:
         place = f"{self.root}/{_name(step)}"
         elsewhere = Path(tempfile.gettempdir()) / f"gubs-{_name(step)}-{os.getppid()}"
         staged = Path(f"{place}.tmp") if self._local else elsewhere
-        try:
+
+        def prepare() -> None:
             if self.rank == 0:
                 shutil.rmtree(staged, ignore_errors=True)
                 staged.mkdir(parents=True)
-            barrier()
+
+        def fill() -> None:
             save(staged)
             _flush(staged)
-            barrier()
+
+        def publish() -> None:
             if self.rank == 0:
                 self._publish(staged, place, Marker(step, self.world, self.recipe, score, _sizes(staged)))
-        except Exception as e:
-            told = _of_the_disk(e, staged)
+
+        what = f"the checkpoint {self.folder}/{_name(step)}"
+        try:
+            for part in (prepare, fill, publish):
+                together(part, what, staged, agree)
+        except Exception:
             shutil.rmtree(staged, ignore_errors=True)  # what was written in vain would keep a full disk full
-            if not told:
-                raise
-            raise ArtifactError(
-                f"cannot write the checkpoint {self.folder}/{_name(step)}: {e}; earlier ones are whole"
-            ) from e
-        barrier()
+            raise
 
     def _publish(self, staged: Path, place: str, marker: Marker) -> None:
         text = json.dumps(asdict(marker), indent=1).encode()
@@ -187,6 +189,32 @@ class Checkpoints:
                 place = f"{self.root}/{_name(step)}"
                 self.fs.rm_file(f"{place}/{MARKER}")  # first: half a checkpoint must not look like a whole one
                 self.fs.rm(place, recursive=True)
+
+
+def together(write: Callable[[], None], what: str, folder: Path, agree: Callable[[bool], bool]) -> None:
+    """Writes on every rank; where it fails on one, all of them raise, and none waits for another.
+
+    Args:
+        write: what this rank writes.
+        what: its name in an error.
+        folder: where it is written to.
+        agree: see `Checkpoints.write`.
+
+    Raises:
+        ArtifactError: the disk is full, or not to be written to, here or on another rank.
+    """
+    error: Exception | None = None
+    try:
+        write()
+    except Exception as e:  # noqa: BLE001 - the others have to hear of it first
+        error = e
+    if agree(error is None):
+        return
+    if error and not _of_the_disk(error, folder):
+        raise error
+    raise ArtifactError(
+        f"cannot write {what}: {error or 'another worker failed'}; earlier checkpoints are whole"
+    ) from error
 
 
 def _name(step: int) -> str:

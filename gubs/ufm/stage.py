@@ -29,7 +29,7 @@ from gubs.ufm.checkpoint import POLICY, Checkpoints
 from gubs.ufm.monitor import STUCK, read_metrics
 from gubs.ufm.questions import Questions, known_tasks
 from gubs.ufm.sft import COLUMNS, steps_of
-from gubs.ufm.worker import CHECKPOINTS, DivergedError, Job
+from gubs.ufm.worker import CHECKPOINTS, Job
 
 SFT, GRPO = "sft_model", "grpo"
 _POLL_S = 0.5
@@ -203,7 +203,7 @@ def _recipe(settings: Settings, stage: Mapping[str, Any], inputs: Mapping[str, s
         "seed": settings.seed,
         "inputs": ufm.inputs.model_dump(),
         "dtype": ufm.model.dtype,
-        "rollout": ufm.rollout.model_dump(include={"temperature", "top_p"}),
+        "rollout": ufm.rollout.model_dump(include={"temperature", "top_p", "min_new_tokens"}),
         "workers": ufm.workers.count,
         **stage,
     }
@@ -267,7 +267,7 @@ def _fit(module: str, config: dict[str, Any], settings: Settings, folder: Path, 
     """Runs Ray Train until all steps are done.
 
     Raises:
-        DivergedError, PlatformError: see `sft_stage`.
+        DivergedError, ArtifactError, PlatformError: see `sft_stage`.
     """
     import importlib
 
@@ -306,7 +306,7 @@ def _fit(module: str, config: dict[str, Any], settings: Settings, folder: Path, 
         shutil.rmtree(folder / "ray-train", ignore_errors=True)
     outcome = result.return_value or {}
     if "error" in outcome:
-        raise DivergedError(outcome["error"])
+        raise outcome["error"]
 
 
 def use_gpu(settings: Settings) -> bool:

@@ -13,9 +13,9 @@ from typing import Any
 
 from gubs.artifacts import Run
 from gubs.config import Settings
-from gubs.errors import GubsError
+from gubs.errors import ArtifactError, GubsError
 from gubs.records import Task
-from gubs.ufm.checkpoint import POLICY, Checkpoints, save_policy
+from gubs.ufm.checkpoint import POLICY, Checkpoints, save_policy, together
 from gubs.ufm.inputs import Inputs
 from gubs.ufm.model import cpu_threads
 from gubs.ufm.monitor import Monitor, Phases, Watchdog
@@ -112,8 +112,8 @@ class Worker:
                 _report_to_ray(step, figures)
                 self._maybe_checkpoint(step, figures)
             self._save_final()
-        except DivergedError as e:
-            return {"error": str(e)}
+        except (DivergedError, ArtifactError) as e:
+            return {"error": e}
         else:
             return {"steps": self.steps}
         finally:
@@ -179,7 +179,7 @@ class Worker:
         score = sum(self._scores) / len(self._scores) if self._scores else None
         self._scores = []
         with self.phases("checkpoint"):
-            self.checkpoints.write(step + 1, self._save, barrier=_barrier, score=score)
+            self.checkpoints.write(step + 1, self._save, agree=_agree, score=score)
 
     def _save(self, folder: Path) -> None:
         import torch
@@ -190,9 +190,11 @@ class Worker:
             save_policy(self.trainer.model, self.inputs, folder / POLICY)
 
     def _save_final(self) -> None:
-        if self.rank == 0:
-            save_policy(self.trainer.model, self.inputs, self.folder / POLICY)
-        _barrier()
+        def write() -> None:
+            if self.rank == 0:
+                save_policy(self.trainer.model, self.inputs, self.folder / POLICY)
+
+        together(write, f"the policy {self.folder / POLICY}", self.folder, _agree)
 
 
 def _ranks() -> tuple[int, int, int]:
@@ -216,11 +218,16 @@ def _device() -> Any:
     return ray.train.torch.get_device()
 
 
-def _barrier() -> None:
+def _agree(well: bool) -> bool:
+    """Waits for all ranks; whether it went well on every one."""
+    import torch
     import torch.distributed as dist
 
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return well
+    failed = torch.tensor([0.0 if well else 1.0], device=_device())
+    dist.all_reduce(failed)
+    return not failed.item()
 
 
 def _report_to_ray(step: int, figures: Mapping[str, float]) -> None:

@@ -44,6 +44,22 @@ def test_what_the_guard_started_ends_with_a_parent_that_was_killed():
     assert gone(pids, 20), "although it ignores SIGTERM"
 
 
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_what_the_guard_started_ends_with_a_guard_that_was_killed(sign):
+    """As Ray does with the children of a worker that exits, before anything can be ended in good order."""
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    try:
+        pids = [int(p) for _ in range(2) for p in parent.stdout.readline().split()]
+        guard = next(p for p in pids if psutil.Process(p).ppid() == parent.pid)
+        os.kill(guard, sign)
+        if sign == signal.SIGKILL:
+            parent.kill()  # the worker goes on exiting
+        assert gone(pids, 20)
+    finally:
+        parent.kill()
+        parent.wait()
+
+
 def test_the_guard_returns_the_exit_code():
     command = [sys.executable, "-m", "gubs.llm.guard", "sh", "-c", "exit 3"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as guard:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ufm_helpers import text_prompt, tiny_inputs
+from ufm_helpers import disk, text_prompt, tiny_inputs
 
 from gubs.errors import ArtifactError
 from gubs.ufm import checkpoint
@@ -33,6 +33,10 @@ def save(text: str = "weights") -> Callable[[Path], None]:
 
 def opened(folder: Path, keep: int = 2, world: int = 1, **recipe: str) -> Checkpoints:
     return Checkpoints(str(folder), {**RECIPE, **recipe}, keep, world=world)
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -167,7 +171,7 @@ def test_ranks_write_into_one_folder_and_the_marker_comes_after_all_of_them(tmp_
 
         try:
             found = Checkpoints(str(tmp_path), RECIPE, 2, number, 2)
-            found.write(2, put, barrier=lambda: barrier.wait() and None)
+            found.write(2, put, agree=lambda well: barrier.wait() >= 0 and well)
         except BaseException as e:  # noqa: BLE001 - shown by the test
             errors.append(e)
 
@@ -180,8 +184,32 @@ def test_ranks_write_into_one_folder_and_the_marker_comes_after_all_of_them(tmp_
     assert marker["world"] == 2
 
 
-def full(*_: object, **__: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("harm", [full, lambda *_: 1 / 0])
+def test_when_one_rank_fails_all_do_and_none_waits(tmp_path, harm):
+    """Ranks that wait for one whose disk is full would hang until the collective's limit, and then be tried again."""
+    barrier, ways, errors = threading.Barrier(2, timeout=30), [True, True], {}
+
+    def rank(number: int) -> None:
+        def agree(well: bool) -> bool:
+            ways[number] = well
+            barrier.wait()
+            everywhere = all(ways)
+            barrier.wait()
+            return everywhere
+
+        try:
+            put = harm if number else (lambda folder: (folder / "a").write_text("a"))
+            Checkpoints(str(tmp_path), RECIPE, 2, number, 2).write(2, put, agree=agree)
+        except Exception as e:  # noqa: BLE001 - looked at below
+            errors[number] = e
+
+    threads = [threading.Thread(target=rank, args=(n,)) for n in range(2)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert isinstance(errors[0], ArtifactError)
+    assert "another worker failed" in str(errors[0])
+    assert isinstance(errors[1], ArtifactError if harm is full else ZeroDivisionError)
+    assert opened(tmp_path).latest() is None
 
 
 @pytest.mark.parametrize("where", ["_flush", "_write_through"])
@@ -189,7 +217,9 @@ def test_a_full_disk_leaves_the_earlier_ones_whole(tmp_path, monkeypatch, where)
     found = opened(tmp_path, keep=1)
     found.write(2, save("old"), score=1.0)
     monkeypatch.setattr(checkpoint, where, full)
-    with pytest.raises(ArtifactError, match=r"cannot write .*step-000004: .*No space left.*earlier ones are whole"):
+    with pytest.raises(
+        ArtifactError, match=r"cannot write .*step-000004: .*No space left.*earlier checkpoints are whole"
+    ):
         found.write(4, save("new"), score=2.0)
     monkeypatch.undo()
     assert found.latest().step == 2
@@ -202,17 +232,8 @@ def test_a_full_disk_leaves_the_earlier_ones_whole(tmp_path, monkeypatch, where)
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 3 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if (
-        os.geteuid()
-        or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True
-        ).returncode
-    ):
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a traceback may hold a file open
+    with disk(tmp_path / "disk", "3m") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("kind", ["torch", "safetensors"])
@@ -230,7 +251,7 @@ def test_a_disk_that_is_really_full(small_disk, kind):
 
             safetensors.torch.save_file(big, folder / "model.safetensors")
 
-    with pytest.raises(ArtifactError, match=r"cannot write .*step-000004.*earlier ones are whole"):
+    with pytest.raises(ArtifactError, match=r"cannot write .*step-000004.*earlier checkpoints are whole"):
         found.write(4, put)
     assert found.latest().step == 2
     assert not list(small_disk.glob("*.tmp")), "what was written in vain keeps the disk full"

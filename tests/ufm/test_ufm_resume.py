@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 from drive_grpo import STEPS, resume_settings
-from ufm_helpers import changed_copy
+from ufm_helpers import changed_copy, disk
 
 from gubs.artifacts import Run, writing
 from gubs.errors import ArtifactError, PlatformError
@@ -279,6 +279,21 @@ def test_a_run_whose_gradients_are_no_numbers_stops_with_the_batch_saved(ready):
     assert {"user", "video", "gold", "answer", "ids"} <= set(batch[0])
     kept = [partial / "checkpoints" / "step-000002" / "policy", Path(ready.path("sft_model", "policy"))]
     assert len({(p / "model.safetensors").read_bytes() for p in kept}) == 1, "skipped steps leave the weights alone"
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_at_once(ready):
+    """Trying again would fill it again: one attempt, and an error that names what could not be written."""
+    log, name = Path(ready.root).parent / "disk.log", "disk"
+    with disk(Path(ready.path(f"{name}.partial", "checkpoints")), "6m") as checkpoints:
+        process = start(ready, name, log)
+        assert process.wait(timeout=150) != 0
+        assert not list(checkpoints.iterdir()), "what was written in vain keeps the disk full"
+    said = log.read_text()
+    assert "ArtifactError: cannot write the checkpoint" in said
+    assert "step-000002" in said
+    assert [row["step"] for row in read_metrics(Path(ready.path(f"{name}.partial")))] == [0, 1]
+    assert said.count("attempts") == 1
 
 
 PLAIN_VLLM = """

@@ -1,12 +1,17 @@
 """What the UFM's tests share: a small simulated run with hand-written groups, clips, and answers of a given text."""
 
 import hashlib
+import os
 import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from gubs.artifacts import Run, writing
 from gubs.config import Settings, load_settings
@@ -107,3 +112,16 @@ def changed_copy(run: Run, folder: Path, settings: Settings, **stages: dict[str,
                 out.write_table(name, table)
             out.info = old.manifest.info
     return copy
+
+
+@contextmanager
+def disk(folder: Path, size: str) -> Iterator[Path]:
+    """A disk of a size ("3m"), there for as long as the block runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a traceback may hold a file open
