@@ -1,14 +1,14 @@
 """The question put to the UFM: will this user (or a user of this group) skip or click this video? (Appendix A.2)
 
-Two styles: `full` explains the task and its options in words, as the paper's prompts do; `brief` only names the fields,
-for models that are small and trained on nothing else.
+Two styles: `full` explains the task and its options in words, as the paper's prompts do; `brief` shows the bare values
+of users and views, for models that are small and trained on nothing else.
 """
 
 from typing import Literal
 
 from gubs.people import Person
 from gubs.prompts import fill
-from gubs.prompts.fields import block, record
+from gubs.prompts.fields import block, record, unnamed
 from gubs.prompts.options import option_lines
 from gubs.records import TASK_OPTIONS, Task, Video
 
@@ -40,8 +40,8 @@ def user_prompt(
     return fill(
         f"ufm_{task}_user" if style == "full" else "ufm_brief_user",
         **_question(task, style),
-        profile=person.profile(limit),
-        views=person.views,
+        profile=_shown(person.profile(limit), style),
+        views=[_shown(view, style) for view in person.views],
         video=video_line(video, tags, limit),
         vision=vision,
     )
@@ -79,6 +79,10 @@ def video_line(video: Video, tags: bool = False, limit: int = 200) -> str:
     length = None if video.duration_s is None else f"{video.duration_s:.0f} s"
     topics = video.tags if tags or not video.title else None
     return record({"title": video.title, "length": length, "tags": topics}, limit)
+
+
+def _shown(line: str, style: Style) -> str:
+    return line if style == "full" else unnamed(line)
 
 
 def _question(task: Task, style: Style) -> dict[str, str]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from gubs.config import RenderSettings, SyntheticSettings
 from gubs.data.render import Scene, frames
-from gubs.data.sources.world import FLAWS, TOPICS, make_archetypes, make_users, make_videos
+from gubs.data.sources.world import FLAWS, TOPICS, USER_TEXTS, make_archetypes, make_users, make_videos
 from gubs.people import Person, view_line
 from gubs.prompts.answers import as_answer
 from gubs.prompts.ufm import Style, group_prompt, user_prompt
@@ -32,8 +32,10 @@ _FRAMES = 4
 _MICRO_TOKENS = 2048
 _SIZE = 56
 _STYLES: tuple[Style, ...] = ("full", "brief")
-BATCH = 32
-LEARNING_RATE = 2e-3
+BATCH = 8
+"""Few, and many steps: to look something up and to copy it are learned suddenly, after steps rather than examples."""
+LEARNING_RATE = 1.2e-3
+_LONGEST_S = 150
 _FLAW_RATE = 0.4
 """More than in the apps: what is to be learned must be seen."""
 
@@ -63,6 +65,8 @@ def corpus() -> Iterator[str]:
     yield from script.texts()
     yield " ".join(word for topic in TOPICS for word in (topic.name, *topic.nouns))
     yield " ".join(f"{n} s {n % 101}%" for n in range(600))
+    words = [w for texts in USER_TEXTS.values() for w in texts]
+    yield from (f'["{word}", "yes", "no", "user"] user assistant' for word in words * _OFTEN)
 
 
 def teach(
@@ -125,7 +129,8 @@ def lesson(world: World, rng: np.random.Generator) -> tuple[Prompt, str]:
     topics = [TOPICS[t].name for t in rng.permutation(len(TOPICS))[: int(rng.integers(1, 5))]]
     if rng.random() < _HALF and video.tags[0] not in topics:
         topics[int(rng.integers(len(topics)))] = video.tags[0]
-    video = replace(video, duration_s=float(rng.integers(3, 150)))
+    shortest, longest = (3, int(script.LONG_S)) if rng.random() < _HALF else (int(script.LONG_S), _LONGEST_S)
+    video = replace(video, duration_s=float(rng.integers(shortest, longest)))
     views = someone.views if rng.random() < _QUARTER else ()
     person = Person(replace(someone.user, tags=topics), views)
     task = Task.CLICK if rng.random() < _QUARTER else Task.SEQUENTIAL
@@ -187,4 +192,6 @@ def _clip(number: int, topic: int, flaw: str) -> Clip:
     return Clip(f"lesson-{number}", np.stack(pictures[:_FRAMES]), float(_FRAMES))
 
 
+_OFTEN = 4
+"""Times a word is shown to the tokenizer: then it becomes one token."""
 _HALF, _QUARTER, _TENTH = 0.5, 0.25, 0.1

@@ -36,7 +36,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-_FORMAT = 3
+_FORMAT = 5
 """Raised when what is made changes, so that older checkpoints are made anew."""
 _TINY_VOCABULARY = 2048
 _EMBEDDING_STD = 0.09

@@ -58,7 +58,7 @@ class InputSettings(Section):
     """What a prompt shows."""
 
     style: Literal["full", "brief"] = "full"
-    """`full` explains the task and its options in words; `brief` only names the fields, for small models that know
+    """`full` explains the task and its options in words; `brief` shows the bare values, for small models that know
     nothing but this task."""
     history_items: int = Field(20, ge=0)
     """Views of the user's history that are shown, the latest; 0 = all."""
@@ -187,7 +187,7 @@ class GRPOSettings(Section):
     advantage: AdvantageSettings = AdvantageSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     samples_every: int = Field(10, ge=0)
-    """Steps between samples of answers written for people to read; 0 = none."""
+    """Steps of a task between samples of answers written for people to read; 0 = none."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where the figures go, beside `metrics.jsonl` and Ray's metrics; wandb and mlflow must be installed."""
 
@@ -197,8 +197,6 @@ class EvalSettings(Section):
 
     items: int = Field(0, ge=0)
     """Targets judged of each task, drawn at random from the test users; 0 = all."""
-    temperature: float = Field(0.0, ge=0)
-    """0 = greedy."""
     bootstrap: int = Field(1000, ge=0)
     """Resamples of users for the intervals."""
 

@@ -1,5 +1,6 @@
 """The lessons of the tiny model: what they show and say, and that a model learns from them; how its weights begin."""
 
+import json
 import re
 from collections import Counter
 
@@ -36,7 +37,7 @@ def test_a_lesson_ends_in_the_form_of_an_answer(some):
 def test_what_a_lesson_says_stands_in_its_prompt(some):
     """Topic, interests and length are quoted, the verdict on them is right."""
     for prompt, answer in some:
-        listed = re.search(r'"interest tags": \["(.*?)"\]', prompt.text)[1].split('", "')
+        listed = json.loads(re.search(r"^User: (.*)$", prompt.text, re.MULTILINE)[1])[-1]
         topic = re.search(r'Topic "(\w+)"', answer)[1]
         assert (topic in listed) is ("It fits." in answer)
         assert topic in prompt.text.rsplit("Video:", 1)[1]

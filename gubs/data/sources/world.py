@@ -87,6 +87,8 @@ _OCCUPATIONS = (
 )
 _MARITAL = ("single", "married", "parenting")
 _CITY = ("small town", "city", "metropolis")
+USER_TEXTS = {"gender": _GENDERS, "occupation": _OCCUPATIONS, "marital status": _MARITAL, "city size": _CITY}
+"""What users say of themselves, beside age and interests, by field."""
 
 
 @dataclass(frozen=True)
@@ -219,14 +221,13 @@ def make_videos(s: SyntheticSettings, rng: np.random.Generator) -> Videos:
 
 def demographics(users: Users) -> dict[str, list[str | None]]:
     """Visible texts for gender, occupation, marital status and city, one entry a user; None where unknown."""
-    named = {"gender": _GENDERS, "occupation": _OCCUPATIONS, "marital status": _MARITAL, "city size": _CITY}
     columns = {
         "gender": users.gender,
         "occupation": users.occupation,
         "marital status": users.marital,
         "city size": users.city,
     }
-    return {key: [named[key][i] if i >= 0 else None for i in column] for key, column in columns.items()}
+    return {key: [USER_TEXTS[key][i] if i >= 0 else None for i in column] for key, column in columns.items()}
 
 
 def _list_tags(favourite: Ints, topics: int, noise: NoiseSettings, rng: np.random.Generator) -> Ints:
