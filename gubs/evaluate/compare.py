@@ -25,15 +25,25 @@ LABELS = {
     "judge_f1": "Judge F1",
     "judge_acc": "Judge Acc",
     "judge_balanced_acc": "Judge balanced Acc",
+    "judge_mcc": "Judge MCC",
+    "reason_acc": "Reason Acc",
     "reason_f1": "Reason F1",
     "reason_f1_B": "Reason F1 of B",
+    "reason_f1_C": "Reason F1 of C",
+    "reason_f1_D": "Reason F1 of D",
     "click_f1": "Click F1",
     "click_acc": "Click Acc",
     "click_balanced_acc": "Click balanced Acc",
+    "click_mcc": "Click MCC",
     "share_kept": "Share kept",
+    "share_watched_lost": "Watched videos lost",
+    "share_clicked_lost": "Clicked videos lost",
     "person_play_rate": "Person play rate, kept",
     "total_play_rate": "Total play rate, kept",
+    "finish_rate": "Finish rate, kept",
+    "play_rate_above_30": "Not skipped, kept",
     "click_rate": "Click rate, kept",
+    "users_without_video": "Users without a video",
 }
 """The metrics shown, in order, in words."""
 
@@ -41,8 +51,10 @@ CONSTANTS = {
     Task.SEQUENTIAL: ("always skip", "never skip", "coin"),
     Task.CLICK: ("always click", "never click", "coin"),
 }
+DROP = "random drop"
+"""Beside what the filter keeps: as many videos dropped at random as the last policy drops, expected."""
 _PREFIX = "eval-"
-_LOG_WIDTH = 136
+_LOG_WIDTH = 152
 """Columns of the tables where there is no terminal."""
 
 
@@ -141,7 +153,6 @@ class _Judged:
         metrics = artifact.table("metrics").to_pylist()
         self.metrics = {(m["task"], m["mix"], m["mode"], m["method"], m["name"]): m for m in metrics}
         ufm = artifact.manifest.settings["ufm"]
-        self.rewards = RewardSettings(**ufm["grpo"]["rewards"])
         self.resamples, self.seed = ufm["evaluate"]["bootstrap"], artifact.manifest.settings["seed"]
 
     def of(self, task: Task, mix: str, mode: str) -> list[dict[str, Any]]:
@@ -149,9 +160,9 @@ class _Judged:
 
     def reward(self, task: Task, mix: str, mode: str) -> Figure:
         """Mean R of Eq. 4; the interval is over users."""
-        rows = self.of(task, mix, mode)
+        rows = [r for r in self.of(task, mix, mode) if r["reward"] is not None]
         users, place = np.unique([r["user_id"] for r in rows], return_inverse=True)
-        rewards = np.array([r["reward"] or 0.0 for r in rows])
+        rewards = np.array([r["reward"] for r in rows])
         sums, counts = np.bincount(place, rewards), np.bincount(place)
         low = high = None
         if len(users) > 1 and self.resamples:
@@ -186,27 +197,27 @@ def _metric_rows(found: Sequence[_Judged], task: Task, mix: str) -> list[Row]:
         constants = {c: found[0].metrics.get((task, mix, MODES[0], c, name)) for c in CONSTANTS[task]}
         figures = {f.name: {m: _figure(f.metrics[task, mix, m, "model", name]) for m in MODES} for f in found}
         values = {c: _known(m["value"]) for c, m in constants.items() if m}
+        if drop := found[-1].metrics.get((task, mix, MODES[0], f"{DROP}, expected", name)):
+            values[DROP] = _known(drop["value"])
         rows.append(Row(name, label, first["n"], _known(first["base_rate"]), values, figures))
     return rows
 
 
 def _reward_row(found: Sequence[_Judged], task: Task, mix: str, rows: Sequence[dict[str, Any]]) -> Row:
     """The mean reward; of constants, that of a well-formed answer which always says the same."""
-    golds = [Option(r["gold"]) for r in rows]
+    golds = [Option(r["gold"]) for r in rows if r["gold"]]
     skips = [g for g in golds if g != Option.A]
     most = max(set(skips), key=skips.count) if skips else Option.B
     yes, no = (Option.A, Option.B) if task == Task.CLICK else (most, Option.A)
     names = CONSTANTS[task]
-    constants = {
-        name: _constant_reward(o, golds, task, found[0].rewards) for name, o in zip(names, (yes, no), strict=False)
-    }
+    constants = {name: _constant_reward(o, golds, task) for name, o in zip(names, (yes, no), strict=False)}
     figures = {f.name: {m: f.reward(task, mix, m) for m in MODES} for f in found}
-    return Row(REWARD, LABELS[REWARD], len(rows), None, constants, figures)
+    return Row(REWARD, LABELS[REWARD], len(golds), None, constants, figures)
 
 
-def _constant_reward(option: Option, golds: Sequence[Option], task: Task, rewards: RewardSettings) -> float:
+def _constant_reward(option: Option, golds: Sequence[Option], task: Task) -> float:
     text = as_answer("The same as ever.", option)
-    by_gold = {g: judge(text, g, task, rewards, finished=True)[0].total for g in set(golds)}
+    by_gold = {g: judge(text, g, task, RewardSettings(), finished=True)[0].total for g in set(golds)}
     return float(np.mean([by_gold[g] for g in golds]))
 
 
@@ -231,10 +242,10 @@ def _as_table(block: Block) -> Any:
     from rich import box
     from rich.table import Table
 
-    golds = ", ".join(f"{n:,} {o}" for o, n in block.golds.items())
-    title = (
-        f"{block.task.capitalize()} task, {block.mix} mix: {block.items:,} targets of {block.users:,} users ({golds})"
-    )
+    title = f"{block.task.capitalize()} task, {block.mix} mix: {block.items:,} targets of {block.users:,} users"
+    title += f" ({', '.join(f'{n:,} {o}' for o, n in block.golds.items())})"
+    silent = [f"{block.unanswered[p][m]:,} {p}, {m}" for p in block.policies for m in MODES if block.unanswered[p][m]]
+    title += f"; without a readable answer: {'; '.join(silent)}" if silent else ""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric (95 % interval)", no_wrap=True)
     table.add_column("n", justify="right")
@@ -242,7 +253,7 @@ def _as_table(block: Block) -> Any:
     for mode in MODES:
         for policy in shown:
             table.add_column(f"{policy}\n{mode}", justify="right")
-    constants = CONSTANTS[Task(block.task)][:2]
+    constants = (*CONSTANTS[Task(block.task)], DROP)
     for name in ("base rate", *constants):
         table.add_column(name.replace(" ", "\n"), justify="right")
     for row in block.rows:

@@ -23,6 +23,7 @@ from gubs.ufm.questions import Item, Questions
 from gubs.ufm.rewards import judge
 from gubs.ufm.rollout import Request, Shape, start_rollout
 from gubs.ufm.sampling import sample_seed
+from gubs.ufm.settings import RewardSettings
 from gubs.ufm.stage import policy_folder, use_gpu
 
 BASE = "base"
@@ -48,7 +49,8 @@ PREDICTIONS = pa.schema(
         ("answer", pa.string()),
     ]
 )
-"""One row a target and mode. `natural`, `balanced`: the mixes that it belongs to; `reward`: R of Eq. 4."""
+"""One row a target and mode. `natural`, `balanced`: the mixes that it belongs to; `reward`: R of Eq. 4, with all of its
+parts, whatever training used; no gold and no reward: a skip whose reason nobody knows."""
 
 _CHUNK = 64
 OnProgress = Callable[[int, int], None]
@@ -81,7 +83,9 @@ def judge_stage(
     folder = models.checkpoint(ufm.model) if policy == BASE else policy_folder(run, policy)
     questions = Questions(run, settings)
     inputs = {policy: fingerprint_files(list(folder.glob("*.safetensors"))), **questions.fingerprints()}
+    heat = ufm.rollout.model_dump(include={"temperature", "top_p", "min_new_tokens"})
     chosen = {"evaluate": ufm.evaluate.model_dump(), "inputs": ufm.inputs.model_dump(), "seed": settings.seed}
+    chosen |= {"rollout": heat, "dtype": ufm.model.dtype}
     stage = f"eval-{policy}"
     mark = fingerprint(stage, chosen, inputs)
     if found := run.finished(stage, mark, force):
@@ -99,12 +103,13 @@ def judge_stage(
 def test_items(questions: Questions, count: int, seed: int) -> list[tuple[Item, dict[str, bool]]]:
     """The targets to be judged, of all tasks, and which mixes each is in.
 
-    The natural mix is `count` targets drawn at random (0 = all) a task; the balanced one has as many of every option,
-    at most `count` in all, drawn from all test targets. So the union of both is judged.
+    The natural mix is `count` targets drawn at random (0 = all) a task, those among them whose reason nobody knows; the
+    balanced one has as many of every option, at most `count` in all, drawn from all test targets. So the union of both
+    is judged.
     """
     found = []
     for number, task in enumerate(Task):
-        items = questions.items(task, Split.TEST)
+        items = questions.items(task, Split.TEST, unexplained=True)
         order = np.random.default_rng([seed, 41, number]).permutation(len(items))
         natural = set(order[: count or len(items)].tolist())
         balanced = _balanced(items, order.tolist(), count, task)
@@ -137,8 +142,9 @@ def predictions(
     for done, (k, mode, response) in enumerate(_ask(asked, heats, shape, settings), start=1):
         item, mixes = items[k]
         text, finished = inputs.text(response.ids)
-        parts, reading = judge(text, item.gold, item.task, ufm.grpo.rewards, finished)
-        said = {"predicted": reading.option, "failure": reading.failure, "reward": parts.total, "answer": text}
+        parts, reading = judge(text, item.gold or Option.B, item.task, RewardSettings(), finished)
+        reward = parts.total if item.gold else None
+        said = {"predicted": reading.option, "failure": reading.failure, "reward": reward, "answer": text}
         rows.append(_row(item, mode, mixes) | {n: str(v) if n != "reward" and v else v for n, v in said.items()})
         if on_progress and (done % _CHUNK == 0 or done == len(asked)):
             on_progress(done, len(asked))
@@ -173,9 +179,9 @@ def summary(rows: Sequence[dict[str, Any]], metrics: Sequence[dict[str, Any]]) -
     for task in Task:
         for mix in MIXES:
             for mode in MODES:
-                mine = [r["reward"] or 0.0 for r in rows if r["task"] == task and r["mode"] == mode and r[mix]]
-                if mine:
-                    found[f"{task}/{mix}/{mode}/reward"] = float(np.mean(mine))
+                mine = [r["reward"] for r in rows if r["task"] == task and r["mode"] == mode and r[mix]]
+                if rewards := [r for r in mine if r is not None]:
+                    found[f"{task}/{mix}/{mode}/reward"] = float(np.mean(rewards))
     return found
 
 
@@ -256,10 +262,10 @@ def _row(item: Item, mode: str, mixes: dict[str, bool]) -> dict[str, Any]:
         "task": str(item.task),
         "mode": mode,
         **mixes,
-        "gold": str(item.gold),
+        "gold": str(item.gold) if item.gold else None,
         "predicted": None,
         "failure": "too_long",
-        "reward": 0.0,
+        "reward": 0.0 if item.gold else None,
         "play_rate": item.play_rate,
         "clicked": item.gold == Option.A if item.task == Task.CLICK else None,
         "answer": None,

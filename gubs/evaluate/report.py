@@ -17,7 +17,7 @@ import numpy.typing as npt
 from markupsafe import Markup
 
 from gubs.artifacts import Artifact, Manifest, Run, write_atomically
-from gubs.evaluate.compare import CONSTANTS, Block
+from gubs.evaluate.compare import CONSTANTS, DROP, Block
 from gubs.evaluate.judge import MODES
 from gubs.records import Task
 from gubs.ufm.monitor import SAMPLES
@@ -78,11 +78,16 @@ def _roles(name: str) -> tuple[Curve, ...]:
 _PHASES = ("rollout", "reward", "reference", "train", "sync", "checkpoint", "waiting_for_data")
 _SECONDS = Panel(
     "Seconds a step, by phase",
-    "stacked; what is above the last layer is the step's rest",
+    "stacked; a checkpoint's seconds stand with the step after it",
     tuple(Curve(f"seconds/{p}", p.replace("_", " ")) for p in _PHASES),
     "s",
     "stack",
     sparse=True,
+)
+_TOKENS = Panel(
+    "Tokens a second",
+    "of all workers: answer tokens while the engine writes; all tokens, padding too, while the trainer trains",
+    (Curve("tokens_per_second/rollout", "rollout"), Curve("tokens_per_second/train", "train")),
 )
 _GRAD = Panel("Gradient norm", "before clipping", (Curve("grad_norm", "norm"),))
 _SFT_PANELS = (
@@ -94,6 +99,7 @@ _SFT_PANELS = (
     ),
     _GRAD,
     _SECONDS,
+    _TOKENS,
 )
 _GRPO_PANELS = (
     Panel(
@@ -143,6 +149,13 @@ _GRPO_PANELS = (
     ),
     _GRAD,
     _SECONDS,
+    _TOKENS,
+    Panel(
+        "Memory of a GPU",
+        "of the trainer: peak of a step, and with torch's reserve; of all processes, after a step",
+        tuple(Curve(f"gpu_gib/{n}", n) for n in ("peak", "reserved", "all")),
+        "GiB",
+    ),
 )
 
 
@@ -166,7 +179,7 @@ def render(run: Run, blocks: Sequence[Block] = ()) -> str:
         trainings=trainings,
         blocks=blocks,
         modes=MODES,
-        constants={str(t): c for t, c in CONSTANTS.items()},
+        constants={str(t): (*c, DROP) for t, c in CONSTANTS.items()},
     )
 
 

@@ -21,7 +21,7 @@ from gubs.data.frame_store import FrameStore
 from gubs.errors import ArtifactError
 from gubs.people import Person, load_people
 from gubs.prompts.ufm import group_prompt, user_prompt
-from gubs.records import GroupProfile, Option, Role, Split, Task, Video
+from gubs.records import FAST_SKIP_BELOW, GroupProfile, Option, Role, Split, Task, Video
 from gubs.teachers.annotations import all_labels
 from gubs.teachers.cases import OneTask, targets, whole_user, whole_video
 from gubs.ufm.inputs import VISION_MARK, Clip, Prompt
@@ -38,7 +38,8 @@ class Item:
     user_id: str
     video_id: str
     task: Task
-    gold: Option
+    gold: Option | None
+    """None: a skip whose reason nobody knows; never in training."""
     label_source: str
     play_rate: float | None = None
     clicked: bool | None = None
@@ -65,8 +66,13 @@ class Questions:
         names = [n for n in ("ifvr", "labels", "annotations", "frames", "ugm") if n in self.run.stages()]
         return {n: self.run.artifact(n).fingerprint for n in names}
 
-    def items(self, task: Task, split: Split) -> list[Item]:
+    def items(self, task: Task, split: Split, *, unexplained: bool = False) -> list[Item]:
         """The targets of a task that have a gold option, in the order of the data set.
+
+        Args:
+            task: of the targets.
+            split: of the users.
+            unexplained: also skips that have none.
 
         Raises:
             ArtifactError: the run has no labels.
@@ -74,9 +80,11 @@ class Questions:
         golds = self._golds
         found = []
         for row in targets(self.ifvr, task, [split]).to_pylist():
-            if told := golds.get(row["interaction_id"]):
+            gold, source = golds.get(row["interaction_id"], (None, ""))
+            skipped = task == Task.SEQUENTIAL and row["play_rate"] is not None and row["play_rate"] < FAST_SKIP_BELOW
+            if gold or (unexplained and skipped):
                 facts = {k: row[k] for k in ("interaction_id", "user_id", "video_id", "play_rate", "clicked")}
-                found.append(Item(**facts, task=task, gold=told[0], label_source=told[1]))
+                found.append(Item(**facts, task=task, gold=gold, label_source=source))
         return found
 
     def about_user(self, task: Task, user_id: str, video_id: str) -> Prompt:

@@ -33,6 +33,7 @@ class Sample:
     item: Item
     encoded: Encoded
     seed: int
+    prompt: str = ""
     response: Response | None = None
     text: str = ""
     reading: Reading | None = None
@@ -48,11 +49,13 @@ class Sample:
         """What a person may want to read of it."""
         read, parts = self.reading, self.parts
         return {
+            "task": str(self.item.task),
             "group": self.group,
             "role": str(self.role),
             "user": self.item.user_id,
             "video": self.item.video_id,
             "gold": str(self.item.gold),
+            "prompt": self.prompt,
             "answer": self.text,
             "option": str(read.option) if read and read.option else None,
             "failure": str(read.failure) if read and read.failure else None,
@@ -66,7 +69,13 @@ class Plan:
     """The samples of one worker for one step, before they are answered."""
 
     task: Task
+    turn: int
+    """How many steps of this task came before."""
     samples: list[Sample]
+    dropped: int = 0
+    """Samples of this worker whose prompt is too long."""
+    alone: int = 0
+    """Peers, similar users or groups, that this worker's records lack; the user's own prompt stands in for them."""
     figures: dict[str, float] = field(default_factory=dict)
 
 
@@ -100,21 +109,19 @@ class Planner:
         picked = sampler.batch(turn)
         resampled = sampler.resampled(turn)
         figures = {**sampler.figures(turn), "resampled": float(sum(resampled.values()))}
-        plan = Plan(task, [], figures)
-        dropped = alone = 0
+        plan = Plan(task, turn, [], figures=figures)
         for slot in range(rank, len(picked), world):
             item = self._items[task][picked[slot]]
             prompts, sampled = self._prompts(item, step, slot)
-            alone += (sampled.similar is None) + (sampled.group is None)
+            plan.alone += (sampled.similar is None) + (sampled.group is None)
             encoded = {role: self._inputs.encode(prompt) for role, prompt, _ in prompts}
-            for role, _, count in prompts:
+            for role, prompt, count in prompts:
                 if not self._inputs.fits(encoded[role]):
-                    dropped += count
+                    plan.dropped += count
                     continue
                 for k in range(count):
                     seed = sample_seed(self._seed, step, slot, role, k)
-                    plan.samples.append(Sample(slot, role, k, item, encoded[role], seed))
-        plan.figures |= {"dropped_too_long": float(dropped), "without_peer": float(alone)}
+                    plan.samples.append(Sample(slot, role, k, item, encoded[role], seed, prompt.text))
         return plan
 
     def _turn(self, step: int) -> tuple[Task, int]:
@@ -157,6 +164,7 @@ def evaluate(
     """Puts responses, rewards and advantages into the samples."""
     for sample, response in zip(samples, responses, strict=True):
         sample.response = response
+        assert sample.item.gold
         sample.text, finished = text_of(response.ids)
         sample.parts, sample.reading = judge(sample.text, sample.item.gold, sample.item.task, s.rewards, finished)
     found = advantages(
@@ -171,8 +179,22 @@ def evaluate(
     return found
 
 
-def answer_sums(samples: Sequence[Sample], found: Advantages) -> dict[str, float]:
+def shown(plan: Plan, every: int) -> list[Sample]:
+    """Samples for people to read, one a role: of each n-th step of a task, another record of the step each time."""
+    groups = sorted({s.group for s in plan.samples})
+    if not every or plan.turn % every or not groups:
+        return []
+    group = groups[plan.turn // every % len(groups)]
+    first: dict[SampleRole, Sample] = {}
+    for sample in plan.samples:
+        if sample.group == group:
+            first.setdefault(sample.role, sample)
+    return list(first.values())
+
+
+def answer_sums(plan: Plan, found: Advantages) -> dict[str, float]:
     """Counts and sums over this worker's samples, to be added over all workers; `answer_figures` divides."""
+    samples = plan.samples
     sums: dict[str, float] = collections.defaultdict(float)
     for f in (None, *Failure):
         sums[f"unparsed/{f}" if f else "answers"] += 0.0
@@ -202,7 +224,8 @@ def answer_sums(samples: Sequence[Sample], found: Advantages) -> dict[str, float
     for role, value in found.reward_weighted.items():
         sums[f"reward_weighted/{role}"] += value * sums[f"count/{role}"]
     groups = len({s.group for s in samples})
-    return {**sums, "groups": float(groups), "zero_variance": found.frac_zero_variance * groups}
+    sums |= {"groups": float(groups), "zero_variance": found.frac_zero_variance * groups}
+    return {**sums, "dropped_too_long": float(plan.dropped), "without_peer": float(plan.alone)}
 
 
 def answer_figures(sums: dict[str, float]) -> dict[str, float]:
@@ -224,4 +247,7 @@ def answer_figures(sums: dict[str, float]) -> dict[str, float]:
         "frac_wrong_pushed_up": sums["wrong_up"] / max(1.0, n - sums["right"]),
         "frac_truncated": sums[f"unparsed/{Failure.TRUNCATED}"] / n,
         "response_tokens": sums["response_tokens"] / n,
+        "tokens/rollout": sums["response_tokens"],
+        "dropped_too_long": sums["dropped_too_long"],
+        "without_peer": sums["without_peer"],
     }

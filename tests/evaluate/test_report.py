@@ -59,7 +59,16 @@ def put_training(run, stage, columns, info):
         out.write_table("steps", pa.table({"step": list(range(steps)), **columns}))
         out.info = {"steps": steps, **info}
         if stage == "grpo":
-            sample = {"group": 0, "user": "u1", "video": "<b>v</b>", "gold": "B", "answer": EVIL, "option": "B"}
+            sample = {
+                "task": "sequential",
+                "prompt": f"Playing. {EVIL}",
+                "group": 0,
+                "user": "u1",
+                "video": "<b>v</b>",
+                "gold": "B",
+                "answer": EVIL,
+                "option": "B",
+            }
             rows = [
                 {"step": s, "role": r, **sample, "failure": None, "reward": 3.0, "advantage": 0.5}
                 for s in range(9)
@@ -106,6 +115,33 @@ def test_every_metric_comes_with_n_base_rate_and_constants(run):
     assert row(compare(run), "reason_f1").n == 24
 
 
+def test_a_skip_of_unknown_reason_counts_for_the_judge_and_for_nothing_else(tmp_path):
+    run, rows = Run(tmp_path / "r"), answers(3)
+    unknown = [r | {"interaction_id": "x", "gold": None, "reward": None, "balanced": False} for r in rows[:2]]
+    put_judged(run, "known", rows)
+    put_judged(run, "grpo", [*rows, *(u | {"predicted": "C", "play_rate": 0.1} for u in unknown)])
+    known, both = compare(run, ["known"]), compare(run, ["grpo"])
+    assert (row(known, "judge_acc").n, row(both, "judge_acc").n) == (32, 33)
+    assert (row(known, "reason_f1").n, row(both, "reason_f1").n) == (24, 24)
+    value = lambda blocks, policy: row(blocks, "reward").figures[policy]["greedy"].value  # noqa: E731
+    assert value(known, "known") == value(both, "grpo")
+    assert row(known, "reward").constants == row(both, "reward").constants
+
+
+def test_what_the_filter_keeps_stands_beside_random_drops_and_what_is_lost(run, capsys):
+    """A filter that drops at random raises no rate, but whoever reads the rate alone cannot know that."""
+    blocks = compare(run, ["sft_model", "grpo"])
+    for name in ("share_kept", "share_watched_lost", "total_play_rate", "finish_rate", "users_without_video"):
+        assert row(blocks, name).constants["random drop"] is not None
+    assert "random drop" not in row(blocks, "judge_f1").constants
+    kept = row(blocks, "share_kept")
+    assert kept.constants["random drop"] == pytest.approx(kept.figures["grpo"]["greedy"].value)
+    print_blocks(blocks)
+    said = capsys.readouterr().out
+    assert "Watched videos lost" in said
+    assert "12 sft_model, greedy" in said, "answers that cannot be read are counted under the table"
+
+
 def test_policies_stand_in_the_order_of_their_training(run):
     put_judged(run, "base", answers(0))
     manifest = Path(run.path("grpo", "manifest.json"))
@@ -130,6 +166,8 @@ def test_the_page_is_whole_and_shows_what_models_said_as_text(run):
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert "<b>v</b>" not in page
+    assert "sequential task, user u1" in page
+    assert "Playing. &lt;think&gt;" in page
     assert "src=" not in page
     assert page.count("<svg") == 4  # loss, seconds; reward by role, KL: curves without a value are left out
     assert "Judge F1" in page
