@@ -27,7 +27,7 @@ COMMON = [
     "ufm.grpo.start=base",
     "ufm.grpo.tasks=[sequential]",
     "ufm.inputs.vision=false",
-    "ufm.grpo.checkpoint.every=100000",
+    "ufm.grpo.checkpoint.every=100000",  # neither trainer writes any: its size and interval are a matter of taste
     "ufm.grpo.micro_tokens=4096",
     "teachers.profile_users=1",
 ]
@@ -141,7 +141,7 @@ def measure(args: argparse.Namespace, settings: list[str], name: str) -> dict[st
         artifact = pipeline.train_grpo(run, loaded, force=True, name=f"grpo-{name}")
     steps = artifact.table("steps").slice(2)
     column = {n: steps[n].to_numpy() for n in steps.column_names}
-    step = float(np.median(column["seconds/step"]))
+    step = float(np.median(column["seconds/since_last"]))  # as TRL's: from one step's end to the next one's
     completions = loaded.ufm.grpo.prompts * SAMPLES
     tokens = float(np.mean(column["response_tokens"]))
     seconds = {p: float(np.median(column.get(f"seconds/{p}", np.zeros(1)))) for p in PHASES}
@@ -197,9 +197,10 @@ def run_trl(spec: dict[str, Any]) -> None:
     clock, reward = _trl_clock(), _TRLReward(grpo.rewards)
     config = _trl_config(spec, grpo)
     trainer = trl.GRPOTrainer(model, reward, config, data, processing_class=tokenizer, callbacks=[clock])
+    trainer.ref_model.to(getattr(torch, spec["dtype"]))  # it would load the reference in float32, which is slower
     trainer.train()
     step = statistics.median(b - a for a, b in list(itertools.pairwise(clock.ends))[2:])
-    found = {"step": step, "per_completion": step / (spec["prompts"] * SAMPLES)}
+    found = {"step": step, "per_completion": step / (spec["prompts"] * SAMPLES), "micro": spec["micro"]}
     print(json.dumps({**found, "tokens": statistics.fmean(reward.lengths), "version": trl.__version__}))
 
 

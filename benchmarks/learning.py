@@ -9,6 +9,7 @@ two processes with one thread each (`ufm.workers.threads=1`) and seeds of their 
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,23 +31,32 @@ POLICIES: Mapping[str, Sequence[str]] = {
 }
 """What differs between the policies. Plain: six samples from the user's own prompt, standardised without weights."""
 
-SFT = "sft"
+SFT, BLIND = "sft", "sft, no frames"
 DATA = ("raw", "truth", "videos", "ifvr", "frames", "ugm", "sft", "labels", "profiles")
 
 FIGURES = (
     ("reward", "sequential", "balanced", "sampled"),
+    ("reward", "sequential", "balanced", "greedy"),
     ("reward", "sequential", "natural", "sampled"),
+    ("reward", "sequential", "natural", "greedy"),
     ("judge_f1", "sequential", "natural", "greedy"),
+    ("judge_f1", "sequential", "natural", "sampled"),
     ("judge_balanced_acc", "sequential", "natural", "greedy"),
     ("reason_f1", "sequential", "natural", "greedy"),
     ("reason_f1", "sequential", "balanced", "greedy"),
+    ("reason_f1", "sequential", "balanced", "sampled"),
     ("reason_f1_B", "sequential", "balanced", "greedy"),
+    ("share_kept", "sequential", "natural", "greedy"),
+    ("share_watched_lost", "sequential", "natural", "greedy"),
+    ("total_play_rate", "sequential", "natural", "greedy"),
     ("click_balanced_acc", "click", "natural", "greedy"),
 )
 """Metric, task, mix of options, way of answering."""
 
 Figures = dict[str, dict[str, float]]
 """Policy -> figure -> value."""
+Plain = dict[str, dict[str, float]]
+"""Figure -> n, base rate and what constants get."""
 
 
 def main() -> None:
@@ -61,36 +71,39 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="key=value")
     args = parser.parse_args()
     shared = load_settings(args.preset, args.settings)
+    plain: Plain = {}
     with ray_session(shared.ray):
         pipeline.prepare(Run(args.work / "data"), shared, before=pipeline.SFT)
         pipeline.ugm(Run(args.work / "data"), shared)
-        found = {seed: run_seed(args, seed) for seed in args.seeds}
+        found = {seed: run_seed(args, seed, plain) for seed in args.seeds}
     table = summary(found)
-    print_table(table, args.seeds)
+    print_table(table, plain, args.seeds)
     draw_curves(args)
     if args.json:
-        args.json.write_text(json.dumps({"seeds": found, "table": table}, indent=1))
+        args.json.write_text(json.dumps({"seeds": found, "table": table, "without a model": plain}, indent=1))
 
 
-def run_seed(args: argparse.Namespace, seed: int) -> Figures:
-    """All policies of one seed."""
-    run = linked(args.work / "data", args.work / f"seed-{seed}")
+def run_seed(args: argparse.Namespace, seed: int, plain: Plain) -> Figures:
+    """All policies of one seed; what needs no model goes into `plain`."""
+    run = linked(args.work / "data", args.work / f"seed-{seed}", DATA)
     base = [*args.settings, f"seed={seed}"]
     pipeline.train_sft(run, load_settings(args.preset, base))
-    judged = {SFT: "sft_model"}
     judge(run, "sft_model", load_settings(args.preset, args.settings))
+    blind = linked(Path(run.root), args.work / f"seed-{seed}-blind", (*DATA, "sft_model"))
+    judge(blind, "sft_model", load_settings(args.preset, [*args.settings, "ufm.inputs.vision=false"]))
+    found = {SFT: dict(figures(run, "sft_model", plain)), BLIND: dict(figures(blind, "sft_model", {}))}
     for policy in args.policies:
         name = f"grpo-{policy}"
         pipeline.train_grpo(run, load_settings(args.preset, [*base, *POLICIES[policy]]), name=name)
         judge(run, name, load_settings(args.preset, [*args.settings, *POLICIES[policy]]))
-        judged[policy] = name
-    return {policy: dict(figures(run, name)) for policy, name in judged.items()}
+        found[policy] = dict(figures(run, name, {}))
+    return found
 
 
-def linked(data: Path, folder: Path) -> Run:
-    """A run of its own that stands on the data set of another."""
+def linked(data: Path, folder: Path, stages: Sequence[str]) -> Run:
+    """A run of its own that stands on stages of another."""
     folder.mkdir(parents=True, exist_ok=True)
-    for stage in DATA:
+    for stage in stages:
         target = folder / stage
         if (data / stage).exists() and not target.exists():
             target.symlink_to((data / stage).absolute())
@@ -102,45 +115,54 @@ def judge(run: Run, policy: str, settings: Settings) -> None:
     pipeline.judge(run, settings, policy)
 
 
-def figures(run: Run, policy: str) -> Iterator[tuple[str, float]]:
-    """The figures of one judged policy."""
+def figures(run: Run, policy: str, plain: Plain) -> Iterator[tuple[str, float]]:
+    """The figures of one judged policy; what needs no model goes into `plain`."""
     rows = {(b.task, b.mix, r.name): r for b in compare(run, [policy]) for r in b.rows}
     for name, task, mix, mode in FIGURES:
-        row = rows.get((task, mix, name))
-        value = row.figures[policy][mode].value if row else None
-        if value is not None:
-            yield f"{name} {task} {mix} {mode}", value
+        if row := rows.get((task, mix, name)):
+            value = row.figures[policy][mode].value
+            figure = f"{name} {task} {mix} {mode}"
+            fixed = {"n": float(row.n), "base rate": row.base_rate, **dict(list(row.constants.items())[:2])}
+            plain[figure] = {k: math.nan if v is None else v for k, v in fixed.items()}
+            yield figure, math.nan if value is None else value
 
 
 def summary(found: Mapping[int, Figures]) -> dict[str, dict[str, Any]]:
-    """Policy -> figure -> mean and standard deviation over the seeds, least gain over SFT, gain in every seed."""
+    """Figure -> policy -> mean, standard deviation over the seeds, least gain over SFT, and whether every seed gained
+    more than the larger of SFT's and the policy's deviations.
+    """
     table: dict[str, dict[str, Any]] = {}
     seeds = list(found)
-    for policy in found[seeds[0]]:
-        for figure in found[seeds[0]][SFT]:
+    for figure in found[seeds[0]][SFT]:
+        start = [found[s][SFT][figure] for s in seeds]
+        for policy in found[seeds[0]]:
             values = [found[s][policy][figure] for s in seeds]
-            gains = [found[s][policy][figure] - found[s][SFT][figure] for s in seeds]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            least = min(v - b for v, b in zip(values, start, strict=True))
+            spread = max(map(statistics.stdev, (values, start))) if len(seeds) > 1 else math.nan
             table.setdefault(figure, {})[policy] = {
                 "mean": statistics.fmean(values),
-                "std": spread,
-                "least_gain": min(gains),
-                "in_every_seed_beyond_the_spread": min(gains) > spread,
+                "std": statistics.stdev(values) if len(seeds) > 1 else math.nan,
+                "least_gain": least,
+                "in_every_seed_beyond_the_spread": len(seeds) > 1 and least > spread,
             }
     return table
 
 
-def print_table(table: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> None:
+def print_table(table: Mapping[str, Mapping[str, Any]], plain: Plain, seeds: Sequence[int]) -> None:
     """One row a figure, one column a policy: mean +- standard deviation; * = every seed gained more than that."""
-    policies = list(next(iter(table.values())))
-    print(f"mean +- standard deviation over seeds {', '.join(map(str, seeds))}; * every seed gained more than that")
-    print("".join(f"{p:>18}" for p in ("", *policies)).replace(" " * 18, " " * 46, 1))
+    policies, fixed = list(next(iter(table.values()))), list(next(iter(plain.values())))[:2]
+    print(
+        f"mean +- standard deviation over seeds {', '.join(map(str, seeds))}; * every seed gained more over SFT than "
+        "the larger of both deviations; the constants say yes (always skip, always click) and no"
+    )
+    print(f"{'':<50}" + "".join(f"{p:>18}" for p in policies) + "".join(f"{p:>11}" for p in (*fixed, "yes", "no")))
     for figure, row in table.items():
         cells = [
             f"{c['mean']:.3f} +- {c['std']:.3f}{'*' if c['in_every_seed_beyond_the_spread'] else ' '}"
             for c in row.values()
         ]
-        print(f"{figure:<46}" + "".join(f"{c:>18}" for c in cells))
+        plainly = "".join(f"{v:>11.{0 if k == 'n' else 3}f}" for k, v in plain[figure].items())
+        print(f"{figure:<50}" + "".join(f"{c:>18}" for c in cells) + plainly)
 
 
 def draw_curves(args: argparse.Namespace) -> None:
