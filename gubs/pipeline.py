@@ -15,7 +15,7 @@ from gubs.config import Settings
 from gubs.console import llm_progress, print_json, progress, say, training_progress
 from gubs.data.build import build_stage
 from gubs.data.ingest import ingest_stage
-from gubs.errors import ArtifactError
+from gubs.errors import ArtifactError, SettingsError
 
 if TYPE_CHECKING:
     from gubs.llm.budget import Plan
@@ -125,6 +125,7 @@ def build_ifvr(run: Run, settings: Settings, force: bool = False) -> None:
 
 def demo(run: Run, settings: Settings, force: bool = False) -> None:
     """The whole journey, every stage checked or made: data set, groups, teachers, SFT, GA-GRPO, before and after."""
+    _check_folder(run)
     with ray_session(settings.ray):
         build_ifvr(run, settings, force)
         if settings.ufm.grpo.groups:
@@ -137,6 +138,7 @@ def demo(run: Run, settings: Settings, force: bool = False) -> None:
 
 def main_job(run: Run, settings: Settings, force: bool = False) -> None:
     """GA-GRPO, and what it did for test users; first whatever the run lacks. `force` trains again, from the same."""
+    _check_folder(run)
     with ray_session(settings.ray):
         prepare(run, settings)
         _train_and_compare(run, settings, force)
@@ -144,6 +146,7 @@ def main_job(run: Run, settings: Settings, force: bool = False) -> None:
 
 def sft_job(run: Run, settings: Settings, force: bool = False) -> None:
     """SFT; first whatever the run lacks."""
+    _check_folder(run)
     with ray_session(settings.ray):
         prepare(run, settings, before=SFT)
         train_sft(run, settings, force)
@@ -290,6 +293,7 @@ def train_sft(run: Run, settings: Settings, force: bool = False) -> Artifact:
     """`sft` -> `sft_model`: the base model, fine-tuned on the teacher's examples."""
     from gubs.ufm.stage import sft_stage
 
+    _check_folder(run)
     run.artifact("sft")  # what is missing is said before Ray is started
     base_model(settings)
     with _stage(SFT, "fine-tune") as finish, ray_session(settings.ray), training_progress("SFT") as on_progress:
@@ -303,6 +307,7 @@ def train_grpo(run: Run, settings: Settings, force: bool = False, name: str = GR
     """`sft_model`, `labels`, `ugm` -> `grpo`: the policy, trained by GA-GRPO."""
     from gubs.ufm.stage import grpo_stage
 
+    _check_folder(run)
     run.artifact("labels")
     if settings.ufm.grpo.start == BASE:
         base_model(settings)
@@ -367,6 +372,16 @@ def _stage(name: str, doing: str) -> Iterator[_Finish]:
         say(f"{label} {took}: {text}")
 
     yield finish
+
+
+def _check_folder(run: Run) -> None:
+    """Refuses a training at a URI before anything is made for it.
+
+    Raises:
+        SettingsError: see there.
+    """
+    if "://" in run.uri and not run.uri.startswith("file://"):
+        raise SettingsError(f"--run {run.uri}: training needs a path that all workers see, not a URI")
 
 
 def _detail(text: str) -> None:

@@ -19,8 +19,8 @@ _GRACE_S = 10.0
 def main(command: list[str]) -> int:
     """Runs the command in a session of its own until it ends or standard input does; returns its exit code.
 
-    The work is done by a process of its own: Ray kills the direct children of a worker that exits (SIGKILL), and whoever
-    is to end the command must outlive that.
+    The work is done by a process of its own: Ray kills the direct children of a worker that exits (SIGKILL), and
+    whoever is to end the command must outlive that.
     """
     keeper = os.fork()
     if not keeper:

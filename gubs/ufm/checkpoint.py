@@ -6,6 +6,8 @@ the size of every file. A folder without that marker is unfinished, whatever it 
 written to a local folder and uploaded, the marker last.
 """
 
+import contextlib
+import functools
 import json
 import os
 import shutil
@@ -13,16 +15,23 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
-from gubs.errors import ArtifactError
+from gubs.errors import ArtifactError, GubsError
 
 MARKER = "checkpoint.json"
 POLICY = "policy"
+T = TypeVar("T")
+Agree = Callable[[str], str]
+"""Waits for all ranks, each of which says what went wrong on it ("" = nothing); gives the first problem of any."""
 _FULL = 1 << 20
 """Bytes left on a disk that is taken for full."""
+
+
+class SharedError(ArtifactError):
+    """An error that every rank raises at the same time: none waits for another, and trying again would not help."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ class Checkpoints:
         step: int,
         save: Callable[[Path], None],
         *,
-        agree: Callable[[bool], bool] = bool,
+        agree: Agree = str,
         score: float | None = None,
     ) -> None:
         """Writes a checkpoint; all ranks call it at the same step, and where one fails all of them do.
@@ -129,11 +138,11 @@ class Checkpoints:
         Args:
             step: optimiser steps done.
             save: puts this rank's files into the folder it is given, which the ranks of a machine share.
-            agree: waits for all ranks, and tells whether it went well on every one of them.
+            agree: see `Agree`.
             score: see `Marker`.
 
         Raises:
-            ArtifactError: the disk is full, or not to be written to; earlier checkpoints are as they were.
+            SharedError: the disk is full, or not to be written to; earlier checkpoints are as they were.
         """
         place = f"{self.root}/{_name(step)}"
         elsewhere = Path(tempfile.gettempdir()) / f"gubs-{_name(step)}-{os.getppid()}"
@@ -141,6 +150,7 @@ class Checkpoints:
 
         def prepare() -> None:
             if self.rank == 0:
+                self._remove_unfinished()
                 shutil.rmtree(staged, ignore_errors=True)
                 staged.mkdir(parents=True)
 
@@ -152,13 +162,23 @@ class Checkpoints:
             if self.rank == 0:
                 self._publish(staged, place, Marker(step, self.world, self.recipe, score, _sizes(staged)))
 
-        what = f"the checkpoint {self.folder}/{_name(step)}"
         try:
             for part in (prepare, fill, publish):
-                together(part, what, staged, agree)
+                together(functools.partial(self._write, part, step, staged), agree)
         except Exception:
             shutil.rmtree(staged, ignore_errors=True)  # what was written in vain would keep a full disk full
+            with contextlib.suppress(OSError):
+                self._remove_unfinished()
             raise
+
+    def _write(self, part: Callable[[], None], step: int, staged: Path) -> None:
+        try:
+            part()
+        except Exception as e:
+            if not of_the_disk(e, staged):
+                raise
+            text = f"cannot write the checkpoint {self.folder}/{_name(step)}: {e}; earlier checkpoints are whole"
+            raise ArtifactError(text) from e
 
     def _publish(self, staged: Path, place: str, marker: Marker) -> None:
         text = json.dumps(asdict(marker), indent=1).encode()
@@ -172,6 +192,14 @@ class Checkpoints:
             self.fs.pipe_file(f"{place}/{MARKER}", text)
             shutil.rmtree(staged)
         self._prune()
+
+    def _remove_unfinished(self) -> None:
+        """What a kill or a full disk left: folders without a marker, whatever is in them, would fill the disk."""
+        if self.rank or not self.fs.exists(self.root):
+            return
+        for path in self.fs.ls(self.root, detail=False):
+            if path.rstrip("/").rsplit("/", 1)[-1].startswith("step-") and not self.fs.exists(f"{path}/{MARKER}"):
+                self.fs.rm(path, recursive=True)
 
     def best(self) -> int | None:
         """Step of the best finished checkpoint; the earlier one of two that are as good."""
@@ -191,30 +219,30 @@ class Checkpoints:
                 self.fs.rm(place, recursive=True)
 
 
-def together(write: Callable[[], None], what: str, folder: Path, agree: Callable[[bool], bool]) -> None:
-    """Writes on every rank; where it fails on one, all of them raise, and none waits for another.
+def together(action: Callable[[], T], agree: Agree) -> T:
+    """Does something on every rank; where it fails on one, all of them raise, and none waits for another.
 
     Args:
-        write: what this rank writes.
-        what: its name in an error.
-        folder: where it is written to.
-        agree: see `Checkpoints.write`.
+        action: what this rank does.
+        agree: see `Agree`.
 
     Raises:
-        ArtifactError: the disk is full, or not to be written to, here or on another rank.
+        SharedError: it failed, for a reason a user can mend, here or on another rank.
+        Exception: what the action raised here, where that is a bug.
     """
-    error: Exception | None = None
     try:
-        write()
+        result, error = action(), None
     except Exception as e:  # noqa: BLE001 - the others have to hear of it first
         error = e
-    if agree(error is None):
-        return
-    if error and not _of_the_disk(error, folder):
-        raise error
-    raise ArtifactError(
-        f"cannot write {what}: {error or 'another worker failed'}; earlier checkpoints are whole"
-    ) from error
+    try:
+        problem = agree(str(error) or repr(error) if error else "")
+        if error and not isinstance(error, GubsError):
+            raise error
+        if problem:
+            raise SharedError(problem) from error
+    finally:
+        del error  # its frames would refer to itself, and keep files of a full disk open
+    return result
 
 
 def _name(step: int) -> str:
@@ -233,7 +261,7 @@ def _flush(folder: Path) -> None:
                 os.fsync(f.fileno())
 
 
-def _of_the_disk(error: Exception, folder: Path) -> bool:
+def of_the_disk(error: Exception, folder: Path) -> bool:
     """Whether a disk that is full or broken is behind an error: torch and safetensors raise errors of their own."""
     if isinstance(error, OSError) or "os error" in str(error):
         return True

@@ -4,20 +4,24 @@ Order of a step: generate -> rewards, advantages -> the reference's log-probabil
 -> weights to the engine -> figures -> now and then a checkpoint. The engine sleeps while the trainer works (GPUs).
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from gubs.errors import PlatformError
 from gubs.ufm import model as models
-from gubs.ufm.inputs import Batch, Encoded, rows_of
+from gubs.ufm.inputs import Batch, rows_of
 from gubs.ufm.loss import Denominators, policy_loss
 from gubs.ufm.rollout import Request, Response, Shape, start_rollout
-from gubs.ufm.samples import Plan, Planner, Sample, answer_figures, answer_sums, evaluate, requests
+from gubs.ufm.samples import Plan, Planner, Sample, answer_figures, answer_sums, evaluate, requests, shown
 from gubs.ufm.sync import WeightSync
-from gubs.ufm.trainer import Trainer, Update, logprobs, micro_batches, most, reduce_sums
-from gubs.ufm.worker import Job, Worker
+from gubs.ufm.trainer import Trainer, Update, logprobs, micro_batches, most, reduce_sums, release_cache
+from gubs.ufm.worker import HealthError, Job, Worker
 
+_CLOSE = 1e-3
+_MISMATCH = 1.02
+"""See ga-grpo's health figures; bfloat16 stays below it too."""
 _ENGINE_TRIES = 3
 """Times an engine is started anew within a step before the step gives up."""
 
@@ -36,14 +40,16 @@ class GRPOWorker(Worker):
         self.planner = Planner(self.questions, self.inputs, job.tasks, self.grpo, job.settings.seed)
         model = models.load(job.start, self.ufm.model, train=True)
         self.trainer = Trainer(model, self.ufm.model, self.grpo.optimizer, self.steps, self.device, self.sees)
-        self.reference = models.load(job.start, self.ufm.model) if self.grpo.beta else None
-        self._share = models.attention(self.ufm.model) != "flash_attention_2"  # whose kernels take no mask
+        self.reference = Reference(models.load(job.start, self.ufm.model), self.device) if self.grpo.beta else None
+        self._share = models.attention(self.ufm.model) == "sdpa"  # the one that takes a mask of what sees what
         self.engine = RolloutEngine(self, job.start)
         self._ahead = ThreadPoolExecutor(1, "plan")
         self._next: Future[Plan] | None = None
+        self._first = 0
 
     def begin(self, step: int) -> None:
         """The engine gets the weights of the checkpoint that the run goes on from."""
+        self._first = step
         if step:
             self.engine.push(self.trainer.model)
 
@@ -52,17 +58,20 @@ class GRPOWorker(Worker):
         with self.phases("waiting for data"):
             plan = self._take_plan(step)
         figures = self._answer(plan, step)
-        updates = []
+        updates: list[Update] = []
         with self.phases("reference"):
             batches, references = self._references(plan.samples)
         with self.phases("train"):
             old: list[Any] = []
             for number in range(self.grpo.updates):
                 updates.append(self._update(batches, references, old, step, first=number == 0))
+        self.skipped(step, updates[-1].skipped, [s.to_json() | {"ids": list(_ids(s))} for s in plan.samples])
+        if step == self._first:
+            self._check_health(plan.samples, _update_figures(updates[:1]), step)
         with self.phases("sync"):
             self.engine.push(self.trainer.model)
-        self.skipped(step, updates[-1].skipped, [s.to_json() | {"ids": list(_ids(s))} for s in plan.samples])
-        return plan.figures | figures | _update_figures(updates)
+        trained = reduce_sums({"tokens/train": float(sum(b.tokens for b, _ in batches))}, self.device)
+        return plan.figures | figures | trained | _update_figures(updates)
 
     def end(self) -> None:
         """Stops the thread that plans ahead."""
@@ -82,10 +91,9 @@ class GRPOWorker(Worker):
             reuse = self.engine.reuse()
         with self.phases("reward"):
             found = evaluate(plan.samples, responses, self.inputs.text, self.grpo)
-            figures = answer_figures(reduce_sums(answer_sums(plan.samples, found), self.device))
-        if self.grpo.samples_every and step % self.grpo.samples_every == 0:
-            self.monitor.samples(step, [s.to_json() for s in _one_a_role(plan.samples)])
-        return figures | reuse
+            figures = answer_figures(reduce_sums(answer_sums(plan, found), self.device))
+        self.monitor.samples(step, [s.to_json() for s in shown(plan, self.grpo.samples_every)])
+        return figures | _shares(reduce_sums(reuse, self.device))
 
     def _references(self, samples: Sequence[Sample]) -> tuple[list[tuple[Batch, list[Sample]]], list[Any]]:
         """Micro-batches, as many on every rank, and the reference's log-probabilities for each."""
@@ -101,17 +109,32 @@ class GRPOWorker(Worker):
         batches += [(self._empty(samples), [])] * (max(1, most(len(dealt), self.device)) - len(batches))
         if self.reference is None:
             return batches, [None] * len(batches)
-        self.reference.to(self.device)
-        with torch.no_grad():
-            found = [logprobs(self.reference, b.to(self.device), sees=self.sees) for b, _ in batches]
-        if self.device.type == "cuda":
-            self.reference.to("cpu")  # the trainer needs the room more
+        with self.reference as reference, torch.no_grad():
+            found = [logprobs(reference, b.to(self.device), sees=self.sees) for b, _ in batches]
         return batches, found
+
+    def _check_health(self, samples: Sequence[Sample], figures: Mapping[str, float], step: int) -> None:
+        """The first step of an attempt tells whether engine, trainer and reference compute the same.
+
+        Raises:
+            HealthError: they do not: what would be trained on is not what was sampled.
+            PlatformError: this rank's engine answered with other weights than it was sent.
+        """
+        sync = self.engine.sync
+        old = {s.response.version for s in samples if s.response} - {sync.version if sync else 0}
+        if old:
+            raise PlatformError(f"the rollout engine answered with weights {sorted(old)}, not with those it was sent")
+        wrong = [
+            f"{name} = {value:.4g}, not {low:g} to {high:g}"
+            for name, low, high in _health_bounds(step)
+            if (value := figures.get(f"health/{name}")) is not None and not low <= value <= high
+        ]
+        if wrong and not figures["skipped"]:
+            raise HealthError(f"step {step}: engine, trainer and reference differ: {'; '.join(wrong)}")
 
     def _empty(self, samples: Sequence[Sample]) -> Batch:
         """A micro-batch without response tokens: the same graph, no gradient."""
-        encoded = samples[0].encoded if samples else Encoded([self.inputs.end] * 2, [self.inputs.end] * 2, None, None)
-        return self.inputs.collate([(encoded, ())])
+        return self.inputs.collate([(samples[0].encoded if samples else self.inputs.nothing(), ())])
 
     def _update(
         self,
@@ -130,7 +153,9 @@ class GRPOWorker(Worker):
         mine = [Denominators.of(m) for m in masks]
         counts = {"samples": float(sum(d.samples for d in mine)), "tokens": float(sum(d.tokens for d in mine))}
         total = reduce_sums(counts, self.device)
-        denominators = Denominators(max(1, int(total["samples"])), max(1, int(total["tokens"])))
+        if not total["tokens"]:  # all prompts too long: no gradient, and Adam's momentum must not move the weights
+            return Update(skipped=False, grad_norm=0.0, learning_rate=0.0, sums={})
+        denominators = Denominators(int(total["samples"]), int(total["tokens"]))
 
         def loss_of(logp: Any, number: int) -> tuple[Any, dict[str, Any]]:
             batch, samples = batches[number]
@@ -139,7 +164,7 @@ class GRPOWorker(Worker):
                 old.append(logp.detach())
             advantage = torch.tensor([s.advantage for s in samples] or [0.0], device=logp.device)
             said = [p for s in samples for p in (s.response.logprobs if s.response else ())]
-            rollout = torch.tensor(said, device=logp.device) if grpo.tis_cap else None
+            rollout = torch.tensor(said, device=logp.device)
             return policy_loss(
                 _dense(logp, mask),
                 None if first else _dense(old[number], mask),
@@ -149,12 +174,37 @@ class GRPOWorker(Worker):
                 denominators=denominators,
                 beta=grpo.beta,
                 clip=grpo.clip,
-                rollout_logp=None if rollout is None else _dense(rollout, mask),
-                tis_cap=grpo.tis_cap or 1.0,
+                rollout_logp=_dense(rollout, mask),
+                tis_cap=grpo.tis_cap,
                 level=grpo.level,
             )
 
         return self.trainer.update([b for b, _ in batches], loss_of, step)
+
+
+class Reference:
+    """The frozen policy of the start. On a GPU only while it is asked (`with`): the trainer needs the room more."""
+
+    def __init__(self, model: Any, device: Any):
+        self._model, self._device = model, device
+        self._kept: list[tuple[Any, Any]] = []
+        if device.type == "cuda":
+            for weight in itertools.chain(model.parameters(), model.buffers()):
+                self._kept.append((weight, weight.data.pin_memory()))
+        self._leave()
+
+    def __enter__(self) -> Any:
+        for weight, host in self._kept:
+            weight.data = host.to(self._device, non_blocking=True)
+        return self._model
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        for weight, host in self._kept:
+            weight.data = host
+        release_cache(self._device)
 
 
 class RolloutEngine:
@@ -164,7 +214,7 @@ class RolloutEngine:
         threads = 0 if worker.device.type == "cuda" else worker.threads
         ufm = worker.ufm
         self._shape = Shape(start, ufm.model, ufm.inputs, ufm.rollout, threads, worker.sees)
-        self._place = worker.place()
+        self._place, self._device = worker.place(), worker.device
         self._limit = ufm.workers.stuck_after_s
         self.sync: WeightSync | None = None
         self._counted: dict[str, float] = {}
@@ -181,11 +231,11 @@ class RolloutEngine:
         for _ in range(_ENGINE_TRIES):
             try:
                 answers: list[Response] = self._get(self.handle.generate.remote(list(asked)), "generate")
+                self._get(self.handle.sleep.remote(), "sleep")
             except RayActorError:
                 self._start(model)
                 self.push(model)
             else:
-                self.handle.sleep.remote()
                 return answers
         raise PlatformError(f"the rollout engine died {_ENGINE_TRIES} times in one step; Ray's dashboard has its log")
 
@@ -198,6 +248,7 @@ class RolloutEngine:
         from ray.exceptions import GetTimeoutError, RayActorError
 
         assert self.sync
+        release_cache(self._device)
         try:
             try:
                 self.sync.push(model)
@@ -208,16 +259,13 @@ class RolloutEngine:
             raise self._end("take the weights") from None
 
     def reuse(self) -> dict[str, float]:
-        """Since the last call: shares of the prompts' tokens and of the clips that the engine had in its caches."""
+        """Since the last call: see `Engine.figures`."""
         totals: dict[str, float] = self._get(self.handle.figures.remote(), "count")
         before, self._counted = self._counted, totals
-        found = {}
-        for kind in ("prefix", "picture"):
-            asked, hits = (totals[f"{kind}_{n}"] - before.get(f"{kind}_{n}", 0.0) for n in ("queries", "hits"))
-            found[f"engine/{kind}_reuse"] = hits / asked if asked > 0 else 0.0
-        return found
+        return {name: value - before.get(name, 0.0) for name, value in totals.items()}
 
     def _start(self, model: Any) -> None:
+        release_cache(self._device)
         self.handle = start_rollout(self._shape, gpu_ids=self._place[1], node_id=self._place[0])
         self._get(self.handle.ready.remote(), "start")
         self._counted = {}
@@ -243,6 +291,14 @@ class RolloutEngine:
         )
 
 
+def _health_bounds(step: int) -> list[tuple[str, float, float]]:
+    """Figure, least and most at the first step of an attempt. The mean of exp|log p(engine) - log p(trainer)| is the
+    one that finds wrong masks, positions and stale weights.
+    """
+    bounds = [("ratio", 1 - _CLOSE, 1 + _CLOSE), ("kl_old", -_CLOSE, _CLOSE), ("mismatch", 0.0, _MISMATCH)]
+    return [*bounds, ("kl", -_CLOSE, _CLOSE)] if step == 0 else bounds
+
+
 def _dense(flat: Any, mask: Any) -> Any:
     """Values of response tokens, sequence by sequence, at their places in (s, r); zeros elsewhere."""
     import torch
@@ -254,8 +310,12 @@ def _ids(sample: Sample) -> tuple[int, ...]:
     return sample.response.ids if sample.response else ()
 
 
-def _one_a_role(samples: Sequence[Sample]) -> list[Sample]:
-    return list({s.role: s for s in reversed(samples)}.values())
+def _shares(counts: Mapping[str, float]) -> dict[str, float]:
+    """Of all workers' engines: shares of the prompts' tokens and of the clips that were found in the caches."""
+    return {
+        f"engine/{kind}_reuse": counts[f"{kind}_hits"] / max(1.0, counts[f"{kind}_queries"])
+        for kind in ("prefix", "picture")
+    }
 
 
 def _update_figures(updates: Sequence[Update]) -> dict[str, float]:

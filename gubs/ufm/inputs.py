@@ -165,6 +165,10 @@ class Inputs:
         at = ids.index(pad)
         return Encoded(ids, ids[:at] + [pad] * count + ids[at + 1 :], clip, pixels)
 
+    def nothing(self) -> Encoded:
+        """A prompt that says nothing: what a rank computes, without response, where it has nothing else."""
+        return Encoded([self.end] * 2, [self.end] * 2, None, None)
+
     def fits(self, encoded: Encoded) -> bool:
         """Whether the prompt may be used; a longer one is dropped, never cut."""
         return len(encoded.ids) <= self.settings.max_prompt_tokens

@@ -102,7 +102,7 @@ def policy_loss(
         clip: PPO's epsilon; None (the paper) does not clip.
         rollout_logp: log-probabilities that the rollout engine gave when it sampled, [B, L]. Given, each token's policy
             term is weighted by min(exp(old - rollout), tis_cap), detached: truncated importance sampling.
-        tis_cap: that cap.
+        tis_cap: that cap; 0 = no weight, only its figures.
         level: `sequence` or `token`, see the module.
 
     Returns:
@@ -127,7 +127,7 @@ def policy_loss(
     if rollout_logp is not None:
         gap = old - _clean(rollout_logp.detach(), mask)
         importance = torch.exp(gap)
-        objective = objective * importance.clamp(max=tis_cap)
+        objective = objective * importance.clamp(max=tis_cap) if tis_cap else objective
         sums |= {"mismatch": torch.exp(gap.abs()), "capped": (importance > tis_cap).to(ratio.dtype)}
     loss = _reduce(beta * kl - objective, mask, denominators, level)
     return loss, _masked_sums(sums, mask)

@@ -252,30 +252,50 @@ def plan_grpo(ufm: UFMSettings, config: Mapping[str, Any], frames: tuple[int, in
     return MemoryPlan("GA-GRPO", a, ufm.workers.count, gpu, kept, host, problems, notes)
 
 
-def check(plan: MemoryPlan) -> None:
-    """Refuses what cannot fit.
+@dataclass(frozen=True)
+class Machine:
+    """A machine with GPUs."""
+
+    gpu: float
+    """Bytes of one of its GPUs."""
+    gpus: int
+    host: float
+    """Bytes of its own memory."""
+
+
+def check(plan: MemoryPlan, machine: Machine) -> None:
+    """Refuses what cannot fit, the GPUs or the memory of the machine they are in.
 
     Raises:
         PlatformError: with the whole sum.
     """
-    if plan.problems:
-        raise PlatformError("\n".join(["this training cannot fit its GPUs", *plan.lines()]))
+    workers = min(plan.workers, machine.gpus)
+    host = workers * sum(plan.host.values())
+    problems = [*plan.lines()] if plan.problems else []
+    if host > machine.host:
+        over = f"  DOES NOT FIT: {workers} worker(s) keep {_size(host)} in the memory of their machine, which has "
+        problems = [*plan.lines(), over + _size(machine.host)]
+    if problems:
+        raise PlatformError("\n".join(["this training cannot fit its GPUs", *problems]))
 
 
 def config_of(ufm: UFMSettings, folder: str | Path = "") -> Mapping[str, Any]:
-    """The config.json of a checkpoint folder; without one, that of the settings' model (made here if it is ours)."""
+    """The config.json of a checkpoint folder; without one, that of the settings' model (made here, but not taught, if
+    it is ours: lessons change no size).
+    """
     import json
 
     from gubs.ufm.model import checkpoint
 
     if not folder and not ufm.model.path and ufm.model.size == "7b":
         return QWEN2_5_VL_7B
-    found: dict[str, Any] = json.loads((Path(folder or checkpoint(ufm.model)) / "config.json").read_text())
+    untaught = ufm.model.model_copy(update={"lessons": 0})
+    found: dict[str, Any] = json.loads((Path(folder or checkpoint(untaught)) / "config.json").read_text())
     return found
 
 
-def gpu_bytes() -> float:
-    """Memory of one of the cluster's GPUs, asked where it is.
+def gpu_machine() -> Machine:
+    """One of the cluster's machines with GPUs, asked itself.
 
     Raises:
         PlatformError: no GPU answers within a minute.
@@ -283,16 +303,21 @@ def gpu_bytes() -> float:
     import ray
     from ray.exceptions import GetTimeoutError, RayError
 
-    def ask() -> float:
+    def ask() -> Machine:
+        import psutil
         import torch
 
-        return float(torch.cuda.get_device_properties(0).total_memory)
+        mine = ray.get_runtime_context().get_node_id()
+        (node,) = (n for n in ray.nodes() if n["NodeID"] == mine)
+        gpu = float(torch.cuda.get_device_properties(0).total_memory)
+        return Machine(gpu, int(node["Resources"].get("GPU", 1)), float(psutil.virtual_memory().total))
 
     remote: Any = ray.remote(ask)
     try:
-        return float(ray.get(remote.options(num_gpus=1, num_cpus=0).remote(), timeout=60))
+        found: Machine = ray.get(remote.options(num_gpus=1, num_cpus=0).remote(), timeout=60)
     except (GetTimeoutError, RayError) as e:
         raise PlatformError(f"no GPU of the cluster tells its memory: {str(e).strip()[-300:]}") from None
+    return found
 
 
 def _load(

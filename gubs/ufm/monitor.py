@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,6 +137,19 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if _step_of(line) is not None]
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Looks whether trackers are installed, before anything is spent.
+
+    Raises:
+        PlatformError: one is not.
+    """
+    import importlib.util
+
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise PlatformError(f"ufm.grpo.trackers has {name}, which is not installed: pip install {name}")
+
+
 def _step_of(line: str) -> Any:
     try:
         return json.loads(line)["step"]
@@ -150,9 +164,12 @@ def _number(value: float) -> float | None:
 def _tensorboard(folder: Path, name: str, config: Mapping[str, Any]) -> Any:  # noqa: ARG001
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    writer: Any = None
 
     def track(step: int, figures: Mapping[str, float]) -> None:
+        nonlocal writer
+        if writer is None:  # a resumed run does some steps again: what was shown of them goes
+            writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
         for key, value in figures.items():
             writer.add_scalar(key, value, step)
         writer.flush()
@@ -161,22 +178,29 @@ def _tensorboard(folder: Path, name: str, config: Mapping[str, Any]) -> Any:  # 
 
 
 def _wandb(folder: Path, name: str, config: Mapping[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise PlatformError("ufm.grpo.trackers has wandb, which is not installed: pip install wandb") from None
-    run = wandb.init(project="gubs", name=name, dir=str(folder), config=dict(config), resume="allow")
+    import wandb
+
+    identity = _identity(folder)
+    run = wandb.init(project="gubs", name=name, id=identity, dir=str(folder), config=dict(config), resume="allow")
     return lambda step, figures: run.log(dict(figures), step=step)
 
 
 def _mlflow(folder: Path, name: str, config: Mapping[str, Any]) -> Any:  # noqa: ARG001
-    try:
-        import mlflow
-    except ImportError:
-        raise PlatformError("ufm.grpo.trackers has mlflow, which is not installed: pip install mlflow") from None
+    import mlflow
+
     mlflow.set_experiment("gubs")
-    mlflow.start_run(run_name=name)
+    known = folder / "mlflow-run"
+    started = mlflow.start_run(run_id=known.read_text()) if known.exists() else mlflow.start_run(run_name=name)
+    known.write_text(started.info.run_id)
     return lambda step, figures: mlflow.log_metrics({k.replace("/", "."): v for k, v in figures.items()}, step=step)
+
+
+def _identity(folder: Path) -> str:
+    """One name for all attempts of a training: a resumed one goes on in the same curves."""
+    known = folder / "tracker-id"
+    if not known.exists():
+        known.write_text(uuid.uuid4().hex[:12])
+    return known.read_text()
 
 
 _TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}

@@ -24,6 +24,8 @@ _ENVIRONMENT = {
 }
 _READ_AT_ONCE = 4096
 """Prompt tokens a step of the engine on a CPU."""
+_PARTS = ("weights", "kv_cache")
+"""What sleeps and wakes, by vLLM's names."""
 _BLOCK = 32
 """Tokens of a cache block on a CPU, the smallest its kernels take: answers to one prompt share more of it."""
 
@@ -83,7 +85,7 @@ class Engine:
 
         self.shape, self.version = shape, 0
         self._cpu = not torch.cuda.is_available()
-        self._awake = True
+        self._asleep: tuple[str, ...] = ()
         self._llm = LLM(**_engine_arguments(shape, self._cpu))
 
     def ready(self) -> int:
@@ -100,9 +102,9 @@ class Engine:
             temperature: instead of the settings'; 0 = greedy.
             choices: the whole answer has to be one of these texts.
         """
+        self.wake()  # without requests too: only a whole engine can be put to sleep
         if not requests:
             return []
-        self.wake()
         parameters = [self._parameters(r.seed, temperature, choices) for r in requests]
         prompts: Any = [dict(r.prompt) for r in requests]
         outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
@@ -110,15 +112,16 @@ class Engine:
 
     def sleep(self) -> None:
         """Gives the GPU's memory free: weights to the host, no cache. Nothing on a CPU."""
-        if self.shape.rollout.sleep and not self._cpu and self._awake:
+        if self.shape.rollout.sleep and not self._cpu and not self._asleep:
             self._llm.sleep(level=1)
-            self._awake = False
+            self._asleep = _PARTS
 
     def wake(self, weights_only: bool = False) -> None:
         """Takes the memory back."""
-        if not self._awake:
-            self._llm.wake_up(tags=["weights"] if weights_only else None)
-            self._awake = not weights_only
+        parts = [p for p in self._asleep if p == "weights" or not weights_only]
+        if parts:
+            self._llm.wake_up(tags=parts)
+            self._asleep = tuple(p for p in self._asleep if p not in parts)
 
     def load(self, weights: Iterable[tuple[str, Any]], version: int) -> list[str]:
         """New weights by the checkpoint's names; what was computed with the old ones is forgotten.
@@ -138,7 +141,7 @@ class Engine:
 
     def forget(self) -> None:
         """Empties the caches of prefixes, of processed pictures and of their embeddings."""
-        if self._awake:
+        if not self._asleep:
             self._llm.reset_prefix_cache()
         self._llm.reset_mm_cache()
         engine = self._llm.llm_engine

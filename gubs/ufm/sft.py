@@ -1,7 +1,7 @@
 """Supervised fine-tuning on one train worker: the teacher's examples, streamed by Ray Data, loss on the answer only.
 
-Every worker reads its own shard of the stream; an epoch is shuffled with a seed of its own, so a resumed run sees the
-same batches and passes over those it has done.
+Every worker reads its own shard of the stream, which the driver made of as many examples as the steps need, each epoch
+in an order of its own; a resumed run sees the same batches and passes over those it has done.
 """
 
 import math
@@ -9,9 +9,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from gubs.errors import ArtifactError
 from gubs.records import Task
 from gubs.ufm import model as models
+from gubs.ufm.checkpoint import SharedError
 from gubs.ufm.inputs import Encoded
 from gubs.ufm.settings import CheckpointSettings, SFTSettings
 from gubs.ufm.trainer import Trainer, micro_batches, most, reduce_sums
@@ -30,14 +33,17 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     return SFTWorker(config["job"], ray.train.get_dataset_shard("train"), config["examples"]).run()
 
 
-def epochs_of(examples: int, sft: SFTSettings) -> int:
-    """Passes over the examples: as set, more where that would be too few steps."""
-    return max(sft.epochs, math.ceil(sft.min_steps / max(1, examples // sft.batch)))
-
-
 def steps_of(examples: int, sft: SFTSettings) -> int:
-    """Optimiser steps: whole batches of each epoch, one at least."""
-    return epochs_of(examples, sft) * max(1, examples // sft.batch)
+    """Optimiser steps: whole batches of the epochs; more epochs where those are fewer than `min_steps`."""
+    each = max(1, examples // sft.batch)
+    return each * max(sft.epochs, math.ceil(sft.min_steps / each))
+
+
+def order_of(examples: int, sft: SFTSettings, seed: int) -> list[int]:
+    """Numbers of the examples as the steps take them: one shuffled epoch after the other, none left out."""
+    rng, needed = np.random.default_rng([seed, 31]), steps_of(examples, sft) * sft.batch
+    epochs = [rng.permutation(examples) for _ in range(math.ceil(needed / examples))]
+    return [int(n) for n in np.concatenate(epochs)[:needed]]
 
 
 class SFTWorker(Worker):
@@ -53,7 +59,7 @@ class SFTWorker(Worker):
         """
         sft = job.settings.ufm.sft
         super().__init__(job, steps_of(examples, sft))
-        self.sft, self._shard, self._examples = sft, shard, examples
+        self.sft, self._shard = sft, shard
         model = models.load(job.start, self.ufm.model, train=True)
         self.trainer = Trainer(model, self.ufm.model, sft.optimizer, self.steps, self.device, self.sees)
         self._batches: Iterator[list[Example]] = iter(())
@@ -74,22 +80,31 @@ class SFTWorker(Worker):
         with self.phases("train"):
             update, tokens = self._update(examples, step)
         self.skipped(step, update.skipped, [{"ids": e.ids, "answer": a} for e, a in examples])
+        dropped = float(self.sft.batch // self.world - len(examples))
+        sums = reduce_sums({"tokens/train": float(tokens), "dropped_too_long": dropped}, self.device)
         count = max(1.0, update.sums.get("tokens", 1.0))
         return {
+            **sums,
             "loss": update.sums["loss"],
             "accuracy": update.sums.get("hits", 0.0) / count,
             "grad_norm": update.grad_norm,
             "learning_rate": update.learning_rate,
-            "tokens": float(tokens),
             "skipped": float(update.skipped),
         }
 
     def _update(self, examples: Sequence[Example], step: int) -> tuple[Any, int]:
         parts = micro_batches([len(e.ids) + len(a) for e, a in examples], self.sft.micro_tokens)
         batches = [self.inputs.collate([examples[i] for i in part]) for part in parts]
-        batches += [self.inputs.collate([(examples[0][0], ())])] * (most(len(parts), self.device) - len(batches))
+        filler = examples[0][0] if examples else self.inputs.nothing()
+        needed = max(1, most(len(parts), self.device))
+        batches += [self.inputs.collate([(filler, ())])] * (needed - len(batches))
         counts = {"tokens": float(sum(int(b.response.sum()) for b in batches))}
-        tokens = max(1.0, reduce_sums(counts, self.device)["tokens"])
+        tokens = reduce_sums(counts, self.device)["tokens"]
+        if not tokens:
+            raise SharedError(
+                f"all examples of step {step} are longer than a rollout may be: raise ufm.inputs.max_prompt_tokens or "
+                "max_new_tokens, or have shorter ones written (teachers.think_chars)"
+            )
 
         def loss_of(logp: Any, _: int) -> tuple[Any, dict[str, Any]]:
             loss = -logp.sum() / tokens
@@ -113,26 +128,25 @@ class SFTWorker(Worker):
                 yield ahead.result()
 
     def _rows(self, size: int) -> Iterator[list[dict[str, Any]]]:
-        """Rows of one batch after the other; what does not fill a batch at an epoch's end is left out."""
-        per_epoch = max(1, self._examples // self.sft.batch)
-        for _ in range(epochs_of(self._examples, self.sft)):
-            given = 0
-            for found in self._shard.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=2):
-                if given < per_epoch:
-                    given += 1
-                    yield found.to_pylist()
-            if given < per_epoch:
-                raise ArtifactError(f"a shard of the SFT examples gave {given} batches, not {per_epoch}")
+        """Rows of one batch after the other."""
+        given = 0
+        for found in self._shard.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=2):
+            given += 1
+            yield found.to_pylist()
+        if given < self.steps:
+            raise ArtifactError(f"a shard of the SFT examples gave {given} batches, not {self.steps}")
 
     def _encode(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
-        ask = self.questions
-        return [
+        """Those whose prompt and answer are as short as they have to be in a rollout."""
+        ask, longest = self.questions, self.ufm.inputs.max_new_tokens
+        made = [
             (
                 self.inputs.encode(ask.about_user(Task(r["task"]), r["user_id"], r["video_id"])),
                 self.inputs.answer_ids(r["response"]),
             )
             for r in rows
         ]
+        return [(prompt, answer) for prompt, answer in made if self.inputs.fits(prompt) and len(answer) <= longest]
 
 
 _HALF = -0.6931

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from gubs.artifacts import Artifact, ArtifactWriter, Run, fingerprint, fingerprint_files, writing
@@ -26,9 +25,9 @@ from gubs.teachers.sft import STAGE as EXAMPLES
 from gubs.ufm import memory
 from gubs.ufm import model as models
 from gubs.ufm.checkpoint import POLICY, Checkpoints
-from gubs.ufm.monitor import STUCK, read_metrics
+from gubs.ufm.monitor import STUCK, check_trackers, read_metrics
 from gubs.ufm.questions import Questions, known_tasks
-from gubs.ufm.sft import COLUMNS, steps_of
+from gubs.ufm.sft import COLUMNS, order_of, steps_of
 from gubs.ufm.worker import CHECKPOINTS, Job
 
 SFT, GRPO = "sft_model", "grpo"
@@ -77,7 +76,8 @@ def sft_stage(
         job = Job(run.uri, settings, SFT, str(folder), _checkpoints(folder), str(base), recipe)
         check_checkpoint(job, ufm.sft.checkpoint.keep)
         steps = steps_of(table.num_rows, ufm.sft)
-        data = _dataset(table.select(list(COLUMNS)), settings.seed, ufm.workers.count)
+        order = order_of(table.num_rows, ufm.sft, settings.seed)
+        data = _dataset(table.select(list(COLUMNS)).take(order), ufm.workers.count)
         config = {"job": job, "examples": table.num_rows}
         with _watching(folder, steps, on_progress):
             _fit("gubs.ufm.sft", config, settings, folder, {"train": data})
@@ -122,6 +122,7 @@ def grpo_stage(
     mark = fingerprint(name, {**recipe, "steps": str(grpo.steps)}, inputs)
     if found := run.finished(name, mark, force):
         return found, False
+    check_trackers(grpo.trackers)
     tasks = _tasks(questions, grpo.tasks, say)
     _check_memory(settings, start, memory.plan_grpo)
     with _training(run, name, fingerprint(name, recipe, inputs), settings, inputs, force, mark) as (out, folder):
@@ -233,10 +234,6 @@ def _training(
     `published` is the artifact's own fingerprint, where it takes in more than what a checkpoint must agree with (the
     number of steps: an unfinished run may be given more).
     """
-    if "://" in run.uri and not run.uri.startswith("file://"):
-        raise SettingsError(
-            f"--run {run.uri}: training writes checkpoints to a path that all workers see, not to a URI"
-        )
     partial = Path(run.path(f"{stage}.partial"))
     recipe = partial / "recipe.json"
     if partial.exists() and force:
@@ -251,15 +248,14 @@ def _training(
         out.fingerprint = published or mark
 
 
-def _dataset(table: pa.Table, seed: int, workers: int) -> Any:
-    """The examples in an order of their own, as a stream; as many blocks as workers at least."""
+def _dataset(table: pa.Table, workers: int) -> Any:
+    """The examples as a stream; as many blocks as workers at least."""
     import ray.data
 
     from gubs.cluster import quiet_ray_data
 
     quiet_ray_data()
-    order = np.random.default_rng([seed, 31]).permutation(table.num_rows)
-    rows = table.take(pa.array(order)).to_pylist()
+    rows = table.to_pylist()
     return ray.data.from_items(rows, override_num_blocks=max(workers, min(16, len(rows) // 256 + 1)))
 
 
@@ -328,7 +324,8 @@ def _check_memory(settings: Settings, folder: Path, plan: Callable[..., memory.M
     """Refuses a training that cannot fit the workers' GPUs, with the sum, before anything is loaded."""
     if use_gpu(settings):
         frames = (settings.frames.count, settings.frames.max_pixels)
-        memory.check(plan(settings.ufm, memory.config_of(settings.ufm, folder), frames, memory.gpu_bytes()))
+        machine = memory.gpu_machine()
+        memory.check(plan(settings.ufm, memory.config_of(settings.ufm, folder), frames, machine.gpu), machine)
 
 
 def _resources(settings: Settings, gpu: bool) -> dict[str, float]:
@@ -347,16 +344,16 @@ def _environment(stuck_after_s: float) -> None:
 
 def _named(error: Exception, folder: Path) -> GubsError:
     """The error a worker raised, as one of ours."""
-    stuck = folder / STUCK
-    if stuck.exists():
-        text = json.loads(stuck.read_text())["message"]
-        stuck.unlink()
-        return PlatformError(f"{text}, more often than ufm.workers.max_failures allows; Ray's log has its stack")
     failures = getattr(error, "worker_failures", None) or {}
     for cause in (*failures.values(), error):
         for found in (cause, getattr(cause, "cause", None), cause.__cause__):
             if isinstance(found, GubsError):
                 return found
+    stuck = folder / STUCK
+    if stuck.exists():  # of the last attempt: each begins by removing it
+        text = json.loads(stuck.read_text())["message"]
+        stuck.unlink()
+        return PlatformError(f"{text}, more often than ufm.workers.max_failures allows; Ray's log has its stack")
     text = next((str(f) for f in failures.values()), str(error)) or repr(error)
     return PlatformError(f"training failed: {text.strip()[-3000:]}")
 

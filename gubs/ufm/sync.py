@@ -5,7 +5,7 @@ them (a GPU: CUDA IPC handles of the trainer's own memory; a CPU: Ray's object s
 maps) -> the engine loads them and forgets what it computed before -> the version goes up, and every answer carries it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,9 +115,19 @@ class Pack:
         import torch
 
         if self.cuda:
-            return [(n, rebuild(*arguments)) for n, (rebuild, arguments) in zip(self.names, self.arrays, strict=True)]
+            here = torch.cuda.current_device()
+            return [(n, rebuild(*_on(here, a))) for n, (rebuild, a) in zip(self.names, self.arrays, strict=True)]
         tensors = (torch.from_numpy(a).view(getattr(torch, d)) for a, d in zip(self.arrays, self.dtypes, strict=True))
         return list(zip(self.names, tensors, strict=True))
+
+
+_DEVICE = 6
+"""Place of the device among the arguments that rebuild a tensor from its IPC handle."""
+
+
+def _on(device: int, arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """The same memory by the receiver's number of the device: an engine sees one GPU only, a trainer all of them."""
+    return (*arguments[:_DEVICE], device, *arguments[_DEVICE + 1 :])
 
 
 def _shared(weights: Mapping[str, Any]) -> Pack:

@@ -112,11 +112,51 @@ class Trainer:
 
     def save(self, folder: str | Path) -> None:
         """Weights, optimiser and counters of this rank under a folder that all ranks share; all ranks take part."""
-        self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        writer = self.engine.checkpoint_engine
+        self.engine.checkpoint_engine = patient = _PatientWriter(writer)
+        try:
+            self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        finally:
+            self.engine.checkpoint_engine = writer
+        if patient.error:
+            raise patient.error
 
     def load(self, folder: str | Path) -> None:
         """Takes back what `save` wrote; same number of ranks, same model."""
         self.engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
+
+
+class _PatientWriter:
+    """DeepSpeed's writer of checkpoints, whose errors wait: raised between DeepSpeed's barriers, the error of one rank
+    would leave the others waiting there for ever.
+    """
+
+    def __init__(self, writer: Any):
+        self._writer = writer
+        self.error: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+    def makedirs(self, *args: Any, **named: Any) -> None:
+        self._try(self._writer.makedirs, *args, **named)
+
+    def save(self, *args: Any, **named: Any) -> None:
+        self._try(self._writer.save, *args, **named)
+
+    def _try(self, write: Callable[..., Any], *args: Any, **named: Any) -> None:
+        try:
+            write(*args, **named)
+        except Exception as e:  # noqa: BLE001 - raised by `Trainer.save`
+            self.error = self.error or e
+
+
+def release_cache(device: Any) -> None:
+    """Gives the GPU's memory that torch keeps in reserve to other processes: the engine needs it to wake up."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _compile_nothing() -> None:

@@ -13,22 +13,28 @@ from typing import Any
 
 from gubs.artifacts import Run
 from gubs.config import Settings
-from gubs.errors import ArtifactError, GubsError
 from gubs.records import Task
-from gubs.ufm.checkpoint import POLICY, Checkpoints, save_policy, together
+from gubs.ufm.checkpoint import POLICY, Checkpoints, SharedError, of_the_disk, save_policy, together
 from gubs.ufm.inputs import Inputs
 from gubs.ufm.model import cpu_threads
-from gubs.ufm.monitor import Monitor, Phases, Watchdog
+from gubs.ufm.monitor import STUCK, Monitor, Phases, Watchdog
 from gubs.ufm.questions import Questions
 from gubs.ufm.settings import CheckpointSettings
+from gubs.ufm.trainer import most
 
 CHECKPOINTS = "checkpoints"
 
 
-class DivergedError(GubsError):
+class DivergedError(SharedError):
     """Loss or gradients were not numbers several steps in a row."""
 
     exit_code = 8
+
+
+class HealthError(SharedError):
+    """Engine, trainer and reference do not compute the same thing."""
+
+    exit_code = 9
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,7 @@ class Worker:
         trackers = self.ufm.grpo.trackers
         self.monitor = Monitor(self.folder, job.stage, trackers, job.settings.model_dump(mode="json"), self.rank)
         self._bad = 0
+        self._ended = 0.0
         self._scores: list[float] = []
 
     @property
@@ -99,8 +106,8 @@ class Worker:
         """Called after the last step."""
 
     def run(self) -> dict[str, Any]:
-        """All steps that are left. Errors that every rank meets at once are returned, not raised: trying again with
-        the same input would not help.
+        """All steps that are left. Errors that every rank raises at once (`SharedError`) are returned: trying again
+        with the same input would not help. What one rank alone meets is raised, and Ray Train ends the others.
         """
         watchdog = Watchdog(self.phases, self.ufm.workers.stuck_after_s, self.folder, self.rank)
         try:
@@ -112,7 +119,7 @@ class Worker:
                 _report_to_ray(step, figures)
                 self._maybe_checkpoint(step, figures)
             self._save_final()
-        except (DivergedError, ArtifactError) as e:
+        except SharedError as e:
             return {"error": e}
         else:
             return {"steps": self.steps}
@@ -145,23 +152,36 @@ class Worker:
             )
 
     def _timed(self, step: int) -> dict[str, float]:
+        """A step with its seconds by phase, and tokens of all workers by second. The seconds of a checkpoint are those
+        of the one that was written since the step before; `since_last` are all from that one's end, reports included.
+        """
         import time
 
         began = time.monotonic()
         figures = self.step(step)
         seconds = {f"seconds/{k.replace(' ', '_')}": v for k, v in self.phases.take().items()}
-        whole = time.monotonic() - began
-        figures = {**figures, **seconds, "seconds/step": whole}
-        if self.device.type == "cuda":
-            import torch
-
-            figures["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return figures
+        ended = time.monotonic()
+        whole = {"seconds/step": ended - began, "seconds/since_last": ended - (self._ended or began)}
+        self._ended = ended
+        speeds = {
+            f"tokens_per_second/{name}": figures[f"tokens/{name}"] / max(1e-9, seconds[f"seconds/{name}"])
+            for name in ("rollout", "train")
+            if f"tokens/{name}" in figures
+        }
+        return {**figures, **seconds, **whole, **speeds, **_gpu_memory(self.device)}
 
     def _resume(self) -> int:
-        """Loads the newest checkpoint, if there is one; returns the next step."""
-        marker = self.checkpoints.latest()
+        """Loads the newest checkpoint, if there is one; returns the next step.
+
+        Raises:
+            SharedError: it is damaged, or of another training, or not all ranks see the same one.
+        """
+        if self.rank == 0:
+            (self.folder / STUCK).unlink(missing_ok=True)  # of an attempt before this one
+        marker = together(self.checkpoints.latest, agree)
         done = marker.step if marker else 0
+        if most(done, self.device) != -most(-done, self.device):
+            raise SharedError(f"the workers do not see the same checkpoints: {self.job.checkpoints} is not shared")
         if marker:
             import torch
 
@@ -179,7 +199,7 @@ class Worker:
         score = sum(self._scores) / len(self._scores) if self._scores else None
         self._scores = []
         with self.phases("checkpoint"):
-            self.checkpoints.write(step + 1, self._save, agree=_agree, score=score)
+            self.checkpoints.write(step + 1, self._save, agree=agree, score=score)
 
     def _save(self, folder: Path) -> None:
         import torch
@@ -191,10 +211,16 @@ class Worker:
 
     def _save_final(self) -> None:
         def write() -> None:
-            if self.rank == 0:
+            if self.rank:
+                return
+            try:
                 save_policy(self.trainer.model, self.inputs, self.folder / POLICY)
+            except Exception as e:
+                if not of_the_disk(e, self.folder):
+                    raise
+                raise SharedError(f"cannot write the policy {self.folder / POLICY}: {e}; checkpoints are whole") from e
 
-        together(write, f"the policy {self.folder / POLICY}", self.folder, _agree)
+        together(write, agree)
 
 
 def _ranks() -> tuple[int, int, int]:
@@ -218,16 +244,31 @@ def _device() -> Any:
     return ray.train.torch.get_device()
 
 
-def _agree(well: bool) -> bool:
-    """Waits for all ranks; whether it went well on every one."""
+def _gpu_memory(device: Any) -> dict[str, float]:
+    """GiB of the step that ended: this process's peak, what it keeps in reserve, and what all processes have now."""
+    if device.type != "cuda":
+        return {}
     import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    found = {
+        "gpu_gib/peak": torch.cuda.max_memory_allocated(device),
+        "gpu_gib/reserved": torch.cuda.memory_reserved(device),
+        "gpu_gib/all": total - free,
+    }
+    torch.cuda.reset_peak_memory_stats(device)
+    return {name: size / 2**30 for name, size in found.items()}
+
+
+def agree(problem: str) -> str:
+    """See `checkpoint.Agree`."""
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return well
-    failed = torch.tensor([0.0 if well else 1.0], device=_device())
-    dist.all_reduce(failed)
-    return not failed.item()
+        return problem
+    problems: list[Any] = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next(filter(None, problems), "")
 
 
 def _report_to_ray(step: int, figures: Mapping[str, float]) -> None:

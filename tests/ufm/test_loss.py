@@ -157,6 +157,9 @@ def test_truncated_importance_weights():
     assert step_means(sums)["capped"] == 0.5
     tighter, _ = policy_loss(logp, old, None, advantage, mask, rollout_logp=rollout, tis_cap=1.0, **common)
     assert tighter.item() == pytest.approx(-(1 + 0.5) / 2)
+    watched, sums = policy_loss(logp, old, None, advantage, mask, rollout_logp=rollout, tis_cap=0.0, **common)
+    assert watched.item() == -1
+    assert step_means(sums)["mismatch"] == pytest.approx((4 + 2) / 2), "not corrected, but seen"
     off, sums = policy_loss(logp, old, None, advantage, mask, **common)
     assert off.item() == -1
     assert "mismatch" not in sums

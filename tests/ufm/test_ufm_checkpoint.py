@@ -15,7 +15,7 @@ from ufm_helpers import disk, text_prompt, tiny_inputs
 
 from gubs.errors import ArtifactError
 from gubs.ufm import checkpoint
-from gubs.ufm.checkpoint import MARKER, Checkpoints, save_policy
+from gubs.ufm.checkpoint import MARKER, Checkpoints, SharedError, save_policy
 from gubs.ufm.model import load
 from gubs.ufm.settings import ModelSettings
 
@@ -99,8 +99,9 @@ def test_what_a_kill_left_behind_is_no_checkpoint(tmp_path):
     (tmp_path / "step-000006" / "checkpoint.tmp").write_text('{"step": 6, "wor')
     assert found.steps() == [2]
     assert found.latest().step == 2
-    for step in (4, 6):
-        found.write(step, save("again"))
+    found.write(4, save("again"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000004"], "its disk space comes back"
+    found.write(6, save("again"))
     assert found.steps() == [4, 6]
     assert found.latest().step == 6
     assert not list(tmp_path.glob("*.tmp"))
@@ -162,7 +163,7 @@ def test_another_number_of_workers_is_refused(tmp_path):
 
 def test_ranks_write_into_one_folder_and_the_marker_comes_after_all_of_them(tmp_path):
     """A marker that comes before the last rank's file would vouch for a checkpoint that is not whole."""
-    barrier = threading.Barrier(2, timeout=30)
+    agree = everywhere(2)
     errors: list[BaseException] = []
 
     def rank(number: int) -> None:
@@ -171,7 +172,7 @@ def test_ranks_write_into_one_folder_and_the_marker_comes_after_all_of_them(tmp_
 
         try:
             found = Checkpoints(str(tmp_path), RECIPE, 2, number, 2)
-            found.write(2, put, agree=lambda well: barrier.wait() >= 0 and well)
+            found.write(2, put, agree=agree(number))
         except BaseException as e:  # noqa: BLE001 - shown by the test
             errors.append(e)
 
@@ -184,32 +185,44 @@ def test_ranks_write_into_one_folder_and_the_marker_comes_after_all_of_them(tmp_
     assert marker["world"] == 2
 
 
-@pytest.mark.parametrize("harm", [full, lambda *_: 1 / 0])
+def everywhere(world: int) -> Callable[[int], Callable[[str], str]]:
+    """`Agree` for ranks that are threads."""
+    barrier, problems = threading.Barrier(world, timeout=30), [""] * world
+
+    def of(rank: int) -> Callable[[str], str]:
+        def agree(problem: str) -> str:
+            problems[rank] = problem
+            barrier.wait()
+            first = next(filter(None, problems), "")
+            barrier.wait()
+            return first
+
+        return agree
+
+    return of
+
+
+@pytest.mark.parametrize("harm", [full, lambda *_: 1 / 0], ids=["disk", "bug"])
 def test_when_one_rank_fails_all_do_and_none_waits(tmp_path, harm):
     """Ranks that wait for one whose disk is full would hang until the collective's limit, and then be tried again."""
-    barrier, ways, errors = threading.Barrier(2, timeout=30), [True, True], {}
+    agree, errors = everywhere(2), {}
 
     def rank(number: int) -> None:
-        def agree(well: bool) -> bool:
-            ways[number] = well
-            barrier.wait()
-            everywhere = all(ways)
-            barrier.wait()
-            return everywhere
-
         try:
             put = harm if number else (lambda folder: (folder / "a").write_text("a"))
-            Checkpoints(str(tmp_path), RECIPE, 2, number, 2).write(2, put, agree=agree)
+            Checkpoints(str(tmp_path), RECIPE, 2, number, 2).write(2, put, agree=agree(number))
         except Exception as e:  # noqa: BLE001 - looked at below
             errors[number] = e
 
     threads = [threading.Thread(target=rank, args=(n,)) for n in range(2)]
     [t.start() for t in threads]
     [t.join() for t in threads]
-    assert isinstance(errors[0], ArtifactError)
-    assert "another worker failed" in str(errors[0])
-    assert isinstance(errors[1], ArtifactError if harm is full else ZeroDivisionError)
+    says = "No space left" if harm is full else "division by zero"
+    assert isinstance(errors[0], SharedError)
+    assert says in str(errors[0])
+    assert isinstance(errors[1], SharedError if harm is full else ZeroDivisionError)
     assert opened(tmp_path).latest() is None
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("where", ["_flush", "_write_through"])
@@ -225,6 +238,7 @@ def test_a_full_disk_leaves_the_earlier_ones_whole(tmp_path, monkeypatch, where)
     assert found.latest().step == 2
     assert (found.local(2) / "state" / "optimizer.pt").read_text() == "old"
     assert found.best() == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000002"], "what was written in vain keeps the disk full"
     found.write(4, save("new"))
     assert found.steps() == [2, 4]
 

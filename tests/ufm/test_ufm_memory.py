@@ -4,7 +4,7 @@ import pytest
 
 from gubs.config import load_settings
 from gubs.errors import PlatformError
-from gubs.ufm.memory import GIB, QWEN2_5_VL_7B, Architecture, check, config_of, plan_grpo, plan_sft
+from gubs.ufm.memory import GIB, QWEN2_5_VL_7B, Architecture, Machine, check, config_of, plan_grpo, plan_sft
 from gubs.ufm.settings import ModelSettings
 
 FRAMES = (8, 128 * 28 * 28)
@@ -53,7 +53,16 @@ def test_the_papers_setting_fits_four_a100_and_not_one(paper):
     assert not plan_sft(paper, QWEN2_5_VL_7B, FRAMES, 80 * GIB).problems
     alone = load_settings("paper", ["ufm.workers.count=1"]).ufm
     with pytest.raises(PlatformError, match=r"cannot fit(.|\n)*masters, Adam 92\.7 GiB"):
-        check(plan_grpo(alone, QWEN2_5_VL_7B, FRAMES, 80 * GIB))
+        check(plan_grpo(alone, QWEN2_5_VL_7B, FRAMES, 80 * GIB), Machine(80 * GIB, 4, 512 * GIB))
+
+
+def test_what_the_workers_keep_in_their_machines_memory_has_to_fit_too(paper):
+    """Reference and sleeping engine, twice 15.4 GiB, for each of the machine's workers."""
+    plan = plan_grpo(paper, QWEN2_5_VL_7B, FRAMES, 80 * GIB)
+    check(plan, Machine(80 * GIB, 4, 128 * GIB))
+    check(plan, Machine(80 * GIB, 2, 64 * GIB))
+    with pytest.raises(PlatformError, match=r"4 worker\(s\) keep 123\.\d GiB .* has 120\.0 GiB"):
+        check(plan, Machine(80 * GIB, 4, 120 * GIB))
 
 
 def test_without_sleep_the_engine_stays_beside_the_trainer():

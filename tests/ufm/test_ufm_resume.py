@@ -214,7 +214,7 @@ def _others_are_refused(run: Run, partial: Path) -> None:
 def _same_figures(run: Run) -> None:
     """Every step stands in the log once, with what the undisturbed run says of it."""
     tables = [run.artifact(n).table("steps").to_pylist() for n in ("whole", "broken")]
-    timed = ("seconds/",)
+    timed = ("seconds/", "tokens_per_second/")
     kept = [[{k: v for k, v in row.items() if not k.startswith(timed)} for row in t] for t in tables]
     assert [row["step"] for row in kept[1]] == list(range(STEPS))
     assert kept[0] == kept[1]
@@ -238,6 +238,12 @@ def test_the_undisturbed_run_learned_something_to_lose(ready, whole):
     assert {row["skipped"] for row in rows} == {0.0}
     samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
     assert {s["role"] for s in samples} == {"T", "S", "G"}
+    for row in rows:
+        assert row["tokens_per_second/rollout"] == pytest.approx(
+            row["tokens/rollout"] / row["seconds/rollout"], rel=1e-3
+        )
+        assert row["tokens/train"] > row["tokens/rollout"] > 0
+    assert {"seconds/waiting_for_data", "seconds/sync", "seconds/reference", "seconds/reward"} <= set(rows[0])
 
 
 @pytest.mark.slow
@@ -283,17 +289,24 @@ def test_a_run_whose_gradients_are_no_numbers_stops_with_the_batch_saved(ready):
 
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_at_once(ready):
-    """Trying again would fill it again: one attempt, and an error that names what could not be written."""
-    log, name = Path(ready.root).parent / "disk.log", "disk"
-    with disk(Path(ready.path(f"{name}.partial", "checkpoints")), "6m") as checkpoints:
-        process = start(ready, name, log)
-        assert process.wait(timeout=150) != 0
-        assert not list(checkpoints.iterdir()), "what was written in vain keeps the disk full"
-    said = log.read_text()
-    assert "ArtifactError: cannot write the checkpoint" in said
-    assert "step-000002" in said
-    assert [row["step"] for row in read_metrics(Path(ready.path(f"{name}.partial")))] == [0, 1]
-    assert said.count("attempts") == 1
+    """Trying again would fill it again: one worker, no second one, and an error that names what was not written."""
+    log, partial = Path(ready.root).parent / "disk.log", Path(ready.path("disk.partial"))
+    process, workers = start(ready, "disk", log), set()
+    try:
+        wait_for((partial / "recipe.json").exists, 60, "the training's folder", process)
+        with disk(partial / "checkpoints", "6m") as checkpoints:
+            until = time.monotonic() + 150
+            while process.poll() is None and time.monotonic() < until:
+                workers |= {p.pid for p in below(process, WORKER)}
+                time.sleep(0.2)
+            assert process.poll(), "it neither ended nor was it an error"
+            assert not list(checkpoints.iterdir()), "what was written in vain keeps the disk full"
+    finally:
+        process.kill()
+    assert "SharedError: cannot write the checkpoint" in log.read_text()
+    assert "step-000002" in log.read_text()
+    assert [row["step"] for row in read_metrics(partial)] == [0, 1]
+    assert len(workers) == 1
 
 
 PLAIN_VLLM = """

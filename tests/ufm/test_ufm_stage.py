@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 
-from gubs.errors import ArtifactError
+from gubs.errors import ArtifactError, PlatformError
 from gubs.records import Task
+from gubs.ufm.monitor import check_trackers
 from gubs.ufm.settings import SFTSettings
-from gubs.ufm.sft import epochs_of, steps_of
+from gubs.ufm.sft import order_of, steps_of
 from gubs.ufm.stage import _options, _tasks
 
 
@@ -33,7 +34,22 @@ class Log:
 def test_few_examples_are_repeated_until_there_are_enough_steps(examples, epochs, min_steps, steps):
     sft = SFTSettings(epochs=epochs, min_steps=min_steps, batch=16)
     assert steps_of(examples, sft) == steps
-    assert steps_of(examples, sft) == epochs_of(examples, sft) * max(1, examples // 16)
+    order = order_of(examples, sft, 3)
+    assert len(order) == 16 * steps
+    assert order == order_of(examples, sft, 3) != order_of(examples, sft, 4)
+
+
+def test_every_epoch_has_an_order_of_its_own_and_leaves_none_out():
+    order = order_of(83, SFTSettings(epochs=4, batch=16), 0)
+    first, second = order[:83], order[83:166]
+    assert sorted(first) == sorted(second) == list(range(83))
+    assert first != second
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_spent():
+    check_trackers(["tensorboard"])
+    with pytest.raises(PlatformError, match="pip install wandb"):
+        check_trackers(["tensorboard", "wandb"])
 
 
 def test_what_is_missing_is_named():

@@ -1,5 +1,6 @@
 """Weights on their way to the engine: nothing missing, nothing else, no bit changed."""
 
+import inspect
 import pickle
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from gubs.ufm.model import load
 from gubs.ufm.settings import ModelSettings
-from gubs.ufm.sync import EMBEDDING, HEAD, Entry, SyncError, _shared, check, manifest_of, weights_of
+from gubs.ufm.sync import EMBEDDING, HEAD, Entry, Pack, SyncError, _shared, check, manifest_of, weights_of
 
 EXPECTED = {"a": Entry((2, 3), "torch.float32"), "b": Entry((4,), "torch.float32")}
 
@@ -97,3 +98,16 @@ def test_a_view_that_is_not_contiguous_travels_whole():
 def test_the_manifest_of_a_model_names_every_weight(model):
     manifest = manifest_of(weights_of(model))
     assert manifest[EMBEDDING] == manifest[HEAD] == Entry((len(model.lm_head.weight), 128), "torch.float32")
+
+
+def test_a_handle_is_opened_on_the_receivers_own_device(monkeypatch):
+    """A trainer on its machine's third GPU says cuda:2; its engine sees that GPU alone, as cuda:0."""
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    names = list(inspect.signature(rebuild_cuda_tensor).parameters)
+    sent = tuple(2 if name == "storage_device" else name for name in names)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    pack = Pack(("w",), ("float32",), ((lambda *given: dict(zip(names, given, strict=True)), sent),), cuda=True)
+    ((name, opened),) = pack.tensors()
+    assert name == "w"
+    assert opened == {n: 0 if n == "storage_device" else n for n in names}

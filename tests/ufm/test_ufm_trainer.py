@@ -12,11 +12,15 @@ import torch
 from trainer_ranks import MODEL, OPTIMIZER, six_samples
 from ufm_helpers import text_prompt, tiny_inputs, video_prompt
 
+from gubs.errors import PlatformError
+from gubs.ufm.checkpoint import SharedError
+from gubs.ufm.grpo import GRPOWorker
 from gubs.ufm.loss import Denominators, policy_loss
 from gubs.ufm.model import load
+from gubs.ufm.rollout import Response
 from gubs.ufm.settings import GRPOSettings, OptimizerSettings
 from gubs.ufm.trainer import learning_rate, logprobs, micro_batches
-from gubs.ufm.worker import DivergedError, Worker
+from gubs.ufm.worker import DivergedError, HealthError, Worker
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -58,6 +62,14 @@ def ranks(tmp_path_factory, tiny) -> dict[int, list[dict[str, Any]]]:
     """Results by number of ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     return {world: run_ranks(world, folder, tiny) for world in (1, 2)}
+
+
+def test_a_full_disk_while_deepspeed_saves_is_told_by_its_rank_and_holds_up_none(ranks):
+    for world, found in ranks.items():
+        said = [f["full disk"]["said"] for f in found]
+        assert "No space left" in said[-1]
+        assert not any(said[:-1])
+        assert found[0]["full disk"]["files"] >= world
 
 
 def plain(tiny: Path, level: str) -> tuple[dict[str, torch.Tensor], float]:
@@ -232,3 +244,56 @@ def test_bad_steps_in_a_row_stop_the_run_with_their_batch(tmp_path):
     ):
         worker.skipped(5, True, [{"answer": "last"}])
     assert "last" in (tmp_path / "bad-step-5-rank-0.json").read_text()
+
+
+def test_workers_that_see_different_checkpoints_do_not_start(tmp_path, monkeypatch):
+    """ZeRO's shards of two steps would be put together, without any error."""
+    worker = object.__new__(Worker)
+    worker.folder, worker.rank, worker.device = tmp_path, 0, torch.device("cpu")
+    worker.checkpoints = type("C", (), {"latest": lambda self: None})()
+    worker.job = type("J", (), {"checkpoints": "/scratch/checkpoints"})()
+    monkeypatch.setattr("gubs.ufm.worker.most", lambda mine, _: max(mine, 50))  # another rank has step 50
+    with pytest.raises(SharedError, match="/scratch/checkpoints is not shared"):
+        worker._resume()
+
+
+HEALTHY = {"health/ratio": 1.0, "health/kl_old": 0.0, "health/kl": 0.0, "health/mismatch": 1.001, "skipped": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("step", "ill", "says"),
+    [
+        (0, {}, None),
+        (0, {"health/mismatch": 1.5}, "mismatch = 1.5, not 0 to 1.02"),
+        (0, {"health/kl": 0.3}, "kl = 0.3"),
+        (0, {"health/ratio": 1.1, "health/kl_old": 0.1}, "ratio = 1.1.*kl_old = 0.1"),
+        (0, {"health/mismatch": float("nan")}, "mismatch = nan"),
+        (0, {"health/mismatch": float("nan"), "skipped": 1.0}, None),
+        (40, {"health/kl": 0.3}, None),
+        (40, {"health/mismatch": 1.5}, "mismatch"),
+    ],
+)
+def test_the_first_step_of_an_attempt_tells_whether_all_compute_the_same(step, ill, says):
+    """A wrong mask, wrong positions or stale weights train happily on what was never sampled."""
+    shell = object.__new__(GRPOWorker)
+    shell.engine = type("E", (), {"sync": type("S", (), {"version": 2})})()
+    answered = [type("A", (), {"response": Response((1,), (0.0,), 2)})()]
+    if says:
+        with pytest.raises(HealthError, match=says):
+            shell._check_health(answered, HEALTHY | ill, step)
+    else:
+        shell._check_health(answered, HEALTHY | ill, step)
+
+
+def test_answers_of_an_engine_with_old_weights_are_refused():
+    shell = object.__new__(GRPOWorker)
+    shell.engine = type("E", (), {"sync": type("S", (), {"version": 2})})()
+    answered = [type("A", (), {"response": Response((1,), (0.0,), v)})() for v in (2, 1)]
+    with pytest.raises(PlatformError, match=r"weights \[1\]"):
+        shell._check_health(answered, HEALTHY, 0)
+
+
+def test_a_step_whose_prompts_were_all_too_long_moves_no_weight(ranks):
+    """Adam would go on by its momentum, and decay the weights."""
+    for found in ranks.values():
+        assert all(f["silent"] == {"equal": True, "skipped": False} for f in found)

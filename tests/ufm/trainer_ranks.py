@@ -18,7 +18,7 @@ from ufm_helpers import image_prompt, text_prompt, tiny_inputs, video_prompt
 
 from gubs.records import Option, Task
 from gubs.ufm.advantage import SampleRole
-from gubs.ufm.grpo import GRPOWorker
+from gubs.ufm.grpo import GRPOWorker, Reference
 from gubs.ufm.inputs import Inputs
 from gubs.ufm.loss import Denominators
 from gubs.ufm.model import load
@@ -51,7 +51,7 @@ def six_samples(inputs: Inputs) -> list[Sample]:
     for k, (prompt, length) in enumerate(zip(prompts, LENGTHS, strict=True)):
         ids = tuple(int(i) for i in rng.integers(300, len(inputs.tokenizer), length))
         said = Response(ids, tuple(float(x) for x in rng.normal(-7.5, 0.3, length)), 0)
-        sample = Sample(0, SampleRole.T, k, item, inputs.encode(prompt), 0, said)
+        sample = Sample(0, SampleRole.T, k, item, inputs.encode(prompt), 0, response=said)
         sample.advantage = float(rng.normal())
         samples.append(sample)
     return samples
@@ -62,7 +62,7 @@ def worker(checkpoint: str, reference: Any, **grpo: Any) -> GRPOWorker:
     shell = object.__new__(GRPOWorker)
     shell.device, shell.sees, shell._share = torch.device("cpu"), True, True
     shell.grpo = GRPOSettings().model_copy(update=grpo)
-    shell.inputs, shell.reference = tiny_inputs(Path(checkpoint)), reference
+    shell.inputs, shell.reference = tiny_inputs(Path(checkpoint)), Reference(reference, shell.device)
     shell.trainer = Trainer(load(checkpoint, MODEL, train=True), MODEL, OPTIMIZER, 10, shell.device, True)
     return shell
 
@@ -99,8 +99,8 @@ def micro(shell: GRPOWorker, samples: list[Sample], k: int) -> list[tuple[Any, l
 def references(shell: GRPOWorker, batches: list[tuple[Any, Any]]) -> list[Any]:
     from gubs.ufm.trainer import logprobs
 
-    with torch.no_grad():
-        return [logprobs(shell.reference, b, sees=True) for b, _ in batches]
+    with torch.no_grad(), shell.reference as asked:
+        return [logprobs(asked, b, sees=True) for b, _ in batches]
 
 
 def split(k: int, level: str = "sequence") -> Callable[..., dict[str, Any]]:
@@ -211,6 +211,41 @@ def resumed(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str,
     return {"equal": all(torch.equal(w, weights(second)[n]) for n, w in weights(whole).items()), "moved": moved}
 
 
+def full_disk(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
+    """The last rank's disk is full in the middle of DeepSpeed's own saving, and then no longer."""
+    folder = Path(sys.argv[4]).parent / f"full-{world}"
+    shell = worker(checkpoint, reference)
+    writer, saved = shell.trainer.engine.checkpoint_engine, []
+    real = writer.save
+
+    def save(*args: Any, **named: Any) -> None:
+        if rank == world - 1 and not saved:
+            saved.append(1)
+            raise OSError(28, "No space left on device")
+        real(*args, **named)
+
+    writer.save = save
+    try:
+        shell.trainer.save(folder)
+        said = ""
+    except OSError as e:
+        said = str(e)
+    shell.trainer.save(folder)  # would wait for ever if a rank had missed one of DeepSpeed's barriers
+    return {"said": said, "files": len(list(folder.rglob("*.pt")))}
+
+
+def silent(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
+    """A step with answers, and one without any on any rank."""
+    shell = worker(checkpoint, reference)
+    batches = micro(shell, six_samples(shell.inputs), 2)
+    shell._update(batches, references(shell, batches), [], 0, first=True)
+    before = weights(shell)
+    batches, refs = shell._references([])
+    update = shell._update(batches, refs, [], 1, first=True)
+    equal = all(torch.equal(w, before[n]) for n, w in weights(shell).items())
+    return {"equal": equal, "skipped": update.skipped}
+
+
 SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "k1": split(1),
     "k2": split(2),
@@ -220,6 +255,8 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "naive": naive,
     "nan": not_a_number,
     "resumed": resumed,
+    "full disk": full_disk,
+    "silent": silent,
 }
 
 

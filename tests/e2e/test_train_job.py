@@ -1,0 +1,56 @@
+"""The main job as a user submits it to a running cluster: uploaded, without a run, nothing made before."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gubs.artifacts import Run
+from gubs.jobs import local_head
+
+REPO = Path(__file__).resolve().parent.parent.parent
+SMALL = [
+    "synthetic.users=60",
+    "synthetic.videos=40",
+    "views_per_user=24",
+    "exposures_per_user=24",
+    "filters.min_video_views=2",
+    "filters.min_user_exposures=8",
+    "splits.test_users=8",
+    "splits.click_targets=6",
+    "render.max_seconds=2",
+    "sft_click_users=10",
+    "ufm.model.lessons=0",
+    "ufm.sft.min_steps=4",
+    "ufm.grpo.groups=false",
+    "ufm.grpo.steps=2",
+    "ufm.grpo.prompts=4",
+    "ufm.evaluate.items=8",
+    "ufm.evaluate.bootstrap=20",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_main_job_makes_what_is_missing_trains_judges_and_shows(tmp_path):
+    with local_head(num_cpus=2) as address:
+        for part in ("gubs", "ray_jobs"):
+            shutil.copytree(REPO / part, tmp_path / "upload" / part)
+        command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", address]
+        command += ["--working-dir", str(tmp_path / "upload")]
+        command += ["--runtime-env-json", json.dumps({"env_vars": {"GUBS_HOME": str(tmp_path / "home")}})]
+        command += ["--", sys.executable, "ray_jobs/train_grpo.py", *SMALL]
+        env = {**os.environ, "RAY_ADDRESS": ""}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=env)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-5000:]
+    run = Run(tmp_path / "home" / "runs" / "demo-synthetic")
+    assert f"{run.uri} has no ifvr, frames, sft, labels, sft_model: made first" in said
+    assert {"sft_model", "grpo", "eval-sft_model", "eval-grpo"} <= set(run.stages())
+    assert run.artifact("grpo").table("steps").num_rows == 2
+    assert "Sequential task, natural mix" in said
+    assert (tmp_path / "home" / "runs" / "demo-synthetic" / "training.html").stat().st_size > 10_000
