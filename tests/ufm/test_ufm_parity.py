@@ -288,6 +288,7 @@ def test_an_engine_that_does_not_take_the_weights_is_named(model, ray_local):
 
     stuck = object.__new__(RolloutEngine)
     stuck.handle, stuck._limit = ray.remote(Hung).options(num_cpus=0).remote(), 2.0
+    stuck._device = torch.device("cpu")
     stuck.sync = WeightSync(model, stuck.handle, stuck._limit)
     with pytest.raises(PlatformError, match=r"did not take the weights within 2 s"):
         stuck.push(model)
