@@ -70,6 +70,7 @@ def sft_stage(
     mark = fingerprint(SFT, recipe, inputs)
     if found := run.finished(SFT, mark, force):
         return found, False
+    check_trackers(ufm.grpo.trackers)
     _check_memory(settings, base, memory.plan_sft)
     say(_options("examples", Counter(zip(*(table[c].to_pylist() for c in ("task", "gold")), strict=True))))
     with _training(run, SFT, mark, settings, inputs, force) as (out, folder):
