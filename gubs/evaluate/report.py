@@ -26,7 +26,7 @@ PAGE = "training.html"
 _SHOWN_STEPS = (0.0, 0.5, 1.0)
 """Of the steps with samples: the first, the middle, the last."""
 _SMOOTH = 20
-"""A curve is the mean over the steps divided by this, around each step; single steps are pale behind it."""
+"""A curve is the mean over about the steps divided by this, around each step; single steps are pale behind it."""
 
 Floats = npt.NDArray[np.float64]
 Columns = dict[str, Floats]
@@ -42,6 +42,8 @@ class Curve:
 
     column: str
     label: str
+    whole: bool = False
+    """In a stack: what the layers are parts of, drawn as a line."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ def _roles(name: str) -> tuple[Curve, ...]:
 _PHASES = ("rollout", "reward", "reference", "train", "sync", "checkpoint", "waiting_for_data")
 _SECONDS = Panel(
     "Seconds a step, by phase",
-    "stacked; a checkpoint's seconds stand with the step after it",
-    tuple(Curve(f"seconds/{p}", p.replace("_", " ")) for p in _PHASES),
+    "stacked; the line is the whole step, a checkpoint's seconds stand with the step after it",
+    (*(Curve(f"seconds/{p}", p.replace("_", " ")) for p in _PHASES), Curve("seconds/step", "step", whole=True)),
     "s",
     "stack",
     sparse=True,
@@ -188,7 +190,8 @@ def training(artifact: Artifact) -> Training:
     table = artifact.table("steps")
     columns = {n: table[n].cast("float64").to_numpy(zero_copy_only=False) for n in table.column_names}
     grpo = "reward" in columns
-    figures = [(p, drawn) for p in (_GRPO_PANELS if grpo else _SFT_PANELS) if (drawn := draw(p, columns))]
+    turns = len(artifact.manifest.info.get("tasks", "1"))
+    figures = [(p, drawn) for p in (_GRPO_PANELS if grpo else _SFT_PANELS) if (drawn := draw(p, columns, turns))]
     seconds = float(np.nansum(columns.get("seconds/step", np.zeros(1))))
     return Training(artifact.manifest, "GA-GRPO" if grpo else "SFT", figures, samples(artifact), seconds)
 
@@ -205,8 +208,14 @@ def samples(artifact: Artifact) -> list[dict[str, Any]]:
     return sorted((r for r in rows if r["step"] in shown), key=lambda r: (r["step"], "TSG".find(r["role"])))
 
 
-def draw(panel: Panel, columns: Columns) -> Markup | None:
-    """A panel as SVG; None where there is nothing to draw."""
+def draw(panel: Panel, columns: Columns, turns: int = 1) -> Markup | None:
+    """A panel as SVG; None where there is nothing to draw.
+
+    Args:
+        panel: what to draw.
+        columns: of the table `steps`.
+        turns: steps after which the tasks come round again; means are taken over whole rounds, since tasks differ.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -218,7 +227,8 @@ def draw(panel: Panel, columns: Columns) -> Markup | None:
     with mpl.rc_context(style):
         figure = Figure(figsize=(5.2, 3.1), layout="constrained")
         axes = figure.subplots()
-        _DRAW[panel.draw](axes, curves, columns)
+        window = turns * max(1, len(columns["step"]) // _SMOOTH // turns)
+        _DRAW[panel.draw](axes, curves, columns, window)
         _style(axes, panel, len(curves))
         buffer = io.StringIO()
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -234,33 +244,36 @@ def _with_page_colours(svg: str) -> Markup:
     return Markup(svg[svg.index("<svg") :])
 
 
-def _lines(axes: Any, curves: Sequence[Curve], columns: Columns) -> None:
+def _lines(axes: Any, curves: Sequence[Curve], columns: Columns, window: int) -> None:
     for i, curve in enumerate(curves):
         steps, values = columns["step"] + 1, columns[curve.column]
         known = ~np.isnan(values)
         steps, values = steps[known], values[known]
         colour, dash = _COLOURS[i % len(_COLOURS)], "-" if i < len(_COLOURS) else "--"
-        window = max(1, len(values) // _SMOOTH)
         if window > 1:
             axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
         axes.plot(steps, smooth(values, window), dash, color=colour, linewidth=1.8, label=curve.label)
 
 
-def _stack(axes: Any, curves: Sequence[Curve], columns: Columns) -> None:
+def _stack(axes: Any, curves: Sequence[Curve], columns: Columns, window: int) -> None:
     steps = columns["step"] + 1
-    window = max(1, len(steps) // _SMOOTH)
-    layers = [smooth(np.nan_to_num(columns[c.column]), window) for c in curves]
-    colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(curves))]
-    axes.stackplot(steps, *layers, labels=[c.label for c in curves], colors=colours, alpha=0.8, linewidth=0)
+    drawn = [(c, smooth(np.nan_to_num(columns[c.column]), window)) for c in curves]
+    layers = [(c.label, values) for c, values in drawn if not c.whole]
+    colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(layers))]
+    labels = [label for label, _ in layers]
+    axes.stackplot(steps, *(values for _, values in layers), labels=labels, colors=colours, alpha=0.8, linewidth=0)
+    for whole, values in drawn:
+        if whole.whole:
+            axes.plot(steps, values, color=_INK, linewidth=1.2, label=whole.label)
 
 
-_DRAW: dict[str, Callable[[Any, Sequence[Curve], Columns], None]] = {"lines": _lines, "stack": _stack}
+_DRAW: dict[str, Callable[[Any, Sequence[Curve], Columns, int], None]] = {"lines": _lines, "stack": _stack}
 
 
 def smooth(values: Floats, window: int) -> Floats:
     """Mean over `window` neighbours around each value; at the ends over those that are there."""
-    kernel = np.ones(window)
-    if len(values) < 2 or window < 2:
+    kernel = np.ones(min(window, len(values)))
+    if len(kernel) < 2:
         return values
     counts = np.convolve(np.ones(len(values)), kernel, "same")
     found: Floats = np.convolve(values, kernel, "same") / counts

@@ -85,7 +85,7 @@ def teach(
 
     rng = np.random.default_rng([seed, 51])
     world = simulated(rng, _CLIPS, clips=True)
-    adam = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    adam = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     model.train()
     losses = []
     for step in range(steps):

@@ -140,13 +140,20 @@ def _home(size: str, seed: int, lessons: int) -> Path:
 
 
 def _teach(folder: Path, lessons: int, seed: int, on_progress: OnProgress | None) -> None:
-    """Gives the model in a folder its lessons, in float32."""
+    """Gives the model in a folder its lessons, in float32 and on all cores: a Ray job's driver is told to use one."""
+    import torch
+
     from gubs.ufm.inputs import Inputs
     from gubs.ufm.lessons import teach
     from gubs.ufm.settings import InputSettings
 
     model = load(folder, ModelSettings(dtype="float32", gradient_checkpointing=False), train=True)
-    teach(model, Inputs(folder, InputSettings()), lessons, seed, on_progress)
+    before = torch.get_num_threads()
+    torch.set_num_threads(cpu_threads(1))
+    try:
+        teach(model, Inputs(folder, InputSettings()), lessons, seed, on_progress)
+    finally:
+        torch.set_num_threads(before)
     model.eval().save_pretrained(folder)
 
 

@@ -201,3 +201,30 @@ def test_smoothing_keeps_the_mean_of_a_constant_and_the_ends():
 
     assert smooth(np.full(7, 2.0), 3).tolist() == [2.0] * 7
     assert smooth(np.array([0.0, 3.0]), 1).tolist() == [0.0, 3.0]
+    assert smooth(np.array([1.0, 3.0]), 4).tolist() == [1.0, 2.0], "fewer steps than a window"
+
+
+def test_curves_are_means_over_whole_rounds_of_the_tasks():
+    import numpy as np
+
+    from gubs.evaluate import report
+
+    columns = {"step": np.arange(8.0), "reward_raw/T": np.tile([3.0, 1.0], 4)}
+    panel = report.Panel("r", "", (report.Curve("reward_raw/T", "T"),))
+
+    def heights(turns):
+        lines = str(report.draw(panel, columns, turns)).split('id="line2d_')
+        curve = next(part for part in lines[::-1] if "stroke-width: 1.8" in part)
+        return {point.split()[2] for point in curve.split('d="')[1].split('"')[0].splitlines()[1:-1]}
+
+    assert len(heights(1)) == 2, "each task at its own height"
+    assert len(heights(2)) == 1, "one mean for both"
+
+
+def test_the_whole_step_is_a_line_over_its_phases():
+    import numpy as np
+
+    from gubs.evaluate import report
+
+    columns = {"step": np.arange(4.0), "seconds/train": np.ones(4), "seconds/step": np.full(4, 2.0)}
+    assert ">step<" in str(report.draw(report._SECONDS, columns)).split("seconds")[-1]
