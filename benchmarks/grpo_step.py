@@ -1,8 +1,9 @@
 """What a GRPO step costs: against TRL's trainer, by phase, against vLLM alone, and by batch, length and workers.
 
 Both trainers get the same model, the same text prompts in the same order, the same number of completions, and answers
-of exactly the same length; both use all cores. TRL runs its usual way on a CPU, with transformers' generation. It is
-needed for this benchmark only: `pip install --target DIR --no-deps trl accelerate datasets dill multiprocess xxhash`.
+of exactly the same length; both use all cores. TRL runs its usual way on a CPU, with transformers' generation. `small`
+is in bfloat16 where the CPU has it (see `cpu_dtype`), else in float32, for all of them. TRL is needed for this
+benchmark only: `pip install --target DIR --no-deps trl accelerate datasets dill multiprocess xxhash`.
 
     python benchmarks/grpo_step.py --trl DIR --work /tmp/grpo-step --json out.json
 """
@@ -18,9 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gubs.llm.embedded import cpu_dtype
+
 SIZES = {
     "tiny": ["ufm.model.size=tiny", "ufm.model.lessons=0"],
-    "small": ["ufm.model.size=small", "ufm.model.dtype=bfloat16"],
+    "small": ["ufm.model.size=small", f"ufm.model.dtype={cpu_dtype()}"],
 }
 COMMON = [
     "ufm.grpo.groups=false",
@@ -56,7 +59,8 @@ def main() -> None:
     if args.offline_worker:
         run_offline(json.loads(args.offline_worker.read_text()))
         return
-    results: dict[str, Any] = {size: compare(args, size) for size in args.sizes}
+    results: dict[str, Any] = {"small's dtype": cpu_dtype(), "threads": os.cpu_count()}
+    results |= {size: compare(args, size) for size in args.sizes}
     if not args.no_table:
         results["pictures"] = pictures(args)
         results["scaling"] = scaling(args)

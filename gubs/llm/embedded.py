@@ -227,7 +227,7 @@ def _command(settings: EmbeddedSettings, model: str, host: str, port: int) -> li
         "served-model-name": MODEL,
         "host": host,
         "port": port,
-        "dtype": _dtype(),
+        "dtype": cpu_dtype(),
         "max-num-seqs": settings.max_concurrency,
         "max-model-len": settings.max_model_len,
         "distributed-executor-backend": "uni",  # the model in the engine's process: one process fewer to start and feed
@@ -240,7 +240,7 @@ def _command(settings: EmbeddedSettings, model: str, host: str, port: int) -> li
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, words)]
 
 
-def _dtype() -> str:
+def cpu_dtype() -> str:
     """The faster precision: x86 cores without AVX-512 have no bfloat16 (float32 was seen to be five times faster)."""
     import torch
 
