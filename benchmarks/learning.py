@@ -53,6 +53,12 @@ FIGURES = (
 )
 """Metric, task, mix of options, way of answering."""
 
+BETTER: Mapping[str, int] = {"share_watched_lost": -1, "share_kept": 0}
+"""Which way is better, where it is not up: down, or neither."""
+
+FRAMES = "weighted"
+"""The policy that `no-frames` is compared with: they differ in nothing else."""
+
 Figures = dict[str, dict[str, float]]
 """Policy -> figure -> value."""
 Plain = dict[str, dict[str, float]]
@@ -78,6 +84,7 @@ def main() -> None:
         found = {seed: run_seed(args, seed, plain) for seed in args.seeds}
     table = summary(found)
     print_table(table, plain, args.seeds)
+    print_frames(found)
     draw_curves(args)
     if args.json:
         args.json.write_text(json.dumps({"seeds": found, "table": table, "without a model": plain}, indent=1))
@@ -128,24 +135,33 @@ def figures(run: Run, policy: str, plain: Plain) -> Iterator[tuple[str, float]]:
 
 
 def summary(found: Mapping[int, Figures]) -> dict[str, dict[str, Any]]:
-    """Figure -> policy -> mean, standard deviation over the seeds, least gain over SFT, and whether every seed gained
-    more than the larger of SFT's and the policy's deviations.
-    """
+    """Figure -> policy -> `gain` over SFT, as it says, with the mean and standard deviation over the seeds."""
     table: dict[str, dict[str, Any]] = {}
-    seeds = list(found)
-    for figure in found[seeds[0]][SFT]:
-        start = [found[s][SFT][figure] for s in seeds]
-        for policy in found[seeds[0]]:
-            values = [found[s][policy][figure] for s in seeds]
-            least = min(v - b for v, b in zip(values, start, strict=True))
-            spread = max(map(statistics.stdev, (values, start))) if len(seeds) > 1 else math.nan
-            table.setdefault(figure, {})[policy] = {
-                "mean": statistics.fmean(values),
-                "std": statistics.stdev(values) if len(seeds) > 1 else math.nan,
-                "least_gain": least,
-                "in_every_seed_beyond_the_spread": len(seeds) > 1 and least > spread,
-            }
+    for figure in next(iter(found.values()))[SFT]:
+        values = {p: [f[p][figure] for f in found.values()] for p in next(iter(found.values()))}
+        for policy, mine in values.items():
+            cell = {"mean": statistics.fmean(mine), "std": statistics.stdev(mine) if len(mine) > 1 else math.nan}
+            table.setdefault(figure, {})[policy] = cell | gain(figure, values[SFT], mine)
     return table
+
+
+def gain(figure: str, before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """The least gain of a seed, and whether every seed gained more than the larger of both standard deviations."""
+    better = BETTER.get(figure.split()[0], 1)
+    least = min(better * (a - b) for b, a in zip(before, after, strict=True))
+    beyond = len(after) > 1 and least > max(map(statistics.stdev, (before, after)))
+    return {"least_gain": least, "in_every_seed_beyond_the_spread": beyond}
+
+
+def print_frames(found: Mapping[int, Figures]) -> None:
+    """What the frames are worth: each figure with them minus without them, seed by seed."""
+    if not all({FRAMES, "no-frames"} <= set(f) for f in found.values()):
+        return
+    print(f"\n{FRAMES} minus no-frames, seed by seed; * = all better by more than both deviations over the seeds")
+    for figure in next(iter(found.values()))[SFT]:
+        without, seen = ([f[p][figure] for f in found.values()] for p in ("no-frames", FRAMES))
+        star = "*" if gain(figure, without, seen)["in_every_seed_beyond_the_spread"] else ""
+        print(f"{figure:<50}" + "".join(f"{s - w:>+9.3f}" for w, s in zip(without, seen, strict=True)), star)
 
 
 def print_table(table: Mapping[str, Mapping[str, Any]], plain: Plain, seeds: Sequence[int]) -> None:

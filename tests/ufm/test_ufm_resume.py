@@ -60,12 +60,26 @@ def start(run: Run, name: str, log: Path, *overrides: str) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, str(DRIVER), run.root, name, *overrides], stdout=out, stderr=out)
 
 
+UNDISTURBED = {"whole": (), "nan": ("ufm.grpo.beta=1e300",)}
+
+
 @pytest.fixture(scope="module")
-def whole(ready) -> Path:
-    """The training that nobody disturbs."""
-    log = Path(ready.root).parent / "whole.log"
-    process = start(ready, "whole", log)
-    assert process.wait(timeout=150) == 0, log.read_text()[-3000:]
+def ended(ready) -> dict[str, tuple[int, str]]:
+    """Exit status and log of trainings that nobody disturbs, side by side: each needs one core."""
+    logs = {name: Path(ready.root).parent / f"{name}.log" for name in UNDISTURBED}
+    jobs = {name: start(ready, name, logs[name], *overrides) for name, overrides in UNDISTURBED.items()}
+    try:
+        return {name: (job.wait(timeout=200), logs[name].read_text()) for name, job in jobs.items()}
+    finally:
+        for job in jobs.values():
+            job.kill()
+
+
+@pytest.fixture(scope="module")
+def whole(ready, ended) -> Path:
+    """The training that ends well."""
+    status, log = ended["whole"]
+    assert status == 0, log[-3000:]
     return Path(ready.path("whole"))
 
 
@@ -271,12 +285,11 @@ def test_two_workers_do_the_same_step(ready, whole):
 
 
 @pytest.mark.slow
-def test_a_run_whose_gradients_are_no_numbers_stops_with_the_batch_saved(ready):
+def test_a_run_whose_gradients_are_no_numbers_stops_with_the_batch_saved(ready, ended):
     """A weight of the KL term beyond what float32 holds makes every loss NaN: three steps skipped, then a clear end."""
-    log = Path(ready.root).parent / "nan.log"
-    process = start(ready, "nan", log, "ufm.grpo.beta=1e300")
-    assert process.wait(timeout=150) != 0
-    assert "not a number in 3 steps in a row" in log.read_text()
+    status, log = ended["nan"]
+    assert status != 0
+    assert "not a number in 3 steps in a row" in log
     partial = Path(ready.path("nan.partial"))
     rows = read_metrics(partial)
     assert [row["skipped"] for row in rows] == [1.0, 1.0], "the third ended the run"
