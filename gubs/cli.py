@@ -20,8 +20,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Learns why users skip videos: group-aware user behaviour simulation on Ray.\n\n"
-    "Every command takes --run (where results go), --preset and any number of key=value settings; "
-    "`gubs settings` lists them. Exit codes: 0 done, 1 a bug, 2 settings, 3 input data, 4 artifacts, 5 the machine.",
+    "What makes something takes --run (where results go), --preset and any number of key=value settings; "
+    "`gubs settings` lists them. Exit codes: 0 done, 1 a bug, 2 settings, 3 input data, 4 artifacts, 5 the machine, "
+    "6 a text LLM, or weights that an engine refuses, 7 groups, 8 a training that diverged, 9 one that is not healthy.",
 )
 
 _DATA, _GROUPS, _JOBS = "From logs and videos to a data set", "Groups and labels, by text LLMs", "Clusters"

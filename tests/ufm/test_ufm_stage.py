@@ -29,13 +29,14 @@ class Log:
 
 @pytest.mark.parametrize(
     ("examples", "epochs", "min_steps", "steps"),
-    [(906, 1, 0, 56), (83, 1, 0, 5), (83, 1, 200, 200), (83, 1, 201, 205), (906, 4, 200, 224), (3, 2, 0, 2)],
+    [(906, 1, 0, 57), (83, 1, 0, 6), (83, 1, 200, 203), (83, 1, 209, 213), (906, 4, 200, 227), (3, 2, 0, 1)],
 )
 def test_few_examples_are_repeated_until_there_are_enough_steps(examples, epochs, min_steps, steps):
     sft = SFTSettings(epochs=epochs, min_steps=min_steps, batch=16)
     assert steps_of(examples, sft) == steps
     order = order_of(examples, sft, 3)
     assert len(order) == 16 * steps
+    assert set(order) == set(range(examples)), "no example is left out"
     assert order == order_of(examples, sft, 3) != order_of(examples, sft, 4)
 
 
