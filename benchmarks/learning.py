@@ -194,9 +194,9 @@ def draw_curves(args: argparse.Namespace) -> None:
     for policy in args.policies:
         curves = [_rewards(args.work / f"seed-{s}", f"grpo-{policy}") for s in args.seeds]
         mean = np.mean(curves, axis=0)
-        axes.plot(np.arange(len(mean)) + 1, smooth(mean, max(1, len(mean) // 10)), label=policy)
-    axes.set_xlabel("step")
-    axes.set_ylabel("reward of the user's own samples, sequential task")
+        axes.plot(np.arange(len(mean)) + 1, smooth(mean, max(1, len(mean) // 6)), label=policy)
+    axes.set_xlabel("step of the sequential task (all policies get the same records)")
+    axes.set_ylabel("raw reward of T")
     axes.legend(frameon=False)
     with mpl.rc_context({"svg.hashsalt": "learning"}):
         figure.savefig(args.curves or args.work / "curves.svg", format="svg", metadata={"Date": None})
