@@ -342,7 +342,7 @@ def replace_style(settings, style: str):
     return settings.ufm.inputs.model_copy(update={"style": style})
 
 
-def test_a_run_without_labels_or_groups(ufm_run, ufm_settings, tmp_path):
+def test_a_run_without_labels_or_groups(ufm_run, ufm_settings, tiny, tmp_path):
     """Clear words, not a KeyError; and no group is no error, T stands in."""
     import shutil
 
@@ -350,6 +350,13 @@ def test_a_run_without_labels_or_groups(ufm_run, ufm_settings, tmp_path):
     shutil.rmtree(tmp_path / "run" / "ugm")
     ask = Questions(copy, ufm_settings)
     assert ask.groups == ask.memberships == ask.members(Task.CLICK) == {}
+    plan = planner(copy, ufm_settings, tiny).plan(0)
+    assert plan.alone == 2 * 4
+    for group in range(4):
+        mine = [s for s in plan.samples if s.group == group]
+        assert [s.role for s in mine] == [SampleRole.T] * 4 + [SampleRole.S, SampleRole.G]
+        assert len({s.prompt for s in mine}) == 1, "the user's own prompt"
+        assert len({s.seed for s in mine}) == 6
     shutil.rmtree(tmp_path / "run" / "labels")
     with pytest.raises(ArtifactError, match="labels"):
         ask.items(Task.CLICK, Split.TRAIN)

@@ -87,7 +87,7 @@ def test_workers_that_find_no_place_are_waited_for_so_long_and_no_longer(ufm_run
         "ufm.workers.count=4", "ufm.workers.max_failures=1", "ufm.grpo.start=base", "ufm.grpo.groups=false"
     )
     run, said = changed_copy(ufm_run, tmp_path / "run", settings), []
-    with pytest.raises(PlatformError, match="4 workers could not be started in time.*`ray status`"):
+    with pytest.raises(PlatformError, match=r"4 workers could not be started in time.*`ray status`"):
         grpo_stage(run, settings, say=said.append)
     assert any(text.startswith("4 workers wait for 4 CPU (") for text in said)
 
