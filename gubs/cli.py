@@ -1,6 +1,8 @@
 """The command line: one command a job; each is a few lines that call the package."""
 
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -415,7 +417,11 @@ def _print_plan(plan: "Plan") -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command line; errors with a remedy become one message and an exit code."""
+    """Runs the command line; errors with a remedy become one message and an exit code. Told to end (SIGTERM), it also
+    ends what it started, a head node for example.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app(args)
     except GubsError as e:
