@@ -160,7 +160,7 @@ ENGINE, WORKER = "ray::Engine", "ray::RayTrainWorker"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(480)  # on a busy machine; the fixtures count too
+@pytest.mark.timeout(600)  # on a busy machine; the fixtures count too
 def test_killed_part_by_part_the_weights_are_those_of_the_undisturbed_run(ready, whole):
     """First the engine dies, then the train worker, then the driver, and the same command is given again. Each kill
     falls between two checkpoints, so the checkpoint that differs tells which of them was not survived."""
