@@ -1,6 +1,8 @@
 """The command line: one command a job; each is a few lines that call the package."""
 
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,8 +22,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Learns why users skip videos: group-aware user behaviour simulation on Ray.\n\n"
-    "Every command takes --run (where results go), --preset and any number of key=value settings; "
-    "`gubs settings` lists them. Exit codes: 0 done, 1 a bug, 2 settings, 3 input data, 4 artifacts, 5 the machine.",
+    "What makes something takes --run (where results go), --preset and any number of key=value settings; "
+    "`gubs settings` lists them. Exit codes: 0 done, 1 a bug, 2 settings, 3 input data, 4 artifacts, 5 the machine, "
+    "6 a text LLM, or weights that an engine refuses, 7 groups, 8 a training that diverged, 9 one that is not healthy.",
 )
 
 _DATA, _GROUPS, _JOBS = "From logs and videos to a data set", "Groups and labels, by text LLMs", "Clusters"
@@ -414,7 +417,11 @@ def _print_plan(plan: "Plan") -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command line; errors with a remedy become one message and an exit code."""
+    """Runs the command line; errors with a remedy become one message and an exit code. Told to end (SIGTERM), it also
+    ends what it started, a head node for example.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app(args)
     except GubsError as e:

@@ -1,4 +1,5 @@
 import json
+import signal
 import subprocess
 import sys
 
@@ -146,3 +147,27 @@ def test_missing_inputs_are_named_and_what_is_there_is_kept(run, monkeypatch, ca
     made.clear()
     pipeline.prepare(run, load_settings("tiny", ["ufm.grpo.groups=false", "ufm.grpo.start=base"]))
     assert made == ["build_ifvr", "teach"]
+
+
+SLEEPER = """
+import time
+from gubs import cli
+def app(args):
+    try:
+        print("started", flush=True)
+        time.sleep(60)
+    finally:
+        print("stopped what was started", flush=True)
+cli.app = app
+cli.main([])
+"""
+
+
+def test_a_command_that_is_told_to_end_ends_what_it_started():
+    """A head node started by `gubs submit`, say: Python's own answer to SIGTERM runs no `finally`."""
+    process = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=30)
+    assert said == "stopped what was started\n"
+    assert process.returncode == 128 + signal.SIGTERM

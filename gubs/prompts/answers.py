@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from gubs.records import Option
 
-_THINK, _THINK_END, _ANSWER, _ANSWER_END = TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_THINK, _THINK_END, _ANSWER, ANSWER_END = TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _TAG_LIKE = re.compile(r"<(?=[/|!A-Za-z])")
 _AFTER_LETTER = ".:)．。：）、"
 """What may stand between an option's letter and its text, in Western and Chinese writing."""
@@ -102,7 +102,7 @@ def as_answer(think: str, option: Option) -> str:
     thought = quiet_tags(think).strip()
     if not thought:
         raise ValueError("an answer needs its thinking")
-    return f"{_THINK}{thought}{_THINK_END}{_ANSWER}{option.value}{_ANSWER_END}"
+    return f"{_THINK}{thought}{_THINK_END}{_ANSWER}{option.value}{ANSWER_END}"
 
 
 def quiet_tags(text: str) -> str:
@@ -119,7 +119,7 @@ def _read_form(body: str) -> tuple[str, Failure | None]:
         return "", Failure.TEXT_BEFORE_THINK
     if body[think_end + len(_THINK_END) : answer].strip():
         return "", Failure.TEXT_BETWEEN
-    if body[answer_end + len(_ANSWER_END) :]:
+    if body[answer_end + len(ANSWER_END) :]:
         return "", Failure.TEXT_AFTER_ANSWER
     thought = body[think + len(_THINK) : think_end].strip()
     return thought, None if thought else Failure.NO_THINK
@@ -144,9 +144,9 @@ def _parts_failure(body: str, think: int, think_end: int, answer: int, answer_en
 
 def _answer_part(body: str) -> str | None:
     """The inside of the answer part, where there is exactly one."""
-    if body.count(_ANSWER) != 1 or body.count(_ANSWER_END) != 1:
+    if body.count(_ANSWER) != 1 or body.count(ANSWER_END) != 1:
         return None
-    start, end = body.find(_ANSWER) + len(_ANSWER), body.find(_ANSWER_END)
+    start, end = body.find(_ANSWER) + len(_ANSWER), body.find(ANSWER_END)
     return body[start:end] if start <= end else None
 
 

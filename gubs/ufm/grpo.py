@@ -13,7 +13,7 @@ from gubs.errors import PlatformError
 from gubs.ufm import model as models
 from gubs.ufm.inputs import Batch, rows_of
 from gubs.ufm.loss import Denominators, policy_loss
-from gubs.ufm.rollout import Request, Response, Shape, start_rollout
+from gubs.ufm.rollout import FIGURES, Request, Response, Shape, start_rollout
 from gubs.ufm.samples import Plan, Planner, Sample, answer_figures, answer_sums, evaluate, requests, shown
 from gubs.ufm.sync import WeightSync
 from gubs.ufm.trainer import Trainer, Update, logprobs, micro_batches, most, reduce_sums, release_cache
@@ -67,7 +67,7 @@ class GRPOWorker(Worker):
                 updates.append(self._update(batches, references, old, step, first=number == 0))
         self.skipped(step, updates[-1].skipped, [s.to_json() | {"ids": list(_ids(s))} for s in plan.samples])
         if step == self._first:
-            self._check_health(plan.samples, _update_figures(updates[:1]), step)
+            self._check_health(_update_figures(updates[:1]), step)
         with self.phases("sync"):
             self.engine.push(self.trainer.model)
         trained = reduce_sums({"tokens/train": float(sum(b.tokens for b, _ in batches))}, self.device)
@@ -88,6 +88,7 @@ class GRPOWorker(Worker):
         """Rollout, rewards and advantages; figures over all workers."""
         with self.phases("rollout"):
             responses = self.engine.generate(requests(self.inputs, plan.samples), self.trainer.model)
+            of_these_weights(responses, self.engine.sync)
             reuse = self.engine.reuse()
         with self.phases("reward"):
             found = evaluate(plan.samples, responses, self.inputs.text, self.grpo)
@@ -113,17 +114,12 @@ class GRPOWorker(Worker):
             found = [logprobs(reference, b.to(self.device), sees=self.sees) for b, _ in batches]
         return batches, found
 
-    def _check_health(self, samples: Sequence[Sample], figures: Mapping[str, float], step: int) -> None:
+    def _check_health(self, figures: Mapping[str, float], step: int) -> None:
         """The first step of an attempt tells whether engine, trainer and reference compute the same.
 
         Raises:
             HealthError: they do not: what would be trained on is not what was sampled.
-            PlatformError: this rank's engine answered with other weights than it was sent.
         """
-        sync = self.engine.sync
-        old = {s.response.version for s in samples if s.response} - {sync.version if sync else 0}
-        if old:
-            raise PlatformError(f"the rollout engine answered with weights {sorted(old)}, not with those it was sent")
         wrong = [
             f"{name} = {value:.4g}, not {low:g} to {high:g}"
             for name, low, high in _health_bounds(step)
@@ -259,8 +255,14 @@ class RolloutEngine:
             raise self._end("take the weights") from None
 
     def reuse(self) -> dict[str, float]:
-        """Since the last call: see `Engine.figures`."""
-        totals: dict[str, float] = self._get(self.handle.figures.remote(), "count")
+        """Since the last call: see `Engine.figures`. Zeros where it died since: the next call starts it again."""
+        from ray.exceptions import RayActorError
+
+        try:
+            totals: dict[str, float] = self._get(self.handle.figures.remote(), "count")
+        except RayActorError:
+            self._counted = {}
+            return dict.fromkeys(FIGURES, 0.0)
         before, self._counted = self._counted, totals
         return {name: value - before.get(name, 0.0) for name, value in totals.items()}
 
@@ -288,6 +290,19 @@ class RolloutEngine:
         ray.kill(self.handle)
         return PlatformError(
             f"the rollout engine did not {what} within {self._limit:g} s (ufm.workers.stuck_after_s) and was ended"
+        )
+
+
+def of_these_weights(responses: Sequence[Response], sync: WeightSync | None) -> None:
+    """Every answer carries the version of the weights that wrote it.
+
+    Raises:
+        PlatformError: this rank's engine answered with other weights than it was sent last.
+    """
+    sent = sync.version if sync else 0
+    if old := {r.version for r in responses} - {sent}:
+        raise PlatformError(
+            f"the rollout engine answered with weights {sorted(old)}, not with those it was sent: {sent}"
         )
 
 

@@ -106,30 +106,31 @@ def policy_loss(
         level: `sequence` or `token`, see the module.
 
     Returns:
-        The loss (fp32 scalar) and detached sums over this micro-batch's tokens: `tokens`, `samples`, `ratio`, `kl` (to
-        the reference), `kl_old` (to the old policy), `clipped`, and with rollout_logp `mismatch` (exp|old - rollout|)
-        and `capped`. Add them up too, then `step_means` divides.
+        The loss (fp32 scalar) and detached sums over this micro-batch's tokens: `tokens`, `samples`, `ratio`, `kl_old`
+        (to the old policy), `clipped`, with ref_logp `kl` (to the reference), and with rollout_logp `mismatch`
+        (exp|old - rollout|) and `capped`. Add them up too, then `step_means` divides.
 
     Raises:
         ValueError: shapes differ, a denominator is not positive, beta without ref_logp, or an unknown level.
     """
     old_logp = logp.detach() if old_logp is None else old_logp.detach()
-    ref_logp = old_logp if ref_logp is None and beta == 0 else ref_logp
-    if ref_logp is None:
+    if ref_logp is None and beta:
         raise ValueError(f"beta {beta} needs the reference model's log-probabilities")
     _check(logp, advantage, {"old_logp": old_logp, "ref_logp": ref_logp, "mask": mask, "rollout_logp": rollout_logp})
     mask = mask != 0
-    logp, old, ref = _clean(logp, mask), _clean(old_logp, mask), _clean(ref_logp.detach(), mask)
+    logp, old = _clean(logp, mask), _clean(old_logp, mask)
     ratio = torch.exp(logp - old)
     objective, clipped = _objective(ratio, advantage.to(ratio.dtype).detach().unsqueeze(-1), clip)
-    kl = k3(logp, ref)
-    sums = {"ratio": ratio, "kl": kl, "kl_old": k3(logp, old), "clipped": clipped.to(ratio.dtype)}
+    sums = {"ratio": ratio, "kl_old": k3(logp, old), "clipped": clipped.to(ratio.dtype)}
+    if ref_logp is not None:
+        sums["kl"] = k3(logp, _clean(ref_logp.detach(), mask))
     if rollout_logp is not None:
         gap = old - _clean(rollout_logp.detach(), mask)
         importance = torch.exp(gap)
         objective = objective * importance.clamp(max=tis_cap) if tis_cap else objective
         sums |= {"mismatch": torch.exp(gap.abs()), "capped": (importance > tis_cap).to(ratio.dtype)}
-    loss = _reduce(beta * kl - objective, mask, denominators, level)
+    cost = beta * sums["kl"] - objective if ref_logp is not None else -objective
+    loss = _reduce(cost, mask, denominators, level)
     return loss, _masked_sums(sums, mask)
 
 

@@ -87,8 +87,10 @@ def init(
         on_progress: told of the lessons.
 
     Raises:
-        PlatformError: `small` needs the weights of SmolLM2, which are not installed.
+        SettingsError: another size. PlatformError: `small` needs the weights of SmolLM2, which are not installed.
     """
+    if size not in _MAKERS:
+        raise SettingsError(f"{size!r} is not made here, only {' and '.join(_MAKERS)} are")
     target = Path(folder) if folder else _home(size, seed, lessons)
     if (target / "config.json").is_file():
         return target

@@ -75,7 +75,7 @@ class Watchdog:
 
 
 class Monitor:
-    """Writes what one rank has to tell; only rank 0 keeps files and trackers."""
+    """Writes what one rank has to tell; figures and trackers are rank 0's alone."""
 
     def __init__(self, folder: Path, name: str, trackers: Sequence[str], config: Mapping[str, Any], rank: int):
         """Opens the sinks.
@@ -112,8 +112,8 @@ class Monitor:
         self._gauge(figures)
 
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Answers for people to read."""
-        if self.rank == 0 and samples:
+        """Answers for people to read, from the one rank that has them."""
+        if samples:
             with (self.folder / SAMPLES).open("a") as f:
                 f.writelines(json.dumps({"step": step, **s}, ensure_ascii=False) + "\n" for s in samples)
 

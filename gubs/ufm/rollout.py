@@ -30,6 +30,15 @@ _BLOCK = 32
 """Tokens of a cache block on a CPU, the smallest its kernels take: answers to one prompt share more of it."""
 
 
+FIGURES = {
+    "prefix_queries": "vllm:prefix_cache_queries",
+    "prefix_hits": "vllm:prefix_cache_hits",
+    "picture_queries": "vllm:mm_cache_queries",
+    "picture_hits": "vllm:mm_cache_hits",
+}
+"""What an engine counts, and vLLM's name for it."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One answer to be written."""
@@ -150,15 +159,9 @@ class Engine:
 
     def figures(self) -> dict[str, float]:
         """Totals since the start: prompt tokens asked of the prefix cache and found in it; the same for pictures."""
-        wanted = {
-            "vllm:prefix_cache_queries": "prefix_queries",
-            "vllm:prefix_cache_hits": "prefix_hits",
-            "vllm:mm_cache_queries": "picture_queries",
-            "vllm:mm_cache_hits": "picture_hits",
-        }
         metrics: Any = self._llm.get_metrics()
-        found = {wanted[m.name]: float(m.value) for m in metrics if m.name in wanted}
-        return {name: found.get(name, 0.0) for name in wanted.values()}
+        found = {m.name: float(m.value) for m in metrics if m.name in FIGURES.values()}  # histograms have no value
+        return {name: found.get(theirs, 0.0) for name, theirs in FIGURES.items()}
 
     def hang(self, seconds: float) -> None:
         """Does nothing for that long: a stand-in for an engine that hangs, for tests of the deadline."""

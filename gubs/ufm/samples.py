@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gubs.prompts.answers import Failure, Reading
+from gubs.prompts.answers import ANSWER_END, Failure, Reading
 from gubs.records import TASK_OPTIONS, Split, Task
 from gubs.ufm.advantage import Advantages, SampleRole, advantages
 from gubs.ufm.inputs import Encoded, Inputs, Prompt
@@ -36,6 +36,8 @@ class Sample:
     prompt: str = ""
     response: Response | None = None
     text: str = ""
+    finished: bool = True
+    """It ended by itself; False = the token limit cut it off."""
     reading: Reading | None = None
     parts: RewardParts | None = None
     advantage: float = 0.0
@@ -71,6 +73,8 @@ class Plan:
     task: Task
     turn: int
     """How many steps of this task came before."""
+    slots: int
+    """Records of the step, over all workers."""
     samples: list[Sample]
     dropped: int = 0
     """Samples of this worker whose prompt is too long."""
@@ -109,7 +113,7 @@ class Planner:
         picked = sampler.batch(turn)
         resampled = sampler.resampled(turn)
         figures = {**sampler.figures(turn), "resampled": float(sum(resampled.values()))}
-        plan = Plan(task, turn, [], figures=figures)
+        plan = Plan(task, turn, len(picked), [], figures=figures)
         for slot in range(rank, len(picked), world):
             item = self._items[task][picked[slot]]
             prompts, sampled = self._prompts(item, step, slot)
@@ -165,8 +169,9 @@ def evaluate(
     for sample, response in zip(samples, responses, strict=True):
         sample.response = response
         assert sample.item.gold
-        sample.text, finished = text_of(response.ids)
-        sample.parts, sample.reading = judge(sample.text, sample.item.gold, sample.item.task, s.rewards, finished)
+        sample.text, sample.finished = text_of(response.ids)
+        about = (sample.item.gold, sample.item.task, s.rewards, sample.finished)
+        sample.parts, sample.reading = judge(sample.text, *about)
     found = advantages(
         [x.parts.total if x.parts else 0.0 for x in samples],
         [x.role for x in samples],
@@ -180,11 +185,12 @@ def evaluate(
 
 
 def shown(plan: Plan, every: int) -> list[Sample]:
-    """Samples for people to read, one a role: of each n-th step of a task, another record of the step each time."""
-    groups = sorted({s.group for s in plan.samples})
-    if not every or plan.turn % every or not groups:
+    """Samples for people to read, one a role: of each n-th step of a task, another record of the step each time; none
+    on the workers that do not have it.
+    """
+    if not every or plan.turn % every:
         return []
-    group = groups[plan.turn // every % len(groups)]
+    group = plan.turn // every % plan.slots
     first: dict[SampleRole, Sample] = {}
     for sample in plan.samples:
         if sample.group == group:
@@ -201,7 +207,7 @@ def answer_sums(plan: Plan, found: Advantages) -> dict[str, float]:
     for role in SampleRole:
         for name in ("count", "reward_raw", "reward_weighted", "advantage"):
             sums[f"{name}/{role}"] += 0.0
-    for name in ("format", "skip", "choice", "right", "right_down", "wrong_up", "response_tokens"):
+    for name in ("format", "skip", "choice", "right", "right_down", "wrong_up", "truncated", "response_tokens"):
         sums[name] += 0.0
     for s in samples:
         assert s.parts
@@ -218,6 +224,7 @@ def answer_sums(plan: Plan, found: Advantages) -> dict[str, float]:
         sums["right"] += right
         sums["right_down"] += right and s.advantage < 0
         sums["wrong_up"] += not right and s.advantage > 0
+        sums["truncated"] += not s.finished and ANSWER_END not in s.text
         sums["response_tokens"] += len(s.response.ids)
         if s.reading.failure:
             sums[f"unparsed/{s.reading.failure}"] += 1
@@ -245,7 +252,7 @@ def answer_figures(sums: dict[str, float]) -> dict[str, float]:
         "frac_zero_variance": sums["zero_variance"] / max(1.0, sums["groups"]),
         "frac_right_pushed_down": sums["right_down"] / max(1.0, sums["right"]),
         "frac_wrong_pushed_up": sums["wrong_up"] / max(1.0, n - sums["right"]),
-        "frac_truncated": sums[f"unparsed/{Failure.TRUNCATED}"] / n,
+        "frac_truncated": sums["truncated"] / n,
         "response_tokens": sums["response_tokens"] / n,
         "tokens/rollout": sums["response_tokens"],
         "dropped_too_long": sums["dropped_too_long"],

@@ -41,7 +41,7 @@ class ModelSettings(Section):
     path: str = ""
     """Folder of a checkpoint (any Qwen2.5-VL in the Hugging Face form); empty = one made here, of `size`."""
     size: Literal["tiny", "small", "7b"] = "tiny"
-    """Checkpoint that `gubs model init` makes: tiny = about 1.5 M parameters from nothing, small = SmolLM2-135M's
+    """Checkpoint that `gubs model init` makes: tiny = about 1.3 M parameters from nothing, small = SmolLM2-135M's
     weights under a new vision tower. 7b = Qwen2.5-VL-7B, whose folder `path` has to name; `gubs plan` knows its numbers
     without it."""
     lessons: int = Field(0, ge=0)

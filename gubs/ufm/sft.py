@@ -34,9 +34,11 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def steps_of(examples: int, sft: SFTSettings) -> int:
-    """Optimiser steps: whole batches of the epochs; more epochs where those are fewer than `min_steps`."""
-    each = max(1, examples // sft.batch)
-    return each * max(sft.epochs, math.ceil(sft.min_steps / each))
+    """Optimiser steps of the epochs, more epochs where those make fewer than `min_steps`. A last batch that is not full
+    is filled with examples that come once more.
+    """
+    epochs = max(sft.epochs, math.ceil(sft.min_steps * sft.batch / examples))
+    return math.ceil(examples * epochs / sft.batch)
 
 
 def order_of(examples: int, sft: SFTSettings, seed: int) -> list[int]:

@@ -28,10 +28,12 @@ from gubs.ufm.checkpoint import POLICY, Checkpoints
 from gubs.ufm.monitor import STUCK, check_trackers, read_metrics
 from gubs.ufm.questions import Questions, known_tasks
 from gubs.ufm.sft import COLUMNS, order_of, steps_of
-from gubs.ufm.worker import CHECKPOINTS, Job
+from gubs.ufm.worker import CHECKPOINTS, SETTINGS, Job
 
 SFT, GRPO = "sft_model", "grpo"
 _POLL_S = 0.5
+_SHOWN = 4
+"""Settings named in an error that says what differs."""
 
 OnProgress = Callable[[int, int, Mapping[str, Any]], None]
 """Told (steps done, steps in all, figures of the last one)."""
@@ -81,6 +83,7 @@ def sft_stage(
         data = _dataset(table.select(list(COLUMNS)).take(order), ufm.workers.count)
         config = {"job": job, "examples": table.num_rows}
         with _watching(folder, steps, on_progress):
+            _say_scarce(settings, say)
             _fit("gubs.ufm.sft", config, settings, folder, {"train": data})
         _finish(out, folder, {"examples": table.num_rows, "base": base.name})
     return run.artifact(SFT), True
@@ -130,6 +133,7 @@ def grpo_stage(
         job = Job(run.uri, settings, name, str(folder), _checkpoints(folder), str(start), recipe, tasks)
         check_checkpoint(job, grpo.checkpoint.keep)
         with _watching(folder, grpo.steps, on_progress):
+            _say_scarce(settings, say)
             _fit("gubs.ufm.grpo", {"job": job}, settings, folder, {})
         _finish(out, folder, {"tasks": [str(t) for t in tasks], "start": start.name, "rule": grpo.advantage.rule})
     return run.artifact(name), True
@@ -241,12 +245,34 @@ def _training(
         shutil.rmtree(partial)
     if recipe.exists() and recipe.read_text() != mark and (partial / CHECKPOINTS).exists():
         raise ArtifactError(
-            f"{partial} holds an unfinished training with other settings, data or another model: give those again, use "
-            "another --run, or --force to throw it away"
+            f"{partial} holds an unfinished training with other settings, data or another model"
+            f"{_differences(partial / SETTINGS, settings)}: give those again, use another --run, or --force to throw "
+            "it away"
         )
     with writing(run, stage, fingerprint=mark, settings=settings, inputs=inputs, resumable=True) as out:
+        (partial / SETTINGS).write_text(json.dumps(settings.model_dump(mode="json"), indent=1))
         yield out, partial
         out.fingerprint = published or mark
+
+
+def _differences(path: Path, settings: Settings) -> str:
+    """The settings that an unfinished training was begun with and that are others now, a few of them."""
+    if not path.exists():
+        return ""
+    before, now = _flat(json.loads(path.read_text())), _flat(settings.model_dump(mode="json"))
+    names = [n for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
+    if not names:
+        return " (all settings are the same: data or model differ)"
+    shown = ", ".join(f"{n}={before.get(n)}, now {now.get(n)}" for n in names[:_SHOWN])
+    return f" ({shown}{', ...' if len(names) > _SHOWN else ''})"
+
+
+def _flat(nested: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Values by their whole names, as on the command line."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
+    return flat
 
 
 def _dataset(table: pa.Table, workers: int) -> Any:
@@ -268,8 +294,9 @@ def _fit(module: str, config: dict[str, Any], settings: Settings, folder: Path, 
     """
     import importlib
 
-    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import DataConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import FailureConfig  # the other one, of Ray's type hints, knows less
 
     workers = settings.ufm.workers
     gpu = use_gpu(settings)
@@ -291,7 +318,7 @@ def _fit(module: str, config: dict[str, Any], settings: Settings, folder: Path, 
         run_config=RunConfig(
             name=f"{config['job'].stage}-{uuid.uuid4().hex[:8]}",
             storage_path=str(folder / "ray-train"),
-            failure_config=FailureConfig(max_failures=workers.max_failures),
+            failure_config=FailureConfig(workers.max_failures, controller_failure_limit=workers.max_failures),
         ),
         **options,
     )
@@ -333,12 +360,26 @@ def _resources(settings: Settings, gpu: bool) -> dict[str, float]:
     return {"CPU": settings.ufm.workers.cpus, **({"GPU": 1.0} if gpu else {})}
 
 
+def _say_scarce(settings: Settings, say: Callable[[str], None]) -> None:
+    """Tells what the workers have to wait for, if anything: another job may end, or the cluster grow."""
+    import ray
+
+    workers, free = settings.ufm.workers, ray.available_resources()
+    wanted = {name: each * workers.count for name, each in _resources(settings, use_gpu(settings)).items()}
+    short = [f"{n:g} {name} ({free.get(name, 0.0):g} free)" for name, n in wanted.items() if free.get(name, 0.0) < n]
+    if short:
+        say(f"{workers.count} workers wait for {' and '.join(short)}")
+
+
 def _environment(stuck_after_s: float) -> None:
     """Ray Train reads these where the driver runs."""
     import os
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # each report waits for a poll
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(int(stuck_after_s)))
+    os.environ.setdefault(
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(int(stuck_after_s))
+    )  # a cluster may have to grow
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
 
@@ -355,6 +396,14 @@ def _named(error: Exception, folder: Path) -> GubsError:
         text = json.loads(stuck.read_text())["message"]
         stuck.unlink()
         return PlatformError(f"{text}, more often than ufm.workers.max_failures allows; Ray's log has its stack")
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    late = getattr(error, "controller_failure", None)
+    if isinstance(late, WorkerGroupStartupTimeoutError):
+        return PlatformError(
+            f"{late.num_workers} workers could not be started in time (ufm.workers.stuck_after_s, max_failures times "
+            "again): the cluster lacks the free CPUs or GPUs that ufm.workers asks for; see `ray status`"
+        )
     text = next((str(f) for f in failures.values()), str(error)) or repr(error)
     return PlatformError(f"training failed: {text.strip()[-3000:]}")
 

@@ -22,7 +22,7 @@ from gubs.ufm.questions import Questions
 from gubs.ufm.settings import CheckpointSettings
 from gubs.ufm.trainer import most
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, SETTINGS = "checkpoints", "settings.json"
 
 
 class DivergedError(SharedError):
@@ -207,6 +207,7 @@ class Worker:
         self.trainer.save(folder / "state")
         torch.save(torch.get_rng_state(), folder / f"rng-{self.rank}.pt")
         if self.rank == 0:
+            (folder / SETTINGS).write_text(json.dumps(self.job.settings.model_dump(mode="json"), indent=1))
             save_policy(self.trainer.model, self.inputs, folder / POLICY)
 
     def _save_final(self) -> None:

@@ -1,10 +1,13 @@
 """What a training tells: to files, to TensorBoard, to Ray's metrics; and one curve from a run that was resumed."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 
-from gubs.ufm.monitor import METRICS, Monitor, read_metrics
+from gubs.ufm.monitor import METRICS, Monitor, Phases, read_metrics
+from gubs.ufm.worker import Worker
 
 
 def scalars(folder, tag):
@@ -72,3 +75,50 @@ def test_figures_become_metrics_of_ray(tmp_path, ray_local, monkeypatch):
     monkeypatch.setattr("ray.util.metrics.Gauge", Gauge)
     monitor(tmp_path, rank=1).report(0, {"reward_raw/T": 1.5})
     assert set_ == [("gubs_reward_raw_t", 1.5, {"run": "grpo", "rank": "1"})]
+
+
+def test_wandb_gets_every_step_and_a_resumed_run_goes_on_in_the_same_curves(tmp_path, monkeypatch):
+    """Its interface stands in for it: what is called with what."""
+    begun, logged = [], []
+    run = SimpleNamespace(log=lambda figures, step: logged.append((step, figures)))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **asked: begun.append(asked) or run))
+    monitor(tmp_path, trackers=["wandb"]).report(0, {"reward_raw/T": 1.0})
+    monitor(tmp_path, trackers=["wandb"]).report(1, {"reward_raw/T": 2.0})
+    assert logged == [(0, {"reward_raw/T": 1.0}), (1, {"reward_raw/T": 2.0})]
+    first, second = begun
+    assert first == second
+    assert first["id"]
+    assert first["resume"] == "allow"
+
+
+def test_mlflow_gets_every_step_and_a_resumed_run_goes_on_in_the_same_curves(tmp_path, monkeypatch):
+    begun, logged = [], []
+
+    def start_run(**asked):
+        begun.append(asked)
+        return SimpleNamespace(info=SimpleNamespace(run_id="r7"))
+
+    mlflow = SimpleNamespace(
+        set_experiment=lambda _: None,
+        start_run=start_run,
+        log_metrics=lambda figures, step: logged.append((step, figures)),
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monitor(tmp_path, trackers=["mlflow"]).report(0, {"reward_raw/T": 1.0})
+    monitor(tmp_path, trackers=["mlflow"]).report(1, {"reward_raw/T": 2.0})
+    assert logged == [(0, {"reward_raw.T": 1.0}), (1, {"reward_raw.T": 2.0})]
+    assert begun == [{"run_name": "grpo"}, {"run_id": "r7"}]
+
+
+def test_ray_train_hears_of_every_step_after_the_files_and_before_the_checkpoint(tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr("ray.train.report", lambda figures: heard.append(("ray", figures)))
+    shell = object.__new__(Worker)
+    shell.phases, shell.folder, shell.rank, shell.steps = Phases(), tmp_path, 0, 2
+    shell.ufm = SimpleNamespace(workers=SimpleNamespace(stuck_after_s=60.0))
+    shell.monitor = SimpleNamespace(report=lambda step, figures: heard.append(("files", step)))
+    shell._resume, shell._timed, shell._save_final = lambda: 0, lambda step: {"reward": float(step)}, lambda: None
+    shell._maybe_checkpoint = lambda step, _: heard.append(("checkpoint", step))
+    assert shell.run() == {"steps": 2}
+    told = [[("files", s), ("ray", {"step": s, "reward": float(s)}), ("checkpoint", s)] for s in range(2)]
+    assert heard == told[0] + told[1]

@@ -257,6 +257,18 @@ def test_people_get_to_read_every_task_and_every_option(ufm_run, ufm_settings, t
     assert not shown(made.plan(0), 0)
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_with_several_workers_the_one_that_has_the_record_shows_it(ufm_run, ufm_settings, tiny, world):
+    """Whatever the number of workers, people read the same; one that only heard of its own records would always show
+    the same option."""
+    made = planner(ufm_run, ufm_settings, tiny)
+    for step in range(16):
+        (*found,) = filter(None, (shown(made.plan(step, rank, world), 2) for rank in range(world)))
+        alone = shown(made.plan(step), 2)
+        assert len(found) == bool(alone)
+        assert [s.to_json() for s in (found[0] if found else [])] == [s.to_json() for s in alone]
+
+
 def test_requests_of_one_prompt_share_it(ufm_run, ufm_settings, tiny):
     """The four T samples travel, and are looked up in the engine's caches, as one prompt."""
     made = planner(ufm_run, ufm_settings, tiny)
@@ -330,7 +342,7 @@ def replace_style(settings, style: str):
     return settings.ufm.inputs.model_copy(update={"style": style})
 
 
-def test_a_run_without_labels_or_groups(ufm_run, ufm_settings, tmp_path):
+def test_a_run_without_labels_or_groups(ufm_run, ufm_settings, tiny, tmp_path):
     """Clear words, not a KeyError; and no group is no error, T stands in."""
     import shutil
 
@@ -338,6 +350,13 @@ def test_a_run_without_labels_or_groups(ufm_run, ufm_settings, tmp_path):
     shutil.rmtree(tmp_path / "run" / "ugm")
     ask = Questions(copy, ufm_settings)
     assert ask.groups == ask.memberships == ask.members(Task.CLICK) == {}
+    plan = planner(copy, ufm_settings, tiny).plan(0)
+    assert plan.alone == 2 * 4
+    for group in range(4):
+        mine = [s for s in plan.samples if s.group == group]
+        assert [s.role for s in mine] == [SampleRole.T] * 4 + [SampleRole.S, SampleRole.G]
+        assert len({s.prompt for s in mine}) == 1, "the user's own prompt"
+        assert len({s.seed for s in mine}) == 6
     shutil.rmtree(tmp_path / "run" / "labels")
     with pytest.raises(ArtifactError, match="labels"):
         ask.items(Task.CLICK, Split.TRAIN)

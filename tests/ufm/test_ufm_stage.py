@@ -1,16 +1,22 @@
 """What a training says and decides before it starts."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
+from ufm_helpers import changed_copy, small_settings
 
 from gubs.errors import ArtifactError, PlatformError
 from gubs.records import Task
+from gubs.ufm import stage
+from gubs.ufm.memory import Machine
+from gubs.ufm.model import checkpoint
 from gubs.ufm.monitor import check_trackers
 from gubs.ufm.settings import SFTSettings
 from gubs.ufm.sft import order_of, steps_of
-from gubs.ufm.stage import _options, _tasks
+from gubs.ufm.stage import _options, _tasks, grpo_stage, sft_stage
 
 
 class Log:
@@ -29,13 +35,14 @@ class Log:
 
 @pytest.mark.parametrize(
     ("examples", "epochs", "min_steps", "steps"),
-    [(906, 1, 0, 56), (83, 1, 0, 5), (83, 1, 200, 200), (83, 1, 201, 205), (906, 4, 200, 224), (3, 2, 0, 2)],
+    [(906, 1, 0, 57), (83, 1, 0, 6), (83, 1, 200, 203), (83, 1, 209, 213), (906, 4, 200, 227), (3, 2, 0, 1)],
 )
 def test_few_examples_are_repeated_until_there_are_enough_steps(examples, epochs, min_steps, steps):
     sft = SFTSettings(epochs=epochs, min_steps=min_steps, batch=16)
     assert steps_of(examples, sft) == steps
     order = order_of(examples, sft, 3)
     assert len(order) == 16 * steps
+    assert set(order) == set(range(examples)), "no example is left out"
     assert order == order_of(examples, sft, 3) != order_of(examples, sft, 4)
 
 
@@ -71,3 +78,58 @@ def test_turns_are_kept_as_they_are_named():
 def test_without_any_choice_to_learn_nothing_is_trained():
     with pytest.raises(ArtifactError, match="two options"):
         _tasks(Log(click="BBB"), tuple(Task), lambda _: None)
+
+
+def test_workers_that_find_no_place_are_waited_for_so_long_and_no_longer(ufm_run, tmp_path, monkeypatch):
+    """Ray Train itself would try for ever, and say nothing."""
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
+    settings = small_settings(
+        "ufm.workers.count=4", "ufm.workers.max_failures=1", "ufm.grpo.start=base", "ufm.grpo.groups=false"
+    )
+    run, said = changed_copy(ufm_run, tmp_path / "run", settings), []
+    with pytest.raises(PlatformError, match=r"4 workers could not be started in time.*`ray status`"):
+        grpo_stage(run, settings, say=said.append)
+    assert any(text.startswith("4 workers wait for 4 CPU (") for text in said)
+
+
+@pytest.mark.parametrize("train", [sft_stage, grpo_stage])
+def test_what_does_not_fit_a_gpu_is_refused_before_anything_is_written(ufm_run, tmp_path, monkeypatch, train):
+    settings = small_settings("ufm.grpo.start=base")
+    run = changed_copy(ufm_run, tmp_path / "run", settings)
+    before = sorted(Path(run.root).rglob("*"))
+    monkeypatch.setattr(stage, "use_gpu", lambda _: True)
+    monkeypatch.setattr(stage.memory, "gpu_machine", lambda: Machine(gpu=1e6, gpus=1, host=1e12))
+    with pytest.raises(PlatformError, match="DOES NOT FIT"):
+        train(run, settings)
+    assert sorted(Path(run.root).rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_without_sft_and_without_pictures(ufm_run, tmp_path):
+    """From the base model (Table 7), blind (Table 9): nothing sees a picture, and the tower stays as it was."""
+    from safetensors.torch import load_file
+
+    settings = small_settings(
+        "ufm.grpo.start=base",
+        "ufm.inputs.vision=false",
+        "ufm.inputs.max_new_tokens=8",
+        "ufm.grpo.steps=2",
+        "ufm.grpo.beta=0",
+        "ufm.rollout.kv_cache_gb=0.1",
+        "ufm.workers.threads=1",
+    )
+    run = changed_copy(ufm_run, tmp_path / "run", settings)
+    artifact, fresh = grpo_stage(run, settings)
+    assert fresh
+    rows = artifact.table("steps").to_pylist()
+    assert len(rows) == 2
+    assert all(row["engine/picture_reuse"] == 0 and row["health/mismatch"] < 1.02 for row in rows)
+    assert "health/kl" not in rows[0], "without a reference there is nothing to measure it against"
+    policy = Path(run.path("grpo", "policy", "model.safetensors"))
+    after, before = load_file(policy), load_file(checkpoint(settings.ufm.model) / "model.safetensors")
+    tower = [name for name in before if "visual" in name]
+    assert tower
+    assert all((after[name] == before[name]).all() for name in tower)
+    kept = Path(run.path("grpo", "checkpoints", "step-000002", "settings.json"))
+    assert json.loads(kept.read_text())["ufm"]["grpo"]["start"] == "base"

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ from trainer_ranks import MODEL, OPTIMIZER, six_samples
 from ufm_helpers import text_prompt, tiny_inputs, video_prompt
 
 from gubs.errors import PlatformError
+from gubs.records import Task
 from gubs.ufm.checkpoint import SharedError
-from gubs.ufm.grpo import GRPOWorker
+from gubs.ufm.grpo import GRPOWorker, RolloutEngine
 from gubs.ufm.loss import Denominators, policy_loss
 from gubs.ufm.model import load
-from gubs.ufm.rollout import Response
+from gubs.ufm.monitor import Phases
+from gubs.ufm.rollout import FIGURES, Response
+from gubs.ufm.samples import Plan
 from gubs.ufm.settings import GRPOSettings, OptimizerSettings
 from gubs.ufm.trainer import learning_rate, logprobs, micro_batches
 from gubs.ufm.worker import DivergedError, HealthError, Worker
@@ -276,21 +280,44 @@ HEALTHY = {"health/ratio": 1.0, "health/kl_old": 0.0, "health/kl": 0.0, "health/
 def test_the_first_step_of_an_attempt_tells_whether_all_compute_the_same(step, ill, says):
     """A wrong mask, wrong positions or stale weights train happily on what was never sampled."""
     shell = object.__new__(GRPOWorker)
-    shell.engine = type("E", (), {"sync": type("S", (), {"version": 2})})()
-    answered = [type("A", (), {"response": Response((1,), (0.0,), 2)})()]
     if says:
         with pytest.raises(HealthError, match=says):
-            shell._check_health(answered, HEALTHY | ill, step)
+            shell._check_health(HEALTHY | ill, step)
     else:
-        shell._check_health(answered, HEALTHY | ill, step)
+        shell._check_health(HEALTHY | ill, step)
 
 
-def test_answers_of_an_engine_with_old_weights_are_refused():
+class OldEngine:
+    """Answers once with weights that it was not sent last."""
+
+    sync = SimpleNamespace(version=2)
+
+    def generate(self, asked, model):
+        return [Response((1,), (0.0,), v) for v in (2, 1)]
+
+
+@pytest.mark.parametrize("step", [0, 40])
+def test_answers_of_an_engine_with_old_weights_are_refused_at_every_step(step):
     shell = object.__new__(GRPOWorker)
-    shell.engine = type("E", (), {"sync": type("S", (), {"version": 2})})()
-    answered = [type("A", (), {"response": Response((1,), (0.0,), v)})() for v in (2, 1)]
+    shell.phases, shell.engine, shell.inputs = Phases(), OldEngine(), None
+    shell.trainer = SimpleNamespace(model=None)
     with pytest.raises(PlatformError, match=r"weights \[1\]"):
-        shell._check_health(answered, HEALTHY, 0)
+        shell._answer(Plan(Task.SEQUENTIAL, 0, 1, []), step)
+
+
+def test_an_engine_that_dies_while_it_is_counted_costs_the_worker_nothing():
+    """The next call to it starts it again; its counters begin anew then."""
+    from ray.exceptions import RayActorError
+
+    def dead(*_):
+        raise RayActorError
+
+    shell = object.__new__(RolloutEngine)
+    shell.handle = SimpleNamespace(figures=SimpleNamespace(remote=lambda: None))
+    shell._counted, shell._get = {"prefix_hits": 7.0}, dead
+    assert shell.reuse() == dict.fromkeys(FIGURES, 0.0)
+    shell._get = lambda *_: dict.fromkeys(FIGURES, 3.0)
+    assert shell.reuse() == dict.fromkeys(FIGURES, 3.0)
 
 
 def test_a_step_whose_prompts_were_all_too_long_moves_no_weight(ranks):
