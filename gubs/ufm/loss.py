@@ -129,8 +129,7 @@ def policy_loss(
         importance = torch.exp(gap)
         objective = objective * importance.clamp(max=tis_cap) if tis_cap else objective
         sums |= {"mismatch": torch.exp(gap.abs()), "capped": (importance > tis_cap).to(ratio.dtype)}
-    cost = beta * sums["kl"] - objective if ref_logp is not None else -objective
-    loss = _reduce(cost, mask, denominators, level)
+    loss = _reduce(beta * sums.get("kl", 0.0) - objective, mask, denominators, level)
     return loss, _masked_sums(sums, mask)
 
 
