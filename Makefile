@@ -11,13 +11,14 @@ SOURCE ?= synthetic
 DATA ?=
 RUN ?= runs/demo-$(SOURCE)
 ARGS ?=
+JOBS ?= 2
 
 export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help setup demo test lint types tests lock clean
 help:
 	@echo "make demo   set up, then run the main job on two cores  [SOURCE=kuairand DATA=folder RUN=runs/x ARGS='key=value ...']"
-	@echo "make test   set up, then lint, types and tests"
+	@echo "make test   set up, then lint, types and tests            [JOBS=2]"
 	@echo "make setup  only set up    make lock  resolve the lock file anew    make clean  remove the environment"
 
 setup: $(STAMP)
@@ -44,7 +45,7 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 tests: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Resolves pyproject's requirements with the CPU build of torch; torchaudio and torchcodec are left out (see the file's head).
 lock: setup

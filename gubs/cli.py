@@ -56,9 +56,11 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """All of the below in one go, as a Ray job, on a small simulated app (or source.kind=... source.path=...)."""
-    from gubs import jobs
+    from gubs import jobs, pipeline
 
-    _settings(preset, overrides)  # a wrong setting is said before a cluster is started
+    settings = _settings(preset, overrides)  # a wrong setting is said before a cluster is started
+    if not address:
+        pipeline.base_model(settings)  # once on a machine, and faster while nothing else runs on it
     arguments = ["--all", "--run", run, "--preset", preset, *(["--force"] if force else []), *(overrides or [])]
     raise typer.Exit(jobs.submit("train_grpo", arguments, address))
 

@@ -29,6 +29,15 @@ class Person:
     """Latest views of the history, oldest first, one safe line of JSON each."""
     tags_derived: bool = False
     """The tags are not the user's own but those of the videos the user liked, clicked or watched for long."""
+    times: tuple[int | None, ...] = ()
+    """When each view was; None where the source has an order but no times."""
+
+    def before(self, time: int | None) -> "Person":
+        """The person as known at a time: without later views. Where there are no times, nothing is later."""
+        if time is None:
+            return self
+        known = [i for i, t in enumerate(self.times) if t is None or t < time]
+        return replace(self, views=tuple(self.views[i] for i in known), times=tuple(self.times[i] for i in known))
 
     def profile(self, limit: int = 200) -> str:
         """Profile fields as one safe line of JSON: u = [ID, Occ, Age, Gender, T]; unknown ones left out."""
@@ -83,12 +92,13 @@ def _histories(ifvr: Artifact, wanted: pa.Array) -> Iterator[tuple[str, list[dic
 
 
 def _person(user: User, history: list[dict[str, Any]], history_items: int, limit: int) -> Person:
-    views = tuple(view_line(row, limit) for row in history[-history_items:])
+    latest = history[-history_items:]
+    views, times = tuple(view_line(row, limit) for row in latest), tuple(row["timestamp"] for row in latest)
     if user.tags:
-        return Person(user, views)
+        return Person(user, views, times=times)
     liked = Counter(tag for row in history if _liked(row) for tag in row["tags"] or [])
     tags = [tag for tag, _ in liked.most_common(DERIVED_TAGS)]
-    return Person(replace(user, tags=tags), views, tags_derived=bool(tags))
+    return Person(replace(user, tags=tags), views, tags_derived=bool(tags), times=times)
 
 
 def _liked(row: dict[str, Any]) -> bool:

@@ -15,6 +15,14 @@ os.environ.pop("RAY_ADDRESS", None)
 REPO = Path(__file__).resolve().parent.parent
 
 
+LONGEST = ("test_ufm_resume.py", "test_train_job.py", "test_build_job.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first: of several processes (pytest -n 2 --dist loadfile) none is left alone with one."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """A small local Ray cluster, one for the whole test session."""

@@ -6,7 +6,7 @@ the target itself (play rate, click, dislike), later records, gold options and t
 
 import io
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -26,6 +26,7 @@ from gubs.teachers.annotations import all_labels
 from gubs.teachers.cases import OneTask, targets, whole_user, whole_video
 from gubs.ufm.inputs import VISION_MARK, Clip, Prompt
 
+_FACTS = ("interaction_id", "user_id", "video_id", "timestamp", "play_rate", "clicked")
 _CLIPS = 1024
 """Decoded clips kept in memory."""
 
@@ -41,6 +42,8 @@ class Item:
     gold: Option | None
     """None: a skip whose reason nobody knows; never in training."""
     label_source: str
+    timestamp: int | None = None
+    """When it was; None where the source has an order but no times."""
     play_rate: float | None = None
     clicked: bool | None = None
 
@@ -83,15 +86,22 @@ class Questions:
             gold, source = golds.get(row["interaction_id"], (None, ""))
             skipped = task == Task.SEQUENTIAL and row["play_rate"] is not None and row["play_rate"] < FAST_SKIP_BELOW
             if gold or (unexplained and skipped):
-                facts = {k: row[k] for k in ("interaction_id", "user_id", "video_id", "play_rate", "clicked")}
+                facts = {k: row[k] for k in _FACTS}
                 found.append(Item(**facts, task=task, gold=gold, label_source=source))
         return found
 
-    def about_user(self, task: Task, user_id: str, video_id: str) -> Prompt:
-        """The prompt of the roles T and S: this user's profile and history."""
-        clip = self.clip(task, video_id)
-        text = user_prompt(task, self.people(task)[user_id], self._videos[video_id], **self._shown(clip))
-        return Prompt(text, clip)
+    def about_user(self, task: Task, user_id: str, video_id: str, before: int | None = None) -> Prompt:
+        """The prompt of the roles T and S: this user's profile and history.
+
+        Args:
+            task: of the question.
+            user_id: whom it shows.
+            video_id: what it asks about.
+            before: views from this time on are left out. A user's own history ends before the first target, but that
+                of a similar user need not.
+        """
+        clip, person = self.clip(task, video_id), self.people(task)[user_id].before(before)
+        return Prompt(user_prompt(task, person, self._videos[video_id], **self._shown(clip)), clip)
 
     def about_group(self, task: Task, group_id: str, video_id: str) -> Prompt:
         """The prompt of the role G: the group's profile, no user and no history."""
@@ -113,7 +123,7 @@ class Questions:
             view = OneTask(self.ifvr, task)
             users = pc.unique(view.table("interactions", ["user_id"])["user_id"]).to_pylist()
             found = load_people(view, users, self.inputs.history_items, self.inputs.max_text)
-            self._people[task] = {u: Person(whole_user(p.user), p.views, p.tags_derived) for u, p in found.items()}
+            self._people[task] = {u: replace(p, user=whole_user(p.user)) for u, p in found.items()}
         return self._people[task]
 
     @cached_property

@@ -142,7 +142,9 @@ class Planner:
             return [(SampleRole.T, own, s.user_samples + 2)], Sampled("", "")
         seed = sample_seed(self._seed, step, slot, "profiles", 0)
         sampled = profile_sampling(item.user_id, seed, ask.memberships, self._members[item.task])
-        similar = ask.about_user(item.task, sampled.similar, item.video_id) if sampled.similar else own
+        similar = own
+        if sampled.similar:
+            similar = ask.about_user(item.task, sampled.similar, item.video_id, before=item.timestamp)
         group = ask.about_group(item.task, sampled.group, item.video_id) if sampled.group else own
         return [(SampleRole.T, own, s.user_samples), (SampleRole.S, similar, 1), (SampleRole.G, group, 1)], sampled
 

@@ -84,8 +84,8 @@ def sft_stage(
         config = {"job": job, "examples": table.num_rows}
         with _watching(folder, steps, on_progress):
             _say_scarce(settings, say)
-            _fit("gubs.ufm.sft", config, settings, folder, {"train": data})
-        _finish(out, folder, {"examples": table.num_rows, "base": base.name})
+            ended = _fit("gubs.ufm.sft", config, settings, folder, {"train": data})
+        _finish(out, folder, {"examples": table.num_rows, "base": base.name, **ended})
     return run.artifact(SFT), True
 
 
@@ -134,8 +134,9 @@ def grpo_stage(
         check_checkpoint(job, grpo.checkpoint.keep)
         with _watching(folder, grpo.steps, on_progress):
             _say_scarce(settings, say)
-            _fit("gubs.ufm.grpo", {"job": job}, settings, folder, {})
-        _finish(out, folder, {"tasks": [str(t) for t in tasks], "start": start.name, "rule": grpo.advantage.rule})
+            ended = _fit("gubs.ufm.grpo", {"job": job}, settings, folder, {})
+        about = {"tasks": [str(t) for t in tasks], "start": start.name, "rule": grpo.advantage.rule}
+        _finish(out, folder, about | ended)
     return run.artifact(name), True
 
 
@@ -286,8 +287,13 @@ def _dataset(table: pa.Table, workers: int) -> Any:
     return ray.data.from_items(rows, override_num_blocks=max(workers, min(16, len(rows) // 256 + 1)))
 
 
-def _fit(module: str, config: dict[str, Any], settings: Settings, folder: Path, datasets: dict[str, Any]) -> None:
+def _fit(
+    module: str, config: dict[str, Any], settings: Settings, folder: Path, datasets: dict[str, Any]
+) -> dict[str, Any]:
     """Runs Ray Train until all steps are done.
+
+    Returns:
+        `seconds_after_last_step`, by phase: the last checkpoint and the policy stand in no step's figures.
 
     Raises:
         DivergedError, ArtifactError, PlatformError: see `sft_stage`.
@@ -331,6 +337,7 @@ def _fit(module: str, config: dict[str, Any], settings: Settings, folder: Path, 
     outcome = result.return_value or {}
     if "error" in outcome:
         raise outcome["error"]
+    return {"seconds_after_last_step": outcome.get("after_last_step", {})}
 
 
 def use_gpu(settings: Settings) -> bool:

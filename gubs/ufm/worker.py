@@ -122,7 +122,7 @@ class Worker:
         except SharedError as e:
             return {"error": e}
         else:
-            return {"steps": self.steps}
+            return {"steps": self.steps, "after_last_step": self.phases.take()}
         finally:
             watchdog.stop()
             self.end()
@@ -187,7 +187,7 @@ class Worker:
 
             place = self.checkpoints.local(marker.step)
             self.trainer.load(place / "state")
-            torch.set_rng_state(torch.load(place / f"rng-{self.rank}.pt", weights_only=True))
+            _set_rng_states(torch.load(place / f"rng-{self.rank}.pt", weights_only=True), self.device)
         self.monitor.forget_after(done - 1)
         return done
 
@@ -205,7 +205,7 @@ class Worker:
         import torch
 
         self.trainer.save(folder / "state")
-        torch.save(torch.get_rng_state(), folder / f"rng-{self.rank}.pt")
+        torch.save(_rng_states(self.device), folder / f"rng-{self.rank}.pt")
         if self.rank == 0:
             (folder / SETTINGS).write_text(json.dumps(self.job.settings.model_dump(mode="json"), indent=1))
             save_policy(self.trainer.model, self.inputs, folder / POLICY)
@@ -221,7 +221,24 @@ class Worker:
                     raise
                 raise SharedError(f"cannot write the policy {self.folder / POLICY}: {e}; checkpoints are whole") from e
 
-        together(write, agree)
+        with self.phases("policy"):
+            together(write, agree)
+
+
+def _rng_states(device: Any) -> dict[str, Any]:
+    """Of torch's generators, by kind of device."""
+    import torch
+
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _set_rng_states(states: Mapping[str, Any], device: Any) -> None:
+    import torch
+
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def _ranks() -> tuple[int, int, int]:

@@ -119,6 +119,6 @@ def test_ray_train_hears_of_every_step_after_the_files_and_before_the_checkpoint
     shell.monitor = SimpleNamespace(report=lambda step, figures: heard.append(("files", step)))
     shell._resume, shell._timed, shell._save_final = lambda: 0, lambda step: {"reward": float(step)}, lambda: None
     shell._maybe_checkpoint = lambda step, _: heard.append(("checkpoint", step))
-    assert shell.run() == {"steps": 2}
+    assert shell.run() == {"steps": 2, "after_last_step": {}}
     told = [[("files", s), ("ray", {"step": s, "reward": float(s)}), ("checkpoint", s)] for s in range(2)]
     assert heard == told[0] + told[1]

@@ -1,8 +1,10 @@
 """What prompts show and never show: no gold, no outcome, no true cause, no later record, no test user beside."""
 
+import collections
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,12 +42,19 @@ def all_prompts(questions: Questions) -> Iterator[tuple[tuple[str, ...], Prompt]
                 for group in questions.memberships.get(item.user_id, []):
                     yield (*key, "G", group), questions.about_group(task, group, item.video_id)
                     for other in members.get(group, [])[:6]:
-                        yield (*key, "S", other), questions.about_user(task, other, item.video_id)
+                        yield (*key, "S", other), questions.about_user(task, other, item.video_id, item.timestamp)
 
 
 @pytest.fixture(scope="module")
 def prompts(questions) -> dict[tuple[str, ...], Prompt]:
     return dict(all_prompts(questions))
+
+
+def about_person(questions: Questions, task: str, target: dict[str, Any], similar: str = "") -> Prompt:
+    """The prompt T of a target, or the prompt S with a similar user."""
+    if not similar:
+        return questions.about_user(Task(task), target["user_id"], target["video_id"])
+    return questions.about_user(Task(task), similar, target["video_id"], before=target["timestamp"])
 
 
 def texts_of(found: dict[tuple[str, ...], Prompt]) -> dict[tuple[str, ...], tuple[str, str]]:
@@ -120,7 +129,7 @@ def test_what_happened_is_in_no_prompt(ufm_run, ufm_settings, prompts, tmp_path)
         again = (
             other.about_group(Task(task), who[0], row["video_id"])
             if role == "G"
-            else other.about_user(Task(task), who[0] if who else row["user_id"], row["video_id"])
+            else about_person(other, task, row, *who)
         )
         assert again.text == prompt.text, key
         assert "canary" not in again.text
@@ -129,34 +138,57 @@ def test_what_happened_is_in_no_prompt(ufm_run, ufm_settings, prompts, tmp_path)
 def test_no_prompt_needs_the_targets_at_all(ufm_run, ufm_settings, prompts, tmp_path):
     """A data set without any target gives the same prompts: nothing at or after the border is read."""
     interactions = ufm_run.artifact("ifvr").table("interactions")
-    video_of = dict(zip(interactions["interaction_id"].to_pylist(), interactions["video_id"].to_pylist(), strict=True))
-    user_of = dict(zip(interactions["interaction_id"].to_pylist(), interactions["user_id"].to_pylist(), strict=True))
+    row_of = {r["interaction_id"]: r for r in interactions.to_pylist()}
     only = interactions.filter(pc.equal(interactions["role"], "history"))
     bare = Questions(changed_copy(ufm_run, tmp_path / "run", ufm_settings, ifvr={"interactions": only}), ufm_settings)
     for (task, target, role, *who), prompt in prompts.items():
         if role != "G":
-            again = bare.about_user(Task(task), who[0] if who else user_of[target], video_of[target])
-            assert again.text == prompt.text
+            assert about_person(bare, task, row_of[target], *who).text == prompt.text
 
 
 def test_only_views_before_the_target_are_shown(ufm_run, ufm_settings, prompts):
-    """The lines of a prompt, one by one, against the log: the latest views of the history, none after the target."""
+    """The lines of a prompt, one by one, against the log: the latest views of the history, none after the target; of a
+    similar user those among them that were before it."""
     interactions = ufm_run.artifact("ifvr").table("interactions").to_pylist()
     videos = {v["video_id"]: v for v in ufm_run.artifact("ifvr").table("videos").to_pylist()}
     row_of = {r["interaction_id"]: r for r in interactions}
     limit, shown = ufm_settings.ufm.inputs.max_text, ufm_settings.ufm.inputs.history_items
-    for (task, target, role, *_), prompt in prompts.items():
-        if role != "T":
+    histories = collections.defaultdict(list)
+    for r in interactions:
+        if r["role"] == "history":
+            histories[r["user_id"], r["task"]].append(r)
+    cut = 0
+    for (task, target, role, *who), prompt in prompts.items():
+        if role == "G":
             continue
         row = row_of[target]
-        before = [  # a page's exposures have one time
-            r
-            for r in interactions
-            if r["user_id"] == row["user_id"] and r["task"] == task and r["timestamp"] <= row["timestamp"]
+        latest = histories[who[0] if who else row["user_id"], task][-shown:]
+        # a page's exposures have one time
+        before = [
+            r for r in latest if r["timestamp"] < row["timestamp"] or (not who and r["timestamp"] == row["timestamp"])
         ]
-        history = [r for r in before if r["role"] == "history"]
+        cut += len(latest) - len(before)
+        assert role == "S" or before == latest, "the split ends a history before the first target"
         lines = [line.removeprefix("- ") for line in prompt.text.splitlines() if line.startswith("- ")]
-        assert lines == [unnamed(view_line({**videos[r["video_id"]], **r}, limit)) for r in history[-shown:]]
+        assert lines == [unnamed(view_line({**videos[r["video_id"]], **r}, limit)) for r in before]
+    assert cut, "no similar user had a view after a target: nothing was tested"
+
+
+def test_a_step_shows_similar_users_as_known_at_the_targets_time(ufm_run, ufm_settings, tiny, monkeypatch):
+    made, asked = planner(ufm_run, ufm_settings, tiny), []
+    whole = Questions.about_user
+
+    def noted(self, task, user_id, video_id, before=None):
+        asked.append((user_id, before))
+        return whole(self, task, user_id, video_id, before)
+
+    monkeypatch.setattr(Questions, "about_user", noted)
+    plans = [made.plan(step) for step in range(4)]
+    times = {(s.item.user_id, s.item.timestamp) for p in plans for s in p.samples}
+    own, similar = {u for u, before in asked if before is None}, [before for _, before in asked if before is not None]
+    assert {u for u, _ in times} == own
+    assert similar
+    assert set(similar) <= {t for _, t in times}
 
 
 def test_nobodys_words_about_a_dislike_are_shown(ufm_run, prompts):

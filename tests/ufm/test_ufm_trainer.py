@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_ranks import MODEL, OPTIMIZER, six_samples
+from trainer_ranks import CLIP, MODEL, OPTIMIZER, six_samples
 from ufm_helpers import text_prompt, tiny_inputs, video_prompt
 
 from gubs.errors import PlatformError
@@ -76,8 +76,11 @@ def test_a_full_disk_while_deepspeed_saves_is_told_by_its_rank_and_holds_up_none
         assert found[0]["full disk"]["files"] >= world
 
 
-def plain(tiny: Path, level: str) -> tuple[dict[str, torch.Tensor], float]:
-    """Gradients and loss of all samples as one batch in plain PyTorch: no DeepSpeed, no ranks, no micro-batches."""
+def plain(
+    tiny: Path, level: str = "sequence", now: dict[str, torch.Tensor] | None = None, clip: float | None = None
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Gradients and loss of all samples as one batch in plain PyTorch: no DeepSpeed, no ranks, no micro-batches; of a
+    second update on the batch if `now` has the weights after the first."""
     torch.manual_seed(1)
     reference = load(tiny, MODEL)
     with torch.no_grad():
@@ -88,16 +91,19 @@ def plain(tiny: Path, level: str) -> tuple[dict[str, torch.Tensor], float]:
     batch = inputs.collate([(s.encoded, s.response.ids) for s in samples])
     dense = lambda flat: torch.zeros(batch.response.shape).masked_scatter(batch.response, flat)  # noqa: E731
     with torch.no_grad():
-        ref = logprobs(reference, batch, sees=True)
+        ref, old = (logprobs(m, batch, sees=True) for m in (reference, model))
+    if now:
+        model.load_state_dict(now)
     grpo = GRPOSettings()
     loss, _ = policy_loss(
         dense(logprobs(model, batch, sees=True)),
-        None,
+        dense(old) if now else None,
         dense(ref),
         torch.tensor([s.advantage for s in samples]),
         batch.response,
         denominators=Denominators.of(batch.response),
         beta=grpo.beta,
+        clip=clip,
         rollout_logp=dense(torch.tensor([p for s in samples for p in s.response.logprobs])),
         tis_cap=grpo.tis_cap,
         level=level,
@@ -138,7 +144,7 @@ def apart(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> fl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("case", ["k1", "k2", "k3", "token"])
+@pytest.mark.parametrize("case", ["k1", "k2", "k3", "token", "recomputed"])
 def test_any_cut_gives_the_gradients_of_one_batch(ranks, expected, world, case):
     """Micro-batches and ranks must not weigh samples: with 2 ranks, one has the pictures and the other only text."""
     grads, loss = expected["token" if case == "token" else "sequence"]
@@ -149,6 +155,30 @@ def test_any_cut_gives_the_gradients_of_one_batch(ranks, expected, world, case):
             sum(float(g.double().pow(2).sum()) for g in grads.values()) ** 0.5, rel=1e-4
         )
         assert found[case]["sums"]["tokens"] == 3 + 11 + 24 + 1 + 17 + 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_second_update_is_measured_against_the_policy_before_the_first(ranks, tiny, world):
+    """On any number of ranks and micro-batches; without the clip, or against the present policy, it is another one."""
+    wanted, loss = plain(tiny, now=ranks[1][0]["twice"]["between"], clip=CLIP)
+    unclipped, _ = plain(tiny, now=ranks[1][0]["twice"]["between"])
+    for found in ranks[world]:
+        twice = found["twice"]
+        assert twice["first"]["clipped"] == 0 < twice["sums"]["clipped"] < twice["sums"]["tokens"]
+        assert twice["sums"]["kl_old"] > 1e-4
+        assert twice["sums"]["loss"] == pytest.approx(loss, rel=1e-3)
+        assert apart(twice["grads"], wanted) < 0.01 < 0.1 < apart(twice["grads"], unclipped)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_in_bfloat16_the_gradients_are_about_the_same(ranks, expected, world):
+    """And the weights are those of float32 masters: not moved by a rounded step."""
+    for found in ranks[world]:
+        assert apart(found["bfloat16"]["grads"], expected["sequence"][0]) < 0.1
+        assert {w.dtype for w in found["bfloat16"]["weights"].values()} == {torch.bfloat16}
+        assert found["bfloat16"]["sums"]["loss"] == pytest.approx(expected["sequence"][1], rel=0.05)
 
 
 @pytest.mark.slow

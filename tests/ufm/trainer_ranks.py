@@ -33,6 +33,7 @@ OPTIMIZER = OptimizerSettings(learning_rate=1e-3, max_grad_norm=1e9)
 LENGTHS = (3, 11, 24, 1, 17, 6)
 """Response tokens of the six samples: the first three about pictures, the others text only."""
 BETA1 = OPTIMIZER.beta1
+CLIP = 0.5
 
 
 def six_samples(inputs: Inputs) -> list[Sample]:
@@ -57,22 +58,26 @@ def six_samples(inputs: Inputs) -> list[Sample]:
     return samples
 
 
-def worker(checkpoint: str, reference: Any, **grpo: Any) -> GRPOWorker:
+def worker(checkpoint: str, reference: Any, model: ModelSettings = MODEL, **grpo: Any) -> GRPOWorker:
     """A GA-GRPO worker without Ray, engine and data."""
     shell = object.__new__(GRPOWorker)
     shell.device, shell.sees, shell._share = torch.device("cpu"), True, True
     shell.grpo = GRPOSettings().model_copy(update=grpo)
     shell.inputs, shell.reference = tiny_inputs(Path(checkpoint)), Reference(reference, shell.device)
-    shell.trainer = Trainer(load(checkpoint, MODEL, train=True), MODEL, OPTIMIZER, 10, shell.device, True)
+    shell.trainer = Trainer(load(checkpoint, model, train=True), model, OPTIMIZER, 10, shell.device, True)
     return shell
 
 
-def gradients(model: Any) -> dict[str, torch.Tensor]:
-    """The last step's gradients, of the first step of an Adam: its first moment is (1 - beta1) times them."""
+def moments(model: Any) -> dict[str, torch.Tensor]:
+    """Adam's first moments."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    found = {n: safe_get_full_optimizer_state(p, "exp_avg") for n, p in model.named_parameters()}
-    return {n: g.clone() / (1 - BETA1) for n, g in found.items()}
+    return {n: safe_get_full_optimizer_state(p, "exp_avg").clone() for n, p in model.named_parameters()}
+
+
+def gradients(model: Any, before: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The last step's gradients, by the first moments after it and before (none: it was the first step)."""
+    return {n: (m - (BETA1 * before[n] if before else 0.0)) / (1 - BETA1) for n, m in moments(model).items()}
 
 
 def weights(shell: GRPOWorker) -> dict[str, torch.Tensor]:
@@ -103,11 +108,11 @@ def references(shell: GRPOWorker, batches: list[tuple[Any, Any]]) -> list[Any]:
         return [logprobs(asked, b, sees=True) for b, _ in batches]
 
 
-def split(k: int, level: str = "sequence") -> Callable[..., dict[str, Any]]:
-    """One step, this rank's share of the samples in k micro-batches."""
+def split(k: int, level: str = "sequence", **model: Any) -> Callable[..., dict[str, Any]]:
+    """One step, this rank's share of the samples in k micro-batches, of a model with other settings."""
 
     def scenario(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
-        shell = worker(checkpoint, reference, level=level)
+        shell = worker(checkpoint, reference, MODEL.model_copy(update=model), level=level)
         mine = np.array_split(np.arange(6), world)[rank]
         samples = [six_samples(shell.inputs)[i] for i in mine]
         batches = micro(shell, samples, k)
@@ -115,6 +120,19 @@ def split(k: int, level: str = "sequence") -> Callable[..., dict[str, Any]]:
         return result(shell, update)
 
     return scenario
+
+
+def twice(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
+    """Two updates on one batch: the second is measured against the policy before the first, and clipped."""
+    shell = worker(checkpoint, reference, clip=CLIP)
+    mine = np.array_split(np.arange(6), world)[rank]
+    batches, old = micro(shell, [six_samples(shell.inputs)[i] for i in mine], 2), []
+    refs = references(shell, batches)
+    first = shell._update(batches, refs, old, 0, first=True)
+    between, moment = weights(shell), moments(shell.trainer.model)
+    second = shell._update(batches, refs, old, 1, first=False)
+    grads = gradients(shell.trainer.model, moment)
+    return {"first": first.sums, "sums": second.sums, "between": between, "grads": grads}
 
 
 def uneven(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
@@ -251,6 +269,9 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "k2": split(2),
     "k3": split(3),
     "token": split(2, "token"),
+    "recomputed": split(2, gradient_checkpointing=True),
+    "bfloat16": split(2, dtype="bfloat16"),
+    "twice": twice,
     "uneven": uneven,
     "naive": naive,
     "nan": not_a_number,
