@@ -35,7 +35,7 @@ SMALL = [
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_main_job_makes_what_is_missing_trains_judges_and_shows(tmp_path):
     with local_head(num_cpus=2) as address:
         for part in ("gubs", "ray_jobs"):
@@ -45,7 +45,7 @@ def test_the_main_job_makes_what_is_missing_trains_judges_and_shows(tmp_path):
         command += ["--runtime-env-json", json.dumps({"env_vars": {"GUBS_HOME": str(tmp_path / "home")}})]
         command += ["--", sys.executable, "ray_jobs/train_grpo.py", *SMALL]
         env = {**os.environ, "RAY_ADDRESS": ""}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=env)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=800, env=env)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-5000:]
     run = Run(tmp_path / "home" / "runs" / "demo-synthetic")
@@ -54,3 +54,18 @@ def test_the_main_job_makes_what_is_missing_trains_judges_and_shows(tmp_path):
     assert run.artifact("grpo").table("steps").num_rows == 2
     assert "Sequential task, natural mix" in said
     assert (tmp_path / "home" / "runs" / "demo-synthetic" / "training.html").stat().st_size > 10_000
+    again = {name: _start(name, run, env) for name in ("train_sft", "evaluate")}
+    for name, process in again.items():
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said[-3000:]
+        assert "was finished already, nothing to do" in said, name
+    assert "Sequential task, natural mix" in said
+    made = run.artifact("grpo").manifest.created
+    assert _start("train_grpo", run, env, "ufm.grpo.beta=0.5").wait(timeout=120) == 4, "other settings: refused"
+    assert run.artifact("grpo").manifest.created == made
+
+
+def _start(job: str, run: Run, env: dict[str, str], *overrides: str) -> subprocess.Popen[str]:
+    """A job on a cluster of its own, with the settings of the run."""
+    command = [sys.executable, f"ray_jobs/{job}.py", "--run", run.uri, *SMALL, *overrides]
+    return subprocess.Popen(command, cwd=REPO, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
