@@ -5,9 +5,14 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from gubs.config import RaySettings
 from gubs.errors import PlatformError
+
+_TRIES = 3
+_LATE = "timed out during startup"
+"""What Ray says of a node that is not up within half a minute."""
 
 
 @contextmanager
@@ -51,7 +56,7 @@ def _start_local(settings: RaySettings) -> None:
     # write one into the home folder: ours gets one of its own, for its life only.
     if not os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    ray.init(
+    init_patiently(
         address="local",
         num_cpus=settings.num_cpus or None,
         object_store_memory=settings.object_store_mb << 20,
@@ -59,6 +64,26 @@ def _start_local(settings: RaySettings) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+
+
+def init_patiently(**options: Any) -> None:
+    """`ray.init` of a local cluster, tried again where a busy machine does not bring it up in Ray's fixed half minute.
+
+    Raises:
+        PlatformError: three times in vain.
+    """
+    import ray
+
+    for _ in range(_TRIES):
+        try:
+            ray.init(**options)
+        except Exception as e:
+            if _LATE not in str(e):
+                raise
+            ray.shutdown()
+        else:
+            return
+    raise PlatformError(f"Ray could not be started here, {_TRIES} times: each time it was not up within half a minute")
 
 
 def quiet_ray_data() -> None:

@@ -28,7 +28,9 @@ def ray_local() -> Iterator[None]:
     """A small local Ray cluster, one for the whole test session."""
     import ray
 
-    ray.init(
+    from gubs.cluster import init_patiently
+
+    init_patiently(
         address="local",
         num_cpus=2,
         include_dashboard=False,

@@ -54,18 +54,19 @@ def test_the_main_job_makes_what_is_missing_trains_judges_and_shows(tmp_path):
     assert run.artifact("grpo").table("steps").num_rows == 2
     assert "Sequential task, natural mix" in said
     assert (tmp_path / "home" / "runs" / "demo-synthetic" / "training.html").stat().st_size > 10_000
-    again = {name: _start(name, run, env) for name in ("train_sft", "evaluate")}
-    for name, process in again.items():
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said[-3000:]
-        assert "was finished already, nothing to do" in said, name
+    for job in ("train_sft", "evaluate"):
+        again = _alone(job, run, env)
+        said = again.stdout + again.stderr
+        assert again.returncode == 0, said[-3000:]
+        assert "was finished already, nothing to do" in said, job
     assert "Sequential task, natural mix" in said
     made = run.artifact("grpo").manifest.created
-    assert _start("train_grpo", run, env, "ufm.grpo.beta=0.5").wait(timeout=120) == 4, "other settings: refused"
+    refused = _alone("train_grpo", run, env, "ufm.grpo.beta=0.5")
+    assert (refused.returncode, "use another --run, or --force" in refused.stderr) == (4, True), refused.stderr[-3000:]
     assert run.artifact("grpo").manifest.created == made
 
 
-def _start(job: str, run: Run, env: dict[str, str], *overrides: str) -> subprocess.Popen[str]:
+def _alone(job: str, run: Run, env: dict[str, str], *overrides: str) -> subprocess.CompletedProcess[str]:
     """A job on a cluster of its own, with the settings of the run."""
     command = [sys.executable, f"ray_jobs/{job}.py", "--run", run.uri, *SMALL, *overrides]
-    return subprocess.Popen(command, cwd=REPO, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.run(command, cwd=REPO, env=env, text=True, capture_output=True, timeout=200)
