@@ -50,7 +50,6 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
 
 
 def _start_local(settings: RaySettings) -> None:
-
     # Whoever reaches a cluster's ports can run code there. Ray therefore asks for a token on local clusters, and would
     # write one into the home folder: ours gets one of its own, for its life only.
     if not os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:

@@ -31,7 +31,7 @@ DRIVER = Path(__file__).with_name("drive_grpo.py")
 SFT_EXAMPLES = 16 * 50
 PATIENCE = 300
 """Seconds for what takes a tenth of them on a quiet machine: engines and Ray start beside other tests."""
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
@@ -401,8 +401,9 @@ def test_two_workers_share_the_examples_of_sft(ready, tmp_path):
     artifact, _ = sft_stage(run, settings)
     two, one = artifact.table("steps").to_pylist(), ready.artifact("sft_model").table("steps").to_pylist()
     assert [row["step"] for row in two] == list(range(12))
-    assert two[-1]["loss"] < 0.7 * two[0]["loss"]
-    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one[:12]], rel=0.15)
+    assert two[-1]["loss"] < 0.1 * two[0]["loss"]
+    early = 6  # later on a loss is what the batch makes it
+    assert [row["loss"] for row in two[:early]] == pytest.approx([row["loss"] for row in one[:early]], rel=0.15)
     assert {row["dropped_too_long"] for row in two} == {0.0}
 
 
