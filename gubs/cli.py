@@ -59,7 +59,7 @@ def demo(
     from gubs import jobs, pipeline
 
     settings = _settings(preset, overrides)  # a wrong setting is said before a cluster is started
-    if not address:
+    if not jobs.named_cluster(address):
         pipeline.base_model(settings)  # once on a machine, and faster while nothing else runs on it
     arguments = ["--all", "--run", run, "--preset", preset, *(["--force"] if force else []), *(overrides or [])]
     raise typer.Exit(jobs.submit("train_grpo", arguments, address))

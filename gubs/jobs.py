@@ -65,6 +65,11 @@ def job_main(work: Work, default_run: str, whole: Work | None = None) -> None:
         sys.exit(e.exit_code)
 
 
+def named_cluster(address: str) -> str:
+    """Dashboard address of the cluster that jobs go to; empty = a head node of our own on this machine."""
+    return address or os.environ.get("RAY_API_SERVER_ADDRESS", "")
+
+
 def submit(script: str, arguments: Sequence[str], address: str = "") -> int:
     """Submits `ray_jobs/<script>.py`, prints its log while it runs, and returns its exit code (0 or 1).
 
@@ -81,8 +86,7 @@ def submit(script: str, arguments: Sequence[str], address: str = "") -> int:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.py")))
         raise PlatformError(f"there is no job {script!r} in {path.parent} (there are: {known})")
-    address = address or os.environ.get("RAY_API_SERVER_ADDRESS", "")
-    if address:
+    if address := named_cluster(address):
         return _follow(
             address, ["python", f"ray_jobs/{script}.py", *arguments], {"working_dir": str(root), "excludes": _EXCLUDES}
         )

@@ -34,7 +34,7 @@ class Person:
 
     def before(self, time: int | None) -> "Person":
         """The person as known at a time: without later views. Where there are no times, nothing is later."""
-        if time is None:
+        if time is None or not self.times:
             return self
         known = [i for i, t in enumerate(self.times) if t is None or t < time]
         return replace(self, views=tuple(self.views[i] for i in known), times=tuple(self.times[i] for i in known))

@@ -174,7 +174,7 @@ def test_a_second_update_is_measured_against_the_policy_before_the_first(ranks, 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_in_bfloat16_the_gradients_are_about_the_same(ranks, expected, world):
-    """And the weights are those of float32 masters: not moved by a rounded step."""
+    """As far as eight bits go; the policy's weights keep the type."""
     for found in ranks[world]:
         assert apart(found["bfloat16"]["grads"], expected["sequence"][0]) < 0.1
         assert {w.dtype for w in found["bfloat16"]["weights"].values()} == {torch.bfloat16}
