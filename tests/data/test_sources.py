@@ -218,7 +218,7 @@ def test_refuses_a_missing_file(tmp_path):
     refused(lambda: sheet(tmp_path / "a.csv"), "a.csv", "no such file", "source.path")
 
 
-@pytest.mark.parametrize("text", [b"", b"\n\n", gzip.compress(b"")])
+@pytest.mark.parametrize("text", [b"", b"\n\n", gzip.compress(b"")], ids=["nothing", "blank lines", "gzipped nothing"])
 def test_refuses_an_empty_file(tmp_path, text):
     path = write(tmp_path / ("a.csv.gz" if text[:1] == b"\x1f" else "a.csv"), text)
     refused(lambda: sheet(path), path.name, "empty", "copy it again")
