@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--trl", type=Path, help="folder that TRL was installed to; none = without TRL")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--steps", type=int, default=6, help="steps measured; two more come first")
+    parser.add_argument("--rounds", type=int, default=3, help="times that ours and the others are measured in turns")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--no-table", action="store_true", help="leave out batch, length and workers")
@@ -69,23 +70,40 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace, size: str) -> dict[str, Any]:
-    """Our step, TRL's step and vLLM alone, for one model."""
+    """Our step, TRL's step and vLLM alone, for one model, in turns: a shared machine's speed changes by the minute."""
     settings = _overrides(size, args.prompts, args.tokens, args.steps + 2)
     spec = _spec(args, settings, size)
-    ours = measure(args, settings, f"{size}-{args.prompts}x{args.tokens}")
-    alone = _worker("--offline-worker", spec, {})
-    found: dict[str, Any] = {"ours": ours, "vllm_offline_tokens_per_second": alone["tokens_per_second"]}
-    found["rollout_to_offline"] = ours["rollout_tokens_per_second"] / alone["tokens_per_second"]
+    rounds: list[dict[str, Any]] = []
+    alone = [_worker("--offline-worker", spec, {})["tokens_per_second"]]
+    for _ in range(args.rounds):
+        ours = measure(args, settings, f"{size}-{args.prompts}x{args.tokens}")
+        alone.append(_worker("--offline-worker", spec, {})["tokens_per_second"])
+        found: dict[str, Any] = {"ours": ours, "vllm_offline_tokens_per_second": alone[-2:]}
+        found["rollout_to_offline"] = ours["rollout_tokens_per_second"] / statistics.fmean(alone[-2:])
+        if args.trl:
+            found["trl"] = _worker("--trl-worker", spec, {"PYTHONPATH": str(args.trl)})
+            found["faster"] = found["trl"]["per_completion"] / ours["per_completion"]
+        rounds.append(found)
+        _print_round(size, found)
+    names = ("rollout_to_offline", "faster") if args.trl else ("rollout_to_offline",)
+    medians = {name: statistics.median(r[name] for r in rounds) for name in names}
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in medians.items())
+    print(f"{size}: median of {len(rounds)} round(s): {shown}", flush=True)
+    return {"rounds": rounds, "median": medians}
+
+
+def _print_round(size: str, found: dict[str, Any]) -> None:
+    ours, trl = found["ours"], found.get("trl")
     shares = ", ".join(f"{p} {100 * ours['share'][p]:.1f} %" for p in PHASES if ours["share"][p] > 0.001)
-    rollout, offline = ours["rollout_tokens_per_second"], alone["tokens_per_second"]
+    before, after = found["vllm_offline_tokens_per_second"]
     print(f"{size}: {_cost(ours)}; {shares}")
-    print(f"{size}: rollout {rollout:.0f} tokens/s, {rollout / offline:.2f} of vLLM alone ({offline:.0f})")
+    print(
+        f"{size}: rollout {ours['rollout_tokens_per_second']:.0f} tokens/s, {found['rollout_to_offline']:.2f} of vLLM "
+        f"alone ({before:.0f} before, {after:.0f} after)"
+    )
     print(f"{size}: {100 * ours['prefix_reuse']:.0f} % of prompt tokens from the prefix cache", flush=True)
-    if args.trl:
-        trl = _worker("--trl-worker", spec, {"PYTHONPATH": str(args.trl)})
-        found |= {"trl": trl, "faster": trl["per_completion"] / ours["per_completion"]}
-        print(f"{size}: TRL {trl['version']} {_cost(trl)}: {found['faster']:.2f} x ours", flush=True)
-    return found
+    if trl:
+        print(f"{size}: TRL {trl['version']} {_cost(trl)}: ours is {found['faster']:.2f} x as fast", flush=True)
 
 
 def _cost(found: dict[str, Any]) -> str:

@@ -125,8 +125,8 @@ def sft_cases(ifvr: Artifact, settings: TeacherSettings, seed: int) -> list[Case
     minded = pc.fill_null(rows["disliked"], False)
     disliked = draw(rows.filter(minded), settings.sft_dislikes, [seed, 11])
     cases = load_cases(ifvr, disliked, settings.history_items, settings.max_text)
-    if settings.sft_watched:
-        liked = draw(watched(rows.filter(pc.invert(minded))), settings.sft_watched, [seed, 13])
+    if count := round(settings.sft_watched * disliked.num_rows):
+        liked = draw(watched(rows.filter(pc.invert(minded))), count, [seed, 13])
         cases += load_cases(ifvr, liked, settings.history_items, settings.max_text)
     picked = _balanced_clicks(targets(ifvr, Task.CLICK, [Split.TRAIN]), settings, seed)
     return cases + load_cases(ifvr, picked, settings.history_items, settings.max_text)

@@ -70,11 +70,11 @@ def test_only_disliked_targets_of_training_users(tmp_path):
 def test_watched_targets_become_examples_of_option_a_by_the_script_alone(tmp_path, monkeypatch):
     """The training user's only target that was no fast skip; an annotator cannot be asked about it."""
     run = world(tmp_path / "run")
-    by_script = TeacherSettings(author="script", sft_watched=5)
+    by_script = TeacherSettings(author="script", sft_watched=0.6)
     assert [c.target.interaction_id for c in cases_of(run, by_script)] == ["d1", "next"]
     assert [c.target.interaction_id for c in cases_of(run, TeacherSettings(author="script"))] == ["d1"]
     with pytest.raises(SettingsError, match=r"sft_watched is for teachers.author=script only: set it to 0$"):
-        load_settings("paper", ["teachers.sft_watched=5"])
+        load_settings("paper", ["teachers.sft_watched=0.6"])
     rows = stage(run, monkeypatch, thought, by_script).table("examples").to_pylist()
     assert [(r["interaction_id"], r["gold"]) for r in rows][1] == ("next", "A")
     assert rows[1]["response"].endswith("So it is watched on.</think><answer>A</answer>")

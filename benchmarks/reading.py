@@ -1,0 +1,87 @@
+"""How well the tiny model reads after its lessons: held-out lessons, greedy answers, share of facts that are right.
+
+What GA-GRPO can find stands on this: a model that cannot copy a topic or a length cannot tell fitting from long. Facts
+are compared as the answers say them, about the simulated app ("here") and about apps whose names of topics the model
+has never met ("elsewhere").
+
+    python benchmarks/reading.py [--model FOLDER] [--lessons 1800] [--json out.json]
+"""
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gubs.ufm import lessons
+from gubs.ufm import model as models
+from gubs.ufm.inputs import Inputs, Prompt
+from gubs.ufm.rollout import Engine, Request, Shape
+from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
+
+FACTS = {
+    "topic": r'Topic "([^"]*)"',
+    "interests": r"Likes ([^.]*)\.",
+    "fits": r"It (fits|does not fit)\.",
+    "length": r"Length (\d+) s",
+    "long": r"(long|short)\.",
+    "remark": r"But ([^.]*)\.",
+}
+_SEED = 99
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--model", type=Path, help="a checkpoint; none = the tiny model, made first where it is not there"
+    )
+    parser.add_argument("--lessons", type=int, default=1800, help="steps of lessons of the tiny model")
+    parser.add_argument("--count", type=int, default=400, help="lessons of each kind")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    began = time.perf_counter()
+    folder = args.model or models.checkpoint(ModelSettings(size="tiny", lessons=args.lessons, dtype="float32"))
+    print(f"{folder}: there after {time.perf_counter() - began:.0f} s", flush=True)
+    inputs = Inputs(folder, InputSettings(max_prompt_tokens=1024, max_new_tokens=96))
+    model = ModelSettings(dtype="float32", gradient_checkpointing=False)
+    engine = Engine(Shape(str(folder), model, inputs.settings, RolloutSettings(kv_cache_gb=0.5, max_num_seqs=96)))
+    rng = np.random.default_rng([_SEED, 1])
+    world = lessons.simulated(rng, args.count, clips=True)
+    kinds: dict[str, Callable[[], tuple[Prompt, str]]] = {
+        "here": lambda: lessons.lesson_here(world, rng),
+        "elsewhere": lambda: lessons.lesson_elsewhere(rng),
+    }
+    found = {name: read(engine, inputs, [one() for _ in range(args.count)]) for name, one in kinds.items()}
+    names = [*FACTS, "all facts", "form"]
+    print(f"{'':10}" + "".join(f"{n:>11}" for n in names))
+    for kind, shares in found.items():
+        print(f"{kind:10}" + "".join(f"{shares[n]:11.3f}" for n in names))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
+
+
+def read(engine: Engine, inputs: Inputs, asked: list[tuple[Prompt, str]]) -> dict[str, float]:
+    """Share of lessons in which a fact is as it should be; absent facts have to be absent."""
+    encoded = [inputs.encode(prompt) for prompt, _ in asked]
+    responses = engine.generate([Request(inputs.for_engine(e), 0) for e in encoded], temperature=0.0)
+    right: dict[str, list[bool]] = {}
+    for (_, wanted), response in zip(asked, responses, strict=True):
+        said, _ = inputs.text(response.ids)
+        same = {name: _fact(pattern, said) == _fact(pattern, wanted) for name, pattern in FACTS.items()}
+        for name, ok in {**same, "all facts": all(same.values()), "form": "</answer>" in said}.items():
+            right.setdefault(name, []).append(ok)
+    return {name: float(np.mean(oks)) for name, oks in right.items()}
+
+
+def _fact(pattern: str, answer: str) -> Any:
+    found = re.search(pattern, answer)
+    return found[1] if found else None
+
+
+if __name__ == "__main__":
+    main()
