@@ -3,14 +3,22 @@
 import os
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
-from ufm_helpers import small_settings, write_groups
+from drive_grpo import resume_settings
+from ufm_helpers import changed_copy, small_settings, write_groups
 
-from gubs.artifacts import Run
+from gubs.artifacts import Run, writing
 from gubs.config import Settings
+from gubs.prompts.answers import as_answer
+from gubs.records import TASK_OPTIONS, Split, Task
+from gubs.teachers.sft import SCHEMA
+from gubs.ufm.questions import Questions
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SFT_EXAMPLES = 16 * 50
 
 
 @pytest.fixture(scope="session")
@@ -38,4 +46,30 @@ def ufm_run(tmp_path_factory: pytest.TempPathFactory, ufm_settings: Settings, ra
     pipeline.frames(run, ufm_settings)
     pipeline.teach(run, ufm_settings)
     write_groups(run, ufm_settings)
+    return run
+
+
+@pytest.fixture(scope="session")
+def ready(ufm_run, tmp_path_factory) -> Run:
+    """The small run with a policy that has learned the form of an answer and nothing else: some of its answers are
+    right, so rewards differ and gradients are not zero."""
+    settings = resume_settings()
+    run = changed_copy(ufm_run, tmp_path_factory.mktemp("resume") / "run", settings)
+    items = [i for t in Task for i in Questions(run, settings).items(t, Split.TRAIN)]
+    rows = []
+    for n in range(SFT_EXAMPLES):
+        item = items[n * 7919 % len(items)]
+        option = TASK_OPTIONS[item.task][n % len(TASK_OPTIONS[item.task])]
+        answer = as_answer("It fits.", option)
+        about = {"task": item.task, "user_id": item.user_id, "video_id": item.video_id}
+        which = {"example_id": str(n), "interaction_id": item.interaction_id, "split": "train", "gold": option}
+        rows.append({**about, **which, "response": answer})
+    with writing(run, "sft", fingerprint="by hand", settings=settings, inputs={}) as out:
+        out.write_table("examples", pa.Table.from_pylist(rows, schema=SCHEMA))
+    from gubs.ufm.stage import sft_stage
+
+    artifact, _ = sft_stage(run, settings)
+    steps = artifact.table("steps").to_pylist()
+    assert len(steps) == SFT_EXAMPLES // settings.ufm.sft.batch
+    assert steps[-1]["loss"] < 0.4 < steps[0]["loss"], "SFT did not learn"
     return run

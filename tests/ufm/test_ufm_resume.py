@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,50 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import pyarrow as pa
 import pytest
 import torch
 from drive_grpo import STEPS, resume_settings
-from ufm_helpers import changed_copy, disk
+from ufm_helpers import disk
 
-from gubs.artifacts import Run, writing
+from gubs.artifacts import Run
 from gubs.errors import ArtifactError, PlatformError
-from gubs.prompts.answers import as_answer
-from gubs.records import TASK_OPTIONS, Split, Task
-from gubs.teachers.sft import SCHEMA
 from gubs.ufm.monitor import STUCK, STUCK_EXIT, read_metrics
-from gubs.ufm.questions import Questions
-from gubs.ufm.stage import _named, grpo_stage, sft_stage
+from gubs.ufm.stage import _named, grpo_stage
 
 DRIVER = Path(__file__).with_name("drive_grpo.py")
-SFT_EXAMPLES = 16 * 50
 PATIENCE = 300
 """Seconds for what takes a tenth of them on a quiet machine: engines and Ray start beside other tests."""
 pytestmark = pytest.mark.timeout(1200)
-
-
-@pytest.fixture(scope="module")
-def ready(ufm_run, tmp_path_factory) -> Run:
-    """The small run with a policy that has learned the form of an answer and nothing else: some of its answers are
-    right, so rewards differ and gradients are not zero."""
-    settings = resume_settings()
-    run = changed_copy(ufm_run, tmp_path_factory.mktemp("resume") / "run", settings)
-    items = [i for t in Task for i in Questions(run, settings).items(t, Split.TRAIN)]
-    rows = []
-    for n in range(SFT_EXAMPLES):
-        item = items[n * 7919 % len(items)]
-        option = TASK_OPTIONS[item.task][n % len(TASK_OPTIONS[item.task])]
-        answer = as_answer("It fits.", option)
-        about = {"task": item.task, "user_id": item.user_id, "video_id": item.video_id}
-        which = {"example_id": str(n), "interaction_id": item.interaction_id, "split": "train", "gold": option}
-        rows.append({**about, **which, "response": answer})
-    with writing(run, "sft", fingerprint="by hand", settings=settings, inputs={}) as out:
-        out.write_table("examples", pa.Table.from_pylist(rows, schema=SCHEMA))
-    artifact, _ = sft_stage(run, settings)
-    steps = artifact.table("steps").to_pylist()
-    assert len(steps) == SFT_EXAMPLES // settings.ufm.sft.batch
-    assert steps[-1]["loss"] < 0.4 < steps[0]["loss"], "SFT did not learn"
-    return run
 
 
 def start(run: Run, name: str, log: Path, *overrides: str) -> subprocess.Popen:
@@ -370,41 +339,6 @@ def test_a_trained_policy_answers_in_plain_transformers_and_in_plain_vllm(ready,
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.strip().splitlines()[-1]) == [prompt, answer]
-
-
-@pytest.mark.slow
-def test_sft_goes_on_from_a_checkpoint_with_the_batches_that_are_left(ready, tmp_path):
-    """The stream of examples is passed over up to where the checkpoint was written: the last ten steps, done again,
-    give the same weights bit for bit."""
-    settings = resume_settings()
-    run = changed_copy(ready, tmp_path / "run", settings)
-    mark = run.artifact("sft_model").fingerprint
-    partial = Path(run.path("sft_model.partial"))
-    Path(run.path("sft_model")).rename(tmp_path / "done")
-    shutil.copytree(tmp_path / "done" / "checkpoints" / "step-000040", partial / "checkpoints" / "step-000040")
-    (partial / "recipe.json").write_text(mark)
-    artifact, fresh = sft_stage(run, settings)
-    assert fresh
-    assert artifact.table("steps")["step"].to_pylist() == list(range(40, 50)), "it did not begin anew"
-    name = "policy/model.safetensors"
-    again, once = Path(run.path("sft_model", name)).read_bytes(), (tmp_path / "done" / name).read_bytes()
-    assert again == once != (tmp_path / "done" / "checkpoints" / "step-000040" / name).read_bytes()
-
-
-@pytest.mark.slow
-def test_two_workers_share_the_examples_of_sft(ready, tmp_path):
-    """Other batches, but as many and of the same kind: the loss falls as with one. No CPU is left to Ray Data then."""
-    settings = resume_settings("ufm.workers.count=2")
-    examples = ready.artifact("sft").table("examples").slice(0, 12 * settings.ufm.sft.batch)
-    run = changed_copy(ready, tmp_path / "run", settings, sft={"examples": examples})
-    shutil.rmtree(run.path("sft_model"))
-    artifact, _ = sft_stage(run, settings)
-    two, one = artifact.table("steps").to_pylist(), ready.artifact("sft_model").table("steps").to_pylist()
-    assert [row["step"] for row in two] == list(range(12))
-    assert two[-1]["loss"] < 0.1 * two[0]["loss"]
-    early = 6  # later on a loss is what the batch makes it
-    assert [row["loss"] for row in two[:early]] == pytest.approx([row["loss"] for row in one[:early]], rel=0.15)
-    assert {row["dropped_too_long"] for row in two} == {0.0}
 
 
 STUCK_SCRIPT = """
