@@ -2,10 +2,9 @@
 
 A lesson shows the fields and pictures of a prompt about a simulated app that no run uses, and asks only what is there:
 the topic, the user's interests, whether they fit, whether the video is long, what is wrong with title or picture; it
-ends with an option drawn from those that common sense leaves open. Some are about apps without pictures that name
-their topics in ways never met before, so that names are copied and not known. No lesson says what any user did. They
-stand in for what a model of 7 B parameters brings along: it reads, it keeps to a form, and it has an idea, though no
-knowledge, of why videos are skipped.
+ends with an option drawn from those that common sense leaves open. No lesson says what any user did. They stand in for
+what a model of 7 B parameters brings along: it reads, it keeps to a form, and it has an idea, though no knowledge, of
+why videos are skipped.
 """
 
 import math
@@ -37,7 +36,6 @@ BATCH = 8
 """Few, and many steps: to look something up and to copy it are learned suddenly, after steps rather than examples."""
 LEARNING_RATE = 1.2e-3
 _LONGEST_S = 150
-_ANY_LENGTH_S = 600
 _FLAW_RATE = 0.4
 """More than in the apps: what is to be learned must be seen."""
 
@@ -64,7 +62,6 @@ def corpus() -> Iterator[str]:
             yield as_answer(think, TASK_OPTIONS[task][i % len(TASK_OPTIONS[task])])
         if i % 8 == 0:
             yield group_prompt(Task.SEQUENTIAL, "Viewers", f"likes {person.user.tags}", video, style=_STYLES[i % 2])
-    yield from (lesson_elsewhere(rng)[0].text for _ in range(_PEOPLE // 4))
     yield from script.texts()
     yield " ".join(word for topic in TOPICS for word in (topic.name, *topic.nouns))
     yield " ".join(f"{n} s {n % 101}%" for n in range(600))
@@ -122,12 +119,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def lesson(world: World, rng: np.random.Generator) -> tuple[Prompt, str]:
-    """One prompt and what is there to be read in it."""
-    return lesson_elsewhere(rng) if rng.random() < _ELSEWHERE else lesson_here(world, rng)
-
-
-def lesson_here(world: World, rng: np.random.Generator) -> tuple[Prompt, str]:
-    """A lesson about the simulated app. Some show a history, some a cover only, some no picture.
+    """One prompt and what is there to be read in it. Some show a history, some a cover only, some no picture.
 
     Interests are drawn anew each time: a list that comes back would be learned by heart instead of being read.
     """
@@ -150,54 +142,6 @@ def lesson_here(world: World, rng: np.random.Generator) -> tuple[Prompt, str]:
     found = script.facts(person, video)
     option = _guess(task, found, remark, rng)
     return Prompt(text, clip if shown else None), as_answer(script.concluded(found.said(remark), task, option), option)
-
-
-def lesson_elsewhere(rng: np.random.Generator) -> tuple[Prompt, str]:
-    """A lesson about an app without pictures: names made up for it, titles and lengths that some apps lack."""
-    names = [_name(rng) for _ in range(8)]
-    titled, timed = rng.random() < _HALF, rng.random() > _QUARTER
-    tags, topics = names[: int(rng.integers(1, 5))], names[4 : 4 + int(rng.integers(1, 5))]
-    if rng.random() < _HALF:
-        topics[int(rng.integers(len(topics)))] = tags[int(rng.integers(len(tags)))]
-    text = {name: texts[int(rng.integers(len(texts)))] for name, texts in USER_TEXTS.items() if rng.random() < _HALF}
-    views = [_video(names, titled, timed, rng) for _ in range(3)] if rng.random() < _QUARTER else []
-    person = Person(User("u", tags=topics, other=text), tuple(_view(v, rng) for v in views))
-    video = replace(_video(names, titled, timed, rng), tags=tags)
-    task = Task.CLICK if rng.random() < _QUARTER else Task.SEQUENTIAL
-    found = script.facts(person, video)
-    option = _guess(task, found, "", rng)
-    prompt = Prompt(user_prompt(task, person, video, tags=True, style="brief"), None)
-    return prompt, as_answer(script.concluded(found.said(), task, option), option)
-
-
-def _video(names: Sequence[str], titled: bool, timed: bool, rng: np.random.Generator) -> Video:
-    """A video of such an app, with one or two of the names as its tags."""
-    title = f"{_word(rng)} {_word(rng).lower()}".capitalize() if titled else None
-    seconds = float(rng.integers(3, _LONGEST_S if rng.random() < _HALF else _ANY_LENGTH_S)) if timed else None
-    tags = [names[i] for i in rng.permutation(len(names))[: int(rng.integers(1, 3))]]
-    return Video("v", title, seconds, tags=tags)
-
-
-def _name(rng: np.random.Generator) -> str:
-    """What an app may call a topic: a word with a number, one or two words, or syllables of no meaning."""
-    kind = rng.random()
-    if kind < _HALF:
-        return f"{_word(rng) if rng.random() < _QUARTER else _kind(rng)} {int(rng.integers(100))}"
-    if kind < 1 - _QUARTER:
-        return _word(rng).capitalize() + (f"-{_word(rng).capitalize()}" if rng.random() < _QUARTER else "")
-    letters = [
-        _CONSONANTS[int(rng.integers(len(_CONSONANTS)))] + _VOWELS[int(rng.integers(len(_VOWELS)))]
-        for _ in range(int(rng.integers(1, 4)))
-    ]
-    return "".join(letters).capitalize()
-
-
-def _kind(rng: np.random.Generator) -> str:
-    return _KINDS[int(rng.integers(len(_KINDS)))]
-
-
-def _word(rng: np.random.Generator) -> str:
-    return _WORDS[int(rng.integers(len(_WORDS)))]
 
 
 def _guess(task: Task, found: script.Facts, remark: str, rng: np.random.Generator) -> Option:
@@ -248,11 +192,6 @@ def _clip(number: int, topic: int, flaw: str) -> Clip:
     return Clip(f"lesson-{number}", np.stack(pictures[:_FRAMES]), float(_FRAMES))
 
 
-_WORDS = tuple(sorted({word for topic in TOPICS for noun in topic.nouns for word in noun.split()}))
-_KINDS = ("tag", "type", "music type", "channel", "genre", "author")
-_CONSONANTS, _VOWELS = "bcdfghklmnprstvw", "aeiou"
-_ELSEWHERE = 0.25
-"""Share of lessons about other apps."""
 _OFTEN = 4
 """Times a word is shown to the tokenizer: then it becomes one token."""
 _HALF, _QUARTER, _TENTH = 0.5, 0.25, 0.1

@@ -38,29 +38,11 @@ def test_what_a_lesson_says_stands_in_its_prompt(some):
     """Topic, interests and length are quoted, the verdict on them is right."""
     for prompt, answer in some:
         listed = json.loads(re.search(r"^User: (.*)$", prompt.text, re.MULTILINE)[1])[-1]
-        topic = re.search(r'Topic "([^"]+)"', answer)[1]
+        topic = re.search(r'Topic "(\w+)"', answer)[1]
         assert (topic in listed) is ("It fits." in answer)
-        video = prompt.text.rsplit("Video:", 1)[1]
-        assert topic in video
+        assert topic in prompt.text.rsplit("Video:", 1)[1]
         seconds = re.search(r"Length (\d+) s, (long|short)", answer)
-        assert f'"{seconds[1]} s"' in video if seconds else "length" not in video
-
-
-def test_lessons_about_other_apps_name_topics_in_ways_that_do_not_come_back():
-    """Else they would be learned by heart; a length or a title is sometimes missing, a picture always."""
-    rng = np.random.default_rng(2)
-    asked = [lessons.lesson_elsewhere(rng) for _ in range(400)]
-    topics = [re.search(r'Topic "([^"]+)"', answer)[1] for _, answer in asked]
-    assert len(set(topics)) > 300
-    assert all(prompt.clip is None for prompt, _ in asked)
-    for word in ("title", "length"):
-        missing = sum(f'"{word}"' not in prompt.text for prompt, _ in asked)
-        assert 50 < missing < 300, word
-    assert 100 < sum("It fits." in answer for _, answer in asked) < 300
-
-
-def test_a_share_of_the_lessons_is_about_other_apps(some):
-    assert 0.15 < sum('"tags"' in prompt.text for prompt, _ in some) / len(some) < 0.35
+        assert f'"{seconds[1]} s"' in prompt.text
 
 
 def test_common_sense_names_what_speaks_and_leaves_open_which_of_several_counts(some):
