@@ -1,7 +1,8 @@
 """How well the tiny model reads after its lessons: held-out lessons, greedy answers, share of facts that are right.
 
 What GA-GRPO can find stands on this: a model that cannot copy a topic or a length cannot tell fitting from long. Facts
-are compared as the answers say them. Whoever changes prompts, tokenizer or lessons looks here first.
+are compared as the answers say them: of lessons, and of questions about another app, without pictures, whose topics
+have names that no lesson had. Whoever changes prompts, tokenizer or lessons looks here first.
 
     python benchmarks/reading.py [--model FOLDER] [--lessons 1800] [--json out.json]
 """
@@ -15,6 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from gubs.people import Person
+from gubs.prompts.answers import as_answer
+from gubs.prompts.ufm import user_prompt
+from gubs.records import Option, Task, User, Video
+from gubs.teachers import script
 from gubs.ufm import lessons
 from gubs.ufm import model as models
 from gubs.ufm.inputs import Inputs, Prompt
@@ -50,11 +56,27 @@ def main() -> None:
     engine = Engine(Shape(str(folder), model, inputs.settings, RolloutSettings(kv_cache_gb=0.5, max_num_seqs=96)))
     rng = np.random.default_rng([_SEED, 1])
     world = lessons.simulated(rng, args.count, clips=True)
-    found = read(engine, inputs, [lessons.lesson(world, rng) for _ in range(args.count)])
-    for name, share in found.items():
-        print(f"{name:10} {share:.3f}")
+    found = {
+        "lessons": read(engine, inputs, [lessons.lesson(world, rng) for _ in range(args.count)]),
+        "new names": read(engine, inputs, [new_names(rng) for _ in range(args.count)]),
+    }
+    names = [*FACTS, "all facts", "form"]
+    print(f"{'':10}" + "".join(f"{n:>11}" for n in names))
+    for kind, shares in found.items():
+        print(f"{kind:10}" + "".join(f"{shares[n]:11.3f}" for n in names))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
+
+
+def new_names(rng: np.random.Generator) -> tuple[Prompt, str]:
+    """A question with topics that are a word and a number, as some logs have them, and what is to be read in it."""
+    names = [f"tag {n}" for n in rng.permutation(100)[:5]]
+    listed = names[: int(rng.integers(1, 5))]
+    tags = [listed[-1] if rng.random() < 1 / 2 else names[-1]]
+    person = Person(User("u", tags=listed), ())
+    video = Video("v", None, float(rng.integers(3, 150)), tags=tags)
+    answer = as_answer(script.facts(person, video).said(), Option.A)
+    return Prompt(user_prompt(Task.SEQUENTIAL, person, video, tags=True, style="brief"), None), answer
 
 
 def read(engine: Engine, inputs: Inputs, asked: list[tuple[Prompt, str]]) -> dict[str, float]:
