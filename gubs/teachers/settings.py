@@ -21,7 +21,7 @@ class TeacherSettings(Section):
     scripted teacher is told which videos have a flaw, in place of eyes (not whether it drove somebody away)."""
     sft_dislikes: int = Field(0, ge=0)
     """Explicit dislikes of training users that become SFT examples, drawn at random; 0 = all (paper: 50 K)."""
-    sft_watched: float = Field(0, ge=0)
+    sft_watched: float = Field(0, ge=0, le=10)
     """Targets of training users that were no fast skip and become SFT examples of option A, for each dislike that
     becomes one; drawn at random, by the scripted teacher only (paper: none). A small model forgets an option that no
     example has, and what is never said GRPO cannot find."""
