@@ -80,6 +80,16 @@ def test_watched_targets_become_examples_of_option_a_by_the_script_alone(tmp_pat
     assert rows[1]["response"].endswith("So it is watched on.</think><answer>A</answer>")
 
 
+def test_watched_targets_are_a_share_of_the_dislikes(tmp_path):
+    """Two for every four, however many were watched: few dislikes are not to drown in them."""
+    rows = [view("h1", "v1", play_rate=0.9)]
+    rows += [view(f"d{n}", f"v{n}", role="target", play_rate=0.1, disliked=True) for n in range(2, 6)]
+    rows += [view(f"w{n}", f"v{n}", role="target", play_rate=0.8, disliked=False) for n in range(6, 9)]
+    settings = TeacherSettings(author="script", sft_watched=0.5)
+    cases = cases_of(hand_made(tmp_path / "run", rows), settings)
+    assert [c.target.interaction_id[0] for c in cases] == ["d"] * 4 + ["w"] * 2
+
+
 def test_the_annotator_reads_profile_history_video_and_the_users_words(tmp_path):
     (request,) = requests_of(world(tmp_path / "run"))
     prompt = prompt_of(request)
