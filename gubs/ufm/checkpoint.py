@@ -2,8 +2,8 @@
 
 `<folder>/step-000050/` holds `policy/` (safetensors, tokenizer, processor: what transformers and vLLM load), the
 DeepSpeed state of every rank, `rng-<rank>.pt`, and `checkpoint.json`: the step, what it was trained on and with, and
-the size of every file. A folder without that marker is unfinished, whatever it holds. Remote runs (s3://...) are
-written to a local folder and uploaded, the marker last.
+the size of every file. A folder without that marker is unfinished, whatever it holds. The folder
+is a path that all workers see (a shared disk where they are on several machines).
 """
 
 import contextlib
@@ -11,13 +11,10 @@ import functools
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
-
-import fsspec
 
 from gubs.errors import ArtifactError, GubsError
 
@@ -57,15 +54,13 @@ class Checkpoints:
         """Opens the folder.
 
         Args:
-            folder: path or URI.
+            folder: where they are.
             recipe: see `Marker`.
             keep: newest ones to keep, beside the best.
             rank: of this process.
             world: number of processes.
         """
-        self.folder, self.recipe, self.keep, self.rank, self.world = folder, dict(recipe), keep, rank, world
-        self.fs, self.root = fsspec.core.url_to_fs(folder)
-        self._local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+        self.folder, self.recipe, self.keep, self.rank, self.world = Path(folder), dict(recipe), keep, rank, world
 
     def latest(self) -> Marker | None:
         """The newest finished checkpoint, checked; None if there is none.
@@ -93,11 +88,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first."""
-        if not self.fs.exists(self.root):
-            return []
-        names = (p.rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(self.root, detail=False))
-        found = [n for n in names if n.startswith("step-") and "." not in n]
-        return sorted(int(n.removeprefix("step-")) for n in found if self.fs.exists(f"{self.root}/{n}/{MARKER}"))
+        finished = (marker.parent.name for marker in self.folder.glob(f"step-*/{MARKER}"))
+        return sorted(int(name.removeprefix("step-")) for name in finished if "." not in name)
 
     def read(self, step: int) -> Marker:
         """The marker of a finished checkpoint.
@@ -105,25 +97,19 @@ class Checkpoints:
         Raises:
             ArtifactError: a file is missing or not of the recorded size.
         """
-        place = f"{self.root}/{_name(step)}"
         marker = self._marker(step)
         for name, size in marker.files.items():
-            path = f"{place}/{name}"
-            if not self.fs.exists(path) or self.fs.size(path) != size:
+            path = self.place(step) / name
+            if not path.exists() or path.stat().st_size != size:
                 raise ArtifactError(
                     f"checkpoint {self.folder}/{_name(step)} is damaged: {name} is missing or not of the recorded "
                     "size; remove that folder to go on from an earlier one"
                 )
         return marker
 
-    def local(self, step: int) -> Path:
-        """A finished checkpoint as a local folder; a remote one is fetched first."""
-        place = f"{self.root}/{_name(step)}"
-        if self._local:
-            return Path(place)
-        target = Path(tempfile.mkdtemp(prefix="gubs-checkpoint-"))
-        self.fs.get(f"{place}/", f"{target}/", recursive=True)
-        return target
+    def place(self, step: int) -> Path:
+        """Folder of a checkpoint."""
+        return self.folder / _name(step)
 
     def write(
         self,
@@ -137,16 +123,15 @@ class Checkpoints:
 
         Args:
             step: optimiser steps done.
-            save: puts this rank's files into the folder it is given, which the ranks of a machine share.
+            save: puts this rank's files into the folder it is given, which all ranks share.
             agree: see `Agree`.
             score: see `Marker`.
 
         Raises:
             SharedError: the disk is full, or not to be written to; earlier checkpoints are as they were.
         """
-        place = f"{self.root}/{_name(step)}"
-        elsewhere = Path(tempfile.gettempdir()) / f"gubs-{_name(step)}-{os.getppid()}"
-        staged = Path(f"{place}.tmp") if self._local else elsewhere
+        place = self.place(step)
+        staged = place.with_suffix(".tmp")
 
         def prepare() -> None:
             if self.rank == 0:
@@ -180,26 +165,20 @@ class Checkpoints:
             text = f"cannot write the checkpoint {self.folder}/{_name(step)}: {e}; earlier checkpoints are whole"
             raise ArtifactError(text) from e
 
-    def _publish(self, staged: Path, place: str, marker: Marker) -> None:
-        text = json.dumps(asdict(marker), indent=1).encode()
-        if self._local:
-            if Path(place).exists():
-                shutil.rmtree(place)  # without a marker, or of an attempt that went on from an earlier step
-            staged.rename(place)
-            _write_through(Path(place) / MARKER, text)
-        else:
-            self.fs.put(f"{staged}/", f"{place}/", recursive=True)
-            self.fs.pipe_file(f"{place}/{MARKER}", text)
-            shutil.rmtree(staged)
+    def _publish(self, staged: Path, place: Path, marker: Marker) -> None:
+        if place.exists():
+            shutil.rmtree(place)  # without a marker, or of an attempt that went on from an earlier step
+        staged.rename(place)
+        _write_through(place / MARKER, json.dumps(asdict(marker), indent=1).encode())
         self._prune()
 
     def _remove_unfinished(self) -> None:
         """What a kill or a full disk left: folders without a marker, whatever is in them, would fill the disk."""
-        if self.rank or not self.fs.exists(self.root):
+        if self.rank:
             return
-        for path in self.fs.ls(self.root, detail=False):
-            if path.rstrip("/").rsplit("/", 1)[-1].startswith("step-") and not self.fs.exists(f"{path}/{MARKER}"):
-                self.fs.rm(path, recursive=True)
+        for path in self.folder.glob("step-*"):
+            if not (path / MARKER).exists():
+                shutil.rmtree(path)
 
     def best(self) -> int | None:
         """Step of the best finished checkpoint; the earlier one of two that are as good."""
@@ -208,15 +187,14 @@ class Checkpoints:
         return max(scored, key=lambda step: (scores[step], -step)) if scored else None
 
     def _marker(self, step: int) -> Marker:
-        return Marker(**json.loads(self.fs.cat_file(f"{self.root}/{_name(step)}/{MARKER}")))
+        return Marker(**json.loads((self.place(step) / MARKER).read_text()))
 
     def _prune(self) -> None:
         steps, best = self.steps(), self.best()
         for step in steps[: -self.keep]:
             if step != best:
-                place = f"{self.root}/{_name(step)}"
-                self.fs.rm_file(f"{place}/{MARKER}")  # first: half a checkpoint must not look like a whole one
-                self.fs.rm(place, recursive=True)
+                (self.place(step) / MARKER).unlink()  # first: half a checkpoint must not look like a whole one
+                shutil.rmtree(self.place(step))
 
 
 def together(action: Callable[[], T], agree: Agree) -> T:

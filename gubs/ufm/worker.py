@@ -47,7 +47,7 @@ class Job:
     folder: str
     """Local folder of the training run's files (metrics, samples, checkpoints of a local run)."""
     checkpoints: str
-    """Path or URI of the checkpoints."""
+    """Folder of the checkpoints."""
     start: str
     """Checkpoint folder to start from."""
     recipe: Mapping[str, str]
@@ -185,7 +185,7 @@ class Worker:
         if marker:
             import torch
 
-            place = self.checkpoints.local(marker.step)
+            place = self.checkpoints.place(marker.step)
             self.trainer.load(place / "state")
             _set_rng_states(torch.load(place / f"rng-{self.rank}.pt", weights_only=True), self.device)
         self.monitor.forget_after(done - 1)
