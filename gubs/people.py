@@ -4,7 +4,7 @@ Only records with the role `history` are ever read here: what is to be predicted
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,17 +27,31 @@ class Person:
     user: User
     views: tuple[str, ...]
     """Latest views of the history, oldest first, one safe line of JSON each."""
-    tags_derived: bool = False
-    """The tags are not the user's own but those of the videos the user liked, clicked or watched for long."""
     times: tuple[int | None, ...] = ()
     """When each view was; None where the source has an order but no times."""
+    liked: tuple[tuple[int | None, tuple[str, ...]], ...] = ()
+    """Time and tags of the videos that a user who lists no tags liked, clicked or watched for long, in all of the
+    history: the tags shown are the most frequent of these."""
+
+    @property
+    def tags_derived(self) -> bool:
+        """The tags are not the user's own but seen in the history."""
+        return bool(self.liked)
 
     def before(self, time: int | None) -> "Person":
-        """The person as known at a time: without later views. Where there are no times, nothing is later."""
+        """The person as known at a time: without later views, and without what they tell of the interests. Where there
+        are no times, nothing is later.
+        """
         if time is None or not self.times:
             return self
         known = [i for i, t in enumerate(self.times) if t is None or t < time]
-        return replace(self, views=tuple(self.views[i] for i in known), times=tuple(self.times[i] for i in known))
+        liked = tuple(view for view in self.liked if view[0] is None or view[0] < time)
+        return Person(
+            replace(self.user, tags=_most_frequent(liked)) if self.liked else self.user,
+            tuple(self.views[i] for i in known),
+            tuple(self.times[i] for i in known),
+            liked,
+        )
 
     def profile(self, limit: int = 200) -> str:
         """Profile fields as one safe line of JSON: u = [ID, Occ, Age, Gender, T]; unknown ones left out."""
@@ -95,10 +109,14 @@ def _person(user: User, history: list[dict[str, Any]], history_items: int, limit
     latest = history[-history_items:]
     views, times = tuple(view_line(row, limit) for row in latest), tuple(row["timestamp"] for row in latest)
     if user.tags:
-        return Person(user, views, times=times)
-    liked = Counter(tag for row in history if _liked(row) for tag in row["tags"] or [])
-    tags = [tag for tag, _ in liked.most_common(DERIVED_TAGS)]
-    return Person(replace(user, tags=tags), views, tags_derived=bool(tags), times=times)
+        return Person(user, views, times)
+    liked = tuple((row["timestamp"], tuple(row["tags"])) for row in history if _liked(row) and row["tags"])
+    return Person(replace(user, tags=_most_frequent(liked)), views, times, liked)
+
+
+def _most_frequent(liked: Iterable[tuple[int | None, tuple[str, ...]]]) -> list[str]:
+    counts = Counter(tag for _, tags in liked for tag in tags)
+    return [tag for tag, _ in counts.most_common(DERIVED_TAGS)]
 
 
 def _liked(row: dict[str, Any]) -> bool:

@@ -125,8 +125,7 @@ def build_ifvr(run: Run, settings: Settings, force: bool = False) -> None:
 
 def demo(run: Run, settings: Settings, force: bool = False) -> None:
     """The whole journey, every stage checked or made: data set, groups, teachers, SFT, GA-GRPO, before and after."""
-    _check_folder(run)
-    with ray_session(settings.ray):
+    with _training_job(run, settings):
         build_ifvr(run, settings, force)
         if settings.ufm.grpo.groups:
             ugm(run, settings, force)
@@ -138,16 +137,14 @@ def demo(run: Run, settings: Settings, force: bool = False) -> None:
 
 def main_job(run: Run, settings: Settings, force: bool = False) -> None:
     """GA-GRPO, and what it did for test users; first whatever the run lacks. `force` trains again, from the same."""
-    _check_folder(run)
-    with ray_session(settings.ray):
+    with _training_job(run, settings):
         prepare(run, settings)
         _train_and_compare(run, settings, force)
 
 
 def sft_job(run: Run, settings: Settings, force: bool = False) -> None:
     """SFT; first whatever the run lacks."""
-    _check_folder(run)
-    with ray_session(settings.ray):
+    with _training_job(run, settings):
         prepare(run, settings, before=SFT)
         train_sft(run, settings, force)
 
@@ -165,6 +162,21 @@ def evaluate_job(run: Run, settings: Settings, force: bool = False) -> None:
         for policy in trained:
             judge(run, settings, policy, force)
     report(run, trained)
+
+
+@contextmanager
+def _training_job(run: Run, settings: Settings) -> Iterator[None]:
+    """Ray, after a look at all that can be refused before anything is made or paid for.
+
+    Raises:
+        SettingsError, PlatformError: see `ufm.stage.preflight`.
+    """
+    from gubs.ufm.stage import preflight
+
+    _check_folder(run)
+    with ray_session(settings.ray):
+        preflight(settings)
+        yield
 
 
 def prepare(run: Run, settings: Settings, before: str = GRPO) -> None:

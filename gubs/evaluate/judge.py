@@ -5,6 +5,7 @@ natural mix of options and on a balanced one, since a policy trained on balanced
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ PREDICTIONS = pa.schema(
 """One row a target and mode. `natural`, `balanced`: the mixes that it belongs to; `reward`: R of Eq. 4, with all of its
 parts, whatever training used; no gold and no reward: a skip whose reason nobody knows."""
 
+_HEAT = {"greedy": 0.0, "sampled": 1.0}
 _CHUNK = 64
 OnProgress = Callable[[int, int], None]
 
@@ -83,9 +85,8 @@ def judge_stage(
     folder = models.checkpoint(ufm.model) if policy == BASE else policy_folder(run, policy)
     questions = Questions(run, settings)
     inputs = {policy: fingerprint_files(list(folder.glob("*.safetensors"))), **questions.fingerprints()}
-    heat = ufm.rollout.model_dump(include={"temperature", "top_p", "min_new_tokens"})
     chosen = {"evaluate": ufm.evaluate.model_dump(), "inputs": ufm.inputs.model_dump(), "seed": settings.seed}
-    chosen |= {"rollout": heat, "dtype": ufm.model.dtype}
+    chosen |= {"min_new_tokens": ufm.rollout.min_new_tokens, "dtype": ufm.model.dtype}
     stage = f"eval-{policy}"
     mark = fingerprint(stage, chosen, inputs)
     if found := run.finished(stage, mark, force):
@@ -131,7 +132,6 @@ def predictions(
     inputs = Inputs(folder, ufm.inputs)
     encoded = [inputs.encode(questions.about_user(i.task, i.user_id, i.video_id)) for i, _ in items]
     kept = [k for k, e in enumerate(encoded) if inputs.fits(e)]
-    heats = {"greedy": 0.0, "sampled": ufm.rollout.temperature or 1.0}
     asked = [
         (k, mode, Request(inputs.for_engine(encoded[k]), sample_seed(settings.seed, 0, k, mode, 0)))
         for mode in MODES
@@ -139,7 +139,7 @@ def predictions(
     ]
     shape = Shape(str(folder), ufm.model, ufm.inputs, ufm.rollout, max_pictures=any(e.clip for e in encoded))
     rows = []
-    for done, (k, mode, response) in enumerate(_ask(asked, heats, shape, settings), start=1):
+    for done, (k, mode, response) in enumerate(_ask(asked, shape, settings), start=1):
         item, mixes = items[k]
         text, finished = inputs.text(response.ids)
         parts, reading = judge(text, item.gold or Option.B, item.task, RewardSettings(), finished)
@@ -197,28 +197,28 @@ def as_predictions(rows: Sequence[dict[str, Any]], task: Task) -> Predictions:
     )
 
 
-def _ask(
-    asked: Sequence[tuple[int, str, Request]], heats: dict[str, float], shape: Shape, settings: Settings
-) -> Iterator[tuple[int, str, Any]]:
-    """Answers as they come, from one engine a GPU (one on a CPU)."""
+def _ask(asked: Sequence[tuple[int, str, Request]], shape: Shape, settings: Settings) -> Iterator[tuple[int, str, Any]]:
+    """Answers as they come, from as many engines as there are workers (one on a CPU). An engine is given work once it
+    is up, and more when it is done: one that waits for a busy GPU keeps nothing from the others.
+    """
     import ray
     from ray.exceptions import RayActorError
 
-    gpus = int(ray.cluster_resources().get("GPU", 0)) if use_gpu(settings) else 0
-    engines = [_engine(shape, bool(gpus)) for _ in range(max(1, gpus))]
+    gpu, deadline = use_gpu(settings), settings.ufm.workers.stuck_after_s
+    chunks = deque((mode, part) for mode in MODES for part in _parts([a for a in asked if a[1] == mode]))
+    engines = [_engine(shape, gpu) for _ in range(min(settings.ufm.workers.count if gpu else 1, len(chunks)))]
     try:
-        waiting = {}
-        chunks = [(mode, part) for mode in MODES for part in _parts([a for a in asked if a[1] == mode])]
-        for number, (mode, part) in enumerate(chunks):
-            engine = engines[number % len(engines)]
-            waiting[engine.generate.remote([r for _, _, r in part], heats[mode])] = part
-        deadline = settings.ufm.workers.stuck_after_s
-        while waiting:
-            ready, _ = ray.wait(list(waiting), timeout=deadline)
-            if not ready:
-                raise PlatformError(f"the engine that judges test users did not answer within {deadline:g} s")
-            part = waiting.pop(ready[0])
-            for (k, mode, _), response in zip(part, ray.get(ready[0]), strict=True):
+        work: dict[Any, tuple[Any, Sequence[tuple[int, str, Request]]]] = {e.ready.remote(): (e, ()) for e in engines}
+        while chunks or any(part for _, part in work.values()):
+            done, _ = ray.wait(list(work), timeout=deadline)
+            if not done:
+                raise PlatformError(f"no engine that judges test users was up or answered within {deadline:g} s")
+            engine, part = work.pop(done[0])
+            said = ray.get(done[0])
+            if chunks:
+                mode, following = chunks.popleft()
+                work[engine.generate.remote([r for _, _, r in following], _HEAT[mode])] = (engine, following)
+            for (k, mode, _), response in zip(part, said if part else (), strict=True):
                 yield k, mode, response
     except RayActorError as e:
         raise PlatformError(f"the engine that judges test users died: {e}") from None

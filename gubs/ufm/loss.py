@@ -108,7 +108,8 @@ def policy_loss(
     Returns:
         The loss (fp32 scalar) and detached sums over this micro-batch's tokens: `tokens`, `samples`, `ratio`, `kl_old`
         (to the old policy), `clipped`, with ref_logp `kl` (to the reference), and with rollout_logp `mismatch`
-        (exp|old - rollout|) and `capped`. Add them up too, then `step_means` divides.
+        (exp|old - rollout|), `drift` (k3 estimate of KL(rollout || old)) and `capped`. Add them up too, then
+        `step_means` divides.
 
     Raises:
         ValueError: shapes differ, a denominator is not positive, beta without ref_logp, or an unknown level.
@@ -125,10 +126,12 @@ def policy_loss(
     if ref_logp is not None:
         sums["kl"] = k3(logp, _clean(ref_logp.detach(), mask))
     if rollout_logp is not None:
-        gap = old - _clean(rollout_logp.detach(), mask)
+        said = _clean(rollout_logp.detach(), mask)
+        gap = old - said
         importance = torch.exp(gap)
         objective = objective * importance.clamp(max=tis_cap) if tis_cap else objective
-        sums |= {"mismatch": torch.exp(gap.abs()), "capped": (importance > tis_cap).to(ratio.dtype)}
+        sums |= {"mismatch": torch.exp(gap.abs()), "drift": k3(said, old)}
+        sums["capped"] = (importance > tis_cap).to(ratio.dtype)
     loss = _reduce(beta * sums.get("kl", 0.0) - objective, mask, denominators, level)
     return loss, _masked_sums(sums, mask)
 

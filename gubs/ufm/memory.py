@@ -13,6 +13,7 @@ from typing import Any
 from gubs.config import Settings
 from gubs.errors import PlatformError
 from gubs.ufm.settings import UFMSettings
+from gubs.ufm.trainer import BUCKET
 
 GIB = 2**30
 QWEN2_5_VL_7B: Mapping[str, Any] = {
@@ -29,8 +30,6 @@ QWEN2_5_VL_7B: Mapping[str, Any] = {
 
 _CONTEXT = 1 * GIB
 """CUDA context, kernels, NCCL buffers and fragments of one process."""
-_BUCKET = 500_000_000
-"""Gradients that DeepSpeed reduces at a time; with overlap there are two such buffers."""
 _LOGPROB_CHUNKS = 64 * 2**20
 """See `loss.token_logprobs`."""
 _ENGINE_ROOM = 1 * GIB
@@ -343,7 +342,7 @@ def _backward(ufm: UFMSettings, a: Architecture, load: Load, engine: Mapping[str
     parts = {
         **_resident(ufm, a),
         "gradients": float(a.parameters * width / ufm.workers.count),
-        "buckets": float(2 * min(_BUCKET, a.parameters) * width),
+        "buckets": float(2 * min(BUCKET, a.parameters) * width),
         "activations": activations(ufm, a, load),
         "logits": 2.0 * load.answer_tokens * a.vocabulary * width + _LOGPROB_CHUNKS,
     }

@@ -51,22 +51,32 @@ def checkpoint(settings: ModelSettings, on_progress: OnProgress | None = None) -
     """Folder of the checkpoint to start from; makes it first where it is one of ours and not there yet.
 
     Raises:
-        SettingsError: `path` is not a Qwen2.5-VL checkpoint. PlatformError: see `init`.
+        SettingsError: see `check`. PlatformError: see `init`.
     """
-    if not settings.path and settings.size not in _MAKERS:
-        raise SettingsError(
-            f"ufm.model.size={settings.size} is not made here: give a checkpoint, ufm.model.path=FOLDER"
-        )
+    check(settings)
     if not settings.path:
         return init(settings.size, lessons=settings.lessons, on_progress=on_progress)
-    folder = Path(settings.path)
-    config = folder / "config.json"
+    return Path(settings.path)
+
+
+def check(settings: ModelSettings) -> None:
+    """Looks whether there is, or can be made, a checkpoint to start from.
+
+    Raises:
+        SettingsError: `path` is not a Qwen2.5-VL checkpoint, or `size` not one that is made here.
+    """
+    if not settings.path:
+        if settings.size not in _MAKERS:
+            raise SettingsError(
+                f"ufm.model.size={settings.size} is not made here: give a checkpoint, ufm.model.path=FOLDER"
+            )
+        return
+    config = Path(settings.path) / "config.json"
     if not config.is_file():
         raise SettingsError(f"ufm.model.path={settings.path}: it has no config.json; give a checkpoint's folder")
     kind = json.loads(config.read_text()).get("model_type")
     if kind != "qwen2_5_vl":
         raise SettingsError(f"ufm.model.path={settings.path} holds a model of type {kind!r}, not 'qwen2_5_vl'")
-    return folder
 
 
 def made(settings: ModelSettings) -> bool:

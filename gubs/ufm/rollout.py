@@ -55,7 +55,7 @@ class Response:
     ids: tuple[int, ...]
     """Its tokens; the last one ends the turn, unless the length limit cut it off."""
     logprobs: tuple[float, ...]
-    """The engine's own log-probability of each token, at temperature 1, before top-p."""
+    """The engine's own log-probability of each token, at temperature 1."""
     version: int
     """Number of weight updates the engine had seen."""
 
@@ -81,7 +81,7 @@ class Engine:
         """Loads the model; takes 6-20 s on a CPU.
 
         Raises:
-            PlatformError: vLLM is not installed.
+            PlatformError: vLLM is not installed, or built for other machines.
         """
         os.environ.update(_ENVIRONMENT)
         if shape.threads:
@@ -91,9 +91,15 @@ class Engine:
         except ImportError as e:
             raise PlatformError(f"rollouts need vLLM: {e}; pip install 'gubs[gpu]' or 'gubs[cpu]'") from None
         import torch
+        from vllm.platforms import current_platform
 
         self.shape, self.version = shape, 0
         self._cpu = not torch.cuda.is_available()
+        if self._cpu and not current_platform.is_cpu():
+            raise PlatformError(
+                "an engine without a GPU needs vLLM's build for CPUs, not the one for GPUs that is installed: give the "
+                "workers GPUs (ufm.workers.gpu=yes), or pip install 'gubs[cpu]'"
+            )
         self._asleep: tuple[str, ...] = ()
         self._llm = LLM(**_engine_arguments(shape, self._cpu))
 
@@ -102,13 +108,13 @@ class Engine:
         return os.getpid()
 
     def generate(
-        self, requests: Sequence[Request], temperature: float | None = None, choices: Sequence[str] | None = None
+        self, requests: Sequence[Request], temperature: float = 1.0, choices: Sequence[str] | None = None
     ) -> list[Response]:
         """Writes the answers, all at once.
 
         Args:
             requests: prompts with their seeds.
-            temperature: instead of the settings'; 0 = greedy.
+            temperature: 1 = by the model's own probabilities, as training needs them; 0 = greedy.
             choices: the whole answer has to be one of these texts.
         """
         self.wake()  # without requests too: only a whole engine can be put to sleep
@@ -167,18 +173,17 @@ class Engine:
         """Does nothing for that long: a stand-in for an engine that hangs, for tests of the deadline."""
         time.sleep(seconds)
 
-    def _parameters(self, seed: int, temperature: float | None, choices: Sequence[str] | None) -> Any:
+    def _parameters(self, seed: int, temperature: float, choices: Sequence[str] | None) -> Any:
         from vllm import SamplingParams
 
-        heat = self.shape.rollout.temperature if temperature is None else temperature
         guided: Any = {}
         if choices:
             from vllm.sampling_params import StructuredOutputsParams
 
             guided["structured_outputs"] = StructuredOutputsParams(choice=list(choices))
         return SamplingParams(
-            temperature=heat,
-            top_p=self.shape.rollout.top_p if heat else 1.0,
+            temperature=temperature,
+            top_p=1.0,
             top_k=0,
             max_tokens=self.shape.inputs.max_new_tokens,
             min_tokens=self.shape.rollout.min_new_tokens,

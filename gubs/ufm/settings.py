@@ -1,8 +1,8 @@
 """Settings of the User Feedback Modeler: the model, what it is shown, SFT, rollouts, GA-GRPO."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gubs.records import Task
 from gubs.section import Section
@@ -99,7 +99,7 @@ class WorkerSettings(Section):
     count: int = Field(1, ge=1)
     """Workers (paper: 4)."""
     gpu: Literal["auto", "yes", "no"] = "auto"
-    """Give each worker a GPU; auto = if the cluster has one for each."""
+    """Give each worker a GPU; auto = where the cluster has GPUs."""
     cpus: float = Field(1.0, gt=0)
     """CPUs reserved for each worker."""
     threads: int = Field(0, ge=0)
@@ -108,6 +108,12 @@ class WorkerSettings(Section):
     """Times the group of workers is started again after one died."""
     stuck_after_s: float = Field(900.0, gt=0)
     """A phase (rollout, sync, a collective) that takes longer is named and ends the attempt."""
+
+    @field_validator("gpu", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: Any) -> Any:
+        """YAML, and with it the command line, reads yes and no as truth values."""
+        return {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
 
 
 class CheckpointSettings(Section):
@@ -135,12 +141,10 @@ class SFTSettings(Section):
 
 
 class RolloutSettings(Section):
-    """vLLM, one engine beside each worker."""
+    """vLLM, one engine beside each worker. It samples at temperature 1 and top-p 1, as the paper does: by other
+    probabilities than the trainer computes with, answers would be off policy and no figure would show it.
+    """
 
-    temperature: float = Field(1.0, ge=0)
-    """(paper: 1.0)"""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """(paper: 1.0)"""
     min_new_tokens: int = Field(0, ge=0)
     """Tokens before an answer may end; 0 = as the model likes. For measurements with answers of equal length."""
     gpu_memory: float = Field(0.45, gt=0, lt=1)

@@ -62,8 +62,9 @@ class SFTWorker(Worker):
         sft = job.settings.ufm.sft
         super().__init__(job, steps_of(examples, sft))
         self.sft, self._shard = sft, shard
-        model = models.load(job.start, self.ufm.model, train=True)
-        self.trainer = Trainer(model, self.ufm.model, sft.optimizer, self.steps, self.device, self.sees)
+        with self.phases("load"):
+            model = models.load(job.start, self.ufm.model, train=True)
+            self.trainer = Trainer(model, self.ufm.model, sft.optimizer, self.steps, self.device, self.sees)
         self._batches: Iterator[list[Example]] = iter(())
 
     @property

@@ -32,6 +32,8 @@ from gubs.ufm.worker import CHECKPOINTS, SETTINGS, Job
 
 SFT, GRPO = "sft_model", "grpo"
 _POLL_S = 0.5
+_NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+"""Ray leaves the GPUs visible to workers that have none."""
 _SHOWN = 4
 """Settings named in an error that says what differs."""
 
@@ -195,7 +197,21 @@ def _options(what: str, counts: Mapping[tuple[str, str], int]) -> str:
 def _start(run: Run, settings: Settings) -> tuple[Path, dict[str, str]]:
     if settings.ufm.grpo.start == "base":
         return models.checkpoint(settings.ufm.model), {}
-    return policy_folder(run, SFT), {SFT: run.artifact(SFT).fingerprint}
+    artifact = run.artifact(SFT)
+    now, then = _model_name(settings.model_dump(mode="json")), _model_name(artifact.manifest.settings)
+    if now != then:
+        raise ArtifactError(
+            f"{artifact.uri} was fine-tuned from {then}, and the settings name {now}: give the same model, use another "
+            "--run, or fine-tune again (`gubs sft --force`)"
+        )
+    return policy_folder(run, SFT), {SFT: artifact.fingerprint}
+
+
+def _model_name(settings: Mapping[str, Any]) -> str:
+    """What the settings say of the model to start from, as one gives it."""
+    model = settings["ufm"]["model"]
+    names = ("path",) if model["path"] else ("size", "lessons") if model["size"] == "tiny" else ("size",)
+    return " ".join(f"ufm.model.{name}={model[name]}" for name in names)
 
 
 def _prompt_inputs(run: Run) -> dict[str, str]:
@@ -210,7 +226,7 @@ def _recipe(settings: Settings, stage: Mapping[str, Any], inputs: Mapping[str, s
         "seed": settings.seed,
         "inputs": ufm.inputs.model_dump(),
         "dtype": ufm.model.dtype,
-        "rollout": ufm.rollout.model_dump(include={"temperature", "top_p", "min_new_tokens"}),
+        "min_new_tokens": ufm.rollout.min_new_tokens,
         "workers": ufm.workers.count,
         **stage,
     }
@@ -242,9 +258,10 @@ def _training(
     """
     partial = Path(run.path(f"{stage}.partial"))
     recipe = partial / "recipe.json"
-    if partial.exists() and force:
-        shutil.rmtree(partial)
-    if recipe.exists() and recipe.read_text() != mark and (partial / CHECKPOINTS).exists():
+    others = recipe.exists() and recipe.read_text() != mark
+    if others and force:
+        shutil.rmtree(partial)  # what this very training left, when it was killed, is gone on with: force or not
+    elif others and (partial / CHECKPOINTS).exists():
         raise ArtifactError(
             f"{partial} holds an unfinished training with other settings, data or another model"
             f"{_differences(partial / SETTINGS, settings)}: give those again, use another --run, or --force to throw "
@@ -300,9 +317,9 @@ def _fit(
     """
     import importlib
 
-    from ray.train import DataConfig, RunConfig, ScalingConfig
+    from ray.train import DataConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.config import FailureConfig  # the other one, of Ray's type hints, knows less
+    from ray.train.v2.api.config import FailureConfig, RunConfig  # those of Ray's type hints know less
 
     workers = settings.ufm.workers
     gpu = use_gpu(settings)
@@ -314,6 +331,12 @@ def _fit(
 
         in_order = DataConfig(execution_options=ExecutionOptions(preserve_order=True))
         options = {"datasets": datasets, "dataset_config": in_order}
+    run_config: Any = RunConfig(
+        name=f"{config['job'].stage}-{uuid.uuid4().hex[:8]}",
+        storage_path=str(folder / "ray-train"),
+        worker_runtime_env={} if gpu or not _gpus() else {"env_vars": _NO_GPU},
+        failure_config=FailureConfig(workers.max_failures, controller_failure_limit=workers.max_failures),
+    )
     trainer = TorchTrainer(
         loop,
         train_loop_config=config,
@@ -321,11 +344,7 @@ def _fit(
         scaling_config=ScalingConfig(
             num_workers=workers.count, use_gpu=gpu, resources_per_worker=_resources(settings, gpu)
         ),
-        run_config=RunConfig(
-            name=f"{config['job'].stage}-{uuid.uuid4().hex[:8]}",
-            storage_path=str(folder / "ray-train"),
-            failure_config=FailureConfig(workers.max_failures, controller_failure_limit=workers.max_failures),
-        ),
+        run_config=run_config,
         **options,
     )
     try:
@@ -344,18 +363,38 @@ def use_gpu(settings: Settings) -> bool:
     """Whether each worker gets a GPU.
 
     Raises:
-        PlatformError: they are asked for and not there.
+        PlatformError: they are asked for and not there, or there are some but not enough.
     """
+    workers, there = settings.ufm.workers, _gpus()
+    if workers.gpu == "no" or (workers.gpu == "auto" and not there):
+        return False
+    if there < workers.count:
+        raise PlatformError(
+            f"ufm.workers.count={workers.count}, but the cluster has {there} GPUs: ask for as many workers as there "
+            "are GPUs, or train on CPUs (ufm.workers.gpu=no)"
+        )
+    return True
+
+
+def _gpus() -> int:
     import ray
 
-    workers = settings.ufm.workers
-    there = int(ray.cluster_resources().get("GPU", 0))
-    if workers.gpu == "yes" and there < workers.count:
-        raise PlatformError(f"ufm.workers.count={workers.count} with gpu=yes, but the cluster has {there} GPUs")
-    return workers.gpu == "yes" or (workers.gpu == "auto" and there >= workers.count)
+    return int(ray.cluster_resources().get("GPU", 0))
 
 
-def _check_memory(settings: Settings, folder: Path, plan: Callable[..., memory.MemoryPlan]) -> None:
+def preflight(settings: Settings) -> None:
+    """Looks at all that needs no data: model, trackers, GPUs and their memory. Ray has to be running.
+
+    Raises:
+        SettingsError: the model cannot be had. PlatformError: a tracker is not installed; GPUs lack or are too small.
+    """
+    models.check(settings.ufm.model)
+    check_trackers(settings.ufm.grpo.trackers)
+    for plan in (memory.plan_sft, memory.plan_grpo) if settings.ufm.grpo.start == "sft" else (memory.plan_grpo,):
+        _check_memory(settings, "", plan)
+
+
+def _check_memory(settings: Settings, folder: Path | str, plan: Callable[..., memory.MemoryPlan]) -> None:
     """Refuses a training that cannot fit the workers' GPUs, with the sum, before anything is loaded."""
     if use_gpu(settings):
         frames = (settings.frames.count, settings.frames.max_pixels)
@@ -387,6 +426,7 @@ def _environment(stuck_after_s: float) -> None:
     os.environ.setdefault(
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(int(stuck_after_s))
     )  # a cluster may have to grow
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(int(stuck_after_s)))  # a report waits for all workers
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
 

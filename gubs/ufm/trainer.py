@@ -19,6 +19,8 @@ MICRO = Callable[[Any, int], tuple[Any, dict[str, Any]]]
 """(log-probabilities of a micro-batch's response tokens, number of the micro-batch) -> loss, sums for the log."""
 
 _TAG = "deepspeed"
+BUCKET = 500_000_000
+"""Gradients that DeepSpeed reduces at a time, at most; with overlapping there are two such buffers."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Trainer:
             model=model.to(device),
             model_parameters=trained,
             optimizer=adam,
-            config=_config(model_settings, optimizer, self.world, device),
+            config=_config(model_settings, optimizer, self.world, device, sum(p.numel() for p in trained)),
             dist_init_required=False,
         )
 
@@ -225,7 +227,10 @@ def most(value: int, device: Any) -> int:
     return int(found)
 
 
-def _config(model: ModelSettings, optimizer: OptimizerSettings, world: int, device: Any) -> dict[str, Any]:
+def _config(
+    model: ModelSettings, optimizer: OptimizerSettings, world: int, device: Any, parameters: int
+) -> dict[str, Any]:
+    """DeepSpeed's settings. It would set aside buckets of their full size for the smallest model too."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -235,6 +240,7 @@ def _config(model: ModelSettings, optimizer: OptimizerSettings, world: int, devi
         "zero_optimization": {
             "stage": 2,
             "overlap_comm": device.type == "cuda",
+            "reduce_bucket_size": min(BUCKET, parameters),
             "contiguous_gradients": True,
             "round_robin_gradients": False,
         },

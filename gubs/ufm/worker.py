@@ -78,7 +78,10 @@ class Worker:
         torch.manual_seed(job.settings.seed)
         self.folder = Path(job.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.rank == 0:
+            (self.folder / STUCK).unlink(missing_ok=True)  # of an attempt before this one
         self.phases = Phases()
+        self._watchdog = Watchdog(self.phases, self.ufm.workers.stuck_after_s, self.folder, self.rank)
         self.questions = Questions(Run(job.run_uri), job.settings)
         self.sees = self.ufm.inputs.vision and self.questions.pictures
         self.inputs = Inputs(job.start, self.ufm.inputs)
@@ -109,14 +112,16 @@ class Worker:
         """All steps that are left. Errors that every rank raises at once (`SharedError`) are returned: trying again
         with the same input would not help. What one rank alone meets is raised, and Ray Train ends the others.
         """
-        watchdog = Watchdog(self.phases, self.ufm.workers.stuck_after_s, self.folder, self.rank)
         try:
-            first = self._resume()
+            with self.phases("resume"):
+                first = self._resume()
             self.begin(first)
+            self.phases.take()  # the start is in no step's seconds
             for step in range(first, self.steps):
                 figures = self._timed(step)
-                self.monitor.report(step, figures)
-                _report_to_ray(step, figures)
+                with self.phases("report"):
+                    self.monitor.report(step, figures)
+                    _report_to_ray(step, figures)
                 self._maybe_checkpoint(step, figures)
             self._save_final()
         except SharedError as e:
@@ -124,7 +129,7 @@ class Worker:
         else:
             return {"steps": self.steps, "after_last_step": self.phases.take()}
         finally:
-            watchdog.stop()
+            self._watchdog.stop()
             self.end()
 
     def place(self) -> tuple[str, Sequence[str]]:
@@ -152,8 +157,8 @@ class Worker:
             )
 
     def _timed(self, step: int) -> dict[str, float]:
-        """A step with its seconds by phase, and tokens of all workers by second. The seconds of a checkpoint are those
-        of the one that was written since the step before; `since_last` are all from that one's end, reports included.
+        """A step with its seconds by phase, and tokens of all workers by second. The seconds of a checkpoint and of a
+        report are those of the ones since the step before; `since_last` are all from that one's end.
         """
         import time
 
@@ -176,8 +181,6 @@ class Worker:
         Raises:
             SharedError: it is damaged, or of another training, or not all ranks see the same one.
         """
-        if self.rank == 0:
-            (self.folder / STUCK).unlink(missing_ok=True)  # of an attempt before this one
         marker = together(self.checkpoints.latest, agree)
         done = marker.step if marker else 0
         if most(done, self.device) != -most(-done, self.device):

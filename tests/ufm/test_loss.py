@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_health_at_step_0():
         logp, None, same, b["advantage"], b["mask"], denominators=whole, beta=0.04, rollout_logp=same
     )
     means = step_means(sums)
-    assert means == {"ratio": 1, "kl": 0, "kl_old": 0, "clipped": 0, "mismatch": 1, "capped": 0}
+    assert means == {"ratio": 1, "kl": 0, "kl_old": 0, "clipped": 0, "mismatch": 1, "drift": 0, "capped": 0}
     (got,) = torch.autograd.grad(loss, logp, retain_graph=True)
     lengths = torch.tensor(LENGTHS).clamp(min=1)
     expected = torch.where(b["mask"], -b["advantage"][:, None] / lengths[:, None] / 11, 0.0)
@@ -154,6 +155,7 @@ def test_truncated_importance_weights():
     assert logp.grad[0].tolist() == pytest.approx([-1, -0.25])
     assert rollout.grad is None, "weights are constants"
     assert step_means(sums)["mismatch"] == pytest.approx((4 + 2) / 2)
+    assert step_means(sums)["drift"] == pytest.approx((4 - 1 - math.log(4) + 0.5 - 1 + math.log(2)) / 2)
     assert step_means(sums)["capped"] == 0.5
     tighter, _ = policy_loss(logp, old, None, advantage, mask, rollout_logp=rollout, tis_cap=1.0, **common)
     assert tighter.item() == pytest.approx(-(1 + 0.5) / 2)

@@ -18,11 +18,11 @@ from ufm_helpers import image_prompt, make_clip, text_prompt, tiny_inputs, video
 
 from gubs.errors import PlatformError
 from gubs.ufm.checkpoint import save_policy
-from gubs.ufm.grpo import RolloutEngine
+from gubs.ufm.grpo import RolloutEngine, _health_bounds
 from gubs.ufm.inputs import Encoded, Inputs, mrope_positions
-from gubs.ufm.loss import Denominators, policy_loss
+from gubs.ufm.loss import Denominators, k3, policy_loss
 from gubs.ufm.model import load
-from gubs.ufm.rollout import _ENVIRONMENT, Request, Response, Shape
+from gubs.ufm.rollout import _ENVIRONMENT, Request, Response, Shape, start_rollout
 from gubs.ufm.settings import ModelSettings, RolloutSettings
 from gubs.ufm.sync import HEAD, WeightSync, _shared, weights_of
 from gubs.ufm.trainer import logprobs
@@ -250,10 +250,7 @@ def test_a_sync_brings_the_engine_the_trainers_weights(engine, inputs, model):
     encoded = [inputs.encode(p) for p in PROMPTS.values()]
     old = ask(engine, inputs, encoded, seed=3)
     sync = WeightSync(model, engine, 60.0, version=old[0].version)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
+    _moved(model, seed=0)
     assert max(gaps(model, inputs, encoded, old)) > 100 * CLOSE
     assert sync.push(model) == old[0].version + 1
     new = ask(engine, inputs, encoded, seed=3)
@@ -263,14 +260,68 @@ def test_a_sync_brings_the_engine_the_trainers_weights(engine, inputs, model):
 
 
 def test_a_second_sync_is_as_good_as_the_first(engine, inputs, model, loud):
-    """Loading prepacked layers again, and back to the first weights: the answers are those of the first day."""
+    """Loading prepacked layers again: other weights, and back to the first ones, whose answers are as before."""
     encoded = [inputs.encode(p) for p in PROMPTS.values()]
     sync = WeightSync(model, engine, 60.0, version=10)
     sync.push(model)
     first = ask(engine, inputs, encoded, seed=3)
     assert max(gaps(model, inputs, encoded, first)) < CLOSE
+    other = _moved(load(loud, MODEL), seed=1)
+    sync.push(other)
+    second = ask(engine, inputs, encoded, seed=3)
+    assert max(gaps(other, inputs, encoded, second)) < CLOSE
+    assert max(gaps(model, inputs, encoded, second)) > 100 * CLOSE
     sync.push(model)
-    assert [r.ids for r in ask(engine, inputs, encoded, seed=3)] == [r.ids for r in first]
+    third = ask(engine, inputs, encoded, seed=3)
+    assert [(r.ids, r.logprobs) for r in third] == [(r.ids, r.logprobs) for r in first]
+
+
+def _moved(model: Any, seed: int) -> Any:
+    """The model with all weights changed a little."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.02 * torch.randn(weight.shape, generator=generator).to(weight.dtype))
+    return model
+
+
+def test_in_bfloat16_engine_and_trainer_agree_as_the_health_figures_want(tiny, inputs, ray_local):
+    """The precision of presets `small` and `paper`: after each sync within the bounds that end a run, and outside of
+    them with positions that are not the engine's or with weights of the step before."""
+    half = ModelSettings(dtype="bfloat16", gradient_checkpointing=False)
+    model = load(tiny, half)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(2.0 if weight.ndim > 1 else 1.0)  # louder: positions show
+    shape = Shape(str(tiny), half, inputs.settings, RolloutSettings(kv_cache_gb=0.1, max_num_seqs=16), threads=2)
+    encoded = [inputs.encode(p) for p in PROMPTS.values()] * 2
+    handle = start_rollout(shape)
+    try:
+        ray.get(handle.ready.remote(), timeout=150)
+        sync = WeightSync(model, handle, 60.0)
+        for seed in (1, 2):
+            sync.push(model)
+            said = ask(handle, inputs, encoded, seed)
+            assert _illnesses(model, inputs, encoded, said) == []
+            assert _illnesses(model, inputs, encoded, said, positions=False) == ["mismatch", "drift"]
+            assert _illnesses(_moved(model, seed), inputs, encoded, said) == ["mismatch", "drift"]
+    finally:
+        ray.kill(handle)
+
+
+def _illnesses(
+    model: Any, inputs: Inputs, encoded: list[Encoded], said: list[Response], positions: bool = True
+) -> list[str]:
+    """The health figures of the engine that are out of bounds; without positions, the trainer counts tokens."""
+    batch = inputs.collate([(e, r.ids) for e, r in zip(encoded, said, strict=True)])
+    if not positions:
+        batch.positions = torch.arange(batch.ids.shape[1]).expand(3, len(batch.ids), -1).clone()
+    with torch.no_grad():
+        ours = logprobs(model, batch, sees=True).float()
+    theirs = torch.tensor([p for r in said for p in r.logprobs])
+    found = {"mismatch": float((ours - theirs).abs().exp().mean()), "drift": float(k3(theirs, ours).mean())}
+    bounds = {name: (low, high) for name, low, high in _health_bounds(0, "bfloat16")}
+    return [n for n, v in found.items() if not bounds[n][0] <= v <= bounds[n][1]]
 
 
 def test_a_forgotten_head_is_told(engine, model):

@@ -370,6 +370,16 @@ def test_a_stuck_phase_is_named_and_ended(tmp_path):
     assert json.loads((tmp_path / STUCK).read_text())["phase"] == "sync"
 
 
+@pytest.mark.parametrize("where", ["resume", "train", "report"])
+def test_a_worker_that_hangs_anywhere_ends_and_says_where(ufm_run, tiny, tmp_path, where):
+    """Trackers, shared disks and other ranks may never answer; Ray's own look at a worker sees nothing of it."""
+    command = [sys.executable, str(Path(__file__).with_name("drive_worker.py"))]
+    command += [ufm_run.root, str(tiny), str(tmp_path), where]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == STUCK_EXIT, done.stderr[-3000:]
+    assert json.loads((tmp_path / STUCK).read_text())["phase"] == where
+
+
 def test_the_driver_tells_which_phase_was_stuck(tmp_path):
     (tmp_path / STUCK).write_text(json.dumps({"message": "worker 3 was stuck in the phase 'sync' for more than 5 s"}))
     error = _named(RuntimeError("actor died"), tmp_path)

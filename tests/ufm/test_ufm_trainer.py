@@ -22,7 +22,7 @@ from gubs.ufm.model import load
 from gubs.ufm.monitor import Phases
 from gubs.ufm.rollout import FIGURES, Response
 from gubs.ufm.samples import Plan
-from gubs.ufm.settings import GRPOSettings, OptimizerSettings
+from gubs.ufm.settings import GRPOSettings, ModelSettings, OptimizerSettings, UFMSettings
 from gubs.ufm.trainer import learning_rate, logprobs, micro_batches
 from gubs.ufm.worker import DivergedError, HealthError, Worker
 
@@ -292,6 +292,7 @@ def test_workers_that_see_different_checkpoints_do_not_start(tmp_path, monkeypat
 
 
 HEALTHY = {"health/ratio": 1.0, "health/kl_old": 0.0, "health/kl": 0.0, "health/mismatch": 1.001, "skipped": 0.0}
+HEALTHY |= {"health/drift": 0.0001}
 
 
 @pytest.mark.parametrize(
@@ -299,6 +300,7 @@ HEALTHY = {"health/ratio": 1.0, "health/kl_old": 0.0, "health/kl": 0.0, "health/
     [
         (0, {}, None),
         (0, {"health/mismatch": 1.5}, "mismatch = 1.5, not 0 to 1.02"),
+        (0, {"health/drift": 0.03}, "drift = 0.03, not -0.001 to 0.01"),
         (0, {"health/kl": 0.3}, "kl = 0.3"),
         (0, {"health/ratio": 1.1, "health/kl_old": 0.1}, "ratio = 1.1.*kl_old = 0.1"),
         (0, {"health/mismatch": float("nan")}, "mismatch = nan"),
@@ -310,11 +312,21 @@ HEALTHY = {"health/ratio": 1.0, "health/kl_old": 0.0, "health/kl": 0.0, "health/
 def test_the_first_step_of_an_attempt_tells_whether_all_compute_the_same(step, ill, says):
     """A wrong mask, wrong positions or stale weights train happily on what was never sampled."""
     shell = object.__new__(GRPOWorker)
+    shell.ufm = UFMSettings(model=ModelSettings(dtype="float32"))
     if says:
         with pytest.raises(HealthError, match=says):
             shell._check_health(HEALTHY | ill, step)
     else:
         shell._check_health(HEALTHY | ill, step)
+
+
+def test_rounding_to_bfloat16_is_no_illness():
+    """A model that is unsure of everything differs by 1.06 from itself; that is not what wrong positions do (1.7)."""
+    shell = object.__new__(GRPOWorker)
+    shell.ufm = UFMSettings(model=ModelSettings(dtype="bfloat16"))
+    shell._check_health(HEALTHY | {"health/mismatch": 1.063, "health/drift": 0.0032}, 0)
+    with pytest.raises(HealthError, match=r"mismatch = 1.67, not 0 to 1.12; drift = 0.096"):
+        shell._check_health(HEALTHY | {"health/mismatch": 1.67, "health/drift": 0.096}, 0)
 
 
 class OldEngine:

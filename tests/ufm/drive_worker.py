@@ -1,0 +1,32 @@
+"""A train worker that hangs somewhere: `python drive_worker.py RUN CHECKPOINT FOLDER WHERE`."""
+
+import sys
+import time
+
+from ufm_helpers import small_settings
+
+from gubs.ufm.worker import Job, Worker
+
+
+class Hanging(Worker):
+    """Trains nothing, and does not come back from one of its parts."""
+
+    def __init__(self, job: Job, where: str):
+        super().__init__(job, 2)
+        hang = lambda *_: time.sleep(60)  # noqa: E731
+        if where == "resume":
+            self.checkpoints.latest = hang
+        if where == "report":
+            self.monitor.report = hang
+        self._where = where
+
+    def step(self, step: int) -> dict[str, float]:
+        with self.phases("train"):
+            time.sleep(60 if self._where == "train" else 0)
+        return {"loss": 1.0}
+
+
+if __name__ == "__main__":
+    run, checkpoint, folder, where = sys.argv[1:]
+    settings = small_settings("ufm.workers.stuck_after_s=1", "ufm.workers.threads=1")
+    Hanging(Job(run, settings, "grpo", folder, f"{folder}/checkpoints", checkpoint, {}), where).run()

@@ -1,0 +1,153 @@
+"""What an engine does on a GPU, as far as that can be seen without one: the order of sleep, wake and new weights, the
+arguments, and which device it gets."""
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gubs.ufm.rollout import Engine, Request, Shape, _engine_arguments
+from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
+
+
+class Vllm:
+    """Notes what is asked of it."""
+
+    def __init__(self):
+        self.asked = []
+        self.llm_engine = self
+
+    def __getattr__(self, name):
+        def note(*_, tags=None, level=None, **__):
+            self.asked.append(f"{name} {' '.join(tags)}" if tags else f"{name} {level}" if level else name)
+            return [[]]
+
+        return note
+
+    def generate(self, prompts, *_, **__):
+        self.asked.append("generate")
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[7], logprobs=[{7: _At(-0.5)}])]) for _ in prompts]
+
+
+class _At:
+    def __init__(self, logprob):
+        self.logprob = logprob
+
+
+def engine(cpu=False, **rollout) -> Engine:
+    made = object.__new__(Engine)
+    made.shape = Shape("folder", ModelSettings(), InputSettings(), RolloutSettings(**rollout))
+    made._llm, made._cpu, made._asleep, made.version = Vllm(), cpu, (), 0
+    made._parameters = lambda *_: None
+    return made
+
+
+ONE = [Request({"prompt_token_ids": [1]}, 0)]
+
+
+def test_a_step_on_a_gpu_wakes_and_sleeps_in_the_order_that_memory_allows():
+    """New weights need the engine's weights awake, and no cache beside the trainer; answers need both."""
+    woken = engine()
+    assert woken.generate(ONE)[0].ids == (7,)
+    woken.sleep()
+    woken.sleep()
+    woken.load([("w", 0)], 1)
+    woken.generate(ONE)
+    woken.sleep()
+    assert woken._llm.asked == [
+        "generate",
+        "sleep 1",
+        "wake_up weights",
+        "collective_rpc",
+        "reset_mm_cache",
+        "reset_encoder_cache",
+        "wake_up kv_cache",
+        "generate",
+        "sleep 1",
+    ]
+    assert woken.version == 1
+
+
+def test_awake_it_forgets_its_prefixes_too():
+    awake = engine()
+    awake.load([("w", 0)], 1)
+    assert awake._llm.asked == ["collective_rpc", "reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache"]
+
+
+def test_without_answers_to_write_it_is_woken_all_the_same():
+    """Half awake it could not be put to sleep again."""
+    idle = engine()
+    idle.sleep()
+    idle.load([], 1)
+    assert idle.generate([]) == []
+    idle.sleep()
+    assert idle._llm.asked[-2:] == ["wake_up kv_cache", "sleep 1"]
+
+
+@pytest.mark.parametrize("made", [engine(cpu=True), engine(sleep=False)])
+def test_where_nothing_sleeps_nothing_is_woken(made):
+    made.generate(ONE)
+    made.sleep()
+    made.load([], 1)
+    made.generate(ONE)
+    assert not [a for a in made._llm.asked if a.startswith(("sleep", "wake"))]
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_every_argument_is_one_that_vllm_knows(cpu):
+    """A name that vLLM dropped would be found on a GPU only."""
+    given = _engine_arguments(engine().shape, cpu)
+    (package,) = importlib.util.find_spec("vllm").submodule_search_locations
+    tree = ast.parse((Path(package) / "engine" / "arg_utils.py").read_text())
+    (fields,) = (n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == "EngineArgs")
+    known = {n.target.id for n in fields.body if isinstance(n, ast.AnnAssign)}
+    assert len(known) > 50
+    assert set(given) <= known
+    assert given["enforce_eager"] is cpu
+    assert ("enable_sleep_mode" in given) is not cpu
+
+
+TWO_GPUS = """
+import json, os, sys
+import ray, torch
+from types import SimpleNamespace
+from gubs.ufm import rollout
+from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
+from gubs.ufm.worker import Worker
+
+class Seen:
+    def __init__(self, shape): pass
+    def told(self): return os.environ["CUDA_VISIBLE_DEVICES"], ray.get_runtime_context().get_node_id()
+
+@ray.remote(num_cpus=0, num_gpus=1)
+class Trains:
+    def ask(self):
+        rollout.Engine = Seen
+        node, ids = Worker.place(SimpleNamespace(device=torch.device("cuda")))
+        shape = rollout.Shape("x", ModelSettings(), InputSettings(), RolloutSettings())
+        child = rollout.start_rollout(shape, gpu_ids=ids, node_id=node)
+        return list(ids), node, ray.get(child.told.remote(), timeout=60), os.environ["CUDA_VISIBLE_DEVICES"]
+
+ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+workers = [Trains.remote() for _ in range(2)]
+print(json.dumps(ray.get([w.ask.remote() for w in workers], timeout=90)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_each_workers_engine_gets_the_workers_own_gpu():
+    """Ray would give an actor without a GPU none, and one with a GPU another than its trainer's."""
+    command = [sys.executable, "-c", TWO_GPUS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert sorted(ids for ids, *_ in found) == [["0"], ["1"]]
+    for (own,), node, (visible, at), trainers in found:
+        assert visible == own == trainers
+        assert at == node
