@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gubs.ufm.monitor import METRICS, Monitor, Phases, read_metrics
+from gubs.ufm.monitor import METRICS, Monitor, Phases, Watchdog, read_metrics
 from gubs.ufm.worker import Worker
 
 
@@ -115,10 +115,11 @@ def test_ray_train_hears_of_every_step_after_the_files_and_before_the_checkpoint
     monkeypatch.setattr("ray.train.report", lambda figures: heard.append(("ray", figures)))
     shell = object.__new__(Worker)
     shell.phases, shell.folder, shell.rank, shell.steps = Phases(), tmp_path, 0, 2
-    shell.ufm = SimpleNamespace(workers=SimpleNamespace(stuck_after_s=60.0))
+    shell._watchdog = Watchdog(shell.phases, 60.0, tmp_path, 0)
     shell.monitor = SimpleNamespace(report=lambda step, figures: heard.append(("files", step)))
     shell._resume, shell._timed, shell._save_final = lambda: 0, lambda step: {"reward": float(step)}, lambda: None
     shell._maybe_checkpoint = lambda step, _: heard.append(("checkpoint", step))
-    assert shell.run() == {"steps": 2, "after_last_step": {}}
+    found = shell.run()
+    assert (found["steps"], set(found["after_last_step"])) == (2, {"report"})
     told = [[("files", s), ("ray", {"step": s, "reward": float(s)}), ("checkpoint", s)] for s in range(2)]
     assert heard == told[0] + told[1]
