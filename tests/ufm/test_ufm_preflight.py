@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from ufm_helpers import changed_copy, small_settings
+from ufm_helpers import small_settings
 
 from gubs import pipeline
-from gubs.artifacts import Run
+from gubs.artifacts import Run, writing
 from gubs.config import load_settings
 from gubs.errors import ArtifactError, PlatformError, SettingsError
 from gubs.ufm import stage
@@ -65,15 +65,13 @@ def test_workers_get_gpus_all_or_none(monkeypatch, there, workers, wanted, found
 
 
 @pytest.mark.parametrize("override", ["ufm.model.lessons=5", "ufm.model.size=small", "ufm.model.path=/models/x"])
-def test_a_policy_of_another_model_is_not_trained_on(ready, tmp_path, override):
-    """The settings name a model of 7 B, and what is trained would be the tiny one that SFT was given before."""
-    settings = small_settings(override)
-    run = changed_copy(ready, tmp_path / "run", settings)
-    for part in ("sft_model",):
-        if not Path(run.path(part)).exists():
-            Path(run.path(part)).symlink_to(ready.path(part))
-    with pytest.raises(ArtifactError, match=rf"fine-tuned from ufm.model.size=tiny .*the settings name {override}"):
-        stage._start(run, settings)
+def test_a_policy_of_another_model_is_not_trained_on(tmp_path, override):
+    """Settings that name a model of 7 B must not train the tiny one that SFT was given before."""
+    run = Run(tmp_path / "run")
+    with writing(run, "sft_model", fingerprint="x", settings=small_settings(), inputs={}):
+        pass
+    with pytest.raises(ArtifactError, match=rf"fine-tuned from ufm.model.size=tiny .*the settings name .*{override}"):
+        stage._start(run, small_settings(override))
     assert stage._start(run, small_settings())[0] == Path(run.path("sft_model", "policy"))
 
 
