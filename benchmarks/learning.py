@@ -43,6 +43,7 @@ FIGURES = (
     ("judge_f1", "sequential", "natural", "sampled"),
     ("judge_balanced_acc", "sequential", "natural", "greedy"),
     ("reason_f1", "sequential", "natural", "greedy"),
+    ("reason_f1", "sequential", "natural", "sampled"),
     ("reason_f1", "sequential", "balanced", "greedy"),
     ("reason_f1", "sequential", "balanced", "sampled"),
     ("reason_f1_B", "sequential", "balanced", "greedy"),
