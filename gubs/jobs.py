@@ -31,7 +31,7 @@ from gubs.errors import GubsError, PlatformError
 
 Work = Callable[[Run, Settings, bool], object]
 
-_START_TIMEOUT_S = 90.0
+_START_TIMEOUT_S = 180.0
 _EXCLUDES = [".venv", ".git", "runs", "**/__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"]
 
 
@@ -101,15 +101,15 @@ def local_head(num_cpus: int | None = None) -> Iterator[str]:
     The cluster asks for a token, which is put into this process's environment while the context lasts; where
     RAY_AUTH_MODE is set already, that holds.
     """
-    port = _free_port()
+    port, agent = _free_port(), _free_port()
     address = f"http://127.0.0.1:{port}"
     before = {k: os.environ.get(k) for k in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     with tempfile.TemporaryDirectory(prefix="gubs-", ignore_cleanup_errors=True) as folder:
-        head = _start_head(port, folder, num_cpus)
+        head = _start_head(port, agent, folder, num_cpus)
         try:
-            _wait_until_up(address, head, Path(folder))
+            _wait_until_up(address, agent, head, Path(folder))
             yield address
         finally:
             _stop(head)
@@ -117,7 +117,7 @@ def local_head(num_cpus: int | None = None) -> Iterator[str]:
                 os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
-def _start_head(port: int, folder: str, num_cpus: int | None) -> subprocess.Popen[bytes]:
+def _start_head(port: int, agent: int, folder: str, num_cpus: int | None) -> subprocess.Popen[bytes]:
     bin_dir = str(Path(sys.executable).parent)
     command = [
         f"{bin_dir}/ray",
@@ -134,7 +134,7 @@ def _start_head(port: int, folder: str, num_cpus: int | None) -> subprocess.Pope
         "--disable-usage-stats",
         f"--ray-client-server-port={_free_port()}",
     ]
-    command += [f"--dashboard-agent-listen-port={_free_port()}", f"--num-cpus={num_cpus or os.cpu_count()}"]
+    command += [f"--dashboard-agent-listen-port={agent}", f"--num-cpus={num_cpus or os.cpu_count()}"]
     # jobs run the `python` they find on the head's PATH: it has to be this one
     env = {**os.environ, "PATH": f"{bin_dir}:{os.environ.get('PATH', '')}", "RAY_USAGE_STATS_ENABLED": "0"}
     env.pop("RAY_ADDRESS", None)
@@ -149,14 +149,16 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a killed command leaves no cluster behind
 
 
-def _wait_until_up(address: str, head: subprocess.Popen[bytes], folder: Path) -> None:
+def _wait_until_up(address: str, agent: int, head: subprocess.Popen[bytes], folder: Path) -> None:
+    """Waits for the dashboard and for the agent that starts jobs: it comes later, and is waited for by nobody else."""
     from ray.job_submission import JobSubmissionClient
 
     say("[ray]    starting a head node on this machine ...")
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline and head.poll() is None:
-        with suppress(ConnectionError, RuntimeError):
+        with suppress(ConnectionError, RuntimeError, OSError):
             JobSubmissionClient(address).list_jobs()
+            socket.create_connection(("127.0.0.1", agent), timeout=5).close()
             say(f"[ray]    up, dashboard at {address}")
             return
         time.sleep(0.5)
