@@ -156,7 +156,7 @@ def _wait_until_up(address: str, agent: int, head: subprocess.Popen[bytes], fold
     say("[ray]    starting a head node on this machine ...")
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline and head.poll() is None:
-        with suppress(ConnectionError, RuntimeError, OSError):
+        with suppress(OSError, RuntimeError):
             JobSubmissionClient(address).list_jobs()
             socket.create_connection(("127.0.0.1", agent), timeout=5).close()
             say(f"[ray]    up, dashboard at {address}")

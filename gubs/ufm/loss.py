@@ -126,12 +126,9 @@ def policy_loss(
     if ref_logp is not None:
         sums["kl"] = k3(logp, _clean(ref_logp.detach(), mask))
     if rollout_logp is not None:
-        said = _clean(rollout_logp.detach(), mask)
-        gap = old - said
-        importance = torch.exp(gap)
+        importance, seen = _engine(_clean(rollout_logp.detach(), mask), old, tis_cap)
         objective = objective * importance.clamp(max=tis_cap) if tis_cap else objective
-        sums |= {"mismatch": torch.exp(gap.abs()), "drift": k3(said, old)}
-        sums["capped"] = (importance > tis_cap).to(ratio.dtype)
+        sums |= seen
     loss = _reduce(beta * sums.get("kl", 0.0) - objective, mask, denominators, level)
     return loss, _masked_sums(sums, mask)
 
@@ -169,6 +166,13 @@ def _objective(ratio: Tensor, advantage: Tensor, clip: float | None) -> tuple[Te
         return free, torch.zeros_like(free, dtype=torch.bool)
     bound = ratio.clamp(1 - clip, 1 + clip) * advantage
     return torch.minimum(free, bound), bound < free
+
+
+def _engine(said: Tensor, old: Tensor, cap: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The importance weight of what the engine sampled, and how far engine and trainer are apart, [B, L] each."""
+    importance = torch.exp(old - said)
+    capped = (importance > cap).to(importance.dtype)
+    return importance, {"mismatch": torch.exp((old - said).abs()), "drift": k3(said, old), "capped": capped}
 
 
 def _reduce(per_token: Tensor, mask: Tensor, denominators: Denominators, level: Level) -> Tensor:

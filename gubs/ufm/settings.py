@@ -113,7 +113,7 @@ class WorkerSettings(Section):
     @classmethod
     def _yes_or_no(cls, value: Any) -> Any:
         """YAML, and with it the command line, reads yes and no as truth values."""
-        return {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
+        return ("yes" if value else "no") if isinstance(value, bool) else value
 
 
 class CheckpointSettings(Section):
