@@ -30,6 +30,9 @@ from gubs.errors import PlatformError
 START_TIMEOUT_S = 120.0
 """Time a decoder process may take to come up; a loaded machine imports slowly."""
 
+START_ATTEMPTS = 3
+"""Times a process is started that something kills before it is ready, as a kernel short of memory does."""
+
 PIPELINE = 2
 """Files a decoder process may hold at once: one in work, one waiting, so that it never idles."""
 
@@ -115,12 +118,11 @@ class DecoderProcess:
         """Kills the process over its present file and gives the files behind that to a new one."""
         assert self._process is not None
         if verdict is Verdict.CRASHED:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = self._process.wait(2)
-                if code == -signal.SIGALRM:
-                    verdict, detail = Verdict.TIMEOUT, "its alarm went off"
-                else:
-                    detail = f"{detail} ({signal.strsignal(-code) if code < 0 else f'exit code {code}'})"
+            ended = self._how_it_ended()
+            if self._process.returncode == -signal.SIGALRM:
+                verdict, detail = Verdict.TIMEOUT, "its alarm went off"
+            else:
+                detail = f"{detail} ({ended})"
         last_words = self._last_words()
         if verdict is Verdict.CRASHED and _OUT_OF_MEMORY.search(last_words):
             verdict = Verdict.TOO_LARGE
@@ -140,6 +142,18 @@ class DecoderProcess:
         """
         if self._process is not None:
             return
+        for _ in range(START_ATTEMPTS):
+            process = self._launch()
+            if self._is_ready():
+                return
+            ended, said = self._how_it_ended(), self._last_words().decode(errors="replace").strip()
+            killed = (process.poll() or 0) < 0
+            self.close()
+            if not killed:  # it would end so again
+                break
+        raise PlatformError(f"the decoder process does not start ({ended}): {said or 'it says nothing'}")
+
+    def _launch(self) -> subprocess.Popen[bytes]:
         ours, theirs = socket.socketpair()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         with theirs:
@@ -156,7 +170,7 @@ class DecoderProcess:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             ours.setsockopt(socket.SOL_SOCKET, option, patience)
         self._connection = Connection(ours.detach())
-        self._greet()
+        return self._process
 
     def _command(self, fd: int) -> list[str]:
         on_main_thread = threading.current_thread() is threading.main_thread()
@@ -166,17 +180,22 @@ class DecoderProcess:
             *(str(fd), str(self.memory_mb), f"{alarm:g}", str(os.getpid() if on_main_thread else 0)),
         ]
 
-    def _greet(self) -> None:
-        """Waits until the process is ready and tells it the options."""
+    def _is_ready(self) -> bool:
+        """Tells the process the options and waits until it has read them."""
         try:
             self._connection.send(self.options)
-            ready = self._connection.poll(START_TIMEOUT_S) and self._connection.recv() == "ready"
+            return self._connection.poll(START_TIMEOUT_S) and self._connection.recv() == "ready"
         except (EOFError, OSError):
-            ready = False
-        if not ready:
-            said = self._last_words().decode(errors="replace").strip()
-            self.close()
-            raise PlatformError(f"the decoder process does not start: {said or 'it says nothing'}")
+            return False
+
+    def _how_it_ended(self) -> str:
+        """In words; a process that is about to end is given two seconds to do so."""
+        assert self._process is not None
+        try:
+            code = self._process.wait(2)
+        except subprocess.TimeoutExpired:
+            return "it still runs"
+        return (signal.strsignal(-code) or f"signal {-code}") if code < 0 else f"exit code {code}"
 
     def _last_words(self) -> bytes:
         size = os.fstat(self._stderr.fileno()).st_size

@@ -17,7 +17,8 @@ from PIL import Image
 
 from gubs.data.decode import decode, sample, target_size
 from gubs.data.decoded import Decoded, DecodeOptions, Verdict
-from gubs.data.decoder_process import DecoderProcess
+from gubs.data.decoder_process import START_ATTEMPTS, DecoderProcess
+from gubs.errors import PlatformError
 
 OPTIONS = DecodeOptions(count=8, max_pixels=64 * 28 * 28)
 
@@ -377,6 +378,38 @@ def test_crash_costs_one_file(signum: signal.Signals, tmp_path: Path) -> None:
     assert "died" in done.detail
     assert process.result().verdict == "ok"
     process.close()
+
+
+def _kills_itself(process: DecoderProcess, times: int) -> list[int]:
+    """Its first starts are killed before they are ready; what comes back grows by one with every start."""
+    command, starts = process._command, []
+
+    def first_die(fd: int) -> list[str]:
+        starts.append(fd)
+        return ["/bin/sh", "-c", "kill -9 $$"] if len(starts) <= times else command(fd)
+
+    process._command = first_die
+    return starts
+
+
+def test_a_start_that_is_killed_is_tried_again(tmp_path: Path) -> None:
+    process = DecoderProcess(OPTIONS, timeout_s=20)
+    starts = _kills_itself(process, 2)
+    assert process.decode(str(film(tmp_path / "a.mp4"))).verdict == "ok"
+    assert (len(starts), process.restarts) == (3, 0)
+    process.close()
+
+
+def test_a_start_that_fails_says_how() -> None:
+    always = DecoderProcess(OPTIONS, timeout_s=20)
+    starts = _kills_itself(always, 100)
+    with pytest.raises(PlatformError, match=r"\(Killed\): it says nothing"):
+        always.start()
+    assert (len(starts), always.pid) == (START_ATTEMPTS, None)
+    wrong = DecoderProcess(OPTIONS, timeout_s=20)
+    wrong._command = lambda fd: ["/bin/sh", "-c", "echo no such library; exit 3"]
+    with pytest.raises(PlatformError, match=r"\(exit code 3\): no such library"):
+        wrong.start()
 
 
 def test_memory_is_capped(tmp_path: Path) -> None:

@@ -324,6 +324,31 @@ def test_decoders_and_workers_may_die(server: _Server, tmp_path: Path, ray_local
     assert retried.verdicts == {"ok": 40}
 
 
+@pytest.mark.slow
+def test_a_worker_may_die_as_it_starts(tmp_path: Path, ray_local: None) -> None:
+    """One is killed while it waits for its decoder to come up; another takes its place."""
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 60
+        while not killed and time.monotonic() < deadline:
+            for decoder in psutil.Process().children(recursive=True):
+                if "gubs.data.decoder_process" not in _line(decoder):
+                    continue
+                decoder.suspend()  # it cannot get ready any more
+                killed.append(decoder.parent().pid)
+                decoder.parent().kill()
+                decoder.kill()
+                break
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    _, table = extract_frames(ids([str(film(tmp_path / f"{i}.mp4")) for i in range(4)]), SETTINGS, str(tmp_path / "s"))
+    killer.join()
+    assert len(killed) == 1
+    assert table["verdict"].to_pylist() == ["ok"] * 4
+
+
 def _line(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
