@@ -6,7 +6,7 @@ Order of a step: generate -> rewards, advantages -> the reference's log-probabil
 
 import itertools
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 from gubs.errors import PlatformError
@@ -17,7 +17,7 @@ from gubs.ufm.rollout import FIGURES, Request, Response, Shape, start_rollout
 from gubs.ufm.samples import Plan, Planner, Sample, answer_figures, answer_sums, evaluate, requests, shown
 from gubs.ufm.sync import WeightSync
 from gubs.ufm.trainer import Trainer, Update, logprobs, micro_batches, most, reduce_sums, release_cache
-from gubs.ufm.worker import HealthError, Job, Worker
+from gubs.ufm.worker import HealthError, Job, Worker, beside
 
 _CLOSE = 1e-3
 _MISMATCH = {"float32": 1.02, "bfloat16": 1.12}
@@ -47,10 +47,14 @@ class GRPOWorker(Worker):
             self.trainer = Trainer(model, self.ufm.model, self.grpo.optimizer, self.steps, self.device, self.sees)
             self.reference = Reference(models.load(job.start, self.ufm.model), self.device) if self.grpo.beta else None
         self._share = models.attention(self.ufm.model) == "sdpa"  # the one that takes a mask of what sees what
-        self.engine = RolloutEngine(self, job.start)
-        self._ahead = ThreadPoolExecutor(1, "plan")
+        self.engine.open(self.trainer.model)
+        self._ahead = beside("plan", self.device)
         self._next: Future[Plan] | None = None
         self._first = 0
+
+    def launch(self) -> None:
+        """The engine's process, whose imports take as long as all that this worker loads."""
+        self.engine = RolloutEngine(self, self.job.start)
 
     def begin(self, step: int) -> None:
         """The engine gets the weights of the checkpoint that the run goes on from."""
@@ -212,6 +216,7 @@ class RolloutEngine:
     """The engine beside a worker, started again where it died; what takes too long is named and ends the worker."""
 
     def __init__(self, worker: Worker, start: str):
+        """Starts its process; returns at once."""
         threads = 0 if worker.device.type == "cuda" else worker.threads
         ufm = worker.ufm
         self._shape = Shape(start, ufm.model, ufm.inputs, ufm.rollout, threads, worker.sees)
@@ -219,7 +224,17 @@ class RolloutEngine:
         self._limit = ufm.workers.stuck_after_s
         self.sync: WeightSync | None = None
         self._counted: dict[str, float] = {}
-        self._start(worker.trainer.model)
+        self._launch()
+
+    def open(self, model: Any) -> None:
+        """Has the engine load its model, and ties it to the trainer's. It comes second: on a GPU vLLM takes its share
+        of the memory that is free then.
+        """
+        release_cache(self._device)
+        self._get(self.handle.ready.remote(), "start")
+        self._counted = {}
+        version = self.sync.version if self.sync else 0
+        self.sync = WeightSync(model, self.handle, self._limit, version)
 
     def generate(self, asked: Sequence[Request], model: Any) -> list[Response]:
         """The answers to the requests; an engine that died is started again with the model's weights.
@@ -271,13 +286,12 @@ class RolloutEngine:
         before, self._counted = self._counted, totals
         return {name: value - before.get(name, 0.0) for name, value in totals.items()}
 
-    def _start(self, model: Any) -> None:
-        release_cache(self._device)
+    def _launch(self) -> None:
         self.handle = start_rollout(self._shape, gpu_ids=self._place[1], node_id=self._place[0])
-        self._get(self.handle.ready.remote(), "start")
-        self._counted = {}
-        version = self.sync.version if self.sync else 0
-        self.sync = WeightSync(model, self.handle, self._limit, version)
+
+    def _start(self, model: Any) -> None:
+        self._launch()
+        self.open(model)
 
     def _get(self, ref: Any, what: str) -> Any:
         import ray

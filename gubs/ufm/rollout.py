@@ -5,6 +5,7 @@ worker that asks for it. Ray's placement groups cannot share a train worker's GP
 for none and gets the worker's own device by its id.
 """
 
+import functools
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -78,7 +79,7 @@ class Engine:
     """vLLM in this process, with everything a step needs: generate, sleep and wake, new weights."""
 
     def __init__(self, shape: Shape):
-        """Loads the model; takes 6-20 s on a CPU.
+        """Imports vLLM, which takes 15 s of a slow core; the model is loaded by `ready`, or when it is first needed.
 
         Raises:
             PlatformError: vLLM is not installed, or built for other machines.
@@ -87,7 +88,7 @@ class Engine:
         if shape.threads:
             os.environ["OMP_NUM_THREADS"] = str(shape.threads)
         try:
-            from vllm import LLM
+            import vllm  # noqa: F401
         except ImportError as e:
             raise PlatformError(f"rollouts need vLLM: {e}; pip install 'gubs[gpu]' or 'gubs[cpu]'") from None
         import torch
@@ -101,10 +102,16 @@ class Engine:
                 "workers GPUs (ufm.workers.gpu=yes), or pip install 'gubs[cpu]'"
             )
         self._asleep: tuple[str, ...] = ()
-        self._llm = LLM(**_engine_arguments(shape, self._cpu))
+
+    @functools.cached_property
+    def _llm(self) -> Any:
+        from vllm import LLM
+
+        return LLM(**_engine_arguments(self.shape, self._cpu))
 
     def ready(self) -> int:
-        """Answers once the engine is up: its process id."""
+        """Loads the model, unless it is there, and tells the process id."""
+        assert self._llm
         return os.getpid()
 
     def generate(

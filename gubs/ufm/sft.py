@@ -6,7 +6,6 @@ in an order of its own; a resumed run sees the same batches and passes over thos
 
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from gubs.ufm.checkpoint import SharedError
 from gubs.ufm.inputs import Encoded
 from gubs.ufm.settings import CheckpointSettings, SFTSettings
 from gubs.ufm.trainer import Trainer, micro_batches, most, reduce_sums
-from gubs.ufm.worker import Job, Worker
+from gubs.ufm.worker import Job, Worker, beside
 
 Example = tuple[Encoded, list[int]]
 
@@ -118,7 +117,7 @@ class SFTWorker(Worker):
     def _stream(self, done: int) -> Iterator[list[Example]]:
         """Batches of this rank, encoded a batch ahead in a thread."""
         mine = self.sft.batch // self.world
-        with ThreadPoolExecutor(1, "encode") as pool:
+        with beside("encode", self.device) as pool:
             ahead = None
             for number, rows in enumerate(self._rows(mine)):
                 if number < done:

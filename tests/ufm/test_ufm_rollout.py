@@ -4,13 +4,17 @@ arguments, and which device it gets."""
 import ast
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from gubs.config import load_settings
+from gubs.ufm import grpo, worker
 from gubs.ufm.rollout import Engine, Request, Shape, _engine_arguments
 from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
 
@@ -96,6 +100,44 @@ def test_where_nothing_sleeps_nothing_is_woken(made):
     made.load([], 1)
     made.generate(ONE)
     assert not [a for a in made._llm.asked if a.startswith(("sleep", "wake"))]
+
+
+def test_the_model_is_loaded_when_it_is_asked_for_and_once(monkeypatch):
+    """The process starts beside the trainer; on a GPU the memory is the trainer's until it has loaded."""
+    loaded = []
+    fake = SimpleNamespace(LLM=lambda **given: loaded.append(given["model"]) or Vllm())
+    here = SimpleNamespace(current_platform=SimpleNamespace(is_cpu=lambda: True))
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", here)
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    made = Engine(engine().shape)
+    assert loaded == []
+    assert made.ready() == made.ready() == os.getpid()
+    assert loaded == ["folder"]
+
+
+def test_the_engines_process_is_the_first_thing_and_its_model_the_last(monkeypatch, tmp_path):
+    """What the worker loads takes as long as what the engine imports; and vLLM takes its share of what is left."""
+    order = []
+
+    def noted(name, **has):
+        return lambda *_, **__: order.append(name) or SimpleNamespace(**has)
+
+    for name in ("Checkpoints", "Monitor", "Watchdog", "Run"):
+        monkeypatch.setattr(worker, name, noted(name))
+    monkeypatch.setattr(worker, "Questions", noted("Questions", pictures=True))
+    monkeypatch.setattr(worker, "Inputs", noted("Inputs"))
+    monkeypatch.setattr(grpo, "Planner", noted("Planner"))
+    monkeypatch.setattr(grpo.models, "load", noted("model"))
+    monkeypatch.setattr(grpo, "Trainer", noted("Trainer", model=None))
+    monkeypatch.setattr(grpo, "Reference", noted("Reference"))
+    monkeypatch.setattr(grpo, "RolloutEngine", noted("process", open=lambda _: order.append("engine")))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(torch, "manual_seed", lambda _: None)
+    grpo.GRPOWorker(worker.Job("run", load_settings("tiny", []), "grpo", str(tmp_path), "", "start", {}))
+    assert order.index("process") < order.index("Inputs") < order.index("model")
+    assert order[-1] == "engine"
+    assert order.count("model") == 2
 
 
 @pytest.mark.parametrize("cpu", [True, False])

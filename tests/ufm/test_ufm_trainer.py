@@ -24,7 +24,7 @@ from gubs.ufm.rollout import FIGURES, Response
 from gubs.ufm.samples import Plan
 from gubs.ufm.settings import GRPOSettings, ModelSettings, OptimizerSettings, UFMSettings
 from gubs.ufm.trainer import learning_rate, logprobs, micro_batches
-from gubs.ufm.worker import DivergedError, HealthError, Worker
+from gubs.ufm.worker import DivergedError, HealthError, Worker, beside
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -360,6 +360,18 @@ def test_an_engine_that_dies_while_it_is_counted_costs_the_worker_nothing():
     assert shell.reuse() == dict.fromkeys(FIGURES, 0.0)
     shell._get = lambda *_: dict.fromkeys(FIGURES, 3.0)
     assert shell.reuse() == dict.fromkeys(FIGURES, 3.0)
+
+
+def test_a_thread_beside_the_training_has_no_team_and_leaves_the_trainers_alone():
+    before = torch.get_num_threads()
+    try:
+        for device, threads in (("cpu", 1), ("cuda", 3)):
+            torch.set_num_threads(3)
+            with beside("ahead", torch.device(device)) as pool:
+                assert pool.submit(torch.get_num_threads).result() == threads
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_step_whose_prompts_were_all_too_long_moves_no_weight(ranks):
