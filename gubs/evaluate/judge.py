@@ -7,6 +7,7 @@ natural mix of options and on a balanced one, since a policy trained on balanced
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ parts, whatever training used; no gold and no reward: a skip whose reason nobody
 
 _HEAT = {"greedy": 0.0, "sampled": 1.0}
 _CHUNK = 64
+"""Answers between two looks at the progress."""
+_AT_ONCE = 8 * _CHUNK
+"""Requests that an engine is given at once."""
 OnProgress = Callable[[int, int], None]
 
 
@@ -129,25 +133,28 @@ def predictions(
 ) -> list[dict[str, Any]]:
     """Rows of `PREDICTIONS`: what the policy in a folder says about the items."""
     ufm = settings.ufm
-    inputs = Inputs(folder, ufm.inputs)
-    encoded = [inputs.encode(questions.about_user(i.task, i.user_id, i.video_id)) for i, _ in items]
-    kept = [k for k, e in enumerate(encoded) if inputs.fits(e)]
-    asked = [
-        (k, mode, Request(inputs.for_engine(encoded[k]), sample_seed(settings.seed, 0, k, mode, 0)))
-        for mode in MODES
-        for k in kept
-    ]
-    shape = Shape(str(folder), ufm.model, ufm.inputs, ufm.rollout, max_pictures=any(e.clip for e in encoded))
-    rows = []
-    for done, (k, mode, response) in enumerate(_ask(asked, shape, settings), start=1):
-        item, mixes = items[k]
-        text, finished = inputs.text(response.ids)
-        parts, reading = judge(text, item.gold or Option.B, item.task, RewardSettings(), finished)
-        reward = parts.total if item.gold else None
-        said = {"predicted": reading.option, "failure": reading.failure, "reward": reward, "answer": text}
-        rows.append(_row(item, mode, mixes) | {n: str(v) if n != "reward" and v else v for n, v in said.items()})
-        if on_progress and (done % _CHUNK == 0 or done == len(asked)):
-            on_progress(done, len(asked))
+    shape = Shape(
+        str(folder), ufm.model, ufm.inputs, ufm.rollout, max_pictures=ufm.inputs.vision and questions.pictures
+    )
+    with _started(shape, settings, len(MODES) * len(items)) as engines:  # they come up while prompts are encoded
+        inputs = Inputs(folder, ufm.inputs)
+        encoded = [inputs.encode(questions.about_user(i.task, i.user_id, i.video_id)) for i, _ in items]
+        kept = [k for k, e in enumerate(encoded) if inputs.fits(e)]
+        asked = [
+            (k, mode, Request(inputs.for_engine(encoded[k]), sample_seed(settings.seed, 0, k, mode, 0)))
+            for mode in MODES
+            for k in kept
+        ]
+        rows = []
+        for done, (k, mode, response) in enumerate(_ask(asked, engines, ufm.workers.stuck_after_s), start=1):
+            item, mixes = items[k]
+            text, finished = inputs.text(response.ids)
+            parts, reading = judge(text, item.gold or Option.B, item.task, RewardSettings(), finished)
+            reward = parts.total if item.gold else None
+            said = {"predicted": reading.option, "failure": reading.failure, "reward": reward, "answer": text}
+            rows.append(_row(item, mode, mixes) | {n: str(v) if n != "reward" and v else v for n, v in said.items()})
+            if on_progress and (done % _CHUNK == 0 or done == len(asked)):
+                on_progress(done, len(asked))
     dropped = sorted(set(range(len(items))) - set(kept))
     return rows + [_row(items[k][0], mode, items[k][1]) for mode in MODES for k in dropped]
 
@@ -197,18 +204,33 @@ def as_predictions(rows: Sequence[dict[str, Any]], task: Task) -> Predictions:
     )
 
 
-def _ask(asked: Sequence[tuple[int, str, Request]], shape: Shape, settings: Settings) -> Iterator[tuple[int, str, Any]]:
-    """Answers as they come, from as many engines as there are workers (one on a CPU). An engine is given work once it
-    is up, and more when it is done: one that waits for a busy GPU keeps nothing from the others.
+@contextmanager
+def _started(shape: Shape, settings: Settings, requests: int) -> Iterator[list[Any]]:
+    """As many engines as there are workers (one on a CPU), but no more than have work; they end with the block."""
+    import ray
+
+    gpu = use_gpu(settings)
+    chunks = math.ceil(requests / len(MODES) / _AT_ONCE) * len(MODES)
+    engines = [_engine(shape, gpu) for _ in range(min(settings.ufm.workers.count if gpu else 1, chunks))]
+    try:
+        yield engines
+    finally:
+        for engine in engines:
+            ray.kill(engine)
+
+
+def _ask(
+    asked: Sequence[tuple[int, str, Request]], engines: Sequence[Any], deadline: float
+) -> Iterator[tuple[int, str, Any]]:
+    """Answers as they come. An engine is given work once it is up, and more when it is done: one that waits for a busy
+    GPU keeps nothing from the others.
     """
     import ray
     from ray.exceptions import RayActorError
 
-    gpu, deadline = use_gpu(settings), settings.ufm.workers.stuck_after_s
     chunks = deque((mode, part) for mode in MODES for part in _parts([a for a in asked if a[1] == mode]))
-    engines = [_engine(shape, gpu) for _ in range(min(settings.ufm.workers.count if gpu else 1, len(chunks)))]
+    work: dict[Any, tuple[Any, Sequence[tuple[int, str, Request]]]] = {e.ready.remote(): (e, ()) for e in engines}
     try:
-        work: dict[Any, tuple[Any, Sequence[tuple[int, str, Request]]]] = {e.ready.remote(): (e, ()) for e in engines}
         while chunks or any(part for _, part in work.values()):
             done, _ = ray.wait(list(work), timeout=deadline)
             if not done:
@@ -222,9 +244,6 @@ def _ask(asked: Sequence[tuple[int, str, Request]], shape: Shape, settings: Sett
                 yield k, mode, response
     except RayActorError as e:
         raise PlatformError(f"the engine that judges test users died: {e}") from None
-    finally:
-        for engine in engines:
-            ray.kill(engine)
 
 
 def _engine(shape: Shape, gpu: bool) -> Any:
@@ -239,9 +258,8 @@ def _engine(shape: Shape, gpu: bool) -> Any:
 
 
 def _parts(asked: Sequence[tuple[int, str, Request]]) -> Iterator[Sequence[tuple[int, str, Request]]]:
-    size = 8 * _CHUNK
-    for start in range(0, len(asked), size):
-        yield asked[start : start + size]
+    for start in range(0, len(asked), _AT_ONCE):
+        yield asked[start : start + _AT_ONCE]
 
 
 def _balanced(items: Sequence[Item], order: Sequence[int], count: int, task: Task) -> set[int]:

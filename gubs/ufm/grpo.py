@@ -17,7 +17,7 @@ from gubs.ufm.rollout import FIGURES, Request, Response, Shape, start_rollout
 from gubs.ufm.samples import Plan, Planner, Sample, answer_figures, answer_sums, evaluate, requests, shown
 from gubs.ufm.sync import WeightSync
 from gubs.ufm.trainer import Trainer, Update, logprobs, micro_batches, most, reduce_sums, release_cache
-from gubs.ufm.worker import HealthError, Job, Worker, beside
+from gubs.ufm.worker import HealthError, Job, Worker
 
 _CLOSE = 1e-3
 _MISMATCH = {"float32": 1.02, "bfloat16": 1.12}
@@ -48,7 +48,7 @@ class GRPOWorker(Worker):
             self.reference = Reference(models.load(job.start, self.ufm.model), self.device) if self.grpo.beta else None
         self._share = models.attention(self.ufm.model) == "sdpa"  # the one that takes a mask of what sees what
         self.engine.open(self.trainer.model)
-        self._ahead = beside("plan", self.device)
+        self._ahead = models.beside("plan", self.device)
         self._next: Future[Plan] | None = None
         self._first = 0
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -364,3 +365,15 @@ _MAKERS = {"tiny": _make_tiny, "small": _make_small}
 def cpu_threads(workers_here: int, wanted: int = 0) -> int:
     """Threads for one of several workers on this machine."""
     return wanted or max(1, (os.cpu_count() or 1) // max(1, workers_here))
+
+
+def beside(name: str, device: Any) -> ThreadPoolExecutor:
+    """A thread for work ahead of the training.
+
+    On a CPU it computes without a team of OpenMP threads: libgomp gives each thread its own, and in a process with more
+    of them than CPUs none waits actively any more (SFT took 1.15 times as long).
+    """
+    import torch
+
+    alone: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)} if device.type == "cpu" else {}
+    return ThreadPoolExecutor(1, name, **alone)

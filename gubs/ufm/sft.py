@@ -17,7 +17,7 @@ from gubs.ufm.checkpoint import SharedError
 from gubs.ufm.inputs import Encoded
 from gubs.ufm.settings import CheckpointSettings, SFTSettings
 from gubs.ufm.trainer import Trainer, micro_batches, most, reduce_sums
-from gubs.ufm.worker import Job, Worker, beside
+from gubs.ufm.worker import Job, Worker
 
 Example = tuple[Encoded, list[int]]
 
@@ -117,7 +117,7 @@ class SFTWorker(Worker):
     def _stream(self, done: int) -> Iterator[list[Example]]:
         """Batches of this rank, encoded a batch ahead in a thread."""
         mine = self.sft.batch // self.world
-        with beside("encode", self.device) as pool:
+        with models.beside("encode", self.device) as pool:
             ahead = None
             for number, rows in enumerate(self._rows(mine)):
                 if number < done:

@@ -7,7 +7,6 @@ checkpoint itself. On a CPU a resumed run computes bit for bit what an uninterru
 import json
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,18 +246,6 @@ def _set_rng_states(states: Mapping[str, Any], device: Any) -> None:
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
-
-
-def beside(name: str, device: Any) -> ThreadPoolExecutor:
-    """A thread for work ahead of the training.
-
-    On a CPU it computes without a team of OpenMP threads: libgomp gives each thread its own, and in a process with more
-    of them than CPUs none waits actively any more (SFT took 1.15 times as long).
-    """
-    import torch
-
-    alone: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)} if device.type == "cpu" else {}
-    return ThreadPoolExecutor(1, name, **alone)
 
 
 def _ranks() -> tuple[int, int, int]:

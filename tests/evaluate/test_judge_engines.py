@@ -29,10 +29,11 @@ def dealt(monkeypatch, ray_local):
         left = iter(engines)
         monkeypatch.setattr(judge, "use_gpu", lambda _: True)
         monkeypatch.setattr(judge, "_engine", lambda *_: next(left).remote())
-        monkeypatch.setattr(judge, "_CHUNK", 1)
+        monkeypatch.setattr(judge, "_AT_ONCE", 8)
         settings = SimpleNamespace(ufm=SimpleNamespace(workers=SimpleNamespace(count=workers, stuck_after_s=deadline)))
         asked = [(k, mode, Request({}, k)) for k in range(20) for mode in judge.MODES]
-        return sorted(judge._ask(asked, None, settings))
+        with judge._started(None, settings, len(asked)) as started:
+            return sorted(judge._ask(asked, started, deadline))
 
     return deal
 

@@ -9,7 +9,7 @@ from gubs.cluster import ray_session
 from gubs.config import Settings
 from gubs.ufm.stage import grpo_stage
 
-STEPS = 8
+STEPS = 10
 
 
 def resume_settings(*overrides: str) -> Settings:

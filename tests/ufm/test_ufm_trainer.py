@@ -18,13 +18,13 @@ from gubs.records import Task
 from gubs.ufm.checkpoint import SharedError
 from gubs.ufm.grpo import GRPOWorker, RolloutEngine
 from gubs.ufm.loss import Denominators, policy_loss
-from gubs.ufm.model import load
+from gubs.ufm.model import beside, load
 from gubs.ufm.monitor import Phases
 from gubs.ufm.rollout import FIGURES, Response
 from gubs.ufm.samples import Plan
 from gubs.ufm.settings import GRPOSettings, ModelSettings, OptimizerSettings, UFMSettings
 from gubs.ufm.trainer import learning_rate, logprobs, micro_batches
-from gubs.ufm.worker import DivergedError, HealthError, Worker, beside
+from gubs.ufm.worker import DivergedError, HealthError, Worker
 
 pytestmark = pytest.mark.timeout(240)
 
