@@ -27,7 +27,7 @@ def resume_settings(*overrides: str) -> Settings:
         "ufm.rollout.kv_cache_gb=0.1",
         "ufm.rollout.max_num_seqs=32",
         "ufm.workers.threads=1",
-        "ufm.workers.stuck_after_s=90",
+        "ufm.workers.stuck_after_s=200",
         "ray.num_cpus=2",
         *overrides,
     )
