@@ -27,7 +27,7 @@ from gubs.ufm.settings import ModelSettings, RolloutSettings
 from gubs.ufm.sync import HEAD, WeightSync, _shared, weights_of
 from gubs.ufm.trainer import logprobs
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
 MODEL = ModelSettings(dtype="float32", gradient_checkpointing=False)
 CLOSE = 1e-4
@@ -90,7 +90,7 @@ def engine(loud, inputs, ray_local) -> Iterator[Any]:
     shape = Shape(str(loud), MODEL, inputs.settings, RolloutSettings(kv_cache_gb=0.1, max_num_seqs=16), threads=2)
     actor = ray.remote(Probe).options(num_cpus=0, runtime_env={"env_vars": {**_ENVIRONMENT, "OMP_NUM_THREADS": "2"}})
     handle = actor.remote(shape)
-    ray.get(handle.ready.remote(), timeout=150)
+    ray.get(handle.ready.remote(), timeout=400)
     yield handle
     ray.kill(handle)
 
@@ -297,7 +297,7 @@ def test_in_bfloat16_engine_and_trainer_agree_as_the_health_figures_want(tiny, i
     encoded = [inputs.encode(p) for p in PROMPTS.values()] * 2
     handle = start_rollout(shape)
     try:
-        ray.get(handle.ready.remote(), timeout=150)
+        ray.get(handle.ready.remote(), timeout=400)
         sync = WeightSync(model, handle, 60.0)
         for seed in (1, 2):
             sync.push(model)

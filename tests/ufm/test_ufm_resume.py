@@ -325,7 +325,7 @@ def test_a_trained_policy_answers_in_plain_transformers_and_in_plain_vllm(ready,
     assert processor.tokenizer.convert_ids_to_tokens(answer[-1]) == "<|im_end|>"
     np.save(tmp_path / "frames.npy", frames)
     command = [sys.executable, "-c", PLAIN_VLLM, str(policy), text, str(tmp_path / "frames.npy")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.strip().splitlines()[-1]) == [prompt, answer]
 
@@ -364,7 +364,7 @@ def test_a_worker_that_hangs_anywhere_ends_and_says_where(ufm_run, tiny, tmp_pat
     """Trackers, shared disks and other ranks may never answer; Ray's own look at a worker sees nothing of it."""
     command = [sys.executable, str(Path(__file__).with_name("drive_worker.py"))]
     command += [ufm_run.root, str(tiny), str(tmp_path), where]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == STUCK_EXIT, done.stderr[-3000:]
     assert json.loads((tmp_path / STUCK).read_text())["phase"] == where
 
