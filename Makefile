@@ -15,10 +15,11 @@ JOBS ?= 2
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help setup demo test lint types tests lock clean
+.PHONY: help setup demo check test lint types tests lock clean
 help:
 	@echo "make demo   set up, then run the main job on two cores  [SOURCE=kuairand DATA=folder RUN=runs/x ARGS='key=value ...']"
-	@echo "make test   set up, then lint, types and tests            [JOBS=2]"
+	@echo "make check  set up, then lint, types and the tests that start no engine: the daily loop  [JOBS=2]"
+	@echo "make test   set up, then lint, types and all tests        [JOBS=2]"
 	@echo "make setup  only set up    make lock  resolve the lock file anew    make clean  remove the environment"
 
 setup: $(STAMP)
@@ -39,6 +40,8 @@ demo: setup
 	@$(BIN)/gubs demo --run $(RUN) source.kind=$(SOURCE) $(if $(DATA),source.path=$(DATA)) $(ARGS)
 
 test: lint types tests
+check: lint types
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not engine"
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ import numpy as np
 import psutil
 
 from gubs.config import FrameSettings
-from gubs.data.frames import extract_frames
+from gubs.video.frames import extract_frames
 
 FPS, WIDTH, HEIGHT = 24, 320, 180
 
@@ -74,7 +74,7 @@ def plain_loop(paths: Sequence[str], settings: FrameSettings, out: str) -> float
     import decord
     from PIL import Image
 
-    from gubs.data.decode import target_size
+    from gubs.video.decode import target_size
 
     started = time.process_time()
     for path in paths:
@@ -151,7 +151,7 @@ def stage(paths: Sequence[str], settings: FrameSettings) -> dict[str, float]:
 
     first: list[float] = []
 
-    def progress(done: int, _total: int, _counts: Mapping[str, int]) -> None:
+    def progress(done: int, _total: int) -> None:
         if not first:
             first.extend((time.perf_counter() - started, done))
 

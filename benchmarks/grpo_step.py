@@ -150,18 +150,13 @@ def measure(args: argparse.Namespace, settings: list[str], name: str) -> dict[st
     """A real training of some steps under Ray Train; medians without the first two."""
     import numpy as np
 
-    from gubs import pipeline
     from gubs.artifacts import Run
-    from gubs.cluster import ray_session
     from gubs.config import load_settings
+    from gubs.stages import GRPO, make, named
 
     run, loaded = Run(args.work / "run"), load_settings("tiny", settings)
-    with ray_session(loaded.ray):
-        pipeline.prepare(run, loaded)
-        if loaded.ufm.grpo.groups and "ugm" not in run.stages():
-            pipeline.ugm(run, loaded)
-        artifact = pipeline.train_grpo(run, loaded, force=True, name=f"grpo-{name}")
-    steps = artifact.table("steps").slice(2)
+    make([named(GRPO, f"grpo-{name}", loaded)], run, loaded, force=True)
+    steps = run.artifact(f"grpo-{name}").table("steps").slice(2)
     column = {n: steps[n].to_numpy() for n in steps.column_names}
     step = float(np.median(column["seconds/since_last"]))  # as TRL's: from one step's end to the next one's
     completions = loaded.ufm.grpo.prompts * SAMPLES
@@ -244,11 +239,11 @@ class _TRLReward:
         self, completions: list[str], completion_ids: list[list[int]], gold: list[str], **_: Any
     ) -> list[float]:
         from gubs.records import Option, Task
-        from gubs.ufm.rewards import judge
+        from gubs.ufm.rewards import reward_answer
 
         self.lengths.extend(len(ids) for ids in completion_ids)
         judged = [
-            judge(text, Option(g), Task.SEQUENTIAL, self.parts, finished=True)[0]
+            reward_answer(text, Option(g), Task.SEQUENTIAL, self.parts, finished=True)[0]
             for text, g in zip(completions, gold, strict=True)
         ]
         return [parts.total for parts in judged]
@@ -301,22 +296,20 @@ def _trl_config(spec: dict[str, Any], grpo: Any) -> Any:
 
 def _spec(args: argparse.Namespace, settings: list[str], size: str) -> Path:
     """Writes down what our trainer will ask in each step, for the others."""
-    from gubs import pipeline
     from gubs.artifacts import Run
-    from gubs.cluster import ray_session
     from gubs.config import load_settings
     from gubs.records import Task
+    from gubs.stages import make
     from gubs.ufm import model as models
     from gubs.ufm.inputs import Inputs
     from gubs.ufm.questions import Questions
     from gubs.ufm.samples import Planner
 
     run, loaded = Run(args.work / "run"), load_settings("tiny", settings)
-    with ray_session(loaded.ray):
-        pipeline.prepare(run, loaded)
+    make(["frames", "labels"], run, loaded)
     folder = models.checkpoint(loaded.ufm.model)
     inputs = Inputs(folder, loaded.ufm.inputs)
-    planner = Planner(Questions(run, loaded), inputs, [Task.SEQUENTIAL], loaded.ufm.grpo, loaded.seed)
+    planner = Planner(Questions(run, loaded.ufm.inputs), inputs, [Task.SEQUENTIAL], loaded.ufm.grpo, loaded.seed)
     steps = []
     for number in range(args.steps + 2):
         firsts = {s.group: s for s in planner.plan(number).samples}

@@ -1,7 +1,7 @@
 """Does it learn? SFT, plain GRPO and GA-GRPO by each advantage rule, over several seeds, judged on held-out users.
 
 Every seed trains its own SFT model on the same data set and every policy from there, as Ray jobs do; the policies then
-answer the same targets of test users. Finished parts are kept in the folder: started again, it goes on. On two cores
+answer the same targets of test users. Finished parts are kept in the folder: started again, it continues. On two cores
 two processes with one thread each (`ufm.workers.threads=1`) and seeds of their own get through in about half the time.
 
     python benchmarks/learning.py --work /tmp/learning --json out.json
@@ -15,11 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gubs import pipeline
+from gubs import stages
 from gubs.artifacts import Run
-from gubs.cluster import ray_session
 from gubs.config import Settings, load_settings
 from gubs.evaluate.compare import compare
+from gubs.ray_runtime import ray_session
 from gubs.records import Task
 
 POLICIES: Mapping[str, Sequence[str]] = {
@@ -33,6 +33,7 @@ POLICIES: Mapping[str, Sequence[str]] = {
 
 SFT, BLIND = "sft", "sft, no frames"
 DATA = ("raw", "truth", "videos", "ifvr", "frames", "ugm", "sft", "labels", "profiles")
+"""Stages that all seeds share, as they were made with the data's own seed."""
 
 FIGURES = (
     ("reward", "sequential", "balanced", "sampled"),
@@ -80,8 +81,7 @@ def main() -> None:
     shared = load_settings(args.preset, args.settings)
     plain: Plain = {}
     with ray_session(shared.ray):
-        pipeline.prepare(Run(args.work / "data"), shared, before=pipeline.SFT)
-        pipeline.ugm(Run(args.work / "data"), shared)
+        stages.make(["frames", "ugm", "sft", "labels"], Run(args.work / "data"), shared)
         found = {seed: run_seed(args, seed, plain) for seed in args.seeds}
     table = summary(found)
     print_table(table, plain, args.seeds)
@@ -95,23 +95,24 @@ def run_seed(args: argparse.Namespace, seed: int, plain: Plain) -> Figures:
     """All policies of one seed; what needs no model goes into `plain`."""
     run = linked(args.work / "data", args.work / f"seed-{seed}", DATA)
     base = [*args.settings, f"seed={seed}"]
-    pipeline.train_sft(run, load_settings(args.preset, base))
-    judge(run, "sft_model", load_settings(args.preset, args.settings))
-    blind = linked(Path(run.root), args.work / f"seed-{seed}-blind", (*DATA, "sft_model"))
-    judge(blind, "sft_model", load_settings(args.preset, [*args.settings, "ufm.inputs.vision=false"]))
-    found = {SFT: dict(figures(run, "sft_model", plain)), BLIND: dict(figures(blind, "sft_model", {}))}
+    stages.make([stages.SFT], run, load_settings(args.preset, base), as_made=DATA)
+    judge(run, stages.SFT, load_settings(args.preset, args.settings))
+    blind = linked(Path(run.root), args.work / f"seed-{seed}-blind", (*DATA, stages.SFT))
+    judge(blind, stages.SFT, load_settings(args.preset, [*args.settings, "ufm.inputs.vision=false"]))
+    found = {SFT: dict(figures(run, stages.SFT, plain)), BLIND: dict(figures(blind, stages.SFT, {}))}
     for policy in args.policies:
         name = f"grpo-{policy}"
-        pipeline.train_grpo(run, load_settings(args.preset, [*base, *POLICIES[policy]]), name=name)
+        settings = load_settings(args.preset, [*base, *POLICIES[policy]])
+        stages.make([stages.named(stages.GRPO, name, settings)], run, settings, as_made=[*DATA, stages.SFT])
         judge(run, name, load_settings(args.preset, [*args.settings, *POLICIES[policy]]))
         found[policy] = dict(figures(run, name, {}))
     return found
 
 
-def linked(data: Path, folder: Path, stages: Sequence[str]) -> Run:
+def linked(data: Path, folder: Path, names: Sequence[str]) -> Run:
     """A run of its own that stands on stages of another."""
     folder.mkdir(parents=True, exist_ok=True)
-    for stage in stages:
+    for stage in names:
         target = folder / stage
         if (data / stage).exists() and not target.exists():
             target.symlink_to((data / stage).absolute())
@@ -120,7 +121,7 @@ def linked(data: Path, folder: Path, stages: Sequence[str]) -> Run:
 
 def judge(run: Run, policy: str, settings: Settings) -> None:
     """Asks a policy about the test users; the seed is that of the data, so that all are asked the same."""
-    pipeline.judge(run, settings, policy)
+    stages.make([f"{stages.EVALUATION}{policy}"], run, settings, as_made=[*DATA, policy])
 
 
 def figures(run: Run, policy: str, plain: Plain) -> Iterator[tuple[str, float]]:
@@ -188,7 +189,7 @@ def draw_curves(args: argparse.Namespace) -> None:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from gubs.evaluate.report import smooth
+    from gubs.report.training import smooth
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()

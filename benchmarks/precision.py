@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from gubs.ufm import model as models
-from gubs.ufm.inputs import VISION_MARK, Clip, Inputs, Prompt
+from gubs.ufm.inputs import VISION_MARK, Inputs, Prompt
 from gubs.ufm.loss import k3
 from gubs.ufm.rollout import Engine, Request, Shape
 from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
 from gubs.ufm.trainer import logprobs
+from gubs.video.clips import Clip
 
 SHAPES = {"text": None, "image": (1, 56, 56), "video": (4, 56, 56), "wide video": (6, 56, 112)}
 """Frames, height, width of what a prompt shows."""
@@ -69,7 +70,7 @@ def _ours(folder: Path, dtype: Any, batch: Any) -> torch.Tensor:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = models.load(folder, ModelSettings(dtype=dtype, gradient_checkpointing=False)).to(device)
     with torch.no_grad():
-        found: torch.Tensor = logprobs(model, batch.to(device), sees=True).float().cpu()
+        found: torch.Tensor = logprobs(model, batch.to(device), vision=True).float().cpu()
     return found
 
 

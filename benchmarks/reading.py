@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from gubs.people import Person
 from gubs.prompts.answers import as_answer
-from gubs.prompts.ufm import user_prompt
+from gubs.prompts.people import Person
+from gubs.prompts.question import user_prompt
 from gubs.records import Option, Task, User, Video
 from gubs.teachers import script
 from gubs.ufm import lessons
@@ -55,9 +55,9 @@ def main() -> None:
     model = ModelSettings(dtype="float32", gradient_checkpointing=False)
     engine = Engine(Shape(str(folder), model, inputs.settings, RolloutSettings(kv_cache_gb=0.5, max_num_seqs=96)))
     rng = np.random.default_rng([_SEED, 1])
-    world = lessons.simulated(rng, args.count, clips=True)
+    pool = lessons.simulated(rng, args.count, clips=True)
     found = {
-        "lessons": read(engine, inputs, [lessons.lesson(world, rng) for _ in range(args.count)]),
+        "lessons": read(engine, inputs, [lessons.lesson(pool, rng) for _ in range(args.count)]),
         "new names": read(engine, inputs, [new_names(rng) for _ in range(args.count)]),
     }
     names = [*FACTS, "all facts", "form"]
@@ -82,7 +82,7 @@ def new_names(rng: np.random.Generator) -> tuple[Prompt, str]:
 def read(engine: Engine, inputs: Inputs, asked: list[tuple[Prompt, str]]) -> dict[str, float]:
     """Share of lessons in which a fact is as it should be; absent facts have to be absent."""
     encoded = [inputs.encode(prompt) for prompt, _ in asked]
-    responses = engine.generate([Request(inputs.for_engine(e), 0) for e in encoded], temperature=0.0)
+    responses = engine.generate([Request(inputs.for_engine(e), seed=0, temperature=0.0) for e in encoded])
     right: dict[str, list[bool]] = {}
     for (_, wanted), response in zip(asked, responses, strict=True):
         said, _ = inputs.text(response.ids)

@@ -1,37 +1,46 @@
-"""A run's folder: one artifact a stage, written atomically, with a manifest that says what it is and what made it.
+"""A run's folder: one artifact per stage, written atomically, with a manifest that says what it is and what made it.
 
-Life of an artifact: files go to `<stage>.tmp-...` (or, where a stage can be continued, `<stage>.partial`); when all are
-there the folder is renamed to `<stage>`; last of all `manifest.json` is put in. A folder without a manifest is
-unfinished, whatever it holds. A run's folder is a local path or any URI that fsspec knows (`s3://...`, `memory://...`).
+An artifact's files go to `<stage>.tmp-...` (or `<stage>.partial`, if the stage can resume). When all are complete, the
+folder is renamed to `<stage>`, and `manifest.json` is written last: a folder without a manifest is unfinished, whatever
+it holds. A run's folder is a local path or any URI that fsspec knows (`s3://...`, `memory://...`).
 """
 
 import datetime
 import hashlib
+import io
 import json
 import os
 import socket
 import subprocess
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 import gubs
-from gubs.errors import ArtifactError
+from gubs.errors import ArtifactError, MissingArtifactError
 
-SCHEMA_VERSION = 1
-"""Version of the tables' schemas; artifacts of another version are refused."""
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+JsonObject = dict[str, Any]
+
+SCHEMA_VERSION = 2
+"""Version of tables and manifests; artifacts of another version are refused."""
 
 MANIFEST = "manifest.json"
 _RECIPE = "recipe.json"
 _ROW_GROUP = 65536
+_UPLOAD_MARK = "/runtime_resources/"
+_MAX_CHANGES = 4
 
 
 class TableInfo(BaseModel):
@@ -41,45 +50,91 @@ class TableInfo(BaseModel):
     bytes: int
 
 
+class Recipe(BaseModel):
+    """Everything that decides what an artifact holds. Equal recipes make equal artifacts, as far as the maker is
+    deterministic (a language model need not be).
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    inputs: dict[str, str] = {}
+    """Content of each artifact it is made from, by stage."""
+    settings: JsonObject = {}
+    """The settings that affect it, by dotted name."""
+    prompts: dict[str, str] = {}
+    """Hash of each prompt template it fills."""
+    outside: dict[str, str] = {}
+    """Identity of each input from outside the run (source files, a model), by name."""
+    version: int = 1
+    """Version of the code that makes it; raised when that code gives another result for the same recipe."""
+
+    def fingerprint(self, stage: str) -> str:
+        """Hash of the recipe for a stage."""
+        return fingerprint(stage, self.model_dump(mode="json"))
+
+    def changes(self, now: "Recipe") -> list[str]:
+        """What is different now, one phrase per change."""
+        phrases = [f"made from another {name}" for name in _differing(self.inputs, now.inputs)]
+        phrases += [
+            f"{name}={_short(self.settings.get(name))}, now {_short(now.settings.get(name))}"
+            for name in _differing(self.settings, now.settings)
+        ]
+        phrases += [f"the prompt {name} changed" for name in _differing(self.prompts, now.prompts)]
+        phrases += [f"another {name}" for name in _differing(self.outside, now.outside)]
+        return phrases + (["made by an earlier version of this stage"] if self.version != now.version else [])
+
+
+def in_words(changes: Sequence[str]) -> str:
+    """The first few changes as one text."""
+    more = f" and {len(changes) - _MAX_CHANGES} more" if len(changes) > _MAX_CHANGES else ""
+    return "; ".join(changes[:_MAX_CHANGES]) + more
+
+
 class Manifest(BaseModel):
-    """What an artifact is and what made it. Its presence says that the artifact is complete."""
+    """What an artifact is and what made it. An artifact with a manifest is complete."""
 
     model_config = ConfigDict(frozen=True)
 
     stage: str
+    kind: str
+    """Stage of the registry that made it; differs from `stage` for a training under another name."""
     schema_version: int
     fingerprint: str
-    """Hash of stage, schema version, the settings that matter to the stage, and the fingerprints of its inputs."""
-    inputs: dict[str, str]
-    """Fingerprint of each input, by name."""
-    settings: dict[str, Any]
+    """Hash of the recipe."""
+    content: str
+    """Hash of what it holds. Stages that read it record this, so they stay current while the content is equal."""
+    recipe: Recipe
+    settings: JsonObject
     """All settings of the run, resolved."""
     code_version: str
     created: str
+    """UTC, ISO 8601."""
     tables: dict[str, TableInfo]
-    info: dict[str, Any] = {}
-    """What the stage has to report: counts, what was rejected, what could not be applied."""
+    info: JsonObject = {}
+    """The stage's report: counts, what was rejected, what could not be applied."""
+    summary: str = ""
+    """The report in one line, for a person."""
 
 
-def fingerprint(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """The identity of what a stage would make: equal fingerprints mean equal output."""
-    recipe = {"stage": stage, "schema": SCHEMA_VERSION, "settings": dict(settings), "inputs": dict(inputs)}
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def fingerprint(name: str, values: object) -> str:
+    """Hash of a name and JSON values: 16 hexadecimal digits."""
+    text = json.dumps({"name": name, "schema": SCHEMA_VERSION, "values": values}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def fingerprint_files(paths: Sequence[str | Path]) -> str:
-    """Hash of the contents of files, in the order of their names."""
-    h = hashlib.sha256()
-    for p in sorted(Path(p) for p in paths):
-        h.update(p.name.encode())
-        with p.open("rb") as f:
-            h.update(hashlib.file_digest(f, "sha256").digest())
-    return h.hexdigest()[:16]
+    """Hash of the names and contents of files, in any order: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in sorted(map(Path, paths)):
+        digest.update(path.name.encode())
+        with path.open("rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 @cache
 def code_version() -> str:
-    """Version of the package, with the git commit where the package runs from a checkout."""
+    """Version of the package, with the git commit if it runs from a checkout."""
     root = Path(gubs.__file__).parent.parent
     if (root / ".git").exists():
         git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -87,7 +142,7 @@ def code_version() -> str:
             done = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True)
             return f"{gubs.__version__}+{done.stdout.strip()}"
         except (OSError, subprocess.SubprocessError):
-            pass  # no git, or a checkout without commits: the version alone will do
+            pass  # no git, or a checkout without commits: the version alone has to do
     return gubs.__version__
 
 
@@ -97,7 +152,7 @@ class Run:
     def __init__(self, uri: str | Path):
         self.uri = str(uri).rstrip("/")
         self.fs, self.root = fsspec.core.url_to_fs(self.uri)
-        self.name = self.root.rstrip("/").rsplit("/", 1)[-1]
+        self.name = PurePosixPath(self.root).name
 
     def __repr__(self) -> str:
         return f"Run({self.uri!r})"
@@ -111,64 +166,66 @@ class Run:
         return "/".join([self.uri, *parts])
 
     def stages(self) -> list[str]:
-        """Names of the finished stages; one may be a link to that of another run."""
+        """Names of the finished stages; one may be a link to a stage of another run."""
         if not self.fs.exists(self.root):
             return []
-        names = [
-            p["name"].rstrip("/").rsplit("/", 1)[-1]
-            for p in self.fs.ls(self.root, detail=True)
-            if p["type"] == "directory" or p.get("islink")
-        ]
-        return sorted(n for n in names if "." not in n and self.fs.exists(self.path(n, MANIFEST)))
+        folders = [p for p in self.fs.ls(self.root, detail=True) if p["type"] == "directory" or p.get("islink")]
+        names = (PurePosixPath(p["name"]).name for p in folders)
+        return sorted(n for n in names if "." not in n and self.has(n))
+
+    def has(self, stage: str) -> bool:
+        """Whether the run has the finished artifact."""
+        return bool(self.fs.exists(self.path(stage, MANIFEST)))
 
     def artifact(self, stage: str) -> "Artifact":
         """Opens a finished artifact.
 
         Raises:
-            ArtifactError: there is none, it is unfinished or damaged, or of another schema version.
+            MissingArtifactError: there is none, or it is unfinished. ArtifactError: it is damaged, or of another schema
+                version.
         """
-        return Artifact(self, stage, self._manifest(stage))
-
-    def finished(self, stage: str, fingerprint: str, force: bool = False) -> "Artifact | None":
-        """The artifact, if this very one (same fingerprint) is finished; None if there is none, or `force`.
-
-        Raises:
-            ArtifactError: a finished artifact with other settings or inputs is in the way.
-        """
-        if force or not self.fs.exists(self.path(stage, MANIFEST)):
-            return None
-        found = self.artifact(stage)
-        if found.manifest.fingerprint != fingerprint:
-            raise ArtifactError(
-                f"{self.full(stage)} was made with other settings or inputs "
-                f"({found.manifest.fingerprint}, now {fingerprint}): use another --run, or --force to replace it"
-            )
-        return found
-
-    def _manifest(self, stage: str) -> Manifest:
         where = self.full(stage)
         if not self.fs.exists(self.path(stage)):
-            raise ArtifactError(f"{where}: there is no such artifact; run the stage {stage!r} first (`gubs --help`)")
-        path = self.path(stage, MANIFEST)
-        if not self.fs.exists(path):
-            raise ArtifactError(f"{where} is unfinished (no {MANIFEST}): run the stage {stage!r} again")
-        try:
-            manifest = Manifest.model_validate_json(self.fs.cat_file(path))
-        except ValidationError as e:
-            raise ArtifactError(f"{where}/{MANIFEST} is not a manifest of gubs ({e.error_count()} errors)") from None
+            raise MissingArtifactError(stage, f"{where} does not exist")
+        if not self.has(stage):
+            raise MissingArtifactError(stage, f"{where} is unfinished (it has no {MANIFEST})")
+        manifest = _read_manifest(self.fs.cat_file(self.path(stage, MANIFEST)), where)
         if manifest.stage != stage:
             raise ArtifactError(f"{where} holds the artifact of another stage, {manifest.stage!r}")
-        if manifest.schema_version != SCHEMA_VERSION:
-            raise ArtifactError(
-                f"{where} has schema version {manifest.schema_version}, this code reads {SCHEMA_VERSION}: make it again"
-            )
         for name, table in manifest.tables.items():
             file = self.path(stage, f"{name}.parquet")
             if not self.fs.exists(file) or self.fs.size(file) != table.bytes:
                 raise ArtifactError(
-                    f"{where} is damaged: {name}.parquet is missing or not of the recorded size; make it again"
+                    f"{where} is damaged: {name}.parquet is missing or has another size than recorded; delete the "
+                    "folder and run the command again"
                 )
-        return manifest
+        return Artifact(self, stage, manifest)
+
+
+def open_run(uri: str) -> Run:
+    """The run at a path or URI.
+
+    A relative path is relative to GUBS_HOME if that is set, else to the current folder. Inside a Ray job the current
+    folder is a copy that Ray deletes; there it is relative to `~/gubs`, where results outlive the job.
+    """
+    if "://" in uri or Path(uri).is_absolute():
+        return Run(uri)
+    here = Path.home() / "gubs" if _UPLOAD_MARK in str(Path.cwd()) else Path.cwd()
+    return Run(Path(os.environ.get("GUBS_HOME") or here) / uri)
+
+
+def _read_manifest(data: bytes, where: str) -> Manifest:
+    """Parses a manifest; checks the version first, since other versions have other fields."""
+    try:
+        version = json.loads(data)["schema_version"]
+        if version == SCHEMA_VERSION:
+            return Manifest.model_validate_json(data)
+    except (ValueError, TypeError, KeyError) as e:
+        raise ArtifactError(f"{where}/{MANIFEST} is not a manifest of gubs ({str(e).splitlines()[0]})") from None
+    raise ArtifactError(
+        f"{where} was written by another version of gubs (format {version}, this one reads {SCHEMA_VERSION}): use "
+        "another --run, or delete that folder to make it again"
+    )
 
 
 class Artifact:
@@ -178,13 +235,13 @@ class Artifact:
         self.run, self.stage, self.manifest = run, stage, manifest
 
     @property
-    def fingerprint(self) -> str:
-        """Identity of the content, to be used as an input's fingerprint by the next stage."""
-        return self.manifest.fingerprint
+    def content(self) -> str:
+        """Hash of what it holds."""
+        return self.manifest.content
 
     @property
     def uri(self) -> str:
-        """Where it is."""
+        """Its folder, with the scheme."""
         return self.run.full(self.stage)
 
     def path(self, name: str) -> str:
@@ -198,100 +255,143 @@ class Artifact:
             ArtifactError: the artifact has no such table.
         """
         if name not in self.manifest.tables:
-            known = ", ".join(self.manifest.tables) or "none"
-            raise ArtifactError(f"{self.uri} has no table {name!r} (it has: {known})")
+            raise ArtifactError(
+                f"{self.uri} has no table {name!r} (it has: {', '.join(self.manifest.tables) or 'none'})"
+            )
         with self.run.fs.open(self.run.path(self.stage, f"{name}.parquet"), "rb") as f:
             return pq.read_table(f, columns=None if columns is None else list(columns))
 
 
 class ArtifactWriter:
-    """Writes the files of an artifact that is not finished yet. Made by `writing`."""
+    """Writes the files of an unfinished artifact. Made by `writing`."""
 
     def __init__(self, run: Run, stage: str, folder: str):
         self.run, self.stage, self.folder = run, stage, folder
-        self.fingerprint = ""
-        """Identity of what is published, where it becomes known only now; empty = the one `writing` was given."""
+        self.content = ""
+        """Identity of what it holds; empty = the hash of its tables."""
         self.tables: dict[str, TableInfo] = {}
-        self.info: dict[str, Any] = {}
+        self.info: JsonObject = {}
+        self.summary = ""
+        self.hashes: dict[str, str] = {}
+        """Of the tables' bytes, by name."""
 
     def path(self, *parts: str) -> str:
         """Path inside the unfinished folder (no scheme)."""
         return "/".join([self.folder, *parts])
 
     def write_table(self, name: str, table: pa.Table) -> None:
-        """Writes a table as one Parquet file. The same rows give the same bytes."""
-        self.write_batches(name, table.schema, table.to_batches(max_chunksize=_ROW_GROUP))
+        """Writes a table as one Parquet file. Equal rows give equal bytes, in however many chunks they are."""
+        path = self.path(f"{name}.parquet")
+        with self.run.fs.open(path, "wb") as f:
+            hashing = _HashingFile(f)
+            with pq.ParquetWriter(hashing, table.schema, compression="zstd") as writer:
+                for batch in table.combine_chunks().to_batches(max_chunksize=_ROW_GROUP):
+                    writer.write_batch(batch, row_group_size=_ROW_GROUP)
+        self.tables[name] = TableInfo(rows=table.num_rows, bytes=self.run.fs.size(path))
+        self.hashes[name] = hashing.digest.hexdigest()
 
-    def write_batches(
-        self, name: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch] | Sequence[pa.RecordBatch]
-    ) -> None:
-        """Writes a table batch by batch, without holding all of it."""
-        rows, path = 0, self.path(f"{name}.parquet")
-        with self.run.fs.open(path, "wb") as f, pq.ParquetWriter(f, schema, compression="zstd") as writer:
-            for batch in batches:
-                writer.write_batch(batch, row_group_size=_ROW_GROUP)
-                rows += batch.num_rows
-        self.tables[name] = TableInfo(rows=rows, bytes=self.run.fs.size(path))
 
-    def write_text(self, name: str, text: str) -> None:
-        """Writes a text file (an HTML page, a JSON report)."""
-        self.run.fs.pipe_file(self.path(name), text.encode())
+class _HashingFile(io.RawIOBase):
+    """Hashes what is written through it; Parquet files are written from front to back."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file, self.digest = file, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: "Buffer") -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 @contextmanager
 def writing(
-    run: Run,
-    stage: str,
-    *,
-    fingerprint: str,
-    settings: BaseModel,
-    inputs: Mapping[str, str],
-    resumable: bool = False,
+    run: Run, stage: str, *, recipe: Recipe, settings: Mapping[str, Any], kind: str = "", resume_key: str | None = None
 ) -> Iterator[ArtifactWriter]:
     """Context in which an artifact is written; leaving it without an error publishes the artifact.
 
-    With `resumable`, the unfinished folder keeps its name, and what an interrupted attempt with the same fingerprint
-    left there is found again; else an interrupted attempt is cleared away.
+    Args:
+        run: the run that gets the artifact.
+        stage: name of the artifact.
+        recipe: what decides its content.
+        settings: all settings of the run, for the record.
+        kind: see `Manifest`; empty = `stage`.
+        resume_key: if given, an interrupted attempt is kept, and a later one with the same key finds its files; else it
+            is deleted.
     """
-    _clear_dead(run, stage)
-    folder = (
-        _open_partial(run, stage, fingerprint)
-        if resumable
-        else run.path(f"{stage}.tmp-{_owner()}-{uuid.uuid4().hex[:6]}")
-    )
-    run.fs.makedirs(folder, exist_ok=True)
+    _delete_leftovers(run, stage)
+    if resume_key is None:
+        folder = _temporary(run.path(stage))
+        run.fs.makedirs(folder, exist_ok=True)
+    else:
+        folder = _open_partial(run, stage, resume_key)
     writer = ArtifactWriter(run, stage, folder)
     try:
         yield writer
     except BaseException:
-        if not resumable:
+        if resume_key is None:
             run.fs.rm(folder, recursive=True)
         raise
     manifest = Manifest(
         stage=stage,
+        kind=kind or stage,
         schema_version=SCHEMA_VERSION,
-        fingerprint=writer.fingerprint or fingerprint,
-        inputs=dict(inputs),
-        settings=settings.model_dump(mode="json"),
+        fingerprint=recipe.fingerprint(kind or stage),
+        content=writer.content or fingerprint(stage, writer.hashes),
+        recipe=recipe,
+        settings=dict(settings),
         code_version=code_version(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         tables=writer.tables,
         info=writer.info,
+        summary=writer.summary,
     )
     _publish(run, stage, folder, manifest)
 
 
+@dataclass(frozen=True)
+class StageJob:
+    """One stage to make: where it goes, what decides it, how its artifact is written."""
+
+    run: Run
+    stage: str
+    kind: str
+    recipe: Recipe
+    settings: Mapping[str, Any]
+    """All settings, for the manifest; a maker reads only the sections it gets."""
+    force: bool = False
+    """Make it again even if it is current."""
+
+    def input(self, name: str) -> Artifact:
+        """An artifact that the stage reads. Errors: see `Run.artifact`."""
+        return self.run.artifact(name)
+
+    def reads(self, name: str) -> bool:
+        """Whether the stage is made from that artifact."""
+        return name in self.recipe.inputs
+
+    def writing(self, resume_key: str | None = None) -> AbstractContextManager[ArtifactWriter]:
+        """See `writing`."""
+        return writing(
+            self.run, self.stage, recipe=self.recipe, settings=self.settings, kind=self.kind, resume_key=resume_key
+        )
+
+
 def write_atomically(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
     """Writes a file under a temporary name and renames it: readers see the whole file or none."""
-    temporary = f"{path}.tmp-{_owner()}-{uuid.uuid4().hex[:6]}"
+    temporary = _temporary(path)
     fs.pipe_file(temporary, data)
     fs.mv(temporary, path)
 
 
 def _publish(run: Run, stage: str, folder: str, manifest: Manifest) -> None:
     final = run.path(stage)
-    if run.fs.exists(final):  # unfinished, or to be replaced: first it loses its manifest, then its place
-        if run.fs.exists(f"{final}/{MANIFEST}"):
+    if run.fs.exists(final):  # its manifest goes first, so that a half-deleted folder does not look finished
+        if run.has(stage):
             run.fs.rm_file(f"{final}/{MANIFEST}")
         run.fs.rm(final, recursive=True)
     if run.fs.exists(f"{folder}/{_RECIPE}"):
@@ -300,29 +400,39 @@ def _publish(run: Run, stage: str, folder: str, manifest: Manifest) -> None:
     write_atomically(run.fs, f"{final}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
 
 
-def _open_partial(run: Run, stage: str, fingerprint: str) -> str:
+def _open_partial(run: Run, stage: str, key: str) -> str:
     folder = run.path(f"{stage}.partial")
-    recipe = f"{folder}/{_RECIPE}"
-    if run.fs.exists(folder) and (not run.fs.exists(recipe) or run.fs.cat_file(recipe).decode() != fingerprint):
-        run.fs.rm(folder, recursive=True)  # of other settings: of no use
+    key_file = f"{folder}/{_RECIPE}"
+    if run.fs.exists(folder) and (not run.fs.exists(key_file) or run.fs.cat_file(key_file).decode() != key):
+        run.fs.rm(folder, recursive=True)  # made with other settings
     run.fs.makedirs(folder, exist_ok=True)
-    if not run.fs.exists(recipe):
-        write_atomically(run.fs, recipe, fingerprint.encode())
+    if not run.fs.exists(key_file):
+        write_atomically(run.fs, key_file, key.encode())
     return folder
 
 
-def _owner() -> str:
-    return f"{socket.gethostname()}-{os.getpid()}"
+def _differing(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    return [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
 
 
-def _clear_dead(run: Run, stage: str) -> None:
-    """Removes what killed processes of this machine left behind for this stage."""
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _temporary(path: str) -> str:
+    """A name beside `path` that says which process owns it."""
+    return f"{path}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+
+
+def _delete_leftovers(run: Run, stage: str) -> None:
+    """Deletes what killed processes of this machine left behind for this stage."""
     if not run.fs.exists(run.root):
         return
-    mine = f"{stage}.tmp-{socket.gethostname()}-"
+    prefix = f"{stage}.tmp-{socket.gethostname()}-"
     for entry in run.fs.ls(run.root, detail=True):
-        name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
-        if name.startswith(mine):
-            pid = name.removeprefix(mine).split("-")[0]
+        name = PurePosixPath(entry["name"]).name
+        if name.startswith(prefix):
+            pid = name.removeprefix(prefix).split("-")[0]
             if pid.isdigit() and not Path(f"/proc/{pid}").exists():
                 run.fs.rm(entry["name"], recursive=True)

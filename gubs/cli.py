@@ -1,4 +1,4 @@
-"""The command line: one command a job; each is a few lines that call the package."""
+"""The command line: one command per job, each a few lines that call the package."""
 
 import signal
 import sys
@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import gubs
-from gubs import console
-from gubs.config import Settings, load_settings, preset_names
-from gubs.errors import GubsError
+from gubs import console, jobs, stages
+from gubs.artifacts import open_run
+from gubs.config import load_settings
+from gubs.jobs import DEFAULT_RUN, ForceOption, Overrides, PresetOption, RunOption
 
 if TYPE_CHECKING:
-    from gubs.llm.budget import Plan
+    from gubs.llm.budget import CostEstimate
 
 app = typer.Typer(
     name="gubs",
@@ -22,29 +23,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Learns why users skip videos: group-aware user behaviour simulation on Ray.\n\n"
-    "What makes something takes --run (where results go), --preset and any number of key=value settings; "
-    "`gubs settings` lists them. Exit codes: 0 done, 1 a bug, 2 settings, 3 input data, 4 artifacts, 5 the machine, "
-    "6 a text LLM, or weights that an engine refuses, 7 groups, 8 a training that diverged, 9 one that is not healthy.",
+    "Commands that make something take --run (where results go), --preset and any number of key=value settings; "
+    "`gubs settings` lists them. Exit codes: 0 success, 1 a bug, 2 settings, 3 input data, 4 artifacts, 5 the machine, "
+    "6 a text LLM, or weights that an engine refuses, 7 groups, 8 training diverged, 9 training is unhealthy.",
 )
 
 _DATA, _GROUPS, _JOBS = "From logs and videos to a data set", "Groups and labels, by text LLMs", "Clusters"
 _MODEL, _LOOK, _SETUP = "The model", "Look", "Set-up"
 
-RunOption = Annotated[str, typer.Option("--run", "-r", help="Run folder: a path or URI (s3://...).")]
-PresetOption = Annotated[str, typer.Option("--preset", "-p", help=f"{', '.join(preset_names())}, or a YAML file.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Make it again even if it is there.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="For scripts: JSON on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="For scripts: print JSON to stdout.")]
+RunArgument = Annotated[str, typer.Argument(help="Run folder.")]
 DryOption = Annotated[bool, typer.Option("--dry-run", help="Only print calls, tokens and price per role.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings that differ from the preset.")
-]
-
-DEFAULT_RUN = "runs/demo-synthetic"
-
-
-AddressOption = Annotated[
-    str, typer.Option(help="Dashboard of a cluster, http://host:8265; else a local head is started.")
-]
+AddressOption = Annotated[str, typer.Option(help="Dashboard of a cluster, http://host:8265; default: a local head.")]
 
 
 @app.command(rich_help_panel=_DATA)
@@ -55,13 +45,13 @@ def demo(
     address: AddressOption = "",
     overrides: Overrides = None,
 ) -> None:
-    """All of the below in one go, as a Ray job, on a small simulated app (or source.kind=... source.path=...)."""
-    from gubs import jobs, pipeline
+    """All of the steps below as one Ray job, on a small simulated app (or source.kind=... source.path=...)."""
+    from gubs.ufm.stage import base_model
 
-    settings = _settings(preset, overrides)  # a wrong setting is said before a cluster is started
+    settings = load_settings(preset, overrides or [])  # refuse a wrong setting before a cluster starts
     if not jobs.named_cluster(address):
-        pipeline.base_model(settings)  # once on a machine, and faster while nothing else runs on it
-    arguments = ["--all", "--run", run, "--preset", preset, *(["--force"] if force else []), *(overrides or [])]
+        base_model(settings.ufm.model)  # once per machine, and faster while nothing else runs there
+    arguments = ["--run", run, "--preset", preset, *(["--force"] if force else []), *(overrides or [])]
     raise typer.Exit(jobs.submit("train_grpo", arguments, address))
 
 
@@ -70,9 +60,7 @@ def synth(
     run: RunOption = DEFAULT_RUN, preset: PresetOption = "tiny", force: ForceOption = False, overrides: Overrides = None
 ) -> None:
     """Simulate a video app: users, views, clicks, rendered videos, and the true cause of every skip."""
-    from gubs import pipeline
-
-    pipeline.synth(pipeline.open_run(run), _settings(preset, overrides), force)
+    _make(["raw", "truth", "videos"], run, preset, force, overrides)
 
 
 @app.command(rich_help_panel=_DATA)
@@ -80,19 +68,15 @@ def ingest(
     run: RunOption, preset: PresetOption = "tiny", force: ForceOption = False, overrides: Overrides = None
 ) -> None:
     """Read logs: source.kind=logs|movielens|amazon|kuairand|microlens source.path=FOLDER."""
-    from gubs import pipeline
-
-    pipeline.ingest(pipeline.open_run(run), _settings(preset, overrides), force)
+    _make(["raw"], run, preset, force, overrides)
 
 
 @app.command(rich_help_panel=_DATA)
 def build(
     run: RunOption = DEFAULT_RUN, preset: PresetOption = "tiny", force: ForceOption = False, overrides: Overrides = None
 ) -> None:
-    """Filter out noise, split users into train and test, records into history and targets."""
-    from gubs import pipeline
-
-    pipeline.build(pipeline.open_run(run), _settings(preset, overrides), force)
+    """Filter out noise; split users into train and test, and their records into history and targets."""
+    _make(["ifvr"], run, preset, force, overrides)
 
 
 @app.command(rich_help_panel=_DATA)
@@ -100,9 +84,7 @@ def frames(
     run: RunOption = DEFAULT_RUN, preset: PresetOption = "tiny", force: ForceOption = False, overrides: Overrides = None
 ) -> None:
     """Decode every video once: sampled, resized frames in the frame store, and a verdict per file."""
-    from gubs import pipeline
-
-    pipeline.frames(pipeline.open_run(run), _settings(preset, overrides), force)
+    _make(["frames"], run, preset, force, overrides)
 
 
 @app.command(rich_help_panel=_GROUPS)
@@ -114,13 +96,13 @@ def ugm(
     overrides: Overrides = None,
 ) -> None:
     """Make group profiles: summarize, cluster, reflect. Without llm.endpoints, a small local model answers."""
-    from gubs import pipeline
+    if not dry_run:
+        return _make(["ugm"], run, preset, force, overrides)
+    from gubs.ugm.stage import estimate
 
-    opened, resolved = pipeline.open_run(run), _settings(preset, overrides)
-    if dry_run:
-        _print_plan(pipeline.plan_ugm(opened, resolved))
-    else:
-        pipeline.ugm(opened, resolved, force)
+    settings = load_settings(preset, overrides or [])
+    profiles = settings.teachers.profiles
+    return _print_estimate(estimate(open_run(run), settings.ugm, settings.llm, profiles=profiles))
 
 
 @app.command(rich_help_panel=_GROUPS)
@@ -131,14 +113,19 @@ def teach(
     dry_run: DryOption = False,
     overrides: Overrides = None,
 ) -> None:
-    """Let the annotator write SFT examples, reasons of skips, and user profiles where a source has no tags."""
-    from gubs import pipeline
+    """Let the annotator write SFT examples, reasons for skips, and profiles of users without tags."""
+    if not dry_run:
+        return _make(["profiles", "sft", "labels"], run, preset, force, overrides)
+    from gubs.teachers import profiles, reasons, sft
+    from gubs.teachers.annotator import Annotator
 
-    opened, resolved = pipeline.open_run(run), _settings(preset, overrides)
-    if dry_run:
-        _print_plan(pipeline.plan_teachers(opened, resolved))
-    else:
-        pipeline.teach(opened, resolved, force)
+    opened, settings = open_run(run), load_settings(preset, overrides or [])
+    teachers, seed = settings.teachers, settings.seed
+    requests = [*sft.requests(opened, teachers, seed), *reasons.requests(opened, teachers, seed)]
+    if teachers.profiles:
+        requests += profiles.requests(opened, teachers, seed, settings.source.kind)
+    with Annotator(opened, settings.llm) as annotator:
+        return _print_estimate(annotator.estimate(requests))
 
 
 groups = typer.Typer(no_args_is_help=True, help="Look at the groups of users.")
@@ -146,23 +133,20 @@ app.add_typer(groups, name="groups", rich_help_panel=_GROUPS)
 
 
 @groups.command("show")
-def groups_show(
-    run: Annotated[str, typer.Argument(help="Run folder.")] = DEFAULT_RUN, as_json: JsonOption = False
-) -> None:
-    """A page with every group: its profile, what reflection changed in it, its members and the verdicts on them."""
-    from gubs import pipeline
-    from gubs.ugm.show import write_page
+def groups_show(run: RunArgument = DEFAULT_RUN, as_json: JsonOption = False) -> None:
+    """Write a page about every group: its profile, what reflection changed, its members and the verdicts on them."""
+    from gubs.report.groups import write_page
 
-    opened = pipeline.open_run(run)
+    opened = open_run(run)
     if as_json:
         console.print_json(opened.artifact("ugm").table("groups").to_pylist())
     else:
-        console.out.print(write_page(opened), markup=False, soft_wrap=True)
+        console.print_line(write_page(opened))
 
 
-annotate = typer.Typer(no_args_is_help=True, help="Skips whose reason a person has to decide.")
+annotate = typer.Typer(no_args_is_help=True, help="Answer the skips whose reason a person has to decide.")
 app.add_typer(annotate, name="annotate", rich_help_panel=_GROUPS)
-NameOption = Annotated[str, typer.Option("--name", help="Who answers; kept with every answer.")]
+NameOption = Annotated[str, typer.Option("--name", help="Your name; stored with every answer.")]
 
 
 @annotate.command("export")
@@ -170,27 +154,25 @@ def annotate_export(
     file: Path, run: RunOption = DEFAULT_RUN, preset: PresetOption = "tiny", name: NameOption = ""
 ) -> None:
     """Write the open items to FILE.csv or FILE.jsonl."""
-    from gubs import pipeline
     from gubs.teachers.queue_files import export_queue
 
-    n = export_queue(pipeline.open_run(run), _settings(preset, []).teachers, file, name)
-    console.say(f"{n:,} items in {file}")
+    count = export_queue(open_run(run), load_settings(preset).teachers, file, name)
+    console.say(f"{count:,} items in {file}")
 
 
 @annotate.command("import")
 def annotate_import(
     file: Path, run: RunOption = DEFAULT_RUN, preset: PresetOption = "tiny", name: NameOption = ""
 ) -> None:
-    """Read a file that was filled in."""
-    from gubs import pipeline
+    """Read the answers from a completed file."""
     from gubs.teachers.annotations import add_answers
     from gubs.teachers.queue_files import read_answers
 
-    opened = pipeline.open_run(run)
-    answers, left = read_answers(opened, file, name)
-    info = add_answers(opened, _settings(preset, []), answers).manifest.info
+    opened = open_run(run)
+    answers, unanswered = read_answers(opened, file, name)
+    info = add_answers(opened, load_settings(preset).model_dump(mode="json"), answers).manifest.info
     console.say(
-        f"{len(answers):,} answers taken, {left:,} rows left open; {info['decided']:,} decided, "
+        f"{len(answers):,} answers read, {unanswered:,} rows without one; {info['decided']:,} decided, "
         f"{len(info['tied'])} tied, kappa {info['agreement']['mean_kappa']}"
     )
 
@@ -199,13 +181,12 @@ def annotate_import(
 def annotate_review(
     name: NameOption, run: RunOption = DEFAULT_RUN, preset: PresetOption = "tiny", file: Path | None = None
 ) -> None:
-    """Answer in the terminal: A, B, C, D, s = skip, q = quit; go on later where you stopped."""
-    from gubs import pipeline
+    """Answer in the terminal: A, B, C, D, s = skip, q = quit; you can resume later."""
     from gubs.teachers.review import review
 
-    resolved = _settings(preset, [])
-    given, left = review(pipeline.open_run(run), resolved, resolved.teachers, name, file=file)
-    console.say(f"{given} answered, {left} left")
+    resolved = load_settings(preset)
+    answered, unanswered = review(open_run(run), resolved.model_dump(mode="json"), resolved.teachers, name, file=file)
+    console.say(f"{answered} answered, {unanswered} left")
 
 
 model = typer.Typer(no_args_is_help=True, help="Make the checkpoints of the small presets.")
@@ -215,16 +196,16 @@ app.add_typer(model, name="model", rich_help_panel=_MODEL)
 @model.command("init")
 def model_init(
     size: Annotated[str, typer.Argument(help="tiny or small.")],
-    folder: Annotated[str, typer.Option(help="Where to; else the user's cache.")] = "",
-    lessons: Annotated[int, typer.Option(help="Steps in which tiny is taught to read; default: its preset's.")] = -1,
+    folder: Annotated[str, typer.Option(help="Folder of the checkpoint; default: the user's cache.")] = "",
+    lessons: Annotated[int, typer.Option(help="Steps that teach `tiny` to read; default: its preset's.")] = -1,
 ) -> None:
-    """Make a Qwen2.5-VL checkpoint to start from: `tiny` from nothing, `small` with the text model SmolLM2-135M."""
+    """Make a Qwen2.5-VL checkpoint to start from: `tiny` from scratch, `small` with the text model SmolLM2-135M."""
     from gubs.ufm.model import init
 
-    steps = _settings(size, None).ufm.model.lessons if lessons < 0 else lessons
+    steps = load_settings(size).ufm.model.lessons if lessons < 0 else lessons
     with console.progress("lessons") as on_progress:
-        made = init(size, folder, lessons=steps, on_progress=on_progress)
-    console.out.print(str(made), markup=False, soft_wrap=True)
+        checkpoint = init(size, folder, lessons=steps, on_progress=on_progress)
+    console.print_line(str(checkpoint))
 
 
 @app.command(rich_help_panel=_MODEL)
@@ -232,23 +213,20 @@ def sft(
     run: RunOption = DEFAULT_RUN, preset: PresetOption = "tiny", force: ForceOption = False, overrides: Overrides = None
 ) -> None:
     """Fine-tune the base model on the teacher's examples."""
-    from gubs import pipeline
-
-    pipeline.train_sft(pipeline.open_run(run), _settings(preset, overrides), force)
+    _make([stages.SFT], run, preset, force, overrides)
 
 
 @app.command(rich_help_panel=_MODEL)
 def grpo(
     run: RunOption = DEFAULT_RUN,
     preset: PresetOption = "tiny",
-    name: Annotated[str, typer.Option(help="Of the trained policy; several can stand side by side.")] = "grpo",
+    name: Annotated[str, typer.Option(help="Name of the policy; a run can have several.")] = stages.GRPO,
     force: ForceOption = False,
     overrides: Overrides = None,
 ) -> None:
-    """Train the policy by GA-GRPO, from the SFT model on."""
-    from gubs import pipeline
-
-    pipeline.train_grpo(pipeline.open_run(run), _settings(preset, overrides), force, name)
+    """Train the policy by GA-GRPO, starting from the SFT model."""
+    settings = load_settings(preset, overrides or [])
+    stages.make([stages.named(stages.GRPO, name, settings)], open_run(run), settings, force=force)
 
 
 @app.command(rich_help_panel=_MODEL)
@@ -261,88 +239,83 @@ def judge(
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask policies about the test users; the table has the first one's figures beside the last one's."""
-    from gubs import pipeline
-
-    opened, resolved = pipeline.open_run(run), _settings(preset, [p for p in policies if "=" in p])
-    names = [p for p in policies if "=" not in p]
-    for policy in names:
-        pipeline.judge(opened, resolved, policy, force)
-    pipeline.report(opened, names, as_json)
+    """Ask policies about the test users; the table compares the first policy with the last."""
+    settings = load_settings(preset, [p for p in policies if "=" in p])
+    jobs.judge(open_run(run), settings, [p for p in policies if "=" not in p], force, as_json)
 
 
 @app.command(rich_help_panel=_MODEL)
 def plan(
     preset: PresetOption = "tiny",
     gpu_gib: Annotated[float, typer.Option(help="Memory of a GPU, GiB.")] = 80.0,
-    gpus: Annotated[int, typer.Option(help="GPUs, one a worker; 0 = as the settings say.")] = 0,
+    gpus: Annotated[int, typer.Option(help="GPUs, one per worker; 0 = as in the settings.")] = 0,
     as_json: JsonOption = False,
     overrides: Overrides = None,
 ) -> None:
-    """Does a training fit the GPUs? The memory sum, phase by phase, before anything is loaded."""
+    """Check whether the trainings fit the GPUs: memory by phase, before anything is loaded."""
     from gubs.ufm.memory import plans
 
-    found = plans(_settings(preset, [*(overrides or []), *([f"ufm.workers.count={gpus}"] if gpus else [])]), gpu_gib)
+    settings = load_settings(preset, [*(overrides or []), *([f"ufm.workers.count={gpus}"] if gpus else [])])
+    memory_plans = plans(settings.ufm, settings.frames, gpu_gib)
     if as_json:
-        console.print_json([p.to_json() for p in found])
-    for line in [] if as_json else [line for p in found for line in p.lines()]:
-        console.out.print(line, markup=False, soft_wrap=True)
-    if any(p.problems for p in found):
+        console.print_json([p.to_json() for p in memory_plans])
+    for line in [] if as_json else [line for p in memory_plans for line in p.lines()]:
+        console.print_line(line)
+    if any(p.problems for p in memory_plans):
         raise typer.Exit(5)
 
 
 @app.command(rich_help_panel=_JOBS, context_settings={"ignore_unknown_options": True})
 def submit(
-    script: Annotated[str, typer.Argument(help="A script of ray_jobs/, without .py.")],
-    arguments: Annotated[list[str] | None, typer.Argument(help="Its own options and key=value settings.")] = None,
+    script: Annotated[str, typer.Argument(help="A script in ray_jobs/, without .py.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Its options and key=value settings.")] = None,
     address: AddressOption = "",
 ) -> None:
-    """Submit a Ray job (`ray job submit`) and follow its log: to a cluster, or to a local head made for it."""
-    from gubs import jobs
-
+    """Submit a Ray job (`ray job submit`) and follow its log, on a cluster or a local head node."""
     raise typer.Exit(jobs.submit(script, arguments or [], address))
 
 
 @app.command(rich_help_panel=_LOOK)
-def show(run: Annotated[str, typer.Argument(help="Run folder.")] = DEFAULT_RUN, as_json: JsonOption = False) -> None:
-    """Counts, distributions, rates and sample frames of a data set, as a page (or JSON)."""
-    from gubs import pipeline
-    from gubs.data.show import summarize
+def show(run: RunArgument = DEFAULT_RUN, as_json: JsonOption = False) -> None:
+    """Write a page (or JSON) about a data set: counts, distributions, rates and sample frames."""
+    from gubs.report.data import describe, write_page
 
-    opened = pipeline.open_run(run)
+    opened = open_run(run)
     if as_json:
-        console.print_json(summarize(opened).to_json())
+        console.print_json(describe(opened).to_json())
     else:
-        console.out.print(pipeline.show(opened), markup=False, soft_wrap=True)
+        console.print_line(write_page(opened))
 
 
 @app.command(rich_help_panel=_LOOK)
 def report(
-    run: Annotated[str, typer.Argument(help="Run folder.")] = DEFAULT_RUN,
-    policies: Annotated[list[str] | None, typer.Argument(help="Judged policies; all if none is named.")] = None,
+    run: RunArgument = DEFAULT_RUN,
+    policies: Annotated[list[str] | None, typer.Argument(help="Judged policies; default: all.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Curves of the trainings and the judged policies before and after, as a page and a table (or JSON)."""
-    from gubs import pipeline
-
-    pipeline.report(pipeline.open_run(run), policies or [], as_json)
+    """Write a page with training curves, and print the judged policies side by side (or as JSON)."""
+    jobs.report(open_run(run), policies or [], as_json)
 
 
 @app.command(rich_help_panel=_LOOK)
-def status(run: Annotated[str, typer.Argument(help="Run folder.")] = DEFAULT_RUN, as_json: JsonOption = False) -> None:
-    """The finished stages of a run: rows, when, by which version."""
-    from gubs import pipeline
-
-    opened = pipeline.open_run(run)
-    manifests = [opened.artifact(stage).manifest for stage in opened.stages()]
+def status(
+    run: RunArgument = DEFAULT_RUN,
+    preset: Annotated[str, typer.Option("--preset", "-p", help="Compare with these settings.")] = "",
+    as_json: JsonOption = False,
+    overrides: Overrides = None,
+) -> None:
+    """Print which stages of a run are current, stale (and why) or missing. Without --preset or settings, each stage is
+    compared with the settings it was made with.
+    """
+    settings = load_settings(preset or "tiny", overrides or []) if preset or overrides else None
+    states = list(stages.states(open_run(run), settings))
     if as_json:
-        console.print_json([m.model_dump(mode="json") for m in manifests])
+        console.print_json([s.to_json() for s in states])
         return
-    for m in sorted(manifests, key=lambda m: m.created):
-        tables = ", ".join(f"{t.rows:,} {name}" for name, t in m.tables.items())
-        console.out.print(f"{m.stage:<10} {m.created}  {m.code_version:<24} {tables}", markup=False, soft_wrap=True)
-    if not manifests:
-        console.say(f"{opened.uri}: no finished stage")
+    for s in states:
+        details = s.manifest.summary if s.manifest and s.status is stages.Status.CURRENT else ""
+        details = details or s.story or (f"`{s.stage.command}` makes it" if s.status is stages.Status.MISSING else "")
+        console.print_line(f"{s.stage.name:<16} {s.status:<8} {details}")
 
 
 @app.command(rich_help_panel=_LOOK)
@@ -351,21 +324,20 @@ def probe(
     preset: PresetOption = "tiny",
     as_json: JsonOption = False,
 ) -> None:
-    """The verdict on single video files: can they be decoded, and what is wrong if not."""
-    from gubs.data.probe import probe_files
+    """Check single video files: whether they can be decoded and, if not, what is wrong."""
+    from gubs.video.probe import probe_files
 
     results = probe_files(files, load_settings(preset).frames)
     if as_json:
         console.print_json(results)
         return
     for r in results:
-        line = f"{r['verdict']:<16} {r['frames']:>3} frames  {r['file']}  {r['detail']}"
-        console.out.print(line, markup=False, soft_wrap=True)
+        console.print_line(f"{r['verdict']:<16} {r['frames']:>3} frames  {r['file']}  {r['detail']}")
 
 
 @app.command(rich_help_panel=_SETUP)
 def doctor(as_json: JsonOption = False, disk: Annotated[str, typer.Option(help="Folder for runs.")] = ".") -> None:
-    """Is this machine ready? One line a thing: ok, or what to do."""
+    """Check this machine: one line per check, ok or what to do."""
     from gubs.doctor import examine
 
     findings = []
@@ -373,12 +345,8 @@ def doctor(as_json: JsonOption = False, disk: Annotated[str, typer.Option(help="
         findings.append(finding)
         if not as_json:
             mark = "[green]ok [/]" if finding.ok else "[red]NO [/]"
-            console.out.print(
-                f"{mark} {finding.name:<12} ",
-                finding.text,
-                "" if finding.ok else f"-> {finding.remedy}",
-                soft_wrap=True,
-            )
+            remedy = "" if finding.ok else f"-> {finding.remedy}"
+            console.out.print(f"{mark} {finding.name:<12} ", finding.text, remedy, soft_wrap=True)
     if as_json:
         console.print_json([f.to_json() for f in findings])
     if not all(f.ok for f in findings):
@@ -386,50 +354,50 @@ def doctor(as_json: JsonOption = False, disk: Annotated[str, typer.Option(help="
 
 
 @app.command(rich_help_panel=_SETUP)
-def settings(preset: PresetOption = "tiny", as_json: JsonOption = False, overrides: Overrides = None) -> None:
-    """All settings with their values and meaning, after the preset and key=value."""
-    from gubs.config import describe
+def settings(
+    preset: PresetOption = "tiny",
+    as_json: JsonOption = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the text of docs/settings.md.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Print all settings with value and meaning, after the preset and key=value."""
+    from gubs.config import describe, to_markdown
 
-    resolved = _settings(preset, overrides)
+    if as_markdown:
+        print(to_markdown(), end="")
+        return
+    resolved = load_settings(preset, overrides or [])
     if as_json:
         console.print_json(resolved.model_dump(mode="json"))
         return
     for key, value, text in describe(resolved):
         console.out.print(f"{key} = {value!r}", markup=False, style="bold", soft_wrap=True)
         if text:
-            console.out.print(f"    {text}", markup=False, soft_wrap=True)
+            console.print_line(f"    {text}")
 
 
 @app.command(rich_help_panel=_SETUP)
 def version() -> None:
-    """The version."""
+    """Print the version."""
     print(gubs.__version__)
 
 
-def _settings(preset: str, overrides: list[str] | None) -> Settings:
-    return load_settings(preset, overrides or [])
+def _make(targets: list[str], run: str, preset: str, force: bool, overrides: list[str] | None) -> None:
+    stages.make(targets, open_run(run), load_settings(preset, overrides or []), force=force)
 
 
-def _print_plan(plan: "Plan") -> None:
-    for role in plan.roles.values():
+def _print_estimate(estimate: "CostEstimate") -> None:
+    for role in estimate.roles.values():
         journal = f"{role.journaled:,} of {role.requests:,} requests are in the journal"
-        tokens = f"about {role.tokens_in:,} tokens in, {role.tokens_out:,} out"
-        line = f"{role.role:<11} {role.endpoint} {role.model}: {role.calls:,} calls ({journal}), {tokens}"
-        console.out.print(f"{line}, price {role.money:.2f}", markup=False, soft_wrap=True)
+        tokens = f"about {role.tokens_in:,} tokens in, {role.tokens_out:,} out, price {role.money:.2f}"
+        console.print_line(f"{role.role:<11} {role.endpoint} {role.model}: {role.calls:,} calls ({journal}), {tokens}")
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command line; errors with a remedy become one message and an exit code. Told to end (SIGTERM), it also
-    ends what it started, a head node for example.
-    """
+    """Runs the command line. SIGTERM also ends what the command started, such as a head node."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        app(args)
-    except GubsError as e:
-        console.err.print("error: ", style="bold red", end="")
-        console.say(str(e))
-        sys.exit(e.exit_code)
+    jobs.run_app(app, args)
 
 
 if __name__ == "__main__":

@@ -2,129 +2,66 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
-if TYPE_CHECKING:
-    from gubs.llm.progress import Progress as Calls
 
 err = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
 
 _LINE_EVERY_S = 10.0
-"""Without a terminal (a job's log), progress is a line now and then."""
+"""Without a terminal (the log of a job), progress is an occasional line."""
 
-OnProgress = Callable[[int, int], None]
-"""Called with (done, total)."""
+
+class OnProgress(Protocol):
+    """Gets the number of finished items, the total, and further details if there are any."""
+
+    def __call__(self, done: int, total: int, detail: str = "") -> None: ...  # noqa: D102
 
 
 def say(text: str) -> None:
-    """One line about what is going on."""
+    """Prints a line about what happens."""
     err.print(text, markup=False, soft_wrap=True)
 
 
-def print_json(value: Any) -> None:
-    """A result for scripts, on stdout."""
+def print_line(text: str) -> None:
+    """Prints a line of the result."""
+    out.print(text, markup=False, soft_wrap=True)
+
+
+def print_json(value: object) -> None:
+    """Prints a result for scripts."""
     print(json.dumps(value, indent=1, default=str))
 
 
 @contextmanager
 def progress(title: str) -> Iterator[OnProgress]:
-    """Shows progress of one piece of work: a bar on a terminal, a line every ten seconds elsewhere."""
-    if err.is_terminal:
-        with _bar() as bar:
-            task = bar.add_task(title, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-    else:
-        yield _liner(title)
+    """Shows the progress of one piece of work: a bar on a terminal, elsewhere a line every ten seconds."""
+    if not err.is_terminal:
+        yield _lines(title)
+        return
+    spinner, title_column = rich_progress.SpinnerColumn(), rich_progress.TextColumn("{task.description}")
+    counts = rich_progress.BarColumn(), rich_progress.MofNCompleteColumn()
+    times = rich_progress.TimeElapsedColumn(), rich_progress.TimeRemainingColumn()
+    with rich_progress.Progress(spinner, title_column, *counts, *times, console=err, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+
+        def show(done: int, total: int, detail: str = "") -> None:
+            bar.update(task, completed=done, total=total, description=f"{title} {detail}".strip())
+
+        yield show
 
 
-@contextmanager
-def llm_progress() -> Iterator["Callable[[Calls], None]"]:
-    """Shows how far a batch of LLM calls is."""
-    if err.is_terminal:
-        with _bar() as bar:
-            task = bar.add_task("calls", total=None)
-            yield lambda p: bar.update(task, completed=p.done, total=p.total, description=_story(p))
-    else:
-        last = time.monotonic()
+def _lines(title: str) -> OnProgress:
+    printed_at = time.monotonic()
 
-        def line(p: "Calls") -> None:
-            nonlocal last
-            if time.monotonic() - last >= _LINE_EVERY_S:
-                last = time.monotonic()
-                say(f"         {p.done:,} of {p.total:,} calls, {_story(p)}")
+    def show(done: int, total: int, detail: str = "") -> None:
+        nonlocal printed_at
+        if time.monotonic() - printed_at >= _LINE_EVERY_S:
+            printed_at = time.monotonic()
+            say(f"         {title}: {done:,} of {total:,}" + (f", {detail}" if detail else ""))
 
-        yield line
-
-
-@contextmanager
-def training_progress(title: str) -> Iterator[Callable[[int, int, Mapping[str, Any]], None]]:
-    """Shows how far a training is: steps, and the figures of the last one."""
-    if err.is_terminal:
-        with _bar() as bar:
-            task = bar.add_task(title, total=None)
-            yield lambda done, total, f: bar.update(
-                task, completed=done, total=total, description=f"{title} {_figures(f)}"
-            )
-    else:
-        last = time.monotonic()
-
-        def line(done: int, total: int, figures: Mapping[str, Any]) -> None:
-            nonlocal last
-            if time.monotonic() - last >= _LINE_EVERY_S:
-                last = time.monotonic()
-                say(f"         {title}: step {done:,} of {total:,}, {_figures(figures)}")
-
-        yield line
-
-
-def _figures(figures: Mapping[str, Any]) -> str:
-    shown = {"reward": "reward", "loss": "loss", "accuracy": "accuracy", "health/kl": "KL", "seconds/step": "s a step"}
-    return ", ".join(f"{text} {figures[k]:.3g}" for k, text in shown.items() if figures.get(k) is not None)
-
-
-def _story(p: "Calls") -> str:
-    parts = [p.note] if p.note else [f"{p.in_flight} in flight", f"{p.tokens_per_s:.0f} tokens/s"]
-    parts += [
-        f"{n} {name}"
-        for n, name in ((p.replayed, "from the journal"), (p.retried, "retried"), (p.failed, "failed"))
-        if n
-    ]
-    return ", ".join(parts + ([f"price {p.money:.2f}"] if p.money else []))
-
-
-def _bar() -> Progress:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=err, transient=True)
-
-
-def _liner(title: str) -> OnProgress:
-    last = time.monotonic()
-
-    def line(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _LINE_EVERY_S:
-            last = time.monotonic()
-            say(f"{title}: {done:,} of {total:,}")
-
-    return line
+    return show

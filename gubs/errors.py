@@ -1,6 +1,6 @@
-"""The errors a user can cause or mend, each with the exit code the command line answers with.
+"""The errors that a user can cause or fix, each with its exit code on the command line.
 
-Every message names the file, the record or the field, and the remedy. Anything that is not a `GubsError` is a bug.
+Every message names the file, the record or the field, and the remedy. Any other exception is a bug.
 """
 
 
@@ -11,7 +11,7 @@ class GubsError(Exception):
 
 
 class SettingsError(GubsError):
-    """A setting is unknown, has a wrong value, or does not fit with another."""
+    """A setting is unknown, has a wrong value, or contradicts another."""
 
     exit_code = 2
 
@@ -23,9 +23,20 @@ class InputError(GubsError):
 
 
 class ArtifactError(GubsError):
-    """An artifact is missing, incomplete, of another kind, or made with other settings."""
+    """An artifact is missing, incomplete, of another kind, or was made with other settings."""
 
     exit_code = 4
+
+
+class MissingArtifactError(ArtifactError):
+    """An artifact does not exist or is unfinished. The command line adds which command makes it."""
+
+    def __init__(self, stage: str, message: str):
+        super().__init__(message)
+        self.stage = stage
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # it crosses process boundaries
+        return type(self), (self.stage, str(self))
 
 
 class PlatformError(GubsError):

@@ -1,8 +1,8 @@
-"""The words everything else speaks: User, Video, Interaction, GroupProfile, Example, and their Arrow schemas.
+"""The data model: User, Video, Interaction, GroupProfile, Example, and the Arrow schemas of their tables.
 
-A record is a frozen dataclass; a table of records is Arrow with the schema of the same name in `SCHEMAS`. What a source
-does not know is null, never invented. Identifiers are strings everywhere, times are milliseconds since 1970 (UTC),
-durations are seconds.
+A record is a frozen dataclass; its fields give the columns of its table (`SCHEMAS`). What a source does not know is
+null, never invented. Identifiers are strings everywhere, times are milliseconds since 1970 (UTC), durations are
+seconds.
 """
 
 import dataclasses
@@ -54,11 +54,11 @@ class Role(StrEnum):
     HISTORY = "history"
     """Context that a model may see."""
     TARGET = "target"
-    """Something to predict; never shown."""
+    """Something to predict; no model sees it."""
 
 
 class Split(StrEnum):
-    """The side of the train/test border a user stands on, per task."""
+    """Whether a user trains or tests, per task."""
 
     TRAIN = "train"
     TEST = "test"
@@ -69,13 +69,13 @@ class Record:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Self:
-        """Builds the record from a table row; columns the record does not have are ignored."""
+        """Builds the record from a table row; ignores columns that the record does not have."""
         names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         return cls(**{k: v for k, v in row.items() if k in names})
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Iterator[Self]:
-        """Yields one record a row, batch by batch."""
+        """Yields one record per row, batch by batch."""
         for batch in table.to_batches():
             for row in batch.to_pylist(maps_as_pydicts="strict"):
                 yield cls.from_row(row)
@@ -83,6 +83,13 @@ class Record:
     def to_row(self) -> dict[str, Any]:
         """The record as a table row."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+
+def _empty_for_null(record: Record, **kinds: type) -> None:
+    """Replaces null, which tables may hold for maps and lists, with an empty value of the given kind."""
+    for name, kind in kinds.items():
+        if getattr(record, name) is None:
+            object.__setattr__(record, name, kind())
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +106,13 @@ class User(Record):
     tags: list[str] = field(default_factory=list)
     """Video interest tags, strongest first."""
 
+    def __post_init__(self) -> None:
+        _empty_for_null(self, other=dict, tags=list)
+
 
 @dataclass(frozen=True, slots=True)
 class Video(Record):
-    """Something that is recommended: a video, and in text-only sources a film or a book."""
+    """Something that is recommended: a video, or in text-only sources a film or a book."""
 
     video_id: str
     title: str | None = None
@@ -110,9 +120,12 @@ class Video(Record):
     uri: str | None = None
     """Path or URI of the video file; relative paths are relative to the artifact that holds the table."""
     cover_uri: str | None = None
-    """Path or URI of a cover picture, where the source has one of its own."""
+    """Path or URI of a cover picture, where the source has one."""
     tags: list[str] = field(default_factory=list)
     """Topic tags."""
+
+    def __post_init__(self) -> None:
+        _empty_for_null(self, tags=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +137,13 @@ class Interaction(Record):
     video_id: str
     task: str
     timestamp: int | None = None
-    """Milliseconds since 1970, UTC. Null where the source only knows the order (then rows stand in that order)."""
+    """Milliseconds since 1970, UTC. Null where the source only knows the order; the rows are then in that order."""
     page_id: str | None = None
     """Click task: the page on which the video was shown."""
     position: int | None = None
     """Click task: place on the page, from 0."""
     watch_s: float | None = None
-    """Seconds watched; may exceed the duration (repeated views)."""
+    """Seconds watched; exceeds the duration when a video is repeated."""
     play_rate: float | None = None
     """watched / duration, capped at 1."""
     clicked: bool | None = None
@@ -150,7 +163,7 @@ class Interaction(Record):
 
 @dataclass(frozen=True, slots=True)
 class SkipTruth(Record):
-    """Why a skip really happened. Only simulated sources know; no model may ever see it."""
+    """The true cause of a skip. Only the simulator knows it; no model may ever see it."""
 
     interaction_id: str
     cause: str
@@ -161,7 +174,7 @@ class SkipTruth(Record):
 
 @dataclass(frozen=True, slots=True)
 class GroupMember(Record):
-    """A user in a group, with the evidence for it."""
+    """A user in a group, and why."""
 
     user_id: str
     similarity: float
@@ -180,11 +193,16 @@ class GroupProfile(Record):
     features: str
     typical_user: str
     threshold: float
-    """tau_g of Eq. 2: the similarity of the last user that was taken."""
+    """tau_g of Eq. 2: the similarity of the last user that was admitted."""
     initial_profile: str | None
     final_profile: str | None
     members: list[GroupMember]
     version: str
+
+    @property
+    def text(self) -> str:
+        """The profile to show: the final one, else the initial one, else the features."""
+        return self.final_profile or self.initial_profile or self.features
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Self:
@@ -206,101 +224,34 @@ class Example(Record):
     history: list[str]
     """Interaction ids the model may see, oldest first."""
     gold: str | None
-    """Option; null where nobody has said yet."""
+    """Option; null where nobody has answered yet."""
     label_source: str | None
-    """Who said so: rule, teacher-1, teacher-2, teacher-3, script, truth, human."""
+    """Who answered: rule, teacher-1, teacher-2, teacher-3, script, truth, human."""
 
 
-_TEXT_MAP = pa.map_(pa.string(), pa.string())
-_TEXTS = pa.list_(pa.string())
+_TYPES: dict[object, pa.DataType] = {
+    **{kind: pa.string() for kind in (str, str | None)},
+    **{kind: pa.float64() for kind in (float, float | None)},
+    int | None: pa.int64(),
+    bool | None: pa.bool_(),
+    list[str]: pa.list_(pa.string()),
+    dict[str, str]: pa.map_(pa.string(), pa.string()),
+}
+
+
+def _schema(record: type, *required: str, **types: pa.DataType) -> pa.Schema:
+    """One column per field of the record; `types` has those that do not follow from the annotations."""
+    columns = {f.name: types.get(f.name) or _TYPES[f.type] for f in dataclasses.fields(record)}
+    return pa.schema([pa.field(name, kind, nullable=name not in required) for name, kind in columns.items()])
+
 
 SCHEMAS: dict[str, pa.Schema] = {
-    "users": pa.schema(
-        [
-            pa.field("user_id", pa.string(), nullable=False),
-            ("age", pa.int32()),
-            ("gender", pa.string()),
-            ("occupation", pa.string()),
-            ("other", _TEXT_MAP),
-            ("tags", _TEXTS),
-        ]
-    ),
-    "videos": pa.schema(
-        [
-            pa.field("video_id", pa.string(), nullable=False),
-            ("title", pa.string()),
-            ("duration_s", pa.float64()),
-            ("uri", pa.string()),
-            ("cover_uri", pa.string()),
-            ("tags", _TEXTS),
-        ]
-    ),
-    "interactions": pa.schema(
-        [
-            pa.field("interaction_id", pa.string(), nullable=False),
-            pa.field("user_id", pa.string(), nullable=False),
-            pa.field("video_id", pa.string(), nullable=False),
-            pa.field("task", pa.string(), nullable=False),
-            ("timestamp", pa.int64()),
-            ("page_id", pa.string()),
-            ("position", pa.int32()),
-            ("watch_s", pa.float64()),
-            ("play_rate", pa.float64()),
-            ("clicked", pa.bool_()),
-            ("liked", pa.bool_()),
-            ("disliked", pa.bool_()),
-            ("dislike_reason", pa.string()),
-            ("rating", pa.float64()),
-            ("prev_op_gap_s", pa.float64()),
-            ("next_op_gap_s", pa.float64()),
-            ("exited_app", pa.bool_()),
-        ]
-    ),
-    "truth": pa.schema(
-        [
-            pa.field("interaction_id", pa.string(), nullable=False),
-            pa.field("cause", pa.string(), nullable=False),
-            pa.field("mechanism", pa.string(), nullable=False),
-        ]
-    ),
-    "groups": pa.schema(
-        [
-            pa.field("group_id", pa.string(), nullable=False),
-            ("name", pa.string()),
-            ("features", pa.string()),
-            ("typical_user", pa.string()),
-            ("threshold", pa.float64()),
-            ("initial_profile", pa.string()),
-            ("final_profile", pa.string()),
-            (
-                "members",
-                pa.list_(
-                    pa.struct(
-                        [
-                            ("user_id", pa.string()),
-                            ("similarity", pa.float64()),
-                            ("matched", pa.bool_()),
-                            ("reason", pa.string()),
-                        ]
-                    )
-                ),
-            ),
-            ("version", pa.string()),
-        ]
-    ),
-    "examples": pa.schema(
-        [
-            pa.field("example_id", pa.string(), nullable=False),
-            pa.field("task", pa.string(), nullable=False),
-            pa.field("split", pa.string(), nullable=False),
-            pa.field("user_id", pa.string(), nullable=False),
-            pa.field("video_id", pa.string(), nullable=False),
-            pa.field("interaction_id", pa.string(), nullable=False),
-            ("history", _TEXTS),
-            ("gold", pa.string()),
-            ("label_source", pa.string()),
-        ]
-    ),
+    "users": _schema(User, "user_id", age=pa.int32()),
+    "videos": _schema(Video, "video_id"),
+    "interactions": _schema(Interaction, "interaction_id", "user_id", "video_id", "task", position=pa.int32()),
+    "truth": _schema(SkipTruth, "interaction_id", "cause", "mechanism"),
+    "groups": _schema(GroupProfile, "group_id", members=pa.list_(pa.struct(_schema(GroupMember)))),
+    "examples": _schema(Example, "example_id", "task", "split", "user_id", "video_id", "interaction_id"),
     "rejects": pa.schema(
         [
             pa.field("file", pa.string(), nullable=False),
@@ -314,17 +265,10 @@ SCHEMAS: dict[str, pa.Schema] = {
 SCHEMAS["ifvr"] = SCHEMAS["interactions"].append(pa.field("split", pa.string())).append(pa.field("role", pa.string()))
 """Arrow schema of every table, by table name.
 
-`ifvr`: interactions that passed the filters, with the side of the train/test border (null: held out of this task,
-see data/splits.py) and the interaction's role. `rejects`: input rows that were set aside, with file, row (1-based, the
-line of a text file), column and cause.
+`ifvr`: interactions that passed the filters, with the user's split (null: held out of this task, see data/splits.py)
+and the interaction's role. `rejects`: rejected input rows, with file, row (1-based, the line of a text file), column
+and cause.
 """
-
-
-def play_rate(watch_s: float | None, duration_s: float | None) -> float | None:
-    """Watched share of a video, capped at 1; None where it is not known or the duration is not positive."""
-    if watch_s is None or duration_s is None or duration_s <= 0 or watch_s < 0:
-        return None
-    return min(watch_s / duration_s, 1.0)
 
 
 def conform(table: pa.Table, name: str) -> pa.Table:

@@ -1,11 +1,11 @@
-"""Lets torchvision import beside a CPU build of torch when only its CUDA build is to be had.
+"""Lets torchvision import beside a CPU build of torch where only torchvision's CUDA build is available.
 
-torchvision's Python part (resizing, transforms) needs no compiled operator, but its import declares shapes for `nms`
-and `qnms`, which exist only if the compiled library loads. Where that library does not load, this hook declares the two
-schemas first. Where it loads (a proper pair of builds), the hook does nothing.
+torchvision's Python part (resizing, transforms) needs no compiled operator, but on import it declares shapes for `nms`
+and `qnms`, which exist only if the compiled library loads. If it does not load, this hook declares the two schemas
+first. If it loads (matching builds), the hook does nothing.
 
-It has to be there in every process (Ray workers, vLLM's engines), so `python -m gubs.torchvision_hook` puts a `.pth`
-file into the environment; the hook itself costs nothing until torchvision is imported.
+Every process needs the hook (Ray workers, vLLM's engines), so `python -m gubs.torchvision_hook` writes a `.pth` file
+into the environment. It costs nothing until torchvision is imported.
 """
 
 import importlib.abc
@@ -20,11 +20,10 @@ _PTH = "gubs-torchvision.pth"
 _PTH_LINE = (
     "import importlib.util as u; u.find_spec('gubs') and __import__('gubs.torchvision_hook').torchvision_hook.hook()\n"
 )
-_OPERATORS = ("nms", "qnms")
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Acts once, just before the first import of torchvision; finds nothing itself."""
+    """Acts once, just before the first import of torchvision; never finds a module itself."""
 
     def __init__(self) -> None:
         self.library: object = None
@@ -36,11 +35,11 @@ class _Finder(importlib.abc.MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,  # noqa: ARG002
     ) -> importlib.machinery.ModuleSpec | None:
-        """Declares the operators when `torchvision` itself is asked for."""
+        """Declares the operators when `torchvision` is about to be imported."""
         if fullname == "torchvision" and not self.done:
             self.done = True
             spec = importlib.machinery.PathFinder.find_spec("torchvision", path)
-            if spec and spec.origin and not _compiled_part_loads(Path(spec.origin).parent):
+            if spec and spec.origin and not _compiled_library_loads(Path(spec.origin).parent):
                 self.library = _declare_operators()
         return None
 
@@ -51,21 +50,12 @@ def hook() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-def install() -> Path:
-    """Writes the `.pth` file into this environment and returns its path."""
-    path = Path(sysconfig.get_paths()["purelib"]) / _PTH
-    path.write_text(_PTH_LINE)
-    return path
-
-
-def _compiled_part_loads(package: Path) -> bool:
+def _compiled_library_loads(package: Path) -> bool:
+    """True also for a build without compiled operators, which imports as it is."""
     import torch
 
-    libraries = sorted(package.glob("_C*.so"))
-    if not libraries:
-        return True  # a build without operators knows how to live without them
     try:
-        for library in libraries:
+        for library in sorted(package.glob("_C*.so")):
             torch.ops.load_library(library)
     except OSError:
         return False
@@ -76,10 +66,12 @@ def _declare_operators() -> object:
     import torch
 
     library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in _OPERATORS:
+    for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return library  # the declaration lives as long as this object
 
 
 if __name__ == "__main__":
-    print(f"wrote {install()}")
+    pth = Path(sysconfig.get_paths()["purelib"]) / _PTH
+    pth.write_text(_PTH_LINE)
+    print(f"wrote {pth}")

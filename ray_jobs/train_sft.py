@@ -1,12 +1,9 @@
-"""Ray job: the base model, fine-tuned on the teacher's examples.
+"""Ray job: fine-tunes the base model on the teacher's examples, after making whatever the run lacks.
 
-    ray job submit --working-dir . -- python ray_jobs/train_sft.py --run /shared/run --preset paper model.path=/models/q
-
-Where the run has no data set or no examples yet, they are made first.
+ray job submit --working-dir . -- python ray_jobs/train_sft.py --run /shared/run --preset paper model.path=/models/q
 """
 
-from gubs.jobs import job_main
-from gubs.pipeline import sft_job
+from gubs.jobs import job_main, making
 
 if __name__ == "__main__":
-    job_main(sft_job, default_run="runs/demo-synthetic")
+    job_main(making("sft_model"))

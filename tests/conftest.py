@@ -19,8 +19,13 @@ LONGEST = ("test_ufm_resume.py", "test_train_job.py", "test_build_job.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files come first: of several processes (pytest -n 2 --dist loadfile) none is left alone with one."""
+    """The longest files come first: of several processes (pytest -n 2 --dist loadfile) none is left alone with one.
+    Whatever needs Ray or is slow counts as `engine`, which `make check` leaves out.
+    """
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    for item in items:
+        if "ray_local" in getattr(item, "fixturenames", ()) or item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.engine)
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +33,7 @@ def ray_local() -> Iterator[None]:
     """A small local Ray cluster, one for the whole test session."""
     import ray
 
-    from gubs.cluster import init_patiently
+    from gubs.ray_runtime import init_patiently
 
     init_patiently(
         address="local",

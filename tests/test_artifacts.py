@@ -1,23 +1,37 @@
+"""Artifacts are whole or absent, and their recipes and contents decide what is current."""
+
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 
 import pyarrow as pa
 import pytest
 
-from gubs.artifacts import MANIFEST, Run, fingerprint, writing
+from gubs.artifacts import MANIFEST, Recipe, Run, StageJob, fingerprint, in_words, writing
 from gubs.config import Settings
-from gubs.errors import ArtifactError
+from gubs.errors import ArtifactError, MissingArtifactError
 
 TABLE = pa.table({"x": [1, 2, 3]})
+RECIPE = Recipe(inputs={"a": "b"}, settings={"n": 1}, prompts={"ugm/match": "p"}, outside={"source": "s"})
+SETTINGS = Settings().model_dump(mode="json")
 
 
-def write(run, stage="raw", mark="m1", table=TABLE, **kwargs):
-    with writing(run, stage, fingerprint=mark, settings=Settings(), inputs={"a": "b"}, **kwargs) as out:
+def attempt(run, stage="raw", **kwargs):
+    return writing(run, stage, recipe=RECIPE, settings=SETTINGS, **kwargs)
+
+
+def write(run, stage="raw", table=TABLE, **kwargs):
+    with attempt(run, stage, **kwargs) as out:
         out.write_table("t", table)
         out.info = {"note": "n"}
+        out.summary = "three rows"
     return run.artifact(stage)
+
+
+def names(run, folder):
+    return sorted(p.rsplit("/", 1)[-1] for p in run.fs.ls(folder, detail=False))
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -30,15 +44,17 @@ def test_round_trip_with_manifest(run):
     assert artifact.table("t").equals(TABLE)
     assert artifact.table("t", ["x"]).column_names == ["x"]
     m = artifact.manifest
-    assert (m.stage, m.tables["t"].rows, m.inputs, m.info) == ("raw", 3, {"a": "b"}, {"note": "n"})
+    assert (m.stage, m.kind, m.tables["t"].rows, m.info) == ("raw", "raw", 3, {"note": "n"})
+    assert m.summary == "three rows"
+    assert (m.recipe, m.fingerprint) == (RECIPE, RECIPE.fingerprint("raw"))
     assert m.settings["filters"]["max_gap_s"] == 120
     assert m.code_version.startswith("0.")
     assert run.stages() == ["raw"]
-    assert [p.rsplit("/", 1)[-1] for p in run.fs.ls(run.root, detail=False)] == ["raw"], "no temporary folder is left"
+    assert names(run, run.root) == ["raw"], "no temporary folder remains"
 
 
-def test_a_stage_may_be_a_link_to_that_of_another_run(tmp_path):
-    """Several trainings stand on one data set without a copy of it."""
+def test_a_stage_may_be_a_link_to_a_stage_of_another_run(tmp_path):
+    """So several trainings can share one data set."""
     write(Run(tmp_path / "data"))
     (tmp_path / "seed").mkdir()
     (tmp_path / "seed" / "raw").symlink_to(tmp_path / "data" / "raw")
@@ -47,52 +63,37 @@ def test_a_stage_may_be_a_link_to_that_of_another_run(tmp_path):
     assert Run(tmp_path / "seed").artifact("raw").table("t").equals(TABLE)
 
 
-def test_finished_found_only_with_the_same_fingerprint(run):
-    assert run.finished("raw", "m1") is None
-    write(run)
-    assert run.finished("raw", "m1").stage == "raw"
-    assert run.finished("raw", "m1", force=True) is None
-    with pytest.raises(ArtifactError, match="--force"):
-        run.finished("raw", "m2")
-
-
 def test_rewriting_replaces(run):
     write(run)
-    other = write(run, mark="m2", table=pa.table({"x": [9]}))
+    other = write(run, table=pa.table({"x": [9]}))
     assert other.table("t")["x"].to_pylist() == [9]
 
 
 def test_failure_leaves_no_artifact_and_keeps_the_old_one(run):
-    with pytest.raises(ZeroDivisionError), writing(run, "raw", fingerprint="m", settings=Settings(), inputs={}) as out:
+    with pytest.raises(ZeroDivisionError), attempt(run) as out:
         out.write_table("t", TABLE)
         _ = 1 / 0
     assert run.stages() == []
     write(run)
-    with pytest.raises(ZeroDivisionError), writing(run, "raw", fingerprint="m", settings=Settings(), inputs={}):
+    with pytest.raises(ZeroDivisionError), attempt(run):
         _ = 1 / 0
     assert run.artifact("raw").table("t").equals(TABLE)
 
 
 def test_resumable_keeps_what_an_interrupted_attempt_made(run):
-    with (
-        pytest.raises(ZeroDivisionError),
-        writing(run, "v", fingerprint="m", settings=Settings(), inputs={}, resumable=True) as out,
-    ):
+    with pytest.raises(ZeroDivisionError), attempt(run, "v", resume_key="m") as out:
         run.fs.pipe_file(out.path("a.mp4"), b"1")
         _ = 1 / 0
-    with writing(run, "v", fingerprint="m", settings=Settings(), inputs={}, resumable=True) as out:
+    with attempt(run, "v", resume_key="m") as out:
         assert run.fs.exists(out.path("a.mp4"))
     assert run.fs.exists(run.path("v", "a.mp4"))
 
 
-def test_resumable_of_other_settings_starts_anew(run):
-    with (
-        pytest.raises(ZeroDivisionError),
-        writing(run, "v", fingerprint="m", settings=Settings(), inputs={}, resumable=True) as out,
-    ):
+def test_resumable_with_other_settings_starts_over(run):
+    with pytest.raises(ZeroDivisionError), attempt(run, "v", resume_key="m") as out:
         run.fs.pipe_file(out.path("a.mp4"), b"1")
         _ = 1 / 0
-    with writing(run, "v", fingerprint="other", settings=Settings(), inputs={}, resumable=True) as out:
+    with attempt(run, "v", resume_key="other") as out:
         assert not run.fs.exists(out.path("a.mp4"))
 
 
@@ -104,8 +105,11 @@ def test_resumable_of_other_settings_starts_anew(run):
         (lambda run: run.fs.pipe_file(run.path("raw", "t.parquet"), b"short"), "damaged"),
         (lambda run: run.fs.pipe_file(run.path("raw", MANIFEST), b"{}"), "not a manifest"),
         (lambda run: edit_manifest(run, stage="ifvr"), "another stage"),
-        (lambda run: edit_manifest(run, schema_version=99), "schema version 99"),
-        (lambda run: run.fs.rm(run.path("raw"), recursive=True), "no such artifact"),
+        (lambda run: run.fs.pipe_file(run.path("raw", MANIFEST), b"[]"), "not a manifest"),
+        (lambda run: run.fs.pipe_file(run.path("raw", MANIFEST), b"\xff{"), "not a manifest"),
+        (lambda run: edit_manifest(run, recipe=None), "not a manifest"),
+        (lambda run: edit_manifest(run, schema_version=99), "format 99, this one reads 2"),
+        (lambda run: run.fs.rm(run.path("raw"), recursive=True), "does not exist"),
     ],
 )
 def test_incomplete_and_foreign_artifacts_are_refused(run, damage, message):
@@ -120,7 +124,7 @@ def edit_manifest(run, **changes):
     run.fs.pipe_file(path, json.dumps({**json.loads(run.fs.cat_file(path)), **changes}).encode())
 
 
-def test_unknown_table_lists_the_known(run):
+def test_an_error_about_an_unknown_table_lists_the_tables(run):
     with pytest.raises(ArtifactError, match="it has: t"):
         write(run).table("users")
 
@@ -140,22 +144,170 @@ def test_a_killed_writers_leftovers_are_cleared(tmp_path):
 
 
 def _killed_while_writing(run):
-    with writing(run, "raw", fingerprint="m", settings=Settings(), inputs={}) as out:
+    with attempt(run) as out:
         out.write_table("t", TABLE)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_fingerprint_depends_on_settings_and_inputs():
-    base = fingerprint("s", {"a": 1}, {"i": "x"})
-    assert base == fingerprint("s", {"a": 1}, {"i": "x"})
-    assert (
-        len(
-            {
-                base,
-                fingerprint("t", {"a": 1}, {"i": "x"}),
-                fingerprint("s", {"a": 2}, {"i": "x"}),
-                fingerprint("s", {"a": 1}, {"i": "y"}),
-            }
-        )
-        == 4
-    )
+CHANGED = {"inputs": {"a": "c"}, "settings": {"n": 2}, "prompts": {"ugm/match": "q"}}
+CHANGED |= {"outside": {"source": "t"}, "version": 2}
+
+
+def test_a_fingerprint_depends_on_everything_that_decides_the_content():
+    base = RECIPE.fingerprint("s")
+    assert base == RECIPE.model_copy().fingerprint("s")
+    others = [RECIPE.model_copy(update={part: value}).fingerprint("s") for part, value in CHANGED.items()]
+    assert len({base, RECIPE.fingerprint("t"), *others}) == 2 + len(CHANGED)
+    assert fingerprint("s", {"a": 1, "b": 2}) == fingerprint("s", {"b": 2, "a": 1})
+    assert len(base) == 16
+
+
+@pytest.mark.parametrize(
+    ("part", "phrase"),
+    [
+        ("inputs", "made from another a"),
+        ("settings", "n=1, now 2"),
+        ("prompts", "the prompt ugm/match changed"),
+        ("outside", "another source"),
+        ("version", "made by an earlier version of this stage"),
+    ],
+)
+def test_changes_are_described_in_words(part, phrase):
+    assert RECIPE.changes(RECIPE.model_copy(update={part: CHANGED[part]})) == [phrase]
+
+
+def test_equal_recipes_have_no_changes():
+    assert RECIPE.changes(Recipe(**RECIPE.model_dump())) == []
+
+
+def test_additions_and_removals_are_changes():
+    bare = Recipe()
+    gone = ["made from another a", "n=1, now None", "the prompt ugm/match changed", "another source"]
+    assert RECIPE.changes(bare) == gone
+    assert bare.changes(RECIPE) == [*gone[:1], "n=None, now 1", *gone[2:]]
+
+
+def test_long_values_and_many_changes_are_cut_short():
+    (phrase,) = Recipe(settings={"n": "x" * 500}).changes(Recipe(settings={"n": "y"}))
+    assert len(phrase) < 80
+    assert phrase.endswith("..., now y")
+    assert in_words(["a", "b", "c", "d"]) == "a; b; c; d"
+    assert in_words(["a", "b", "c", "d", "e", "f"]) == "a; b; c; d and 2 more"
+
+
+def test_equal_rows_have_equal_content_and_others_do_not(run):
+    """So stages stay current if an input is made again with the same result."""
+    first = write(run)
+    again = write(run, table=pa.table({"x": [1, 2, 3]}))
+    assert again.content == first.content
+    in_pieces = pa.concat_tables([TABLE.slice(0, 1), TABLE.slice(1)])
+    assert write(run, table=in_pieces).content == first.content, "the layout in memory does not matter"
+    others = [pa.table({"x": [1, 2, 4]}), pa.table({"x": [1, 2]}), pa.table({"y": [1, 2, 3]}), TABLE.take([2, 1, 0])]
+    contents = {first.content, *(write(run, table=table).content for table in others)}
+    assert len(contents) == 1 + len(others)
+    assert write(run, "ifvr").content not in contents, "another stage's"
+
+
+def test_content_depends_on_the_tables_not_on_the_recipe(run):
+    def made(note, recipe):
+        with writing(run, "raw", recipe=recipe, settings=SETTINGS) as out:
+            out.write_table("t", TABLE)
+            out.info, out.summary = {"note": note}, note
+        return run.artifact("raw")
+
+    first, again = made("now", RECIPE), made("later", Recipe())
+    assert again.content == first.content
+    assert again.manifest.fingerprint != first.manifest.fingerprint
+
+
+def test_a_writer_may_name_its_content_itself(run):
+    """Weights are no table: a training identifies them itself."""
+    with attempt(run) as out:
+        out.write_table("t", TABLE)
+        out.content = "weights-of-step-200"
+    assert run.artifact("raw").content == "weights-of-step-200"
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_an_error_about_a_missing_stage_survives_pickling(run, unfinished):
+    """A Ray worker raises it; the command line adds the command that makes the stage."""
+    if unfinished:
+        run.fs.makedirs(run.path("frames"))
+    with pytest.raises(MissingArtifactError) as caught:
+        run.artifact("frames")
+    assert caught.value.stage == "frames"
+    assert run.full("frames") in str(caught.value)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (type(copy), copy.stage, str(copy)) == (MissingArtifactError, "frames", str(caught.value))
+    assert not run.has("frames")
+
+
+OLD_MANIFEST = {
+    "stage": "raw",
+    "schema_version": 1,
+    "fingerprint": "0123456789abcdef",
+    "inputs": {},
+    "settings": {},
+    "code_version": "0.1.0",
+    "created": "2025-12-01T00:00:00+00:00",
+    "tables": {},
+    "info": {},
+}
+"""From before stages had recipes."""
+
+
+def test_an_artifact_of_format_1_is_refused_with_the_remedy(run):
+    run.fs.makedirs(run.path("raw"))
+    run.fs.pipe_file(run.path("raw", MANIFEST), json.dumps(OLD_MANIFEST).encode())
+    message = r"another version of gubs \(format 1, this one reads 2\).*--run.*delete"
+    with pytest.raises(ArtifactError, match=message) as e:
+        run.artifact("raw")
+    assert not isinstance(e.value, MissingArtifactError), "running its command would not help"
+
+
+# --- jobs ---
+
+
+def job(run, **more):
+    return StageJob(run, **{"stage": "mine", "kind": "grpo", "recipe": RECIPE, "settings": SETTINGS, **more})
+
+
+def test_a_job_writes_its_manifest(run):
+    with job(run).writing() as out:
+        out.write_table("t", TABLE)
+    m = run.artifact("mine").manifest
+    assert (m.stage, m.kind, m.recipe, m.settings) == ("mine", "grpo", RECIPE, SETTINGS)
+    assert m.fingerprint == RECIPE.fingerprint("grpo"), "another name does not change it"
+
+
+def test_a_job_reads_what_its_recipe_says(run):
+    write(run, "a")
+    assert job(run).input("a").table("t").equals(TABLE)
+    assert job(run).reads("a")
+    assert not job(run).reads("b")
+
+
+def test_a_job_resumes_under_its_key_only(run):
+    def interrupted(key, name):
+        with pytest.raises(KeyboardInterrupt), job(run).writing(resume_key=key) as out:
+            files = [name for name in names(run, out.folder) if name.endswith(".mp4")]
+            run.fs.pipe_file(out.path(name), b"1")
+            raise KeyboardInterrupt
+        return files
+
+    assert interrupted("k", "a.mp4") == []
+    assert interrupted("k", "b.mp4") == ["a.mp4"]
+    assert interrupted("other", "c.mp4") == [], "files of another key are deleted"
+    assert run.stages() == [], "half a stage does not count"
+    with job(run).writing(resume_key="other") as out:
+        assert run.fs.exists(out.path("c.mp4"))
+    assert names(run, run.path("mine")) == ["c.mp4", MANIFEST], "the file with the key is gone"
+    assert names(run, run.root) == ["mine"]
+
+
+def test_a_job_without_a_key_starts_over(run):
+    with pytest.raises(ZeroDivisionError), job(run).writing(resume_key="k") as out:
+        run.fs.pipe_file(out.path("a.mp4"), b"1")
+        _ = 1 / 0
+    with job(run).writing() as out:
+        assert not run.fs.exists(out.path("a.mp4"))

@@ -1,3 +1,6 @@
+"""The command line: messages, exit codes, and what commands make or leave alone."""
+
+import contextlib
 import json
 import signal
 import subprocess
@@ -5,11 +8,9 @@ import sys
 
 import pytest
 
-from gubs.artifacts import Run
+from gubs import stages
+from gubs.artifacts import Run, open_run
 from gubs.config import load_settings
-from gubs.data.build import build_stage
-from gubs.data.ingest import ingest_stage
-from gubs.pipeline import open_run
 
 
 def gubs(*args, cwd=None):
@@ -21,32 +22,15 @@ def gubs(*args, cwd=None):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     run = Run(tmp_path_factory.mktemp("cli") / "r")
-    settings = load_settings("tiny", ["users=60", "videos=30"])
-    ingest_stage(run, settings)
-    build_stage(run, settings)
+    stages.make(["raw", "truth", "ifvr"], run, load_settings("tiny", ["users=60", "videos=30"]))
     return run
 
 
-def test_help_lists_every_job_with_a_sentence():
+def test_help_lists_every_command():
     text = gubs("--help").stdout
     for command in (
-        "demo",
-        "synth",
-        "ingest",
-        "build",
-        "frames",
-        "submit",
-        "model",
-        "sft",
-        "grpo",
-        "judge",
-        "plan",
-        "report",
-        "show",
-        "status",
-        "probe",
-        "doctor",
-        "settings",
+        *("demo", "synth", "ingest", "build", "frames", "ugm", "teach", "groups", "annotate", "submit", "model"),
+        *("sft", "grpo", "judge", "plan", "report", "show", "status", "probe", "doctor", "settings"),
     ):
         assert f" {command} " in text
     assert "Exit codes" in text
@@ -59,11 +43,14 @@ def test_help_lists_every_job_with_a_sentence():
         (["build", "--preset", "tinny"], 2, "unknown preset"),
         (["bild"], 2, "Did you mean 'build'"),
         (["ingest", "--run", "r", "source.kind=movielens", "source.path=nowhere"], 3, "nowhere"),
-        (["build", "--run", "no-such-run"], 4, "no such artifact"),
+        (["ugm", "--dry-run", "--run", "no-such-run"], 4, "run `gubs build` first"),
+        (["teach", "--dry-run", "--run", "no-such-run"], 4, "run `gubs build` first"),
+        (["groups", "show", "no-such-run"], 4, "run `gubs ugm` first"),
+        (["show", "no-such-run"], 4, "run `gubs synth` first"),
         (["submit", "no_such_job"], 5, "build_ifvr"),
         (["demo", "grpo.stepps=3"], 2, "did you mean 'ufm.grpo.steps'"),
-        (["sft", "--run", "no-such-run"], 4, "no such artifact"),
-        (["judge", "sft_model", "--run", "no-such-run"], 4, "no such artifact"),
+        (["demo", "ufm.evaluate.items=8"], 2, "did you mean 'evaluate.items'"),
+        (["judge", "sft_model", "--run", "no-such-run"], 4, "run `gubs sft` first"),
         (["report", "no-such-run"], 4, "gubs judge"),
         (["plan", "--preset", "paper", "--gpus", "3"], 2, "cannot be dealt evenly"),
     ],
@@ -75,11 +62,13 @@ def test_errors_are_one_message_and_a_meaningful_exit_code(args, code, message, 
     assert "Traceback" not in done.stderr
 
 
-def test_a_finished_stage_says_so_and_does_nothing(run):
+def test_a_finished_stage_is_reported_and_kept(run):
     before = run.fs.stat(run.path("ifvr", "manifest.json"))["mtime"]
     done = gubs("build", "--run", run.uri, "users=60", "videos=30")
     assert done.returncode == 0, done.stderr
-    assert "finished already" in done.stderr
+    messages = " ".join(done.stderr.split())
+    assert "[raw] current: 60 users, 30 videos" in messages
+    assert "[ifvr] current: " in messages
     assert run.fs.stat(run.path("ifvr", "manifest.json"))["mtime"] == before
     assert gubs("build", "--run", run.uri, "users=60", "videos=30", "--force").returncode == 0
     assert run.fs.stat(run.path("ifvr", "manifest.json"))["mtime"] > before
@@ -88,25 +77,43 @@ def test_a_finished_stage_says_so_and_does_nothing(run):
 def test_other_settings_do_not_overwrite_silently(run):
     done = gubs("build", "--run", run.uri, "users=60", "videos=30", "min_video_views=1")
     assert done.returncode == 4
-    assert "--force" in done.stderr
+    messages = " ".join(done.stderr.split())
+    assert "ifvr is stale: filters.min_video_views=10, now 1." in messages
+    assert "`gubs build --force`" in messages
+
+
+def test_a_missing_stage_is_made_with_all_its_inputs(tmp_path):
+    done = gubs("build", "--run", tmp_path / "new", "users=60", "videos=30")
+    assert done.returncode == 0, done.stderr
+    assert Run(tmp_path / "new").stages() == ["ifvr", "raw"]
+
+
+def test_status_lists_every_stage(run):
+    lines = {line.split()[0]: line.split(maxsplit=2)[1:] for line in gubs("status", run.uri).stdout.splitlines()}
+    assert lines["raw"][0] == lines["ifvr"][0] == "current"
+    assert lines["raw"][1].startswith("60 users, 30 videos, ")
+    assert lines["frames"] == ["missing", "`gubs frames` makes it"]
+    other = gubs("status", run.uri, "users=60", "videos=30", "min_video_views=1").stdout
+    assert "ifvr             stale    filters.min_video_views=10, now 1" in other
 
 
 def test_json_goes_to_stdout_alone(run):
-    stages = json.loads(gubs("status", run.uri, "--json").stdout)
-    assert {m["stage"] for m in stages} == {"raw", "truth", "ifvr"}
+    states = json.loads(gubs("status", run.uri, "--json").stdout)
+    assert {s["stage"] for s in states if s["status"] == "current"} == {"raw", "truth", "ifvr"}
+    assert all((s["manifest"] is None) == (s["status"] == "missing") for s in states)
     resolved = json.loads(gubs("settings", "--json", "seed=9").stdout)
     assert resolved["seed"] == 9
 
 
-def test_doctor_has_a_line_for_everything():
+def test_doctor_checks_everything():
     done = gubs("doctor", "--json")
-    found = {f["name"]: f for f in json.loads(done.stdout)}
-    assert {"Python", "ray", "torch", "vLLM", "decord", "ffmpeg", "/dev/shm", "disk", "memory", "GPUs"} <= set(found)
-    assert all(f["ok"] or f["remedy"] for f in found.values())
-    assert done.returncode == (0 if all(f["ok"] for f in found.values()) else 5)
+    checks = {f["name"]: f for f in json.loads(done.stdout)}
+    assert {"Python", "ray", "torch", "vLLM", "decord", "ffmpeg", "/dev/shm", "disk", "memory", "GPUs"} <= set(checks)
+    assert all(f["ok"] or f["remedy"] for f in checks.values())
+    assert done.returncode == (0 if all(f["ok"] for f in checks.values()) else 5)
 
 
-def test_relative_runs_stand_where_results_outlive_a_job(tmp_path, monkeypatch):
+def test_relative_runs_are_where_results_outlive_a_job(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert open_run("runs/x").root == str(tmp_path / "runs/x")
     monkeypatch.setenv("GUBS_HOME", "/data")
@@ -128,25 +135,28 @@ def test_plan_prints_the_sum_and_refuses_what_cannot_fit():
     small = gubs("plan", "--preset", "paper", "--gpu-gib", "40")
     assert small.returncode == 5
     assert "DOES NOT FIT" in small.stdout
-    told = json.loads(gubs("plan", "--preset", "paper", "--json").stdout)
-    assert [p["title"] for p in told] == ["SFT", "GA-GRPO"]
-    assert not told[0]["problems"]
+    plans = json.loads(gubs("plan", "--preset", "paper", "--json").stdout)
+    assert [p["title"] for p in plans] == ["SFT", "GA-GRPO"]
+    assert not plans[0]["problems"]
 
 
-def test_missing_inputs_are_named_and_what_is_there_is_kept(run, monkeypatch, capsys):
-    from gubs import pipeline
-
+def test_missing_inputs_are_made_first_and_current_ones_kept(run, monkeypatch, capsys):
     made = []
-    for name in ("build_ifvr", "ugm", "teach", "train_sft"):
-        monkeypatch.setattr(pipeline, name, lambda *_, name=name: made.append(name))
-    pipeline.prepare(run, load_settings("tiny"))
-    assert made == ["build_ifvr", "ugm", "teach", "train_sft"]
-    said = " ".join(capsys.readouterr().err.split())
-    assert "has ifvr" in said
-    assert "has no frames, ugm, sft, labels, sft_model: made first" in said
+    monkeypatch.setattr(stages, "make_stage", lambda node, *_, **__: made.append(node.name))
+    monkeypatch.setattr(stages, "_preflight", lambda *_: None)
+    monkeypatch.setattr(stages, "ray_session", lambda _: contextlib.nullcontext())
+    own = ["users=60", "videos=30"]
+    stages.make([stages.GRPO], run, load_settings("tiny", own))
+    assert set(made) == {"videos", "frames", "profiles", "ugm", "sft", "labels", "sft_model", "grpo"}
+    for before, after in [("videos", "frames"), ("profiles", "ugm"), ("profiles", "sft"), ("sft", "sft_model")]:
+        assert made.index(before) < made.index(after)
+    assert made[-1] == "grpo"
+    messages = " ".join(capsys.readouterr().err.split())
+    assert all(f"[{name}] current: " in messages for name in ("raw", "truth", "ifvr"))
     made.clear()
-    pipeline.prepare(run, load_settings("tiny", ["ufm.grpo.groups=false", "ufm.grpo.start=base"]))
-    assert made == ["build_ifvr", "teach"]
+    without = ["ufm.grpo.groups=false", "ufm.grpo.start=base", "teachers.profiles=false"]
+    stages.make([stages.GRPO], run, load_settings("tiny", own + without))
+    assert set(made) == {"videos", "frames", "labels", "grpo"}, "nothing is made for groups and SFT if they are off"
 
 
 SLEEPER = """
@@ -163,11 +173,11 @@ cli.main([])
 """
 
 
-def test_a_command_that_is_told_to_end_ends_what_it_started():
-    """A head node started by `gubs submit`, say: Python's own answer to SIGTERM runs no `finally`."""
+def test_a_command_that_gets_sigterm_ends_what_it_started():
+    """For example the head node of `gubs submit`: by default, Python runs no `finally` on SIGTERM."""
     process = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "started\n"
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=30)
-    assert said == "stopped what was started\n"
+    output, _ = process.communicate(timeout=30)
+    assert output == "stopped what was started\n"
     assert process.returncode == 128 + signal.SIGTERM

@@ -1,3 +1,5 @@
+"""Presets and overrides give settings, or an error with the remedy."""
+
 import pytest
 
 from gubs import config
@@ -22,6 +24,28 @@ def test_overrides_by_full_and_by_short_name():
     s = load_settings("tiny", ["synthetic.noise.app_exit=0.5", "min_video_views=3", "min_video_views=4"])
     assert s.synthetic.noise.app_exit == 0.5
     assert s.filters.min_video_views == 4, "the later override wins"
+    assert load_settings("tiny", ["evaluate.items=8"]).evaluate.items == 8
+
+
+def test_a_partly_set_section_keeps_its_other_defaults():
+    """Another endpoint for the summarizer must not cut its answers to the length of other roles' answers."""
+    default = Settings().llm.roles
+    endpoint = ["llm.endpoints.default.base_url=http://x/v1", "llm.endpoints.default.model=m"]
+    changes = ["llm.roles.summarizer.endpoint=default", "llm.roles.matcher.max_tokens=99"]
+    roles = load_settings("paper", endpoint + changes).llm.roles
+    assert roles.summarizer == default.summarizer.model_copy(update={"endpoint": "default"})
+    assert roles.matcher == default.matcher.model_copy(update={"max_tokens": 99})
+    assert (roles.profiler, roles.annotator) == (default.profiler, default.annotator)
+    checkpoint = load_settings("paper", ["ufm.sft.checkpoint.keep=3"]).ufm.sft.checkpoint
+    assert (checkpoint.keep, checkpoint.every) == (3, Settings().ufm.sft.checkpoint.every)
+
+
+@pytest.mark.parametrize("preset", ["paper", "small", "tiny"])
+def test_settings_come_back_from_json(preset):
+    """They are JSON in manifests and between processes."""
+    settings = load_settings(preset, ["llm.roles.matcher.seed=3"])
+    assert Settings.model_validate_json(settings.model_dump_json()) == settings
+    assert Settings(**settings.model_dump(mode="json")) == settings
 
 
 @pytest.mark.parametrize(
@@ -29,6 +53,8 @@ def test_overrides_by_full_and_by_short_name():
     [
         ("usrs=3", "synthetic.users"),
         ("filters.min_video_view=3", "filters.min_video_views"),
+        ("ufm.evaluate.items=8", "evaluate.items"),
+        ("ugm.until=yesterday", "ugm.until"),
         ("seed", "key=value"),
         ("seed=x", "valid integer"),
         ("frames.count=3", "multiple of 2"),
@@ -48,7 +74,7 @@ def test_ambiguous_short_name_lists_the_candidates(monkeypatch):
         config.resolve_key("size")
 
 
-def test_unknown_preset_and_own_preset_file(tmp_path):
+def test_unknown_presets_are_refused_and_preset_files_loaded(tmp_path):
     with pytest.raises(SettingsError, match="tiny"):
         load_settings("tinny")
     own = tmp_path / "own.yaml"

@@ -1,53 +1,52 @@
-"""A local Ray that a busy machine brings up too late is started again, and no other error is."""
+"""A local Ray is started again if a busy machine brings it up too late, but not after other errors."""
 
 import pytest
 
-from gubs.cluster import ray_session
-from gubs.config import RaySettings
 from gubs.errors import PlatformError
+from gubs.ray_runtime import RaySettings, ray_session
 
 
 @pytest.fixture
 def tries(monkeypatch):
-    """The answers of `ray.init`, in turn: None or an error; and what was called."""
+    """Results of `ray.init`, in turn (None or an error), and the calls made."""
     import ray
 
-    answers, calls = [], []
+    results, calls = [], []
 
     def init(**_):
         calls.append("init")
-        if error := answers.pop(0):
+        if error := results.pop(0):
             raise error
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    return answers, calls
+    return results, calls
 
 
 LATE = Exception("The current node timed out during startup. This could happen because ...")
 
 
 def test_a_late_start_is_tried_again(tries):
-    answers, calls = tries
-    answers += [LATE, None]
+    results, calls = tries
+    results += [LATE, None]
     with ray_session(RaySettings()):
         assert calls == ["init", "shutdown", "init"]
     assert calls[-1] == "shutdown"
 
 
-def test_not_for_ever(tries):
-    answers, calls = tries
-    answers += [LATE] * 3
+def test_a_node_that_never_comes_up_is_an_error(tries):
+    results, calls = tries
+    results += [LATE] * 3
     with pytest.raises(PlatformError, match="3 times"), ray_session(RaySettings()):
         pass
     assert calls == ["init", "shutdown"] * 3
 
 
 def test_another_error_is_not_tried_again(tries):
-    answers, calls = tries
-    answers += [ValueError("no such thing")]
+    results, calls = tries
+    results += [ValueError("no such thing")]
     with pytest.raises(ValueError, match="no such thing"), ray_session(RaySettings()):
         pass
     assert calls == ["init"]

@@ -1,50 +1,43 @@
-"""Second stage: raw tables become the IF-VR data set `ifvr`: filtered, split, with a count of every step."""
+"""Makes the IF-VR data set `ifvr` from the raw tables: filtered and split, with a count for every step."""
+
+from dataclasses import asdict
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gubs.artifacts import Artifact, Run, fingerprint, writing
-from gubs.config import Settings
-from gubs.data.filters import FilterStep, apply_filters
+from gubs.artifacts import StageJob
+from gubs.data.filters import apply_filters
+from gubs.data.ingest import row_counts
+from gubs.data.settings import FilterSettings, SplitSettings
 from gubs.data.splits import split
 from gubs.errors import InputError
 
 
-def build_stage(run: Run, settings: Settings, *, force: bool = False) -> tuple[Artifact, bool]:
-    """Filters and splits the artifact `raw`.
-
-    Returns:
-        The artifact `ifvr` (tables users, videos, interactions, user_splits, filter_steps) and whether it was made now.
+def make(job: StageJob, filters: FilterSettings, splits: SplitSettings, seed: int) -> str:
+    """Filters and splits `raw` (tables users, videos, interactions, user_splits, filter_steps); returns a summary.
 
     Raises:
-        InputError: nothing is left after the filters.
+        InputError: no interaction passes the filters.
     """
-    raw = run.artifact("raw")
-    inputs = {"raw": raw.fingerprint}
-    recipe = {"filters": settings.filters.model_dump(), "splits": settings.splits.model_dump(), "seed": settings.seed}
-    mark = fingerprint("ifvr", recipe, inputs)
-    if found := run.finished("ifvr", mark, force):
-        return found, False
-    kept, steps = apply_filters(raw.table("interactions"), settings.filters)
-    if kept.num_rows == 0:
+    raw = job.input("raw")
+    interactions, steps = apply_filters(raw.table("interactions"), filters)
+    if interactions.num_rows == 0:
+        rows = "\n".join(f"  {s.interactions:>10,} left after: {s.name}{s.note and f' - {s.note}'}" for s in steps)
         raise InputError(
-            f"no interaction passes the filters:\n{_as_text(steps)}\n"
-            "Lower filters.min_video_views or filters.min_user_exposures."
+            f"no interaction passes the filters:\n{rows}\nLower filters.min_video_views or filters.min_user_exposures."
         )
-    result = split(kept, settings.splits, settings.seed)
-    with writing(run, "ifvr", fingerprint=mark, settings=settings, inputs=inputs) as out:
+    counts = [asdict(step) for step in steps]
+    result = split(interactions, splits, seed)
+    with job.writing() as out:
         out.write_table("interactions", result.interactions)
         out.write_table("user_splits", result.users)
         out.write_table("users", _used(raw.table("users"), "user_id", result.interactions))
         out.write_table("videos", _used(raw.table("videos"), "video_id", result.interactions))
-        out.write_table("filter_steps", pa.Table.from_pylist([s.to_json() for s in steps]))
-        out.info = {"splits": result.report, "filter_steps": [s.to_json() for s in steps]}
-    return run.artifact("ifvr"), True
+        out.write_table("filter_steps", pa.Table.from_pylist(counts))
+        out.info = {"splits": result.report, "filter_steps": counts}
+        out.summary = row_counts(out.tables)
+    return out.summary
 
 
 def _used(table: pa.Table, key: str, interactions: pa.Table) -> pa.Table:
     return table.filter(pc.is_in(table[key], value_set=interactions[key].combine_chunks().unique()))
-
-
-def _as_text(steps: list[FilterStep]) -> str:
-    return "\n".join(f"  {s.interactions:>10,} left after: {s.name}{' - ' + s.note if s.note else ''}" for s in steps)

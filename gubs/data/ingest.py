@@ -1,47 +1,34 @@
-"""First stage: a source's logs become the artifacts `raw` (typed tables) and, for simulated sources, `truth`."""
+"""The first stage: reads a source's logs into the artifact `raw`, typed tables that account for every row."""
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
-from gubs.artifacts import Artifact, Run, fingerprint, fingerprint_files, writing
-from gubs.config import Settings
-from gubs.data.sources import SourceTables, account, read_source
+from gubs.artifacts import StageJob, TableInfo, fingerprint_files
+from gubs.console import say
+from gubs.data.settings import SourceSettings
+from gubs.data.sources import SourceTables, read_source
 from gubs.errors import InputError
 
 _TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".dat", ".data", ".item", ".user", ".gz")
 
 
-def ingest_stage(run: Run, settings: Settings, *, force: bool = False) -> tuple[Artifact, bool]:
-    """Reads or simulates the source.
-
-    Returns:
-        The artifact `raw` (tables users, videos, interactions, rejects) and whether it was made now.
+def make(job: StageJob, source: SourceSettings) -> str:
+    """Reads the source; returns a summary.
 
     Raises:
-        InputError: the source's files cannot be used; the message says which, where and what to do.
+        InputError: a file of the source cannot be used; the message says which one, where and what to do.
     """
-    inputs = {"source": source_fingerprint(settings)}
-    mark = fingerprint("raw", settings.source.model_dump(exclude={"path"}), inputs)
-    if found := run.finished("raw", mark, force):
-        return found, False
-    tables = read_source(settings)
-    if tables.truth:
-        _write_truth(run, settings, tables, inputs)
-    with writing(run, "raw", fingerprint=mark, settings=settings, inputs=inputs) as out:
-        for name in ("users", "videos", "interactions", "rejects"):
-            out.write_table(name, getattr(tables, name))
-        out.info = {"files": account(tables.files), "notes": tables.notes, "nulls": _nulls(tables)}
-    return run.artifact("raw"), True
+    return write_raw(job, read_source(source))
 
 
-def source_fingerprint(settings: Settings) -> str:
-    """Identity of what the source would give: the simulation's settings, or the contents of its files.
+def source_identity(source: SourceSettings) -> str:
+    """Hash of the contents of the source's files.
 
     Raises:
-        InputError: the path does not exist or holds no file.
+        InputError: the path does not exist or holds no data file.
     """
-    if settings.source.kind == "synthetic":
-        return fingerprint("simulation", {**settings.synthetic.model_dump(), "seed": settings.seed}, {})
-    path = Path(settings.source.path)
+    path = Path(source.path)
     if not path.exists():
         raise InputError(f"source.path={path}: no such file or folder")
     files = [path] if path.is_file() else [p for p in path.iterdir() if p.is_file() and p.suffix in _TABLE_SUFFIXES]
@@ -50,18 +37,30 @@ def source_fingerprint(settings: Settings) -> str:
     return fingerprint_files(files)
 
 
-def _write_truth(run: Run, settings: Settings, tables: SourceTables, inputs: dict[str, str]) -> None:
-    mark = fingerprint("truth", settings.synthetic.model_dump(), inputs)
-    with writing(run, "truth", fingerprint=mark, settings=settings, inputs=inputs) as out:
-        for name, table in tables.truth.items():
-            out.write_table(name, table)
-        out.info = {"note": "What the simulation knows and no model may see: true causes, interests, flaws."}
+def write_raw(job: StageJob, tables: SourceTables) -> str:
+    """Writes the artifact (tables users, videos, interactions, rejects); returns its summary."""
+    with job.writing() as out:
+        for name in ("users", "videos", "interactions", "rejects"):
+            out.write_table(name, getattr(tables, name))
+        out.info = {
+            "files": {name: asdict(c) for name, c in tables.files.items()},
+            "notes": tables.notes,
+            "nulls": _nulls(tables),
+        }
+        out.summary = row_counts(out.tables)
+        if rejected := tables.rejects.num_rows:
+            out.summary += f"; {rejected:,} rows rejected, see {job.run.full(job.stage, 'rejects.parquet')}"
+    for note in tables.notes:
+        say(f"         note: {note}")
+    return out.summary
+
+
+def row_counts(tables: Mapping[str, TableInfo]) -> str:
+    """The numbers of users, videos and interactions, as text."""
+    return ", ".join(f"{tables[t].rows:,} {t}" for t in ("users", "videos", "interactions"))
 
 
 def _nulls(tables: SourceTables) -> dict[str, list[str]]:
-    """Columns the source knows nothing about, by table."""
-    found = {}
-    for name in ("users", "videos", "interactions"):
-        table = getattr(tables, name)
-        found[name] = [c for c in table.column_names if table.num_rows and table[c].null_count == table.num_rows]
-    return found
+    """Columns without any value, by table."""
+    named = {"users": tables.users, "videos": tables.videos, "interactions": tables.interactions}
+    return {name: [c for c in t.column_names if t.num_rows == t[c].null_count > 0] for name, t in named.items()}

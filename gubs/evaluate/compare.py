@@ -16,7 +16,7 @@ from gubs.errors import ArtifactError
 from gubs.evaluate.judge import BASE, MIXES, MODES
 from gubs.prompts.answers import as_answer
 from gubs.records import TASK_OPTIONS, Option, Task
-from gubs.ufm.rewards import judge
+from gubs.ufm.rewards import reward_answer
 from gubs.ufm.settings import RewardSettings
 
 REWARD = "reward"
@@ -152,8 +152,8 @@ class _Judged:
         self.asked = {(r["interaction_id"], r["natural"], r["balanced"], r["gold"]) for r in self.rows}
         metrics = artifact.table("metrics").to_pylist()
         self.metrics = {(m["task"], m["mix"], m["mode"], m["method"], m["name"]): m for m in metrics}
-        ufm = artifact.manifest.settings["ufm"]
-        self.resamples, self.seed = ufm["evaluate"]["bootstrap"], artifact.manifest.settings["seed"]
+        settings = artifact.manifest.settings
+        self.resamples, self.seed = settings["evaluate"]["bootstrap"], settings["seed"]
 
     def of(self, task: Task, mix: str, mode: str) -> list[dict[str, Any]]:
         return [r for r in self.rows if r["task"] == task and r["mode"] == mode and r[mix]]
@@ -217,7 +217,7 @@ def _reward_row(found: Sequence[_Judged], task: Task, mix: str, rows: Sequence[d
 
 def _constant_reward(option: Option, golds: Sequence[Option], task: Task) -> float:
     text = as_answer("The same as ever.", option)
-    by_gold = {g: judge(text, g, task, RewardSettings(), finished=True)[0].total for g in set(golds)}
+    by_gold = {g: reward_answer(text, g, task, RewardSettings(), finished=True)[0].total for g in set(golds)}
     return float(np.mean([by_gold[g] for g in golds]))
 
 

@@ -5,29 +5,28 @@ natural mix of options and on a balanced one, since a policy trained on balanced
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from gubs.artifacts import Artifact, Run, fingerprint, fingerprint_files, writing
-from gubs.config import Settings
-from gubs.errors import ArtifactError, PlatformError
+from gubs.artifacts import StageJob
+from gubs.console import progress
+from gubs.data.ifvr import PROFILES
+from gubs.errors import ArtifactError
 from gubs.evaluate.metrics import Predictions, table
+from gubs.evaluate.settings import EvalSettings
 from gubs.records import TASK_OPTIONS, Option, Split, Task
-from gubs.ufm import model as models
-from gubs.ufm.inputs import Inputs
+from gubs.ufm.predict import Prediction, Predictor, Query
 from gubs.ufm.questions import Item, Questions
-from gubs.ufm.rewards import judge
-from gubs.ufm.rollout import Request, Shape, start_rollout
+from gubs.ufm.rewards import reward_answer
 from gubs.ufm.sampling import sample_seed
-from gubs.ufm.settings import RewardSettings
-from gubs.ufm.stage import policy_folder, use_gpu
+from gubs.ufm.settings import RewardSettings, UFMSettings
+from gubs.ufm.stage import base_model, policy_folder, use_gpu
 
+OnProgress = Callable[[int, int], None]
 BASE = "base"
 """Name of the policy before any training."""
 
@@ -54,55 +53,32 @@ PREDICTIONS = pa.schema(
 """One row a target and mode. `natural`, `balanced`: the mixes that it belongs to; `reward`: R of Eq. 4, with all of its
 parts, whatever training used; no gold and no reward: a skip whose reason nobody knows."""
 
-_HEAT = {"greedy": 0.0, "sampled": 1.0}
+_TEMPERATURE = {"greedy": 0.0, "sampled": 1.0}
 _CHUNK = 64
 """Answers between two looks at the progress."""
-_AT_ONCE = 8 * _CHUNK
-"""Requests that an engine is given at once."""
-OnProgress = Callable[[int, int], None]
+_SHARE = 512
+"""Answers that are worth an engine of their own."""
 
 
-def judge_stage(
-    run: Run,
-    settings: Settings,
-    policy: str,
-    *,
-    force: bool = False,
-    on_progress: OnProgress | None = None,
-) -> tuple[Artifact, bool]:
-    """Asks a policy about the test users and measures. Ray has to be running.
-
-    Args:
-        run: with `ifvr`, `labels`, and the policy.
-        settings: `ufm.evaluate`, `ufm.inputs`.
-        policy: stage that trained it, or `base`.
-        force: make it again.
-        on_progress: told (answers, answers in all).
-
-    Returns:
-        The artifact (tables predictions, metrics) and whether it was made now.
+def make(job: StageJob, ufm: UFMSettings, evaluate: EvalSettings, seed: int) -> str:
+    """Asks a policy about the test users and measures (tables predictions, metrics).
 
     Raises:
-        ArtifactError: something it needs is not there.
+        ArtifactError: there is no labelled target of a test user.
     """
-    ufm = settings.ufm
-    folder = models.checkpoint(ufm.model) if policy == BASE else policy_folder(run, policy)
-    questions = Questions(run, settings)
-    inputs = {policy: fingerprint_files(list(folder.glob("*.safetensors"))), **questions.fingerprints()}
-    chosen = {"evaluate": ufm.evaluate.model_dump(), "inputs": ufm.inputs.model_dump(), "seed": settings.seed}
-    chosen |= {"min_new_tokens": ufm.rollout.min_new_tokens, "dtype": ufm.model.dtype}
-    stage = f"eval-{policy}"
-    mark = fingerprint(stage, chosen, inputs)
-    if found := run.finished(stage, mark, force):
-        return found, False
-    chosen_items = test_items(questions, ufm.evaluate.items, settings.seed)
-    rows = predictions(chosen_items, questions, folder, settings, on_progress)
-    with writing(run, stage, fingerprint=mark, settings=settings, inputs=inputs) as out:
+    policy = job.stage.removeprefix("eval-")
+    folder = base_model(ufm.model) if policy == BASE else policy_folder(job.run, policy)
+    questions = Questions(job.run, ufm.inputs, tastes=job.reads(PROFILES))
+    items = test_items(questions, evaluate.items, seed)
+    with progress("answers") as on_progress:
+        rows = predictions(items, questions, folder, ufm, seed, on_progress)
+    with job.writing() as out:
         out.write_table("predictions", pa.Table.from_pylist(rows, schema=PREDICTIONS))
-        metrics = measure(rows, ufm.evaluate.bootstrap, settings.seed)
+        metrics = measure(rows, evaluate.bootstrap, seed)
         out.write_table("metrics", pa.Table.from_pylist(metrics))
         out.info = {"policy": policy, "summary": summary(rows, metrics)}
-    return run.artifact(stage), True
+        out.summary = f"{len(rows):,} answers"
+    return out.summary
 
 
 def test_items(questions: Questions, count: int, seed: int) -> list[tuple[Item, dict[str, bool]]]:
@@ -128,35 +104,22 @@ def predictions(
     items: Sequence[tuple[Item, dict[str, bool]]],
     questions: Questions,
     folder: Path,
-    settings: Settings,
+    ufm: UFMSettings,
+    seed: int,
     on_progress: OnProgress | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of `PREDICTIONS`: what the policy in a folder says about the items."""
-    ufm = settings.ufm
-    shape = Shape(
-        str(folder), ufm.model, ufm.inputs, ufm.rollout, max_pictures=ufm.inputs.vision and questions.pictures
-    )
-    with _started(shape, settings, len(MODES) * len(items)) as engines:  # they come up while prompts are encoded
-        inputs = Inputs(folder, ufm.inputs)
-        encoded = [inputs.encode(questions.about_user(i.task, i.user_id, i.video_id)) for i, _ in items]
-        kept = [k for k, e in enumerate(encoded) if inputs.fits(e)]
-        asked = [
-            (k, mode, Request(inputs.for_engine(encoded[k]), sample_seed(settings.seed, 0, k, mode, 0)))
-            for mode in MODES
-            for k in kept
-        ]
-        rows = []
-        for done, (k, mode, response) in enumerate(_ask(asked, engines, ufm.workers.stuck_after_s), start=1):
-            item, mixes = items[k]
-            text, finished = inputs.text(response.ids)
-            parts, reading = judge(text, item.gold or Option.B, item.task, RewardSettings(), finished)
-            reward = parts.total if item.gold else None
-            said = {"predicted": reading.option, "failure": reading.failure, "reward": reward, "answer": text}
-            rows.append(_row(item, mode, mixes) | {n: str(v) if n != "reward" and v else v for n, v in said.items()})
-            if on_progress and (done % _CHUNK == 0 or done == len(asked)):
-                on_progress(done, len(asked))
-    dropped = sorted(set(range(len(items))) - set(kept))
-    return rows + [_row(items[k][0], mode, items[k][1]) for mode in MODES for k in dropped]
+    """Rows of `PREDICTIONS`: what the policy in a folder says about the items, by mode and item."""
+    total, rows = len(MODES) * len(items), {}
+    gpu = use_gpu(ufm.workers)
+    engines = min(ufm.workers.count, math.ceil(total / _SHARE)) if gpu else 1
+    pictures = ufm.inputs.vision and questions.pictures
+    with Predictor(folder, ufm, pictures=pictures, engines=engines, gpu=gpu) as predictor:
+        for prediction in predictor.stream(_queries(items, questions, seed)):
+            mode, number = prediction.key
+            rows[prediction.key] = _row(items[number], MODES[mode], prediction)
+            if on_progress and (len(rows) % _CHUNK == 0 or len(rows) == total):
+                on_progress(len(rows), total)
+    return [rows[key] for key in sorted(rows)]
 
 
 def measure(rows: Sequence[dict[str, Any]], resamples: int, seed: int) -> list[dict[str, Any]]:
@@ -204,62 +167,12 @@ def as_predictions(rows: Sequence[dict[str, Any]], task: Task) -> Predictions:
     )
 
 
-@contextmanager
-def _started(shape: Shape, settings: Settings, requests: int) -> Iterator[list[Any]]:
-    """As many engines as there are workers (one on a CPU), but no more than have work; they end with the block."""
-    import ray
-
-    gpu = use_gpu(settings)
-    chunks = math.ceil(requests / len(MODES) / _AT_ONCE) * len(MODES)
-    engines = [_engine(shape, gpu) for _ in range(min(settings.ufm.workers.count if gpu else 1, chunks))]
-    try:
-        yield engines
-    finally:
-        for engine in engines:
-            ray.kill(engine)
-
-
-def _ask(
-    asked: Sequence[tuple[int, str, Request]], engines: Sequence[Any], deadline: float
-) -> Iterator[tuple[int, str, Any]]:
-    """Answers as they come. An engine is given work once it is up, and more when it is done: one that waits for a busy
-    GPU keeps nothing from the others.
-    """
-    import ray
-    from ray.exceptions import RayActorError
-
-    chunks = deque((mode, part) for mode in MODES for part in _parts([a for a in asked if a[1] == mode]))
-    work: dict[Any, tuple[Any, Sequence[tuple[int, str, Request]]]] = {e.ready.remote(): (e, ()) for e in engines}
-    try:
-        while chunks or any(part for _, part in work.values()):
-            done, _ = ray.wait(list(work), timeout=deadline)
-            if not done:
-                raise PlatformError(f"no engine that judges test users was up or answered within {deadline:g} s")
-            engine, part = work.pop(done[0])
-            said = ray.get(done[0])
-            if chunks:
-                mode, following = chunks.popleft()
-                work[engine.generate.remote([r for _, _, r in following], _HEAT[mode])] = (engine, following)
-            for (k, mode, _), response in zip(part, said if part else (), strict=True):
-                yield k, mode, response
-    except RayActorError as e:
-        raise PlatformError(f"the engine that judges test users died: {e}") from None
-
-
-def _engine(shape: Shape, gpu: bool) -> Any:
-    import ray
-
-    if not gpu:
-        return start_rollout(shape)
-    from gubs.ufm.rollout import Engine
-
-    remote: Any = ray.remote(Engine)
-    return remote.options(num_gpus=1, num_cpus=0).remote(shape)
-
-
-def _parts(asked: Sequence[tuple[int, str, Request]]) -> Iterator[Sequence[tuple[int, str, Request]]]:
-    for start in range(0, len(asked), _AT_ONCE):
-        yield asked[start : start + _AT_ONCE]
+def _queries(items: Sequence[tuple[Item, dict[str, bool]]], questions: Questions, seed: int) -> Iterator[Query]:
+    """Each item's question in each mode; the key is (number of the mode, number of the item)."""
+    for m, mode in enumerate(MODES):
+        for k, (item, _) in enumerate(items):
+            prompt = questions.about_user(item.task, item.user_id, item.video_id)
+            yield Query((m, k), prompt, sample_seed(seed, 0, k, mode, 0), _TEMPERATURE[mode])
 
 
 def _balanced(items: Sequence[Item], order: Sequence[int], count: int, task: Task) -> set[int]:
@@ -273,7 +186,17 @@ def _balanced(items: Sequence[Item], order: Sequence[int], count: int, task: Tas
     return {i for found in there for i in found[:size]}
 
 
-def _row(item: Item, mode: str, mixes: dict[str, bool]) -> dict[str, Any]:
+def _row(asked: tuple[Item, dict[str, bool]], mode: str, prediction: Prediction) -> dict[str, Any]:
+    item, mixes = asked
+    answer: dict[str, Any] = {"predicted": None, "failure": "too_long", "reward": 0.0 if item.gold else None}
+    if prediction.text is not None:
+        gold = item.gold or Option.B  # an unexplained skip: what is rewarded is not kept
+        parts, reading = reward_answer(prediction.text, gold, item.task, RewardSettings(), prediction.finished)
+        answer = {
+            "predicted": str(reading.option) if reading.option else None,
+            "failure": str(reading.failure) if reading.failure else None,
+            "reward": parts.total if item.gold else None,
+        }
     return {
         "interaction_id": item.interaction_id,
         "user_id": item.user_id,
@@ -281,10 +204,8 @@ def _row(item: Item, mode: str, mixes: dict[str, bool]) -> dict[str, Any]:
         "mode": mode,
         **mixes,
         "gold": str(item.gold) if item.gold else None,
-        "predicted": None,
-        "failure": "too_long",
-        "reward": 0.0 if item.gold else None,
+        **answer,
         "play_rate": item.play_rate,
         "clicked": item.gold == Option.A if item.task == Task.CLICK else None,
-        "answer": None,
+        "answer": prediction.text,
     }

@@ -1,11 +1,12 @@
-"""The words of this package: a request, a finished call's entry in the journal, the answer the caller gets."""
+"""The records of this package: a request, the journal's entry for a finished call, the answer the caller gets."""
 
-import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gubs.artifacts import JsonObject
 from gubs.llm.settings import RoleSettings
 
 Message = dict[str, str]
@@ -14,76 +15,104 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class LLMRequest:
-    """One thing to ask."""
+    """One question to a model."""
 
     role: str
     """summarizer, profiler, matcher or annotator."""
     label: str
-    """Names the request in errors and in the journal, as `match/g03/u0017`; not part of its identity."""
+    """Names the request in errors and in the journal, e.g. `match/g03/u0017`; not part of its identity."""
     messages: tuple[Message, ...]
-    schema: dict[str, Any] | None = None
-    """JSON schema the answer must fit; the value is the JSON."""
+    schema: JsonObject | None = None
+    """JSON schema of the answer; the value is the JSON."""
     regex: str | None = None
-    """Pattern the whole answer must match (Python and vLLM dialect); the value is the text."""
+    """Pattern for the whole answer (Python and vLLM dialect); the value is the text."""
     parser: str = ""
-    """`module:function`; gets the value so far (the JSON with a schema, else the text) and returns the final value, or
-    raises a ValueError whose `cause` attribute, if it has one, names the kind of failure."""
-    parser_args: dict[str, Any] = field(default_factory=dict)
+    """`module:function`. It gets the value so far (the JSON if there is a schema, else the text) and returns the final
+    value, or raises a ValueError; its attribute `cause`, if any, names the kind of failure."""
+    parser_args: JsonObject = field(default_factory=dict)
     """Further arguments of the parser, by name."""
     sample: int = 0
-    """Tells deliberate repeats of the same request apart."""
-    metadata: dict[str, Any] = field(default_factory=dict)
-    """Carried through to the answer; not part of the identity."""
+    """Distinguishes deliberate repeats of the same request."""
+    metadata: JsonObject = field(default_factory=dict)
+    """Copied to the answer; not part of the identity."""
 
 
-def question(role: str, label: str, user: str, *, system: str = "", **rest: Any) -> LLMRequest:
-    """A request of one user message, with a system message where given."""
+def question(role: str, label: str, user: str, *, system: str = "", **fields: Any) -> LLMRequest:
+    """A request with one user message and, if given, a system message; `fields` are those of `LLMRequest`."""
     head: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
-    return LLMRequest(role, label, (*head, {"role": "user", "content": user}), **rest)
+    return LLMRequest(role, label, (*head, {"role": "user", "content": user}), **fields)
+
+
+@dataclass(slots=True)
+class Cost:
+    """What calls cost."""
+
+    calls: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    money: float = 0.0
+    """In the currency of the endpoints' prices."""
+
+    @property
+    def tokens(self) -> int:
+        """Input and output tokens."""
+        return self.tokens_in + self.tokens_out
+
+    def add(self, other: "Cost", times: int = 1) -> None:
+        """Adds another cost; -1 times to subtract it."""
+        self.calls += times * other.calls
+        self.tokens_in += times * other.tokens_in
+        self.tokens_out += times * other.tokens_out
+        self.money += times * other.money
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A finished call as the journal holds it: one HTTP answer, or the failure it ended in."""
+    """A finished call in the journal: one HTTP answer, or the failure it ended in."""
 
     key: str
     role: str
     label: str
     endpoint: str
-    request: dict[str, Any]
-    """Everything the key is the hash of: model, messages, parameters, schema, regex, sample."""
+    request: JsonObject
+    """What the key is a hash of: model, messages, parameters, schema, regex, sample."""
     text: str = ""
     reasoning: str = ""
     finish_reason: str = ""
     tokens_in: int = 0
     tokens_out: int = 0
     tokens_estimated: bool = False
-    """The endpoint did not say; the counts are ours (see `estimate_tokens`)."""
+    """The endpoint sent no counts; these are ours (see `estimate_tokens`)."""
     latency_s: float = 0.0
     """Of the attempt that succeeded."""
     attempts: int = 1
     price: float = 0.0
     failure: str = ""
-    """Cause, where the endpoint refused this one request or never answered it; empty = there is an answer."""
+    """Cause, if the endpoint refused this request or never answered it; empty = there is an answer."""
     error: str = ""
     lasting: bool = True
-    """False: a later run asks again (the failure was the endpoint's, not the request's)."""
+    """False: the failure was the endpoint's, not the request's, and a later run asks again."""
     time: str = ""
     """UTC, ISO 8601."""
+
+    @property
+    def cost(self) -> Cost:
+        """What the call cost."""
+        return Cost(1, self.tokens_in, self.tokens_out, self.price)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of a request. `ok` says whether `value` can be used."""
+    """The result of a request. `ok` says whether `value` can be used."""
 
     role: str
     label: str
     key: str
     text: str
-    """The last answer, whatever it is worth."""
+    """The last answer, usable or not."""
     reasoning: str
     value: Any
-    """The text, the parsed JSON, or what the parser made of it; None after a failure."""
+    """The text, the parsed JSON, or what the parser returned; None after a failure."""
     failure: str
     """Empty, or the cause: not_json, schema, no_match, empty, truncated, refused, rejected, unreachable, rate_limited,
     or a cause of the parser."""
@@ -93,11 +122,11 @@ class Answer:
     tokens_out: int
     latency_s: float
     attempts: int
-    """HTTP attempts, over all calls."""
+    """HTTP attempts over all calls."""
     calls: int
-    """1, or more after a re-ask."""
+    """1, or more after re-asks."""
     price: float
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: JsonObject = field(default_factory=dict)
     replayed: bool = field(default=False, compare=False)
     """All of it came from the journal."""
 
@@ -107,19 +136,13 @@ class Answer:
         return not self.failure
 
 
-def identity(request: LLMRequest, role: RoleSettings, model: str) -> dict[str, Any]:
-    """What makes a request this request: equal identities get equal answers from the journal.
+def identity(request: LLMRequest, role: RoleSettings, model: str) -> JsonObject:
+    """What identifies a request: the journal answers equal identities with equal answers.
 
-    The endpoint's address, its limits and the way structure is enforced are left out: an answer stays valid when a run
-    is continued through another door to the same model.
+    The endpoint's address, its limits and the way it enforces structure are not part of it: an answer stays valid when
+    a run resumes with another endpoint for the same model.
     """
-    parameters = {
-        "temperature": role.temperature,
-        "top_p": role.top_p,
-        "max_tokens": role.max_tokens,
-        "seed": role.seed,
-        **role.extra,
-    }
+    parameters = {name: getattr(role, name) for name in ("temperature", "top_p", "max_tokens", "seed")} | role.extra
     return {
         "model": model,
         "messages": list(request.messages),
@@ -130,31 +153,26 @@ def identity(request: LLMRequest, role: RoleSettings, model: str) -> dict[str, A
     }
 
 
-def key_of(identity: dict[str, Any]) -> str:
+def key_of(identity: JsonObject) -> str:
     """Hash of an identity: 32 hexadecimal digits."""
     text = json.dumps(identity, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def estimate_tokens(text: str) -> int:
-    """Tokens of a text, roughly: four ASCII characters make one, every other character makes one.
+    """Approximate tokens of a text: one per four ASCII characters and one per other character.
 
-    Meant for limits and for prices before spending: about right for English and Chinese, high for accented languages.
+    For limits, and for prices before spending: about right for English and Chinese, high for accented languages.
     """
     ascii_count = len(text.encode("ascii", "ignore"))
     return -(-ascii_count // 4) + len(text) - ascii_count
 
 
-def estimate_prompt(messages: list[Message] | tuple[Message, ...]) -> int:
-    """Input tokens of a request, roughly: its texts and four more a message."""
+def estimate_prompt(messages: Sequence[Message]) -> int:
+    """Approximate input tokens of a request: its texts, and four more per message."""
     return sum(estimate_tokens(m["content"]) + 4 for m in messages)
 
 
 def clean(text: str) -> str:
     """The text without lone surrogates, which UTF-8 (and thus the journal) cannot hold."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def entry_row(entry: Entry) -> dict[str, Any]:
-    """The entry as a JSON object. Not `dataclasses.asdict`, which copies every prompt deeply."""
-    return {f.name: getattr(entry, f.name) for f in dataclasses.fields(entry)}

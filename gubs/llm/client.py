@@ -1,46 +1,43 @@
 """The client that the UGM and the teachers ask: requests in, answers out, everything journaled on the way.
 
-A request is a short conversation: a call and, where its answer cannot be used, a re-ask that shows the error. Each
-call is looked up in the journal first, then goes to the pool. So a run that starts again walks through what is
-finished without a call, and a replay is the same walk with the pool left out; neither starts an actor or a server
-before it needs one.
+A request is a short dialog: a call and, if its answer cannot be used, a re-ask that shows the error. Each call is
+looked up in the journal first, then goes to the pool. So a run that starts again passes everything finished without a
+call, and a replay is the same without the pool; neither starts an actor or a server before it needs one.
 """
 
 import collections
 import contextlib
 import dataclasses
-import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 from gubs.errors import SettingsError
 from gubs.llm import embedded
-from gubs.llm.budget import Budget, Cost, Plan, RolePlan, mean_output
-from gubs.llm.calls import Answer, Entry, LLMRequest, estimate_prompt, identity, key_of
-from gubs.llm.endpoint import Work, price
-from gubs.llm.errors import STOPS, BudgetReachedError, NotInJournalError
-from gubs.llm.journal import Journal, Spent
-from gubs.llm.pool import News, Pool
+from gubs.llm.budget import Budget, CostEstimate, RoleCost, mean_output
+from gubs.llm.calls import Answer, Cost, Entry, LLMRequest, estimate_prompt, identity, key_of
+from gubs.llm.client_actor import Report
+from gubs.llm.endpoint import Assignment, Work, price
+from gubs.llm.errors import BudgetReachedError, NotInJournalError
+from gubs.llm.journal import Journal
 from gubs.llm.progress import OnProgress, Progress
 from gubs.llm.redact import read_keys
-from gubs.llm.settings import EMBEDDED, LLMSettings
+from gubs.llm.settings import EMBEDDED, LLMSettings, RoleSettings
 from gubs.llm.structured import UnusableError, read, reask
-from gubs.llm.worker import Assignment, Report, Stopped
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from gubs.llm.pool import PollResult, Pool
 
-_TELL_S = 0.5
+_SHOW_S = 0.5
 
 
-class Talk:
-    """One request on its way to an answer: the call to make next, and what was said so far."""
+class Dialog:
+    """One request on its way to an answer: the call to make next, and the calls so far."""
 
-    def __init__(self, index: int, request: LLMRequest, settings: LLMSettings, model: str):
-        self.index, self.request = index, request
-        self._role, self._model = settings.role(request.role), model
+    def __init__(self, index: int, request: LLMRequest, role: RoleSettings, endpoint: str, model: str):
+        self.index, self.request, self.endpoint = index, request, endpoint
+        self._role, self._model = role, model
         self._entries: list[Entry] = []
         self.live = False
         """Some call of it was made now, not replayed."""
@@ -52,7 +49,7 @@ class Talk:
         self.key = key_of(self.identity)
 
     def advance(self, entry: Entry) -> Answer | None:
-        """Takes in a finished call; returns the answer, or None where a re-ask is now the call to make."""
+        """Takes a finished call; returns the answer, or None if a re-ask is now the call to make."""
         self._entries.append(entry)
         if entry.failure and entry.failure != "refused":
             return self._answer(entry, None, entry.failure, entry.error)
@@ -65,9 +62,11 @@ class Talk:
             return None
         return self._answer(entry, value, "", "")
 
-    def _answer(self, last: Entry, value: Any, failure: str, error: str) -> Answer:
+    def _answer(self, last: Entry, value: object, failure: str, error: str) -> Answer:
         calls = self._entries
+        summed = ("tokens_in", "tokens_out", "latency_s", "attempts", "price")
         return Answer(
+            **{name: sum(getattr(c, name) for c in calls) for name in summed},
             role=self.request.role,
             label=self.request.label,
             key=calls[0].key,
@@ -77,22 +76,21 @@ class Talk:
             failure=failure,
             error=error,
             finish_reason=last.finish_reason,
-            tokens_in=sum(c.tokens_in for c in calls),
-            tokens_out=sum(c.tokens_out for c in calls),
-            latency_s=sum(c.latency_s for c in calls),
-            attempts=sum(c.attempts for c in calls),
             calls=len(calls),
-            price=sum(c.price for c in calls),
             metadata=self.request.metadata,
             replayed=not self.live,
         )
+
+
+Queues = dict[str, collections.deque[Dialog]]
+"""Dialogs whose next call is not sent yet, by endpoint."""
 
 
 class LLMClient:
     """Asks text LLMs. A context manager; not for several threads at once."""
 
     def __init__(self, settings: LLMSettings, journal: str | Path = "", *, on_progress: OnProgress | None = None):
-        """`journal`: folder of the journal, where the settings name none.
+        """`journal`: the folder to use if the settings name none.
 
         Raises:
             SettingsError: no journal, or a key's environment variable is not set. JournalError: it cannot be read.
@@ -102,16 +100,14 @@ class LLMClient:
         if not folder:
             raise SettingsError("LLM calls need a journal: set llm.journal=FOLDER")
         if "://" in folder:
-            raise SettingsError(
-                f"llm.journal={folder}: a journal is appended to and must lie on a local or shared file system"
-            )
+            raise SettingsError(f"llm.journal={folder}: a journal must be on a local or shared file system")
         self._live = settings.mode == "record"
         self._keys = read_keys(settings.endpoints) if self._live else {}
         self.journal = Journal(Path(folder).absolute(), writable=self._live)
         self._budget = Budget(settings.budget, self.journal)
         self._on_progress = on_progress
-        self._told = 0.0
-        self._waiting: dict[str, list[Talk]] = {}
+        self._shown_at = 0.0
+        self._waiting: dict[str, list[Dialog]] = {}
         self._server: embedded.EmbeddedServer | None = None
         self._pool: Pool | None = None
         self._endpoints = dict(settings.endpoints)
@@ -121,30 +117,26 @@ class LLMClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Ends the actors and the embedded server."""
-        pool, self._pool = self._pool, None
-        server, self._server = self._server, None
         with contextlib.ExitStack() as stack:
             stack.callback(self.journal.close)
-            if server:
-                stack.callback(server.stop)
-            if pool:
-                stack.callback(pool.close)
+            if self._server:
+                stack.callback(self._server.stop)
+            if self._pool:
+                stack.callback(self._pool.close)
+            self._server = self._pool = None
 
     def start(self) -> None:
-        """Starts the actors (and the embedded server, where a role uses it); else the first call that is needed does.
+        """Starts the actors (and the embedded server, if a role uses it); otherwise the first call does.
 
         Raises:
             PlatformError: Ray is not running, or something does not start.
         """
-        if self._pool is None:
-            self._pool = self._start_pool(Progress(0))
+        self._running_pool(Progress(0))
 
     def ask(self, requests: Iterable[LLMRequest]) -> list[Answer]:
         """Answers in the order of the requests. Errors: see `stream`."""
@@ -155,197 +147,164 @@ class LLMClient:
         """Yields (index of the request, answer) as they come. A request that fails is an answer with its cause.
 
         Raises:
-            EndpointDownError, EndpointRefusedError: nothing more is to be had from an endpoint.
-            BudgetReachedError: the next call does not fit; what was in flight has been finished.
+            EndpointDownError, EndpointRefusedError: an endpoint will answer nothing more.
+            BudgetReachedError: the next call does not fit; calls in flight have finished.
             NotInJournalError: replay, and the journal lacks a call. JournalError: it cannot be written.
             PlatformError: see `start`.
-            In all cases what was finished stands in the journal.
+            In all cases the journal has what was finished.
         """
-        todo: dict[str, collections.deque[Talk]] = collections.defaultdict(collections.deque)
-        total = 0
-        self._waiting = {key: [] for key in self._waiting}  # of a batch nobody listens to any more: only journaled
-        for talk in self._talks(requests):
-            todo[self.settings.endpoint_of(talk.request.role)].append(talk)
-            total += 1
-        progress = Progress(total)
-        while progress.done < total:
-            refused: Cost | None = None
-            for endpoint, queue in todo.items():
-                for talk, answer in self._feed(endpoint, queue, progress):
-                    progress.finished(answer)
-                    yield talk.index, answer
-                refused = refused or self._does_not_fit(queue)
-            if progress.done == total:
-                break
-            self._tell(progress)
-            if refused and not self._waiting:
-                left = total - progress.done
-                story = self._budget.story(refused)
-                raise BudgetReachedError(
-                    f"{story}; {left} of {total} requests are open. What is finished is kept: raise it and run again"
-                )
-            for talk, answer in self._listen(todo, progress):
-                progress.finished(answer)
-                yield talk.index, answer
-        self._tell(progress, last=True)
+        queues: Queues = collections.defaultdict(collections.deque)
+        self._waiting = {key: [] for key in self._waiting}  # calls of an abandoned batch are only journaled
+        for dialog in self._dialogs(requests):
+            queues[dialog.endpoint].append(dialog)
+        progress = Progress(sum(map(len, queues.values())))
+        for dialog, answer in self._answers(queues, progress):
+            progress.finished(answer)
+            yield dialog.index, answer
+        self._show(progress, always=True)
 
-    def dry_run(self, requests: Iterable[LLMRequest]) -> Plan:
-        """What the requests would cost, before anything is spent and without what the journal has."""
-        plan, seen = Plan(), set[str]()
-        for talk in self._talks(requests):
-            name = self.settings.endpoint_of(talk.request.role)
-            role = plan.roles.setdefault(
-                talk.request.role, RolePlan(talk.request.role, name, self._endpoints[name].model)
-            )
+    def dry_run(self, requests: Iterable[LLMRequest]) -> CostEstimate:
+        """What the requests would cost, without those that the journal answers."""
+        estimate, seen = CostEstimate(), set[str]()
+        for dialog in self._dialogs(requests):
+            name, endpoint = dialog.request.role, dialog.endpoint
+            model = self._endpoints[endpoint].model
+            role = estimate.roles.setdefault(name, RoleCost(role=name, endpoint=endpoint, model=model))
             role.requests += 1
-            if self._replay(talk) is not None:
+            if self._replay(dialog) is not None:
                 role.journaled += 1
-            elif talk.key not in seen:
-                seen.add(talk.key)
-                cost = self._cost(talk)
-                role.calls += 1
-                role.tokens_in += cost.tokens_in
-                role.tokens_out += cost.tokens_out
-                role.money += cost.money
-        return plan
-
-    @property
-    def spent(self) -> dict[str, Spent]:
-        """What the journal's calls have cost, by role."""
-        return dict(self.journal.spent)
+            elif dialog.key not in seen:
+                seen.add(dialog.key)
+                role.add(self._cost(dialog))
+        return estimate
 
     @property
     def counts(self) -> Report:
         """What the client actors last reported: in flight, retried, second copies, CPU seconds since they started."""
         return self._pool.counts if self._pool else Report([])
 
-    def _talks(self, requests: Iterable[LLMRequest]) -> Iterator[Talk]:
+    def _dialogs(self, requests: Iterable[LLMRequest]) -> Iterator[Dialog]:
         for index, request in enumerate(requests):
-            model = self._endpoints[self.settings.endpoint_of(request.role)].model
-            yield Talk(index, request, self.settings, model)
+            role, endpoint = self.settings.role(request.role), self.settings.endpoint_of(request.role)
+            yield Dialog(index, request, role, endpoint, self._endpoints[endpoint].model)
 
-    def _replay(self, talk: Talk) -> Answer | None:
-        """Walks a talk as far as the journal goes; the answer, or None where a call has to be made."""
+    def _replay(self, dialog: Dialog) -> Answer | None:
+        """Advances a dialog as far as the journal goes; the answer, or None if a call has to be made."""
+        answer = None
+        while answer is None and (entry := self.journal.get(dialog.key)):
+            answer = dialog.advance(entry)
+        return answer
+
+    def _answers(self, queues: Queues, progress: Progress) -> Iterator[tuple[Dialog, Answer]]:
+        """Sends and receives until nothing is open; the caller counts each answer before it asks for the next."""
         while True:
-            entry = self.journal.get(talk.key)
-            answer = talk.advance(entry) if entry else None
-            if entry is None or answer is not None:
-                return answer
+            over_budget: Cost | None = None
+            for endpoint, queue in queues.items():
+                cost = yield from self._send(endpoint, queue, progress)
+                over_budget = over_budget or cost
+            if progress.done == progress.total:
+                return
+            self._show(progress)
+            if over_budget and not self._waiting:
+                counts = f"{progress.total - progress.done} of {progress.total} requests are open"
+                remedy = "Finished calls are kept: raise the budget and run again"
+                raise BudgetReachedError(f"{self._budget.explain(over_budget)}; {counts}. {remedy}")
+            yield from self._receive(queues, progress)
 
-    def _feed(self, endpoint: str, queue: collections.deque[Talk], progress: Progress) -> Iterator[tuple[Talk, Answer]]:
-        """Sends what can be sent now; yields what the journal answers."""
+    def _send(
+        self, endpoint: str, queue: collections.deque[Dialog], progress: Progress
+    ) -> Generator[tuple[Dialog, Answer], None, Cost | None]:
+        """Sends what can be sent now and yields what the journal answers; returns the cost that the budget refuses."""
         while queue:
-            talk = queue[0]
-            answer = self._replay(talk)
+            dialog = queue[0]
+            answer = self._replay(dialog)
             if answer is not None:
                 queue.popleft()
-                yield talk, answer
+                yield dialog, answer
                 continue
             if not self._live:
                 raise NotInJournalError(
-                    f"{self.journal.folder} has no answer for {talk.request.role} {talk.request.label!r} "
-                    f"(key {talk.key}), and llm.mode=replay makes no calls: run with llm.mode=record"
+                    f"{self.journal.folder} has no answer for {dialog.request.role} {dialog.request.label!r} "
+                    f"(key {dialog.key}), and llm.mode=replay makes no calls: run with llm.mode=record"
                 )
-            if talk.key in self._waiting:  # the same request twice: one call serves both
-                self._waiting[talk.key].append(queue.popleft())
+            if dialog.key in self._waiting:  # the same request twice: one call serves both
+                self._waiting[dialog.key].append(queue.popleft())
                 continue
-            if self._pool is None:
-                self._pool = self._start_pool(progress)
-            if not self._pool.room(endpoint) or not self._budget.fits(self._cost(talk)):
-                return
-            self._send(queue.popleft(), endpoint)
+            pool, cost = self._running_pool(progress), self._cost(dialog)
+            if not pool.has_room(endpoint):
+                return None
+            if not self._budget.fits(cost):
+                return cost
+            self._budget.reserve(dialog.key, cost)
+            self._waiting[dialog.key] = [queue.popleft()]
+            pool.submit(Work(dialog.key, endpoint, dialog.current, dialog.identity))
+        return None
 
-    def _send(self, talk: Talk, endpoint: str) -> None:
-        assert self._pool is not None
-        self._budget.hold(talk.key, self._cost(talk))
-        self._waiting[talk.key] = [talk]
-        self._pool.submit(Work(talk.key, endpoint, talk.current, talk.identity))
-
-    def _does_not_fit(self, queue: collections.deque[Talk]) -> Cost | None:
-        if not queue or not self._live:
-            return None
-        cost = self._cost(queue[0])
-        return None if self._budget.fits(cost) else cost
-
-    def _listen(self, todo: dict[str, collections.deque[Talk]], progress: Progress) -> Iterator[tuple[Talk, Answer]]:
-        """Takes in what the actors report; yields finished talks, puts the others back in front."""
-        assert self._pool is not None
-        news = self._pool.poll()
-        yield from self._take(news, todo, progress)
-        if news.stop:
-            yield from self._take(self._pool.drain(news.stop.endpoint), todo, progress)
-            self._raise(news.stop)
-        counts = self._pool.counts
+    def _receive(self, queues: Queues, progress: Progress) -> Iterator[tuple[Dialog, Answer]]:
+        """Processes what the actors report; yields finished dialogs and puts the others back in front."""
+        pool = self._running_pool(progress)
+        result = pool.poll()
+        yield from self._process(result, queues, progress)
+        if result.stop:
+            yield from self._process(pool.drain(getattr(result.stop, "endpoint", "")), queues, progress)
+            for key in self._waiting:
+                self._budget.release(key)
+            self._waiting, self._pool = {}, None
+            pool.close()
+            raise result.stop
+        counts = pool.counts
         progress.in_flight, progress.retried, progress.copies = counts.in_flight, counts.retried, counts.copies
 
-    def _take(
-        self, news: News, todo: dict[str, collections.deque[Talk]], progress: Progress
-    ) -> list[tuple[Talk, Answer]]:
-        """Takes in all of the news: whoever listens may stop at the first answer, and the others must not be lost."""
+    def _process(self, result: "PollResult", queues: Queues, progress: Progress) -> list[tuple[Dialog, Answer]]:
+        """Processes all of the result, since the caller may stop at the first answer and must not lose the others."""
         finished = []
-        for done in news.done:
-            self.journal.add(done.entry, done.place)
-            self._budget.release(done.entry.key)
-            progress.calls += 1
-            progress.tokens_in += done.entry.tokens_in
-            progress.tokens_out += done.entry.tokens_out
-            progress.money += done.entry.price
-            for talk in self._waiting.pop(done.entry.key, []):
-                talk.live = True
-                answer = talk.advance(done.entry)
+        for entry, place in result.done:
+            self.journal.add(entry, place)
+            self._budget.release(entry.key)
+            progress.cost.add(entry.cost)
+            for dialog in self._waiting.pop(entry.key, []):
+                dialog.live = True
+                answer = dialog.advance(entry)
                 if answer is not None:
-                    finished.append((talk, answer))
+                    finished.append((dialog, answer))
                 else:
-                    todo[self.settings.endpoint_of(talk.request.role)].appendleft(talk)
-        if news.lost:
+                    queues[dialog.endpoint].appendleft(dialog)
+        if result.lost:
             self.journal.load()  # the dead actor may have journaled more than it reported
-        for work in news.lost:
+        for work in result.lost:
             self._budget.release(work.key)
-            todo[work.endpoint].extendleft(self._waiting.pop(work.key, []))
+            queues[work.endpoint].extendleft(self._waiting.pop(work.key, []))
         return finished
 
-    def _raise(self, stop: Stopped) -> None:
-        for key in self._waiting:
-            self._budget.release(key)
-        self._waiting.clear()
-        pool, self._pool = self._pool, None
-        if pool:
-            pool.close()
-        if stop.kind not in STOPS:
-            raise RuntimeError(f"a client actor failed: {stop.message}")
-        raise STOPS[stop.kind](stop.message)
-
-    def _cost(self, talk: Talk) -> Cost:
-        """Expected cost of a talk's next call."""
-        role = talk.current.role
-        endpoint = self._endpoints[self.settings.endpoint_of(role)]
-        tokens_in = estimate_prompt(talk.current.messages)
+    def _cost(self, dialog: Dialog) -> Cost:
+        """Expected cost of a dialog's next call."""
+        role = dialog.current.role
+        tokens_in = estimate_prompt(dialog.current.messages)
         tokens_out = mean_output(self.journal.spent.get(role), self.settings.role(role).max_tokens)
-        return Cost(tokens_in, tokens_out, price(endpoint, tokens_in, tokens_out))
+        return Cost(1, tokens_in, tokens_out, price(self._endpoints[dialog.endpoint], tokens_in, tokens_out))
 
-    def _start_pool(self, progress: Progress) -> Pool:
-        if EMBEDDED in self._endpoints:
-            self._start_embedded(progress)
-        progress.note = "starting the client actors"
-        self._tell(progress, last=True)
-        folder, ident = str(self.journal.folder), self.journal.id
-        pool = Pool(Assignment(self.settings, self._endpoints, folder, ident, 0, self.settings.actors, self._keys))
-        progress.note = ""
-        return pool
+    def _running_pool(self, progress: Progress) -> "Pool":
+        if self._pool is not None:
+            return self._pool
+        from gubs.llm.pool import Pool  # imports Ray, which a dry run or a replay does not need
 
-    def _start_embedded(self, progress: Progress) -> None:
-        def tell(note: str) -> None:
+        def show(note: str) -> None:
             progress.note = note
-            self._tell(progress, last=True)
+            self._show(progress, always=True)
 
-        if self._server is None:
-            self._server = embedded.EmbeddedServer(self.settings.embedded, tell)
-        self._endpoints[EMBEDDED] = self._server.endpoint
-        self._keys[EMBEDDED] = self._server.key
+        if EMBEDDED in self._endpoints:
+            self._server = self._server or embedded.EmbeddedServer(self.settings.embedded, show)
+            self._endpoints[EMBEDDED] = self._server.endpoint
+            self._keys[EMBEDDED] = self._server.key
+        show("starting the client actors")
+        folder, ident, actors = str(self.journal.folder), self.journal.id, self.settings.actors
+        self._pool = Pool(Assignment(self.settings, self._endpoints, folder, ident, 0, actors, self._keys))
+        progress.note = ""
+        return self._pool
 
-    def _tell(self, progress: Progress, last: bool = False) -> None:
+    def _show(self, progress: Progress, always: bool = False) -> None:
         now = time.monotonic()
-        if self._on_progress and (last or now - self._told >= _TELL_S):
-            self._told = now
+        if self._on_progress and (always or now - self._shown_at >= _SHOW_S):
+            self._shown_at = now
             progress.waiting = max(0, progress.total - progress.done - progress.in_flight)
             self._on_progress(progress)

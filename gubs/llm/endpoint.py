@@ -1,84 +1,87 @@
-"""Calls to one endpoint, from one actor: limits, attempts, second copies of overdue ones, the resulting entry."""
+"""Calls to one endpoint from one actor: limits, attempts, second copies of overdue ones, the resulting entry."""
 
 import asyncio
 import functools
 import json
 import time
-from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
+from pydantic import SecretStr
+
+from gubs.artifacts import JsonObject
 from gubs.llm.calls import Entry, LLMRequest, estimate_prompt, estimate_tokens
-from gubs.llm.limits import Limits
-from gubs.llm.overdue import Watch
-from gubs.llm.redact import Redactor, Secret
+from gubs.llm.errors import EndpointDownError, EndpointRefusedError
+from gubs.llm.hedging import HedgeTimer
+from gubs.llm.limits import Limits, share
+from gubs.llm.redact import Redactor
 from gubs.llm.retry import Health, Patience
-from gubs.llm.settings import EndpointSettings, RetrySettings, RoleSettings
+from gubs.llm.settings import EndpointSettings, LLMSettings
 from gubs.llm.structured import Support, fields
 from gubs.llm.wire import AttemptError, Reply, read_response
+
+Timed = tuple[Reply, float]
+"""A reply and its latency in seconds."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What an actor gets when it starts."""
+
+    settings: LLMSettings
+    endpoints: dict[str, EndpointSettings]
+    journal: str
+    journal_id: str
+    number: int
+    """Of this actor, from 0."""
+    actors: int
+    keys: dict[str, SecretStr] = field(default_factory=dict)
+
+    def slots(self, endpoint: str) -> int:
+        """Calls that this actor may have in flight at an endpoint."""
+        return share(self.endpoints[endpoint].max_concurrency, self.number, self.actors)
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One call to be made."""
+    """One call to make."""
 
     key: str
     endpoint: str
     request: LLMRequest
-    identity: dict[str, Any]
-
-
-class StopError(Exception):
-    """Nothing more can be done; `kind` is a name in `gubs.llm.errors.STOPS`."""
-
-    def __init__(self, kind: str, message: str, endpoint: str = ""):
-        super().__init__(message)
-        self.kind, self.message, self.endpoint = kind, message, endpoint
+    identity: JsonObject
 
 
 class EndpointCaller:
     """One endpoint, with this actor's share of its limits."""
 
-    def __init__(
-        self,
-        name: str,
-        settings: EndpointSettings,
-        retries: RetrySettings,
-        *,
-        concurrency: int,
-        fraction: float,
-        key: Secret | None,
-        redactor: Redactor,
-    ):
-        """`concurrency`: calls in flight here; `fraction`: this actor's part of the limits a minute."""
-        self.name, self._settings, self._retries, self._redactor = name, settings, retries, redactor
-        self._client = _client(settings, key, concurrency + 16)
-        self._limits = Limits(
-            concurrency, settings.requests_per_minute * fraction, settings.tokens_per_minute * fraction
-        )
-        self.watch = Watch(settings.hedge_share)
+    def __init__(self, name: str, assignment: Assignment, redactor: Redactor):
+        from gubs.llm.transport import Transport  # imports the OpenAI client: seconds, and only client actors need it
+
+        self.name, self._redactor, self._role = name, redactor, assignment.settings.role
+        self._settings, self._retries = settings, retries = assignment.endpoints[name], assignment.settings.retries
+        slots, fraction, key = assignment.slots(name), 1 / assignment.actors, assignment.keys.get(name)
+        self._client = Transport(settings.base_url, key.get_secret_value() if key else "none", slots + 16)
+        self._limits = Limits(slots, settings.requests_per_minute * fraction, settings.tokens_per_minute * fraction)
+        self.hedging = HedgeTimer(settings.hedge_share)
         self._health = Health(retries)
         self._support = Support(settings.structured)
         self._mean_out: dict[str, float] = {}
-        self._watcher = asyncio.create_task(self.watch.run()) if settings.hedge else None
-        self.flying: dict[str, int] = {}
-        """Attempts on the wire, by key of the call."""
+        self._watcher = asyncio.create_task(self.hedging.run()) if settings.hedge else None
         self.retried = 0
         self.draining = False
 
-    async def call(self, work: Work, role: RoleSettings) -> Entry:
+    async def call(self, work: Work) -> Entry:
         """Makes a call; returns its answer, or the failure of this one request.
 
         Raises:
-            StopError: the endpoint is down or refuses everything.
+            EndpointDownError, EndpointRefusedError: it will answer nothing more.
         """
         patience, attempts = Patience(self._retries), 0
         while True:
             attempts += 1
             try:
-                reply, latency_s = await self._race(work, role)
+                reply, latency_s = await self._race(work)
             except AttemptError as fault:
                 pause_s = self._pause_s(fault, patience)
                 if pause_s is None:
@@ -88,77 +91,96 @@ class EndpointCaller:
             else:
                 return self._answer(work, reply, latency_s, attempts)
 
+    @property
+    def in_flight(self) -> list[str]:
+        """Keys of the calls with an attempt in flight, once per attempt."""
+        return [flight.key for flight in self.hedging.flights]
+
     async def close(self) -> None:
         """Closes the connections."""
         if self._watcher:
             self._watcher.cancel()
         await self._client.close()
 
-    def _body(self, work: Work, role: RoleSettings, mode: str) -> dict[str, Any]:
+    def _body(self, work: Work, mode: str) -> JsonObject:
         parameters = dict(work.identity["parameters"])
-        parameters[role.max_tokens_field] = parameters.pop("max_tokens")
+        parameters[self._role(work.request.role).max_tokens_field] = parameters.pop("max_tokens")
         messages = work.identity["messages"]
         return {"model": self._settings.model, "messages": messages, **parameters, **fields(work.request, mode)}
 
-    async def _race(self, work: Work, role: RoleSettings) -> tuple[Reply, float]:
-        """One attempt, with another copy beside it whenever the youngest copy is overdue; the first to end counts."""
+    async def _race(self, work: Work) -> Timed:
+        """One attempt, with another copy whenever the youngest copy is overdue; the first to end counts."""
         if not self._settings.hedge:
-            return await self._copy(work, role, None)
-        copies: list[asyncio.Task[tuple[Reply, float]]] = []
+            return await self._copy(work, None)
+        copies: list[asyncio.Task[Timed]] = []
         try:
             while True:
                 # One future for "a copy ended" and "it is overdue": cheaper than asyncio.wait on all of them.
-                news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-                copies.append(asyncio.create_task(self._copy(work, role, news)))
+                wake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                copies.append(asyncio.create_task(self._copy(work, wake)))
                 for copy in copies:
-                    copy.add_done_callback(functools.partial(_tell, news))
-                await news
-                ended = next((c for c in copies if c.done()), None)
-                if ended:
+                    copy.add_done_callback(functools.partial(_wake, wake))
+                await wake
+                if ended := next((c for c in copies if c.done()), None):
                     return ended.result()
         finally:
             if len(copies) > 1 or not copies[0].done():
-                await _cancel(copies)
+                for copy in copies:
+                    copy.cancel()
+                await asyncio.gather(*copies, return_exceptions=True)
 
-    async def _copy(self, work: Work, role: RoleSettings, due: asyncio.Future[None] | None) -> tuple[Reply, float]:
+    async def _copy(self, work: Work, overdue: asyncio.Future[None] | None) -> Timed:
         name = work.request.role
-        prompt = estimate_prompt(work.request.messages)
-        taken = await self._limits.admit(lambda: prompt + int(self._mean_out.get(name, role.max_tokens)))
+        prompt, most_out = estimate_prompt(work.request.messages), self._role(name).max_tokens
+        reserved = await self._limits.admit(lambda: prompt + int(self._mean_out.get(name, most_out)))
         async with self._limits.slots:
-            with self.watch.flight(name, due) as flight, self._on_the_wire(work.key):
-                reply = await self._ask(work, role)
+            with self.hedging.flight(name, work.key, overdue) as flight:
+                reply = await self._ask(work)
             latency_s = time.monotonic() - flight.began
         self._health.alive()
-        self.watch.answered(name, latency_s)
+        self.hedging.answered(name, latency_s)
         if reply.tokens_out is not None:
             self._mean_out[name] = 0.9 * self._mean_out.get(name, reply.tokens_out) + 0.1 * reply.tokens_out
-            self._limits.settle(taken, (reply.tokens_in or 0) + reply.tokens_out)
+            self._limits.settle(reserved, (reply.tokens_in or 0) + reply.tokens_out)
         return reply, latency_s
 
-    async def _ask(self, work: Work, role: RoleSettings) -> Reply:
-        """Sends a request; where the endpoint does not know a way to ask for structure, at once in the next way.
+    async def _ask(self, work: Work) -> Reply:
+        """Sends a request; if the endpoint does not know a way to ask for structure, tries the next one at once.
 
-        Under the same slot, so that the requests which wait for one find the way known and are not refused too.
+        Under the same slot, so that requests waiting for one already know the right way and are not refused too.
         """
         mode = self._support.mode(work.request)
         while True:
             try:
-                reply = await self._post(self._body(work, role, mode))
+                reply = await self._post(self._body(work, mode))
             except AttemptError as fault:
-                lower = self._support.after(work.request, mode, fault.message) if fault.advice == "give_up" else None
-                if lower is None:
+                if fault.advice != "give_up":
                     raise
-                mode = lower
+                fallback = self._support.fallback(work.request, mode, fault.message)
+                if fallback is None:
+                    raise
+                mode = fallback
             else:
                 self._support.works(work.request, mode)
                 return reply
 
-    async def _post(self, body: dict[str, Any]) -> Reply:
-        """One HTTP request and its response; every failure of the transport becomes an AttemptError."""
+    async def _post(self, body: JsonObject) -> Reply:
+        """One HTTP request and its response, counted for the endpoint's health; keys do not get into error messages."""
+        began = time.monotonic()
+        try:
+            return await self._exchange(body)
+        except AttemptError as fault:
+            fault.message = self._redactor.hide_all(fault.message)
+            if fault.alive:
+                self._health.alive()
+            else:
+                self._health.failed(began)
+            raise
+
+    async def _exchange(self, body: JsonObject) -> Reply:
         import openai
 
         content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-        began = time.monotonic()
         split = self._settings.reasoning == "auto"
         try:
             async with asyncio.timeout(self._settings.timeout_s):
@@ -166,34 +188,25 @@ class EndpointCaller:
         except openai.APIStatusError as e:
             response = e.response
         except TimeoutError:
-            raise self._noted(_broken(f"no answer within {self._settings.timeout_s:g} s"), began) from None
+            raise _unreachable(f"no answer within {self._settings.timeout_s:g} s") from None
         except (openai.APIConnectionError, OSError) as e:
             why = str(e.__cause__ or e) or type(e.__cause__ or e).__name__
-            raise self._noted(_broken(f"the connection failed: {why}"), began) from None
-        try:
-            return read_response(response.status_code, response.headers, response.content, split_reasoning=split)
-        except AttemptError as fault:
-            raise self._noted(fault, began) from None
-
-    def _noted(self, fault: AttemptError, began: float) -> AttemptError:
-        fault.message = self._redactor.message(fault.message)
-        if fault.alive:
-            self._health.alive()
-        else:
-            self._health.failed(began)
-        return fault
+            raise _unreachable(f"the connection failed: {why}") from None
+        return read_response(response.status_code, response.headers, response.content, split_reasoning=split)
 
     def _pause_s(self, fault: AttemptError, patience: Patience) -> float | None:
-        """Seconds to wait before the next attempt; None ends the call as a failure."""
+        """Seconds until the next attempt; None ends the call as a failure."""
         where = f"endpoint {self.name} ({self._settings.base_url}, model {self._settings.model})"
         if fault.advice == "stop":
-            raise StopError("refused", f"{where} refuses: {fault.message}. Check llm.endpoints.{self.name}", self.name)
+            message = f"{where} refuses: {fault.message}. Check llm.endpoints.{self.name}"
+            raise EndpointRefusedError(message, self.name)
         if fault.advice == "give_up":
             return None
         pause_s = patience.pause_s(fault)
         if self._health.down(exhausted=pause_s is None):
-            told = f"{where} is down: {self._health.story()}; last: {fault.message}"
-            raise StopError("down", f"{told}. What is finished is kept: run again when it is up", self.name)
+            message = f"{where} is down: {self._health.explain()}; last: {fault.message}"
+            message += ". Finished calls are kept: run again when it is up"
+            raise EndpointDownError(message, self.name)
         if self.draining and pause_s is not None:
             raise asyncio.CancelledError
         return pause_s
@@ -204,8 +217,8 @@ class EndpointCaller:
         tokens_out = estimate_tokens(reply.reasoning + reply.text) if reply.tokens_out is None else reply.tokens_out
         return Entry(
             **self._head(work),
-            text=self._redactor.known(reply.text),
-            reasoning=self._redactor.known(reply.reasoning),
+            text=self._redactor.hide_keys(reply.text),
+            reasoning=self._redactor.hide_keys(reply.reasoning),
             finish_reason=reply.finish_reason,
             tokens_in=tokens_in,
             tokens_out=tokens_out,
@@ -214,28 +227,17 @@ class EndpointCaller:
             attempts=attempts,
             price=price(self._settings, tokens_in, tokens_out),
             failure="refused" if reply.refusal else "",
-            error=self._redactor.known(reply.refusal),
+            error=self._redactor.hide_keys(reply.refusal),
         )
 
     def _failure(self, work: Work, fault: AttemptError, attempts: int) -> Entry:
         lasting = fault.advice == "give_up"
         return Entry(**self._head(work), attempts=attempts, failure=fault.cause, error=fault.message, lasting=lasting)
 
-    def _head(self, work: Work) -> dict[str, Any]:
+    def _head(self, work: Work) -> JsonObject:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        request = work.request
-        common = {"key": work.key, "role": request.role, "label": request.label, "request": work.identity}
-        return {**common, "endpoint": self.name, "time": now}
-
-    @contextmanager
-    def _on_the_wire(self, key: str) -> Any:
-        self.flying[key] = self.flying.get(key, 0) + 1
-        try:
-            yield
-        finally:
-            self.flying[key] -= 1
-            if not self.flying[key]:
-                del self.flying[key]
+        names = {"key": work.key, "role": work.request.role, "label": work.request.label, "endpoint": self.name}
+        return {**names, "request": work.identity, "time": now}
 
 
 def price(settings: EndpointSettings, tokens_in: int, tokens_out: int) -> float:
@@ -243,22 +245,10 @@ def price(settings: EndpointSettings, tokens_in: int, tokens_out: int) -> float:
     return round((tokens_in * settings.input_price + tokens_out * settings.output_price) / 1e6, 9)
 
 
-def _client(settings: EndpointSettings, key: Secret | None, connections: int) -> Any:
-    from gubs.llm.lean import LeanOpenAI  # imports the OpenAI client: seconds, and only client actors need it
-
-    return LeanOpenAI(settings.base_url, key.reveal() if key else "none", connections)
-
-
-def _broken(message: str) -> AttemptError:
+def _unreachable(message: str) -> AttemptError:
     return AttemptError("unreachable", message, "retry", alive=False)
 
 
-def _tell(news: asyncio.Future[None], _: object) -> None:
-    if not news.done():
-        news.set_result(None)
-
-
-async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+def _wake(future: asyncio.Future[None], _: object) -> None:
+    if not future.done():
+        future.set_result(None)

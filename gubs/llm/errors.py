@@ -1,18 +1,26 @@
-"""What can stop a run of LLM calls. Everything that was finished before stands in the journal."""
+"""What can stop a run of LLM calls. Every call that finished before is in the journal."""
 
 from gubs.errors import ArtifactError, GubsError, PlatformError, SettingsError
 
 
-class EndpointDownError(PlatformError):
-    """An endpoint gave no sign of life for too long."""
+class EndpointError(GubsError):
+    """An endpoint answers nothing more. It is raised in a client actor and crosses Ray."""
+
+    def __init__(self, message: str, endpoint: str = ""):
+        super().__init__(message)
+        self.endpoint = endpoint
 
 
-class EndpointRefusedError(SettingsError):
-    """An endpoint refuses every call: wrong key, unknown model, used-up quota."""
+class EndpointDownError(EndpointError, PlatformError):
+    """An endpoint has not responded for too long."""
+
+
+class EndpointRefusedError(EndpointError, SettingsError):
+    """An endpoint refuses every call: wrong key, unknown model, exhausted quota."""
 
 
 class BudgetReachedError(GubsError):
-    """The next call does not fit into the budget; raise it and run again to go on."""
+    """The next call does not fit the budget; raise it and run again."""
 
     exit_code = 6
 
@@ -23,11 +31,3 @@ class NotInJournalError(ArtifactError):
 
 class JournalError(ArtifactError):
     """The journal cannot be written or read."""
-
-
-STOPS: dict[str, type[GubsError]] = {
-    "down": EndpointDownError,
-    "refused": EndpointRefusedError,
-    "journal": JournalError,
-}
-"""Error that stops the run, by the name under which an actor reports it (exceptions of other libraries stay inside)."""

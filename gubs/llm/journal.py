@@ -1,9 +1,9 @@
 """The journal: every finished call, on disk before it counts as done.
 
-A journal is a folder of segments, `<time>-<host>-<pid>-<random>.jsonl`. Every writer has a segment of its own, locked
-while it lives, so that any number of actors, processes and nodes write at once; a line is one call. A line counts once
-it is complete: what a killed writer left half-written at the end of its segment is ignored, and cut off by the next
-run. Readers keep only the place of each entry in memory, not the entry.
+A journal is a folder of segments, `<time>-<host>-<pid>-<random>.jsonl`. Every writer has its own segment, locked while
+the writer lives, so any number of actors, processes and nodes can write at once. A line is one call, and counts once it
+is complete: the half line at the end of a killed writer's segment is ignored, and cut off by the next run. Readers keep
+only the place of each entry in memory, not the entry.
 """
 
 import asyncio
@@ -16,67 +16,51 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from gubs.llm.calls import Entry, entry_row
+from gubs.artifacts import Run
+from gubs.llm.calls import Cost, Entry
 from gubs.llm.errors import JournalError
 
+FOLDER = "llm-journal"
+"""In a run's folder; all stages share it."""
 _SUFFIX = ".jsonl"
 _ID = "journal-id"
 
 
+def journal_folder(run: Run) -> str:
+    """Where a run's calls are journaled unless `llm.journal` names a folder; a run at a URI needs that setting, and
+    `LLMClient` raises if it is missing.
+    """
+    return run.path(FOLDER) if "://" not in run.uri or run.uri.startswith("file://") else run.full(FOLDER)
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an entry stands."""
+    """Where an entry is."""
 
     segment: str
     offset: int
     length: int
 
 
-@dataclass(slots=True)
-class Spent:
-    """What calls have cost."""
-
-    calls: int = 0
-    tokens_in: int = 0
-    tokens_out: int = 0
-    money: float = 0.0
-
-    @property
-    def tokens(self) -> int:
-        """Input and output tokens."""
-        return self.tokens_in + self.tokens_out
-
-    def add(self, entry: Entry) -> None:
-        """Counts one more call."""
-        self.calls += 1
-        self.tokens_in += entry.tokens_in
-        self.tokens_out += entry.tokens_out
-        self.money += entry.price
-
-
 class JournalWriter:
-    """Appends entries to a segment of its own.
+    """Appends entries to its own segment.
 
-    Group commit: entries that arrive while a write is under way go to disk together with the next one, so a thousand
-    calls that finish at once need a few fsyncs, not a thousand; and none is done before its fsync is.
+    Group commit: entries that arrive during a write go to disk together with the next one, so a thousand calls that
+    finish at once need a few fsyncs, not a thousand; and none is done before its fsync.
     """
 
-    def __init__(
-        self, folder: str | Path, redact: Callable[[str], str] = str, linger_s: Callable[[], float] = lambda: 0.0
-    ):
-        """`redact` is applied to each line; `linger_s()`: how long a write waits for more entries to go with it."""
-        folder = Path(folder)
+    def __init__(self, folder: str | Path, redact: Callable[[str], str] = str, linger_s: Callable[[], float] = float):
+        """`redact` is applied to each line; a write waits `linger_s()` for more entries."""
         stamp = f"{time.time_ns():020d}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.segment = stamp + _SUFFIX
         self._redact, self._linger_s = redact, linger_s
-        self._path = folder / self.segment
+        self._path = Path(folder) / self.segment
         self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
         fcntl.flock(self._fd, fcntl.LOCK_EX)
-        _fsync_folder(folder)
+        _fsync_folder(self._path.parent)
         self._end = 0
         self._waiting: list[tuple[bytes, asyncio.Future[Place]]] = []
         self._flusher: asyncio.Task[None] | None = None
@@ -85,9 +69,10 @@ class JournalWriter:
         """Writes an entry; returns when it is on disk.
 
         Raises:
-            JournalError: it cannot be written (a full disk, say).
+            JournalError: it cannot be written (e.g. the disk is full).
         """
-        line = self._redact(json.dumps(entry_row(entry), ensure_ascii=False)).encode("utf-8", "replace") + b"\n"
+        row = {f.name: getattr(entry, f.name) for f in fields(entry)}  # `asdict` would copy every prompt deeply
+        line = self._redact(json.dumps(row, ensure_ascii=False)).encode("utf-8", "replace") + b"\n"
         done: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
         self._waiting.append((line, done))
         if self._flusher is None or self._flusher.done():
@@ -95,7 +80,7 @@ class JournalWriter:
         return await asyncio.shield(done)
 
     async def close(self) -> None:
-        """Finishes what is waiting and gives the segment up; an empty one is removed."""
+        """Writes what is waiting and closes the segment; an empty one is removed."""
         if self._flusher:
             await self._flusher
         if self._end == 0:
@@ -109,10 +94,9 @@ class JournalWriter:
             try:
                 await asyncio.to_thread(self._write, b"".join(line for line, _ in batch))
             except OSError as e:
+                error = f"{self._path} cannot be written ({e}); the answers already in it are kept"
                 for _, done in batch:
-                    done.set_exception(
-                        JournalError(f"{self._path} cannot be written ({e}): the answers in it are kept")
-                    )
+                    done.set_exception(JournalError(error))
                 continue
             for line, done in batch:
                 done.set_result(Place(self.segment, self._end, len(line)))
@@ -133,10 +117,10 @@ class Journal:
     """Reads a journal: which calls are finished, what they answered, what they cost."""
 
     def __init__(self, folder: str | Path, *, writable: bool = True):
-        """Opens a journal; with `writable` the folder is made where it is not there, and torn ends are repaired.
+        """Opens a journal. With `writable`, a missing folder is made and torn ends are repaired.
 
         Raises:
-            JournalError: no such folder (and not `writable`), or it cannot be read.
+            JournalError: it cannot be read, or there is no such folder (and not `writable`).
         """
         self.folder = Path(folder)
         self._writable = writable
@@ -146,10 +130,11 @@ class Journal:
         elif not self.folder.is_dir():
             raise JournalError(f"{self.folder}: there is no journal to replay")
         self._places: dict[str, tuple[Place, bool]] = {}
-        self._read_to: dict[str, int] = {}
+        self._read_until: dict[str, int] = {}
         self._files: dict[str, int] = {}
-        self.spent: dict[str, Spent] = defaultdict(Spent)
-        """By role, over all entries."""
+        self.spent: dict[str, Cost] = defaultdict(Cost)
+        """What all calls have cost, by role."""
+        self.total = Cost()
         self.load()
 
     def __len__(self) -> int:
@@ -158,28 +143,19 @@ class Journal:
     def __contains__(self, key: str) -> bool:
         return self._place(key) is not None
 
-    @property
-    def total(self) -> Spent:
-        """What all calls have cost."""
-        s = self.spent.values()
-        return Spent(
-            sum(x.calls for x in s), sum(x.tokens_in for x in s), sum(x.tokens_out for x in s), sum(x.money for x in s)
-        )
-
-    def load(self) -> int:
-        """Reads what was added since the last time; returns the number of new entries."""
-        before = sum(s.calls for s in self.spent.values())
+    def load(self) -> None:
+        """Reads what was added since the last time."""
         for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
             for place, entry in self._new_entries(path):
                 self._add(entry, place)
-        return sum(s.calls for s in self.spent.values()) - before
 
     def add(self, entry: Entry, place: Place) -> None:
-        """Takes up an entry that a writer has just reported, so that its segment need not be read again."""
-        if place.offset == self._read_to.get(place.segment, 0):
-            self._read_to[place.segment] = place.offset + place.length
+        """Adds an entry that a writer has just reported, so that its segment need not be read again."""
+        read_until = self._read_until.get(place.segment, 0)
+        if place.offset == read_until:
+            self._read_until[place.segment] = place.offset + place.length
             self._add(entry, place)
-        elif place.offset > self._read_to.get(place.segment, 0):
+        elif place.offset > read_until:
             self.load()  # reports may overtake each other; the segment itself is in order
 
     def get(self, key: str) -> Entry | None:
@@ -187,21 +163,21 @@ class Journal:
         place = self._place(key)
         return self._entry(place) if place else None
 
-    def entries(self) -> Iterator[Entry]:
-        """All entries that count, one for each key."""
-        for place, _ in list(self._places.values()):
-            yield self._entry(place)
+    def close(self) -> None:
+        """Closes the files."""
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
 
     def _place(self, key: str) -> Place | None:
         place, lasting = self._places.get(key, (None, True))
-        return (
-            place if lasting or not self._writable else None
-        )  # a new run tries again what was not the request's fault
+        return place if lasting or not self._writable else None  # a new run tries again what the endpoint failed
 
     def _add(self, entry: Entry, place: Place) -> None:
-        self.spent[entry.role].add(entry)
-        known = self._places.get(entry.key)
-        if known is None or (entry.lasting and not known[1]):  # the first that lasts is the one
+        self.spent[entry.role].add(entry.cost)
+        self.total.add(entry.cost)
+        previous = self._places.get(entry.key)
+        if previous is None or (entry.lasting and not previous[1]):  # the first lasting entry counts
             self._places[entry.key] = (place, entry.lasting)
 
     def _entry(self, place: Place) -> Entry:
@@ -213,7 +189,7 @@ class Journal:
         return entry
 
     def _new_entries(self, path: Path) -> Iterator[tuple[Place, Entry]]:
-        start = offset = self._read_to.get(path.name, 0)
+        start = offset = self._read_until.get(path.name, 0)
         try:
             if path.stat().st_size == start:
                 return
@@ -227,15 +203,9 @@ class Journal:
                     offset += len(line)
         except OSError as e:
             raise JournalError(f"{path} cannot be read: {e}") from None
-        self._read_to[path.name] = offset
+        self._read_until[path.name] = offset
         if self._writable and path.stat().st_size > offset:
             _repair(path, offset)
-
-    def close(self) -> None:
-        """Closes the files."""
-        for fd in self._files.values():
-            os.close(fd)
-        self._files.clear()
 
 
 def check_same(folder: str | Path, expected: str) -> None:
@@ -254,8 +224,7 @@ def check_same(folder: str | Path, expected: str) -> None:
 
 def _parse(line: bytes) -> Entry | None:
     try:
-        row: dict[str, Any] = json.loads(line)
-        return Entry(**row)
+        return Entry(**json.loads(line))
     except (ValueError, TypeError):
         return None  # torn, or zeros after a power cut
 
@@ -267,12 +236,9 @@ def _repair(path: Path, end: int) -> None:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return
-        data = path.read_bytes()[end:]
-        complete = [
-            line for line in data.splitlines(keepends=True) if line.endswith(b"\n") and _parse(line) is not None
-        ]
-        if complete:
-            raise JournalError(f"{path} is damaged at byte {end}: remove that line to go on without the call it held")
+        lines = path.read_bytes()[end:].splitlines(keepends=True)
+        if any(line.endswith(b"\n") and _parse(line) for line in lines):
+            raise JournalError(f"{path} is damaged at byte {end}: remove that line to continue without its call")
         f.truncate(end)
         os.fsync(f.fileno())
 
@@ -282,7 +248,7 @@ def _journal_id(folder: Path) -> str:
     if not path.exists():
         temporary = folder / f"{_ID}.{uuid.uuid4().hex[:8]}"
         temporary.write_text(uuid.uuid4().hex)
-        with contextlib.suppress(FileExistsError):  # of several processes the first one names it
+        with contextlib.suppress(FileExistsError):  # the first of several processes wins
             os.link(temporary, path)
         temporary.unlink()
     return path.read_text()

@@ -1,7 +1,7 @@
-"""An actor's share of an endpoint's limits: calls in flight, requests a minute, tokens a minute.
+"""An actor's share of an endpoint's limits: calls in flight, requests per minute, tokens per minute.
 
-Limits are split evenly over the actors of the pool, and the pool gives work to whoever has room; so no call has to ask
-another process for leave, the sum never exceeds the limit, and nothing is lost but a little at the very end of a batch.
+Limits are split evenly over the actors of the pool, and the pool gives work to an actor with room. So no call has to
+ask another process for permission, and the sum never exceeds the limit; only the very end of a batch loses a little.
 """
 
 import asyncio
@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable
 
 _BURST_S = 1.0
-"""A bucket holds what one second brings in: the pace is even, and a minute sees the limit plus a second's at most."""
+"""A bucket holds what one second brings in: the pace is even, and a minute exceeds its limit by at most a second's."""
 
 
 class TokenBucket:
-    """Lets `per_minute` units a minute pass, in order of arrival.
+    """Lets `per_minute` units per minute pass, in order of arrival.
 
-    Whoever comes waits until the level is positive and then takes all it needs, so that something larger than the
-    bucket still passes and the next ones wait the longer.
+    A caller waits until the level is positive and then takes all it needs. So something larger than the bucket still
+    passes, and the next callers wait longer.
     """
 
     def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic):
@@ -24,11 +24,11 @@ class TokenBucket:
         self._capacity = max(1.0, self._rate * _BURST_S)
         self._level = self._capacity
         self._clock = clock
-        self._at = clock()
+        self._filled_at = clock()
         self._turn = asyncio.Lock()
 
     async def take(self, amount: Callable[[], int]) -> int:
-        """Waits until `amount()` units may pass; it is asked when the turn comes, and returned."""
+        """Waits until `amount()` units may pass; it is called when the turn comes, and its result returned."""
         if self._rate <= 0:
             return 0
         async with self._turn:
@@ -42,18 +42,18 @@ class TokenBucket:
             return taken
 
     def settle(self, difference: float) -> None:
-        """Takes what a call used beyond its estimate, or gives back what it did not use. Never waits."""
+        """Takes what a call used beyond its estimate, or returns what it did not use. Never waits."""
         if self._rate > 0:
             self._level = min(self._capacity, self._level - difference)
 
     def _refill(self) -> None:
         now = self._clock()
-        self._level = min(self._capacity, self._level + (now - self._at) * self._rate)
-        self._at = now
+        self._level = min(self._capacity, self._level + (now - self._filled_at) * self._rate)
+        self._filled_at = now
 
 
 class Limits:
-    """One endpoint's limits, as far as one actor is concerned."""
+    """One actor's part of one endpoint's limits."""
 
     def __init__(self, concurrency: int, requests_per_minute: float, tokens_per_minute: float):
         self.slots = asyncio.Semaphore(concurrency)
@@ -61,15 +61,15 @@ class Limits:
         self._tokens = TokenBucket(tokens_per_minute)
 
     async def admit(self, tokens: Callable[[], int]) -> int:
-        """Waits for leave to send a request of about so many tokens (input and output); returns what was set aside."""
+        """Waits until a request of about `tokens()` tokens (input and output) may be sent; returns what it reserved."""
         await self._requests.take(lambda: 1)
         return await self._tokens.take(tokens)
 
-    def settle(self, taken: int, used: int) -> None:
-        """Corrects the token count once the endpoint has said what a call used."""
-        self._tokens.settle(used - taken)
+    def settle(self, reserved: int, used: int) -> None:
+        """Corrects the token count once the endpoint has reported what a call used."""
+        self._tokens.settle(used - reserved)
 
 
 def share(total: int, actor: int, actors: int) -> int:
-    """Part of `total` whole units for one of `actors`; the parts add up to the total."""
+    """One actor's part of `total` whole units; the parts of all `actors` add up to the total."""
     return total // actors + (actor < total % actors)

@@ -1,11 +1,13 @@
-"""How far a batch of calls is: the numbers for a progress display, which the command line renders."""
+"""Progress of a batch of calls: the numbers, and their display in the terminal."""
 
 import collections
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from gubs.llm.calls import Answer
+from gubs import console
+from gubs.llm.calls import Answer, Cost
 
 
 @dataclass
@@ -16,40 +18,22 @@ class Progress:
     """Requests of the batch."""
     done: int = 0
     replayed: int = 0
-    """Of the done ones: answered by the journal."""
+    """Done requests that the journal answered."""
     failures: collections.Counter[str] = field(default_factory=collections.Counter)
     """Requests without a usable answer, by cause."""
     in_flight: int = 0
-    """Attempts on the wire."""
+    """Attempts in flight."""
     waiting: int = 0
-    """Requests neither done nor on the wire (not sent yet, or in a pause before another attempt)."""
-    calls: int = 0
-    """Calls made (not replayed), with re-asks."""
+    """Requests neither done nor in flight (not sent yet, or in a pause before another attempt)."""
+    cost: Cost = field(default_factory=Cost)
+    """Of the calls made (not replayed), including re-asks."""
     retried: int = 0
-    """Attempts that were made again, since the client started."""
+    """Attempts made again since the client started."""
     copies: int = 0
-    """Second copies of overdue requests, since the client started."""
-    tokens_in: int = 0
-    tokens_out: int = 0
-    money: float = 0.0
+    """Second copies of overdue requests since the client started."""
     began: float = field(default_factory=time.monotonic)
     note: str = ""
-    """What is being waited for, where it is something else than answers (a server that starts)."""
-
-    @property
-    def failed(self) -> int:
-        """Requests without a usable answer."""
-        return sum(self.failures.values())
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds since the batch began."""
-        return time.monotonic() - self.began
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Output tokens a second."""
-        return self.tokens_out / max(self.elapsed_s, 1e-9)
+    """What the client waits for, if not for answers (a server that starts)."""
 
     def finished(self, answer: Answer) -> None:
         """Counts a request as done."""
@@ -60,3 +44,18 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+
+@contextmanager
+def llm_progress() -> Iterator[OnProgress]:
+    """Shows the progress of a batch of calls."""
+    with console.progress("calls") as show:
+        yield lambda p: show(p.done, p.total, _details(p))
+
+
+def _details(p: Progress) -> str:
+    pace = p.cost.tokens_out / max(time.monotonic() - p.began, 1e-9)
+    parts = [p.note] if p.note else [f"{p.in_flight} in flight", f"{pace:.0f} tokens/s"]
+    counts = ((p.replayed, "from the journal"), (p.retried, "retried"), (p.failures.total(), "failed"))
+    parts += [f"{n} {name}" for n, name in counts if n]
+    return ", ".join(parts + ([f"price {p.cost.money:.2f}"] if p.cost.money else []))

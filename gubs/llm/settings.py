@@ -1,6 +1,6 @@
 """Settings of every text-LLM call: endpoints, roles, retries, budget, journal, the embedded server."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -8,17 +8,18 @@ from gubs.section import Section
 
 EMBEDDED = "embedded"
 """Name of the endpoint that gubs starts itself."""
+EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 
 
 class EndpointSettings(Section):
-    """One OpenAI-compatible endpoint and what it allows."""
+    """One OpenAI-compatible endpoint and its limits."""
 
     base_url: str
-    """Address up to and with the version, as `https://host/v1`."""
+    """Address including the version: `https://host/v1`."""
     model: str
     """Model name as the endpoint knows it."""
     api_key_env: str = ""
-    """Name of the environment variable that holds the key; empty = no key. The key itself never stands in settings."""
+    """Name of the environment variable with the key; empty = no key. Never put the key itself into settings."""
     max_concurrency: int = Field(1000, ge=1)
     """Calls in flight at once, over all actors."""
     requests_per_minute: float = Field(0.0, ge=0)
@@ -26,21 +27,21 @@ class EndpointSettings(Section):
     tokens_per_minute: float = Field(0.0, ge=0)
     """Input and output tokens; 0 = no limit."""
     timeout_s: float = Field(300.0, gt=0)
-    """Longest time one attempt may take."""
+    """Longest time for one attempt."""
     hedge: bool = True
-    """Ask a second time, beside the first, where an answer is overdue (a hung connection); the first answer counts."""
+    """Send a second copy of a request whose answer is overdue (a hung connection); the first answer counts."""
     hedge_share: float = Field(0.05, ge=0, le=1)
-    """At most this share of calls (and 3 more) is asked a second time; such a call may be paid twice."""
+    """Largest share of calls (plus 3) with a second copy; such a call may cost twice."""
     input_price: float = Field(0.0, ge=0)
-    """Price of a million input tokens, in the currency of the budget."""
+    """Price per million input tokens, in the currency of the budget."""
     output_price: float = Field(0.0, ge=0)
-    """Price of a million output tokens, reasoning included."""
+    """Price per million output tokens, reasoning included."""
     structured: Literal["auto", "json_schema", "structured_outputs", "guided", "none"] = "auto"
     """How a JSON schema or regex is enforced: `json_schema` = `response_format` (schemas only); `structured_outputs` =
     vLLM's field; `guided` = older vLLM's `guided_json` and `guided_regex`; `none` = plain text, strictly parsed;
-    `auto` = in this order, the next one when the endpoint answers that it does not know the field."""
+    `auto` = in this order, the next one when the endpoint rejects the field."""
     reasoning: Literal["auto", "none"] = "auto"
-    """`auto` keeps `<think>` parts at the head of an answer apart from the answer; `none` leaves the text as it is."""
+    """`auto` separates a leading `<think>` part from the answer; `none` leaves the text as it is."""
 
     @field_validator("base_url")
     @classmethod
@@ -56,23 +57,23 @@ class RoleSettings(Section):
     """How one role asks."""
 
     endpoint: str = ""
-    """Name of an endpoint; empty = the one named `default`, or the embedded server where none is configured."""
+    """Name of an endpoint; empty = `default`, or the embedded server if no endpoint is configured."""
     temperature: float | None = Field(None, ge=0, le=2)
-    """None = the endpoint's own; some reasoning models refuse any other."""
+    """None = the endpoint's default; some reasoning models refuse any other."""
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int = Field(1024, ge=1)
-    """Output tokens a call, reasoning included."""
+    """Output tokens per call, reasoning included."""
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """The name that the endpoint gives to it."""
+    """The endpoint's name for it."""
     seed: int | None = None
     reasks: int = Field(1, ge=0, le=3)
-    """How often an answer that cannot be used is sent back with the error."""
-    extra: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of the request body, as `reasoning_effort`."""
+    """How often an unusable answer is sent back with the error."""
+    extra: dict[str, object] = Field(default_factory=dict)
+    """Further fields of the request body, such as `reasoning_effort`."""
 
 
 class RolesSettings(Section):
-    """The jobs a text LLM has."""
+    """The jobs of text LLMs."""
 
     summarizer: RoleSettings = RoleSettings(max_tokens=8192)
     """Eq. 1: users into groups (paper: DeepSeek-R1)."""
@@ -88,20 +89,20 @@ class RetrySettings(Section):
     """What is tried again, and when an endpoint counts as down."""
 
     attempts: int = Field(8, ge=1)
-    """Attempts of a call that meets 5xx, timeouts, broken connections or cut-off answers."""
+    """Attempts per call after 5xx responses, timeouts, broken connections or truncated responses."""
     base_s: float = Field(0.5, gt=0)
-    """First pause; it doubles with each attempt, and is drawn between half and all of itself."""
+    """First pause; it doubles with each attempt, times a random factor from 0.5 to 1."""
     max_s: float = Field(60.0, gt=0)
-    """Longest pause of our own; a `Retry-After` may be longer."""
+    """Longest such pause; a `Retry-After` may be longer."""
     patience_s: float = Field(900.0, gt=0)
-    """How long a call that is only ever told to slow down (429) is tried."""
+    """How long to retry a call that is only asked to slow down (429)."""
     down_after_s: float = Field(60.0, gt=0)
-    """An endpoint is down after this time without a sign of life, and `down_failures` failures."""
+    """An endpoint is down after this time without a response and `down_failures` failures."""
     down_failures: int = Field(8, ge=1)
 
 
 class BudgetSettings(Section):
-    """What a journal's calls may cost in all, over every run that uses it. 0 = no limit."""
+    """What a journal's calls may cost in total, over every run that uses it. 0 = no limit."""
 
     calls: int = Field(0, ge=0)
     tokens: int = Field(0, ge=0)
@@ -111,40 +112,40 @@ class BudgetSettings(Section):
 
 
 class EmbeddedSettings(Section):
-    """The local server that serves roles without an endpoint: SmolLM2-135M-Instruct on vLLM, on a CPU."""
+    """The local server for roles without an endpoint: SmolLM2-135M-Instruct on vLLM, on a CPU."""
 
     cache_dir: str = ""
-    """Where the converted model lies; empty = `gubs` in the user's cache folder."""
+    """Folder for the converted model; empty = `gubs` in the user's cache folder."""
     max_concurrency: int = Field(64, ge=1)
-    """Calls it works on at once."""
+    """Calls in progress at once."""
     max_model_len: int = Field(4096, ge=256)
-    """Longest prompt and answer together, in tokens (the model was made for 8,192)."""
+    """Longest prompt and answer together, in tokens (the model supports 8,192)."""
     kv_cache_gb: int = Field(1, ge=1)
     threads: int = Field(0, ge=0)
     """CPU threads; 0 = all of the machine."""
     start_timeout_s: float = Field(300.0, gt=0)
     timeout_s: float = Field(1800.0, gt=0)
-    """Longest time one attempt may take; it is slow, and calls wait for each other."""
+    """Longest time for one attempt; the server is slow and calls queue."""
 
 
 class LLMSettings(Section):
     """Every text-LLM call."""
 
     endpoints: dict[str, EndpointSettings] = Field(default_factory=dict)
-    """Endpoints by name; `default` serves the roles that name none. None at all: the embedded server."""
+    """Endpoints by name; `default` serves roles that name none. Without any, the embedded server answers."""
     roles: RolesSettings = RolesSettings()
     retries: RetrySettings = RetrySettings()
     budget: BudgetSettings = BudgetSettings()
     embedded: EmbeddedSettings = EmbeddedSettings()
     journal: str = ""
-    """Folder of the journal; empty = the stage's own. A local or shared file system."""
+    """Folder of the journal, on a local or shared file system; empty = the run's."""
     mode: Literal["record", "replay"] = "record"
-    """`replay` answers from the journal only; a call it lacks is an error."""
+    """`replay` answers from the journal only; a missing call is an error."""
     actors: int = Field(1, ge=1)
-    """Client actors; each has its share of the endpoints' limits. One keeps 1,000 calls of a few seconds in flight (it
-    makes some 400 a second, on one core); each costs some seconds of CPU to start and a little while it waits."""
+    """Client actors; each has its share of the endpoints' limits. One keeps 1,000 calls of a few seconds in flight
+    (about 400 calls per second, on one core); each takes some seconds of CPU to start."""
     spread: bool = False
-    """Place the actors on any node (the journal must then be on a file system all share), not on the driver's."""
+    """Place the actors on any node, not on the driver's (the journal must then be on a shared file system)."""
 
     @model_validator(mode="after")
     def _endpoints_exist(self) -> "LLMSettings":
@@ -164,8 +165,7 @@ class LLMSettings(Section):
         """
         if name not in RolesSettings.model_fields:
             raise ValueError(f"there is no role {name!r}; roles are {', '.join(RolesSettings.model_fields)}")
-        found: RoleSettings = getattr(self.roles, name)
-        return found
+        return getattr(self.roles, name)
 
     def endpoint_of(self, role: str) -> str:
         """Name of the endpoint that serves a role.
@@ -179,9 +179,25 @@ class LLMSettings(Section):
         name = name or "default"
         if name == EMBEDDED or name in self.endpoints:
             return name
-        known = ", ".join(self.endpoints) or "none"
+        configured = ", ".join(self.endpoints) or "none"
         raise ValueError(
-            f"llm.roles.{role} needs the endpoint {name!r}, which is not configured (there are: {known}): "
+            f"llm.roles.{role} needs the endpoint {name!r}, which is not configured (configured: {configured}): "
             f"set llm.roles.{role}.endpoint to one of them or to {EMBEDDED!r}, "
             f"or set llm.endpoints.{name}.base_url and .model"
         )
+
+    def model_of(self, role: str) -> str:
+        """Model that answers a role. Errors: see `endpoint_of`."""
+        name = self.endpoint_of(role)
+        return EMBEDDED_MODEL if name == EMBEDDED else self.endpoints[name].model
+
+    def parameters_of(self, role: str) -> dict[str, object]:
+        """What decides a role's answers: the model and its parameters, at whatever endpoint."""
+        return {"model": self.model_of(role)} | self.role(role).model_dump(exclude={"endpoint", "max_tokens_field"})
+
+    def guided(self, role: str) -> bool:
+        """Whether the role's endpoint enforces answer forms by regular expressions: small local models need that, other
+        models follow the prompt.
+        """
+        name = self.endpoint_of(role)
+        return name == EMBEDDED or self.endpoints[name].structured in ("structured_outputs", "guided")

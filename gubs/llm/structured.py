@@ -4,9 +4,14 @@ import functools
 import importlib
 import json
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+from gubs.artifacts import JsonObject
 from gubs.llm.calls import LLMRequest, Message
+
+if TYPE_CHECKING:
+    from jsonschema import Draft202012Validator
 
 _FENCED = re.compile(r"\s*```[a-zA-Z]*\s*\n(.*?)\n?\s*```\s*", re.S)
 _UNSUPPORTED = re.compile(
@@ -18,7 +23,7 @@ _LONGEST_QUOTE = 6000
 
 
 class UnusableError(ValueError):
-    """An answer that cannot be used; `cause` is what failures are counted by."""
+    """An answer that cannot be used; failures are counted by `cause`."""
 
     def __init__(self, cause: str, message: str):
         super().__init__(message)
@@ -26,7 +31,7 @@ class UnusableError(ValueError):
 
 
 class Support:
-    """What an endpoint is known to enforce: starts with its setting and learns from refusals."""
+    """What an endpoint enforces: starts with its setting and learns from refusals."""
 
     def __init__(self, setting: str):
         auto = setting == "auto"
@@ -34,59 +39,47 @@ class Support:
             "schema": ("json_schema", "structured_outputs", "guided", "none") if auto else (setting,),
             "regex": ("structured_outputs", "guided", "none") if auto else (setting,),
         }
-        self._known = {kind: ladder[0] for kind, ladder in self._ladders.items()}
+        self._modes = {form: ladder[0] for form, ladder in self._ladders.items()}
 
     def mode(self, request: LLMRequest) -> str:
         """The mode to ask in."""
-        kind = _kind(request)
-        return self._known[kind] if kind else "none"
+        return self._modes.get(_form(request), "none")
 
-    def after(self, request: LLMRequest, tried: str, message: str) -> str | None:
-        """The mode to try when `tried` was rejected with a message; None where the message is about something else."""
-        ladder = self._ladders.get(_kind(request), ())
-        if tried not in ladder[:-1] or not _UNSUPPORTED.search(message):
+    def fallback(self, request: LLMRequest, rejected: str, message: str) -> str | None:
+        """The mode to try after `rejected` was rejected with a message; None if the message is about something else."""
+        ladder = self._ladders.get(_form(request), ())
+        if rejected not in ladder[:-1] or not _UNSUPPORTED.search(message):
             return None
-        return ladder[ladder.index(tried) + 1]
+        return ladder[ladder.index(rejected) + 1]
 
     def works(self, request: LLMRequest, mode: str) -> None:
         """Remembers the mode in which an answer came, for the calls that follow."""
-        if kind := _kind(request):
-            self._known[kind] = mode
+        if form := _form(request):
+            self._modes[form] = mode
 
 
-def _kind(request: LLMRequest) -> str:
+def _form(request: LLMRequest) -> str:
     if request.schema is not None:
         return "schema"
     return "regex" if request.regex is not None else ""
 
 
-def fields(request: LLMRequest, mode: str) -> dict[str, Any]:
+def fields(request: LLMRequest, mode: str) -> JsonObject:
     """Fields of the request body that make the endpoint keep the form."""
-    if mode == "none" or (request.schema is None and request.regex is None):
+    form, value = ("json", request.schema) if request.schema is not None else ("regex", request.regex)
+    if mode == "none" or value is None:
         return {}
-    if request.schema is not None:
-        if mode == "json_schema":
-            named = {"name": "answer", "schema": request.schema, "strict": True}
-            return {"response_format": {"type": "json_schema", "json_schema": named}}
-        return (
-            {"structured_outputs": {"json": request.schema}}
-            if mode == "structured_outputs"
-            else {"guided_json": request.schema}
-        )
-    if mode == "json_schema":
-        return {}  # it has no form for a regex
-    return (
-        {"structured_outputs": {"regex": request.regex}}
-        if mode == "structured_outputs"
-        else {"guided_regex": request.regex}
-    )
+    if mode == "json_schema":  # it cannot express a regex
+        schema = {"type": "json_schema", "json_schema": {"name": "answer", "schema": value, "strict": True}}
+        return {"response_format": schema} if form == "json" else {}
+    return {"structured_outputs": {form: value}} if mode == "structured_outputs" else {f"guided_{form}": value}
 
 
 def read(request: LLMRequest, text: str, finish_reason: str = "", refusal: str = "") -> Any:
-    """The value of an answer: the text, its JSON, or what the request's parser makes of it.
+    """The value of an answer: the text, its JSON, or what the request's parser returns.
 
     Raises:
-        UnusableError: with the cause. Errors of the parser other than ValueError are bugs and pass.
+        UnusableError: with the cause. A parser's errors other than ValueError are bugs and pass through.
     """
     if refusal or finish_reason == "content_filter":
         raise UnusableError("refused", refusal or "the endpoint filtered the answer out")
@@ -103,42 +96,46 @@ def read(request: LLMRequest, text: str, finish_reason: str = "", refusal: str =
 
 def reask(messages: tuple[Message, ...], answer: str, error: str) -> tuple[Message, ...]:
     """The messages of a second try: the first ones, the answer, and what is wrong with it."""
-    told = f"Your answer cannot be used: {error}\nAnswer the request above once more, in the required form only."
-    return (*messages, {"role": "assistant", "content": answer[:_LONGEST_QUOTE]}, {"role": "user", "content": told})
+    complaint = f"Your answer cannot be used: {error}\nAnswer the request above once more, in the required form only."
+    return (
+        *messages,
+        {"role": "assistant", "content": answer[:_LONGEST_QUOTE]},
+        {"role": "user", "content": complaint},
+    )
 
 
-def _value(request: LLMRequest, text: str) -> Any:
-    value: Any = text
+def _value(request: LLMRequest, text: str) -> object:
+    value: object = text
     if request.schema is not None:
         value = _json(text, request.schema)
     elif request.regex is not None:
-        value = text.strip()
-        if not re.fullmatch(request.regex, value):
+        value = stripped = text.strip()
+        if not re.fullmatch(request.regex, stripped):
             raise UnusableError("no_match", f"it must match the pattern {request.regex}")
     return _parser(request.parser)(value, **request.parser_args) if request.parser else value
 
 
-def _json(text: str, schema: dict[str, Any]) -> Any:
+def _json(text: str, schema: JsonObject) -> object:
     fenced = _FENCED.fullmatch(text)
     try:
         value = json.loads(fenced[1] if fenced else text)
     except ValueError as e:
         raise UnusableError("not_json", f"it must be one JSON value and nothing else ({e})") from None
-    wrong = next(iter(_validator(json.dumps(schema, sort_keys=True)).iter_errors(value)), None)
-    if wrong is not None:
-        where = "/".join(map(str, wrong.absolute_path)) or "the top level"
-        raise UnusableError("schema", f"at {where}: {wrong.message[:300]}")
+    error = next(iter(_validator(json.dumps(schema, sort_keys=True)).iter_errors(value)), None)
+    if error is not None:
+        where = "/".join(map(str, error.absolute_path)) or "the top level"
+        raise UnusableError("schema", f"at {where}: {error.message[:300]}")
     return value
 
 
 @functools.lru_cache(maxsize=256)
-def _validator(schema: str) -> Any:
+def _validator(schema: str) -> "Draft202012Validator":
     from jsonschema import Draft202012Validator
 
     return Draft202012Validator(json.loads(schema))
 
 
 @functools.lru_cache(maxsize=256)
-def _parser(name: str) -> Any:
+def _parser(name: str) -> Callable[..., object]:
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)

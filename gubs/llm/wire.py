@@ -2,10 +2,11 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Literal
+from typing import Literal
 
 from gubs.llm.calls import clean
 
@@ -16,7 +17,8 @@ _QUOTA = re.compile(r"insufficient_quota|exceeded your current quota|insufficien
 _LONGEST_MESSAGE = 600
 
 Advice = Literal["retry", "wait", "give_up", "stop"]
-"""retry: try again soon; wait: the endpoint says slow down; give_up: this request will never work; stop: none will."""
+"""retry: try again soon; wait: the endpoint asks to slow down; give_up: this request will never work; stop: none
+will."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +34,16 @@ class Reply:
 
 
 class AttemptError(Exception):
-    """An attempt that brought no answer."""
+    """An attempt without an answer."""
 
     def __init__(self, cause: str, message: str, advice: Advice, *, after_s: float | None = None, alive: bool = True):
         super().__init__(message)
         self.cause, self.message, self.advice, self.after_s = cause, message, advice, after_s
         self.alive = alive
-        """The endpoint gave a sign of life."""
+        """The endpoint responded."""
 
 
-def read_response(status: int, headers: Any, content: bytes, *, split_reasoning: bool = True) -> Reply:
+def read_response(status: int, headers: Mapping[str, str], content: bytes, *, split_reasoning: bool = True) -> Reply:
     """Reads a response of the chat API.
 
     Raises:
@@ -78,23 +80,19 @@ def read_response(status: int, headers: Any, content: bytes, *, split_reasoning:
 def split_think(text: str) -> tuple[str, str]:
     """Reasoning and answer of a text that starts with a `<think>` part.
 
-    Some chat templates put the opening tag into the prompt; then the closing tag counts, where it starts a line. Tags
-    further inside an answer (a quoted title, say) are part of the answer.
+    Some chat templates put the opening tag into the prompt; then a closing tag at the start of a line counts. Tags
+    further inside an answer (in a quoted title, for instance) belong to the answer.
     """
-    opened = _OPEN.match(text)
-    if opened:
-        closed = _CLOSE.search(text, opened.end())
-        if not closed:
-            return text[opened.end() :].strip(), ""  # cut off while it was still thinking
-        return text[opened.end() : closed.start()].strip(), text[closed.end() :].lstrip()
-    closed = _CLOSE_LINE.search(text)
-    if closed:
-        return text[: closed.start()].strip(), text[closed.end() :].lstrip()
-    return "", text
+    opening = _OPEN.match(text)
+    start = opening.end() if opening else 0
+    closing = _CLOSE.search(text, start) if opening else _CLOSE_LINE.search(text)
+    if closing:
+        return text[start : closing.start()].strip(), text[closing.end() :].lstrip()
+    return (text[start:].strip(), "") if opening else ("", text)  # cut off before the reasoning ended, or no reasoning
 
 
-def retry_after_s(headers: Any, now: datetime | None = None) -> float | None:
-    """Seconds that `Retry-After` asks to wait (given in seconds or as a date); None where it says nothing usable."""
+def retry_after_s(headers: Mapping[str, str], now: datetime | None = None) -> float | None:
+    """Seconds that `Retry-After` (seconds or a date) asks to wait; None if it is missing or unreadable."""
     milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after")
     try:
         if milliseconds:
@@ -111,31 +109,32 @@ def retry_after_s(headers: Any, now: datetime | None = None) -> float | None:
     return max(0.0, (when - (now or datetime.now(UTC))).total_seconds())
 
 
-def _status_fault(status: int, headers: Any, message: str) -> AttemptError:
-    said = f"HTTP {status}: {message}"
-    after = retry_after_s(headers)
-    if status == 429 and not _QUOTA.search(message):
-        return AttemptError("rate_limited", said, "wait", after_s=after)
+def _status_fault(status: int, headers: Mapping[str, str], server_message: str) -> AttemptError:
+    message, after = f"HTTP {status}: {server_message}", retry_after_s(headers)
+    if status == 429 and not _QUOTA.search(server_message):
+        return AttemptError("rate_limited", message, "wait", after_s=after)
     if status in (401, 402, 403, 404, 405, 429):
-        return AttemptError("refused", said, "stop")
+        return AttemptError("refused", message, "stop")
     if status in (408, 409, 425) or status >= 500:
-        return AttemptError("unreachable", said, "retry", after_s=after, alive=status < 500)
-    return AttemptError("rejected", said, "give_up")
+        return AttemptError("unreachable", message, "retry", after_s=after, alive=status < 500)
+    return AttemptError("rejected", message, "give_up")
 
 
 def _server_message(content: bytes) -> str:
-    text = clean(content.decode("utf-8", "replace"))
+    message = text = clean(content.decode("utf-8", "replace"))
     try:
         error = json.loads(text).get("error", text)
-        found = (error.get("message") or json.dumps(error)) if isinstance(error, dict) else str(error)
-        code = error.get("code") if isinstance(error, dict) else None
-        found = f"{found} ({code})" if code else found
+        if isinstance(error, dict):
+            code = f" ({error['code']})" if error.get("code") else ""
+            message = f"{error.get('message') or json.dumps(error)}{code}"
+        else:
+            message = str(error)
     except (ValueError, AttributeError):
-        found = text
-    return clean(" ".join(found.split())[:_LONGEST_MESSAGE]) or "(the server sent no message)"
+        pass  # not a JSON object: the text itself is the message
+    return clean(" ".join(message.split())[:_LONGEST_MESSAGE]) or "(the server sent no message)"
 
 
-def _text_of(content: Any) -> str:
+def _text_of(content: object) -> str:
     if isinstance(content, list):  # parts: [{"type": "text", "text": ...}, ...]
         return "".join(str(p.get("text", "")) for p in content)
     if content is None or isinstance(content, str):

@@ -1,7 +1,7 @@
 """The UFM's answers: `<think>...</think><answer>X</answer>`, written and strictly read.
 
-Reading never raises and takes time linear in the text (no regular expression looks at a whole answer), since the
-rewards read every sample of every step.
+Reading never raises and takes linear time (no regular expression looks at a whole answer), since the rewards read every
+sample of every step.
 """
 
 import re
@@ -13,16 +13,23 @@ from gubs.records import Option
 
 _THINK, _THINK_END, _ANSWER, ANSWER_END = TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _TAG_LIKE = re.compile(r"<(?=[/|!A-Za-z])")
-_AFTER_LETTER = ".:)．。：）、"
-"""What may stand between an option's letter and its text, in Western and Chinese writing."""
+_AFTER_LETTER = ".:),;=/-–—．。：）、，"
+"""Punctuation between an option's letter and its text, Western and Chinese."""
+_QUOTES = "\"'“”‘’「」"
+_OPENING = " \t\r\n*_`#([{（【" + _QUOTES
+"""Allowed before a letter: emphasis, brackets, quotes."""
+_CLOSING = " \t\r\n*_`)]}）】"
+_LEAD = re.compile(r"(?:(?:my|the|final)\s+)*(?:option|answer|choice)\b(?:\s+is\b)?\s*[:=]?\s*", re.IGNORECASE)
+"""Words before a letter, at the start of a text."""
+_LONGEST_CHOICE = 1000
 
 
 class Failure(StrEnum):
-    """Why an answer is not of the required form."""
+    """Why an answer does not have the required form."""
 
     EMPTY = "empty"
     TRUNCATED = "truncated"
-    """It ends inside a part that was opened, or the token limit cut it off."""
+    """It ends inside a part, or the token limit cut it off."""
     NO_THINK = "no_think"
     """The thinking part is missing, blank or not closed."""
     NO_ANSWER = "no_answer"
@@ -41,15 +48,15 @@ class Reading:
     """What an answer says."""
 
     option: Option | None
-    """The option that the answer part names. Known even where the form is broken elsewhere (text after the answer,
-    say), as long as there is exactly one answer part: a reward for the choice may count it, one for the form not."""
+    """The option that the answer part names. Set even if the form is broken elsewhere (text after the answer, for
+    example), as long as there is exactly one answer part: the choice can be rewarded without the form."""
     think: str
-    """The thinking part; empty where the form is broken."""
+    """The thinking part; empty if the form is broken."""
     failure: Failure | None
 
     @property
     def ok(self) -> bool:
-        """Right form and a known option."""
+        """Right form, and an option of the question."""
         return self.failure is None
 
     @property
@@ -62,14 +69,14 @@ def read_answer(text: str, options: Collection[Option], *, finished: bool = True
     """Reads an answer.
 
     Args:
-        text: what the model said. White space around and between the two parts is allowed, anything else is not.
+        text: the model's output. White space around and between the two parts is allowed, anything else is not.
         options: options of the question (`TASK_OPTIONS[task]`).
-        finished: the model ended by itself; False where the token limit cut it off.
+        finished: the model ended the answer; False if the token limit cut it off.
     """
     body = text.strip()
     think, failure = _read_form(body)
-    said = _answer_part(body)
-    option = None if said is None else read_option(said, options)
+    choice = _answer_part(body)
+    option = None if choice is None else read_option(choice, options)
     if failure is None and option is None:
         failure = Failure.BAD_OPTION
     elif failure is not None and not finished:
@@ -77,27 +84,32 @@ def read_answer(text: str, options: Collection[Option], *, finished: bool = True
     return Reading(option, think, failure)
 
 
-def read_option(said: str, options: Collection[Option]) -> Option | None:
-    """The option that a text names: its letter, alone or followed by the option's text ("A. The user goes on ...").
+def read_option(text: str, options: Collection[Option]) -> Option | None:
+    """The option that a text names, as a person would read it: `B`, `b`, `(B)`, `**B**`, `Option B`, `B - because`,
+    `B, ...`, `B Content`.
 
-    The text may be in other words than ours, but may not name another option ("A. or B").
+    The text may use other words than ours, but may not name another option (`A. or B`).
     """
-    said = said.strip()
-    found = next((o for o in options if said[:1] == o.value), None)
-    rest = said[1:].lstrip()
-    if found is None or not rest:
-        return found
-    if rest[0] not in _AFTER_LETTER or len(rest) > 1000:
+    text = text.strip()
+    if len(text) > _LONGEST_CHOICE:
         return None
-    others = {o.value for o in options} - {found.value}
-    return None if any(_names(word, others) for word in rest[1:].split()) else found
+    text = _LEAD.sub("", text.lstrip(_OPENING), 1).lstrip(_OPENING)
+    letter, rest = text[:1], text[1:]
+    option = next((o for o in options if letter.upper() == o.value), None)
+    after = rest.lstrip(_CLOSING)
+    if option is None or not after or not rest.strip(_CLOSING + _QUOTES):
+        return option
+    if not _follows_a_letter(letter, after, spaced=after != rest):
+        return None
+    others = {o.value for o in options} - {option.value}
+    return None if any(_names(word, others, letter.islower()) for word in after.split()) else option
 
 
 def as_answer(think: str, option: Option) -> str:
     """An answer in the required form. Tags and chat markers inside the thinking get a look-alike bracket.
 
     Raises:
-        ValueError: there is no thinking.
+        ValueError: the thinking is empty.
     """
     thought = quiet_tags(think).strip()
     if not thought:
@@ -126,7 +138,7 @@ def _read_form(body: str) -> tuple[str, Failure | None]:
 
 
 def _parts_failure(body: str, think: int, think_end: int, answer: int, answer_end: int) -> Failure | None:
-    """Whether both parts are there, once each and in order (positions of the tags, -1 = absent)."""
+    """Why there are not both parts, once each and in order (arguments: positions of the tags, -1 = absent)."""
     if not body:
         return Failure.EMPTY
     if any(body.count(tag) > 1 for tag in TAGS):
@@ -143,14 +155,24 @@ def _parts_failure(body: str, think: int, think_end: int, answer: int, answer_en
 
 
 def _answer_part(body: str) -> str | None:
-    """The inside of the answer part, where there is exactly one."""
+    """The text of the answer part, if there is exactly one."""
     if body.count(_ANSWER) != 1 or body.count(ANSWER_END) != 1:
         return None
     start, end = body.find(_ANSWER) + len(_ANSWER), body.find(ANSWER_END)
     return body[start:end] if start <= end else None
 
 
-def _names(word: str, letters: Collection[str]) -> bool:
-    """Whether a word is one of the letters; a bare "A" is taken for the article."""
+def _follows_a_letter(letter: str, after: str, *, spaced: bool) -> bool:
+    """Whether the text after a letter makes it a choice. A word may follow after a space; after an A it must begin a
+    sentence, since "A user leaves" has an article and no choice.
+    """
+    if after[0] in _AFTER_LETTER:
+        return True
+    return spaced and (letter.upper() != "A" or after[0].isupper())
+
+
+def _names(word: str, letters: Collection[str], lower: bool) -> bool:
+    """Whether a word is one of the letters (`lower`: also in lower case); a bare "A" counts as the article."""
     bare = word.strip("()[]*,;/" + _AFTER_LETTER)
-    return bare in letters and (bare != "A" or word != "A")
+    named = bare.upper() if lower else bare
+    return named in letters and (named != "A" or word.upper() != "A")

@@ -1,60 +1,65 @@
-"""Texts from outside, made safe to stand in a prompt.
+"""Makes texts from outside safe for a prompt.
 
-A title may hold anything: line breaks, our own delimiters, chat markers, instructions to the model. Here it becomes one
+A title may hold anything: line breaks, our delimiters, chat markers, instructions to the model. Here it becomes one
 line of plain characters that cannot end its field (JSON quotes), cannot open or close a tag (angle brackets become
-look-alikes) and cannot be a chat marker. What it says stays readable; that it is data, the templates say.
+look-alikes) and cannot be a chat marker. It stays readable; the templates tell the model that it is data.
 """
 
 import json
 import unicodedata
 from collections.abc import Mapping
-from typing import Any
 
 _LOOKALIKES = str.maketrans({"<": "‹", ">": "›", "`": "'", "{": "(", "}": ")"})
 PICTURES = "\N{OBJECT REPLACEMENT CHARACTER}"
-"""Our own prompts put it where pictures belong; text from outside may not."""
+"""Our prompts put it where pictures belong; texts from outside may not contain it."""
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-"""Unicode categories that show nothing: control, format (direction marks too), surrogates, private use, line ends."""
+"""Unicode categories of invisible characters: control, format (direction marks), surrogates, private use, line ends."""
 
 
 def plain(text: str, limit: int = 200) -> str:
-    """One line of visible characters, at most `limit` of them (then it ends with …), without angle brackets."""
+    """One line of at most `limit` visible characters (a longer text ends with …), without angle brackets."""
     normal = unicodedata.normalize("NFC", text)
     visible = "".join(" " if c == PICTURES or unicodedata.category(c) in _INVISIBLE else c for c in normal)
     line = " ".join(visible.split()).translate(_LOOKALIKES)
     return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
 
 
-def inline(text: Any, limit: int = 200) -> str:
+def inline(text: object, limit: int = 200) -> str:
     """A text as a quoted field: JSON string of `plain(text)`; `unknown` for None."""
     return "unknown" if text is None else json.dumps(plain(str(text), limit), ensure_ascii=False)
 
 
-def record(values: Mapping[str, Any], limit: int = 200) -> str:
-    """Several fields as one line of JSON; unknown (None, empty) ones are left out."""
-    return json.dumps(
-        {plain(k, 60): _clean(v, limit) for k, v in values.items() if v not in (None, "", [], {})}, ensure_ascii=False
-    )
+def record(values: Mapping[str, object], limit: int = 200, limits: Mapping[str, int] | None = None) -> str:
+    """Several fields as one line of JSON, without unknown ones (None, empty).
+
+    Args:
+        values: field name -> value.
+        limit: characters per text.
+        limits: the same for single fields, by name.
+    """
+    limits = limits or {}
+    present = {k: v for k, v in values.items() if v not in (None, "", [], {}, ())}
+    return json.dumps({plain(k, 60): _clean(v, limits.get(k, limit)) for k, v in present.items()}, ensure_ascii=False)
 
 
 def unnamed(line: str) -> str:
-    """A `record` without the names of its fields, as safe as it was: for small models, which need no words to know by
-    place what is what, and for which every token is work.
+    """A `record` without its field names, just as safe: for small models, which recognize fields by their place and for
+    which every token costs.
     """
     return json.dumps(list(json.loads(line).values()), ensure_ascii=False)
 
 
 def block(text: str, limit: int = 20000) -> str:
-    """A longer text of several lines (a group profile): every line made `plain`, quoted by a leading bar.
+    """A text of several lines (a group profile): every line is made `plain` and quoted by a leading bar.
 
-    No line can look like a line of ours, since all of ours start without the bar.
+    So no line can look like one of ours, which start without the bar.
     """
     lines = [plain(line, limit) for line in text.splitlines()]
-    kept = "\n".join(f"| {line}" for line in lines if line)
-    return kept if len(kept) <= limit else kept[: limit - 1] + "…"
+    quoted = "\n".join(f"| {line}" for line in lines if line)
+    return quoted if len(quoted) <= limit else quoted[: limit - 1] + "…"
 
 
-def _clean(value: Any, limit: int) -> Any:
+def _clean(value: object, limit: int) -> object:
     if isinstance(value, str):
         return plain(value, limit)
     if isinstance(value, Mapping):

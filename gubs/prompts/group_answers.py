@@ -1,4 +1,4 @@
-"""What models said about groups, as typed answers; or an `AnswerError` that says what is wrong, to re-ask and count."""
+"""Models' answers about groups, parsed; an `AnswerError` says what is wrong, for the re-ask and the counts."""
 
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _MIN_PROFILE = 20
 
 
 class AnswerError(ValueError):
-    """An answer that cannot be used; `cause` is what failures are counted by."""
+    """An answer that cannot be used; failures are counted by `cause`."""
 
     def __init__(self, cause: str, message: str):
         super().__init__(message)
@@ -33,13 +33,9 @@ class Category:
 
 
 def find_categories(text: str) -> list[Category]:
-    """All categories that can be made out in a text, well-formed as a whole or not."""
-    found = []
-    for m in _CATEGORY.finditer(text):
-        name, features = _line(m["name"]), _line(m["features"])
-        if name and features:
-            found.append(Category(name, features, int(m["user"])))
-    return found
+    """All categories that a text has, well-formed as a whole or not."""
+    parts = ((_line(m["name"]), _line(m["features"]), int(m["user"])) for m in _CATEGORY.finditer(text))
+    return [Category(name, features, user) for name, features, user in parts if name and features]
 
 
 def parse_categories(text: str, groups: int, users: int) -> list[Category]:
@@ -48,21 +44,22 @@ def parse_categories(text: str, groups: int, users: int) -> list[Category]:
     Raises:
         AnswerError: wrong_count, unknown_typical or same_typical.
     """
-    found = find_categories(text)
-    if len(found) != groups:
+    # The messages go back to the model (and into the keys of the journal): they are prompts.
+    categories = find_categories(text)
+    if len(categories) != groups:
         raise AnswerError(
-            "wrong_count", f"it has {len(found)} complete categories (name, features, typical user), not {groups}"
+            "wrong_count", f"it has {len(categories)} complete categories (name, features, typical user), not {groups}"
         )
-    strangers = [c.typical for c in found if not 1 <= c.typical <= users]
-    if strangers:
+    unknown = [c.typical for c in categories if not 1 <= c.typical <= users]
+    if unknown:
         raise AnswerError(
-            "unknown_typical", f"typical users must be of the list, 1 to {users}; there is no User {strangers[0]}"
+            "unknown_typical", f"typical users must be of the list, 1 to {users}; there is no User {unknown[0]}"
         )
-    if len({c.typical for c in found}) < groups:
+    if len({c.typical for c in categories}) < groups:
         raise AnswerError(
             "same_typical", "every group needs a typical user of its own; one user is typical of two groups"
         )
-    return found
+    return categories
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class Verdict:
 
 
 def parse_verdict(text: str) -> Verdict:
-    """`Match or not: Yes/No` and the reason.
+    """Reads `Match or not: Yes/No` and the reason.
 
     Raises:
         AnswerError: no_verdict.
@@ -98,7 +95,9 @@ def parse_profile(text: str) -> str:
 
 
 def categories_regex(groups: int, users: int) -> str:
-    """Pattern of `parse_categories`' form, for engines that can be held to one; lines are short, for small models."""
+    """Pattern of the form that `parse_categories` reads, for engines that enforce one; lines are short, for small
+    models.
+    """
     user = "|".join(map(str, range(1, users + 1)))
     one = (
         rf"Category {g}: [A-Za-z][^\n]{{1,40}}\nFeatures: [A-Za-z][^\n]{{1,80}}\nTypical user: User ({user})"

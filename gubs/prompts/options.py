@@ -1,7 +1,7 @@
-"""What the options of the UFM's multiple-choice question mean, in the words every prompt uses.
+"""The options of the UFM's multiple-choice question, in the words of every prompt.
 
-The meanings are those of the paper (section on labels, appendix A.2): a fast skip comes from the content, from the
-recommendation, or from the user's own moment.
+The meanings are the paper's (section on labels, appendix A.2): a fast skip is due to the content, the recommendation,
+or the user's own situation.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,7 @@ OPTION_TEXTS: dict[Task, dict[Option, str]] = {
         "offers too little variety.",
         Option.D: "Fast skip because of the user's moment: a slip of the finger, no time, or no wish to watch now.",
     },
-    Task.CLICK: {
-        Option.A: "The user clicks this video.",
-        Option.B: "The user does not click this video.",
-    },
+    Task.CLICK: {Option.A: "The user clicks this video.", Option.B: "The user does not click this video."},
 }
 
 SKIP_CAUSES: tuple[Option, ...] = (Option.B, Option.C, Option.D)
@@ -28,6 +25,6 @@ SKIP_CAUSES: tuple[Option, ...] = (Option.B, Option.C, Option.D)
 
 
 def option_lines(task: Task, options: Sequence[Option] | None = None) -> str:
-    """The options (all of the task, or some), a line each: `A: ...`."""
+    """The options (all of the task, or some), one per line: `A: ...`."""
     texts = OPTION_TEXTS[task]
     return "\n".join(f"{option}: {texts[option]}" for option in options or TASK_OPTIONS[task])

@@ -4,15 +4,14 @@ Answers keep who gave them, when, and from which file. Several people may answer
 leaves the item open. Imports add up; a person's later answer to an item replaces the earlier one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gubs.artifacts import Artifact, Run, fingerprint, writing
-from gubs.config import Settings
+from gubs.artifacts import Artifact, Recipe, Run, fingerprint, writing
 from gubs.errors import ArtifactError
 from gubs.records import Record
 from gubs.teachers import reasons
@@ -47,8 +46,8 @@ class HumanAnswer(Record):
     source: str | None = None
 
 
-def add_answers(run: Run, settings: Settings, answers: Iterable[HumanAnswer]) -> Artifact:
-    """Adds answers to the artifact `annotations`, which is replaced as a whole.
+def add_answers(run: Run, settings: Mapping[str, Any], answers: Iterable[HumanAnswer]) -> Artifact:
+    """Adds answers to the artifact `annotations`, which is replaced as a whole; `settings` are for its manifest.
 
     Raises:
         ArtifactError: there are no labels, or the earlier answers belong to other labels (see `earlier_answers`).
@@ -60,12 +59,12 @@ def add_answers(run: Run, settings: Settings, answers: Iterable[HumanAnswer]) ->
         if known is None or answer.time >= known.time:
             merged[answer.interaction_id, answer.annotator] = answer
     rows = [asdict(a) for _, a in sorted(merged.items())]
-    mark = fingerprint(STAGE, {"answers": rows}, {"labels": labels.fingerprint})
-    inputs = {"labels": labels.fingerprint}
+    recipe = Recipe(inputs={reasons.STAGE: labels.content}, outside={"answers": fingerprint(STAGE, rows)})
     votes = votes_of(merged.values())
-    with writing(run, STAGE, fingerprint=mark, settings=settings, inputs=inputs) as out:
+    with writing(run, STAGE, recipe=recipe, settings=settings) as out:
         out.write_table("answers", pa.Table.from_pylist(rows, schema=ANSWERS))
         out.info = _report(run, labels, votes)
+        out.summary = f"{len(rows):,} answers of people, {out.info['decided']:,} skips decided"
     return run.artifact(STAGE)
 
 
@@ -75,10 +74,10 @@ def earlier_answers(run: Run) -> list[HumanAnswer]:
     Raises:
         ArtifactError: they are answers to the queue of labels that have been made anew since.
     """
-    if STAGE not in run.stages():
+    if not run.has(STAGE):
         return []
     found = run.artifact(STAGE)
-    if found.manifest.inputs.get("labels") != run.artifact(reasons.STAGE).fingerprint:
+    if found.manifest.recipe.inputs.get(reasons.STAGE) != run.artifact(reasons.STAGE).content:
         raise ArtifactError(
             f"{found.uri} answers the queue of other labels than {run.full(reasons.STAGE)} holds now: "
             "move it away, or make the labels with the earlier settings"

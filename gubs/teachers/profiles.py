@@ -5,7 +5,7 @@ nothing of what will be predicted.
 """
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,20 +13,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gubs.artifacts import Artifact, fingerprint, writing
+from gubs.artifacts import Run, StageJob
+from gubs.data.ifvr import IFVR
 from gubs.llm.calls import Answer, LLMRequest, question
-from gubs.people import Person
+from gubs.llm.settings import LLMSettings
 from gubs.prompts import fill
 from gubs.prompts.fields import plain
-from gubs.prompts.ufm import video_line
+from gubs.prompts.people import Person
+from gubs.prompts.question import video_line
 from gubs.records import Role, Split, User, Video
-from gubs.teachers.cases import whole_user, whole_video
-from gubs.teachers.desk import Desk, by_cause, failures
+from gubs.teachers.annotator import ROLE, annotator, by_cause, failures
 from gubs.teachers.forms import PARSER, profile_form, words
 from gubs.teachers.settings import TeacherSettings
-
-STAGE = "profiles"
-ROLE = "annotator"
 
 SCHEMA = pa.schema(
     [
@@ -35,9 +33,11 @@ SCHEMA = pa.schema(
         ("tags", pa.list_(pa.string())),
         ("evidence", pa.list_(pa.string())),
         ("n", pa.int32()),
+        ("until", pa.int64()),
     ]
 )
-"""Profile, interest tags (strongest first), ids of the interactions they rest on, and how many those are."""
+"""Profile, interest tags (strongest first), ids of the interactions they rest on, how many those are, and the time of
+the latest of them (milliseconds since 1970)."""
 
 _THINGS = {"movielens": "films", "amazon": "books"}
 
@@ -52,45 +52,41 @@ class Rated:
     disliked: tuple[str, ...]
     """Items with 2 stars or fewer."""
     evidence: tuple[str, ...]
+    until: int | None
+    """Time of the latest of the items; None where the source has no times."""
 
 
-def profiles_stage(desk: Desk, *, force: bool = False) -> tuple[Artifact, bool]:
-    """Makes the artifact `profiles` (tables profiles, failures) from `ifvr`; returns it and whether it was made now.
-
-    A source without ratings gives an empty one, with a note.
+def make(job: StageJob, teachers: TeacherSettings, llm: LLMSettings, seed: int, kind: str) -> str:
+    """Writes the profiles (tables profiles, failures). A source without ratings gets an empty table, with a note.
 
     Errors: see `LLMClient.stream`; what was finished is kept in the journal.
     """
-    ifvr = desk.run.artifact("ifvr")
-    recipe = desk.recipe(ROLE, "profile_items", "profile_users", "max_text", "profile_chars")
-    inputs = {"ifvr": ifvr.fingerprint}
-    mark = fingerprint(STAGE, recipe, inputs)
-    if found := desk.run.finished(STAGE, mark, force):
-        return found, False
-    users, left_out = rated_users(ifvr, desk.teachers, desk.settings.seed)
-    answers = desk.ask([profile_request(u, desk) for u in users])
-    rows = [_row(u, a, desk.teachers) for u, a in zip(users, answers, strict=True) if a.ok]
-    with writing(desk.run, STAGE, fingerprint=mark, settings=desk.settings, inputs=inputs) as out:
+    users, left_out = rated_users(IFVR(job.run), teachers, seed)
+    with annotator(job.run, llm) as asked:
+        answers = asked.ask([profile_request(u, teachers, kind) for u in users])
+    rows = [_row(u, a, teachers) for u, a in zip(users, answers, strict=True) if a.ok]
+    with job.writing() as out:
         out.write_table("profiles", pa.Table.from_pylist(rows, schema=SCHEMA))
         out.write_table("failures", failed := failures(answers))
-        notes = [] if users else ["no history record has a liked or disliked rating: there are no profiles"]
+        notes = [] if users else ["no user without tags has rated anything in the history: there are no profiles"]
         out.info = {"asked": len(users), "left_out": left_out, "failures": by_cause(failed), "notes": notes}
-    return desk.run.artifact(STAGE), True
+        out.summary = f"{len(rows):,} profiles, {failed.num_rows:,} failures"
+    return out.summary
 
 
-def profile_requests(desk: Desk) -> list[LLMRequest]:
-    """All requests of the job, for a dry run."""
-    users, _ = rated_users(desk.run.artifact("ifvr"), desk.teachers, desk.settings.seed)
-    return [profile_request(u, desk) for u in users]
+def requests(run: Run, teachers: TeacherSettings, seed: int, kind: str) -> list[LLMRequest]:
+    """All requests of the job, for an estimate."""
+    users, _ = rated_users(IFVR(run), teachers, seed)
+    return [profile_request(u, teachers, kind) for u in users]
 
 
-def profile_request(rated: Rated, desk: Desk) -> LLMRequest:
-    """Asks for one user's profile."""
-    u, settings = rated.user, desk.teachers
+def profile_request(rated: Rated, settings: TeacherSettings, kind: str) -> LLMRequest:
+    """Asks for one user's profile; `kind` is the source's."""
+    u = rated.user
     prompt = fill(
-        "teach_profile",
-        things=_THINGS.get(desk.settings.source.kind, "videos"),
-        profile=Person(u, ()).profile(settings.max_text),
+        "teachers/profile",
+        things=_THINGS.get(kind, "videos"),
+        profile=Person(u).profile(settings.max_text),
         liked=rated.liked,
         disliked=rated.disliked,
         words=words(settings.profile_chars),
@@ -99,19 +95,23 @@ def profile_request(rated: Rated, desk: Desk) -> LLMRequest:
     return question(ROLE, f"profile/{u.user_id}", prompt, schema=form, parser=PARSER, metadata={"item": u.user_id})
 
 
-def rated_users(ifvr: Artifact, settings: TeacherSettings, seed: int) -> tuple[list[Rated], dict[str, int]]:
+def rated_users(ifvr: IFVR, settings: TeacherSettings, seed: int) -> tuple[list[Rated], dict[str, int]]:
     """The users who get a profile, with their drawn items; and why others get none, counted."""
-    log = ifvr.table("interactions", ["interaction_id", "user_id", "video_id", "rating", "liked", "disliked", "role"])
+    log = ifvr.log(["interaction_id", "user_id", "video_id", "timestamp", "rating", "liked", "disliked", "role"])
     log = log.filter(log["rating"].is_valid())
     pool = _pool(log)
     order = _order(ifvr)
-    wanted = [u for u in order if u in pool]
+    untagged = [u for u in order if not ifvr.users[u].tags]
+    wanted = [u for u in untagged if u in pool]
     chosen = wanted[: settings.profile_users or None]
-    users = {u.user_id: u for u in map(whole_user, User.from_table(ifvr.table("users")))}
-    videos = {v.video_id: v for v in map(whole_video, Video.from_table(ifvr.table("videos")))}
     place = {u: i for i, u in enumerate(sorted(pool))}
-    drawn = (_draw(users[u], pool[u], videos, settings, [seed, 31, place[u]]) for u in chosen)
-    return list(drawn), {"no_rated_items": len(order) - len(wanted), "over_limit": len(wanted) - len(chosen)}
+    drawn = (_draw(ifvr.users[u], pool[u], ifvr.videos, settings, [seed, 31, place[u]]) for u in chosen)
+    counts = {
+        "has_tags": len(order) - len(untagged),
+        "no_rated_items": len(untagged) - len(wanted),
+        "over_limit": len(wanted) - len(chosen),
+    }
+    return list(drawn), counts
 
 
 def _pool(log: pa.Table) -> dict[str, list[dict[str, Any]]]:
@@ -130,17 +130,17 @@ def _pairs(log: pa.Table) -> Iterator[tuple[str, str]]:
     return zip(log["user_id"].to_pylist(), log["video_id"].to_pylist(), strict=True)
 
 
-def _order(ifvr: Artifact) -> list[str]:
+def _order(ifvr: IFVR) -> list[str]:
     """Test users, then the UGM's, then the others; each user once, by id."""
     rank: dict[str, int] = {}
-    for row in ifvr.table("user_splits").to_pylist():
+    for row in ifvr.user_splits.to_pylist():
         mine = 0 if row["split"] == Split.TEST else 1 if row["ugm"] else 2
         rank[row["user_id"]] = min(mine, rank.get(row["user_id"], 2))
     return sorted(rank, key=lambda u: (rank[u], u))
 
 
 def _draw(
-    user: User, pool: list[dict[str, Any]], videos: dict[str, Video], settings: TeacherSettings, seed: list[int]
+    user: User, pool: list[dict[str, Any]], videos: Mapping[str, Video], settings: TeacherSettings, seed: list[int]
 ) -> Rated:
     picks = np.random.default_rng(seed).permutation(len(pool))[: settings.profile_items]
     rows = [pool[i] for i in np.sort(picks)]
@@ -148,7 +148,9 @@ def _draw(
     def lines(side: str) -> tuple[str, ...]:
         return tuple(video_line(videos[r["video_id"]], tags=True, limit=settings.max_text) for r in rows if r[side])
 
-    return Rated(user, lines("liked"), lines("disliked"), tuple(r["interaction_id"] for r in rows))
+    times = [r["timestamp"] for r in rows if r["timestamp"] is not None]
+    evidence = tuple(r["interaction_id"] for r in rows)
+    return Rated(user, lines("liked"), lines("disliked"), evidence, max(times, default=None))
 
 
 def _row(rated: Rated, answer: Answer, settings: TeacherSettings) -> dict[str, Any]:
@@ -158,4 +160,5 @@ def _row(rated: Rated, answer: Answer, settings: TeacherSettings) -> dict[str, A
         "tags": answer.value["tags"],
         "evidence": list(rated.evidence),
         "n": len(rated.evidence),
+        "until": rated.until,
     }

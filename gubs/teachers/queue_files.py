@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from gubs.artifacts import Run
+from gubs.data.ifvr import IFVR, PROFILES
 from gubs.errors import InputError
 from gubs.prompts.answers import read_option
 from gubs.prompts.fields import inline, plain
 from gubs.prompts.options import option_lines
-from gubs.records import TASK_OPTIONS, Option, Split, Task
+from gubs.records import TASK_OPTIONS, Task
 from gubs.teachers import reasons
 from gubs.teachers.annotations import HumanAnswer, open_items
-from gubs.teachers.cases import Case, by_id, load_cases, targets
+from gubs.teachers.cases import Case, by_id, load_cases
 from gubs.teachers.settings import TeacherSettings
 
 COLUMNS = (
@@ -43,11 +44,11 @@ _SHOWN_PROBLEMS = 10
 
 def queue_items(run: Run, settings: TeacherSettings, annotator: str = "") -> list[dict[str, str]]:
     """What is open, with all a person needs to decide it: one text per column."""
-    ifvr = run.artifact("ifvr")
+    ifvr = IFVR(run)
     queue = {row["interaction_id"]: row for row in open_items(run, annotator).to_pylist()}
-    rows = by_id(targets(ifvr, Task.SEQUENTIAL, list(Split)), queue)
-    cases = load_cases(ifvr, rows, settings.history_items, settings.max_text)
-    files = _video_files(run)
+    rows = by_id(ifvr.targets(Task.SEQUENTIAL), queue)
+    cases = load_cases(ifvr, rows, settings.history_items, tastes=settings.profiles and run.has(PROFILES))
+    files = _video_files(ifvr)
     return [_item(c, queue[c.target.interaction_id], files, settings.max_text) for c in cases]
 
 
@@ -107,7 +108,7 @@ def _item(case: Case, row: dict[str, Any], files: dict[str, str], limit: int) ->
         "interaction_id": case.target.interaction_id,
         "question": f"Why was it skipped?\n{option_lines(Task.SEQUENTIAL)}",
         "profile": case.person.profile(limit),
-        "views": "\n".join(case.person.views),
+        "views": "\n".join(case.person.views(limit)),
         "title": inline(video.title, limit),
         "length": "" if video.duration_s is None else f"{video.duration_s:.0f} s",
         "tags": json.dumps([plain(t) for t in video.tags or []], ensure_ascii=False),
@@ -127,13 +128,11 @@ def _attempt(number: int, attempt: dict[str, Any]) -> str:
     return said + (f" {plain(attempt['criticism'], 2000)}" if attempt["criticism"] else "")
 
 
-def _video_files(run: Run) -> dict[str, str]:
-    """Video id -> the file to look at; of the frames' table where there is one, which knows where files were found."""
-    stage = run.artifact("frames") if "frames" in run.stages() else None
-    if stage is None or "frames" not in stage.manifest.tables:
-        table = run.artifact("ifvr").table("videos", ["video_id", "uri"])
-    else:
-        table = stage.table("frames", ["video_id", "uri"])
+def _video_files(ifvr: IFVR) -> dict[str, str]:
+    """Video id -> the file to look at; the frames' table knows where files were found."""
+    if not ifvr.run.has("frames"):
+        return ifvr.video_files
+    table = ifvr.run.artifact("frames").table("frames", ["video_id", "uri"])
     return {v: u for v, u in zip(table["video_id"].to_pylist(), table["uri"].to_pylist(), strict=True) if u}
 
 
@@ -185,7 +184,7 @@ def _problem(row: dict[str, str], known: Iterable[str], annotator: str) -> str:
     key = (row.get("interaction_id") or "").strip()
     if key not in known:
         return f"interaction_id {key!r} is not in the queue of this run"
-    if _option(row["answer"]) is None:
+    if read_option(row["answer"], _OPTIONS) is None:
         return f"answer {row['answer'].strip()!r} is none of {', '.join(_OPTIONS)}"
     if not ((row.get("annotator") or "").strip() or annotator):
         return "nobody is named in the column annotator: fill it in, or pass --name"
@@ -194,17 +193,11 @@ def _problem(row: dict[str, str], known: Iterable[str], annotator: str) -> str:
     return ""
 
 
-def _option(text: str) -> Option | None:
-    """The option a person wrote: `b`, `B`, `B. because ...`."""
-    text = text.strip()
-    return read_option(text[:1].upper() + text[1:], _OPTIONS)
-
-
 def _answer(row: dict[str, str], annotator: str, time: str, source: str) -> HumanAnswer:
     return HumanAnswer(
         interaction_id=row["interaction_id"].strip(),
         annotator=(row.get("annotator") or "").strip() or annotator,
-        option=row["answer"].strip()[0].upper(),
+        option=str(read_option(row["answer"], _OPTIONS)),
         time=datetime.fromisoformat(time.strip()).astimezone(UTC).isoformat(timespec="seconds"),
         comment=(row.get("comment") or "").strip() or None,
         source=source,

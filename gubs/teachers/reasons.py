@@ -8,26 +8,28 @@ that a limit left out.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
-from gubs.artifacts import Artifact, fingerprint, writing
+from gubs.artifacts import Run, StageJob
+from gubs.console import say
+from gubs.data.ifvr import IFVR, PROFILES, fast_skips
 from gubs.llm.calls import Answer, LLMRequest, question
+from gubs.llm.settings import LLMSettings
 from gubs.prompts import fill
 from gubs.prompts.options import SKIP_CAUSES, option_lines
 from gubs.records import FAST_SKIP_BELOW, Interaction, Option, Split, Task
 from gubs.teachers import script
-from gubs.teachers.cases import Case, clicked, draw, fast_skips, load_cases, targets
-from gubs.teachers.desk import Ask, Desk, by_cause, failures
+from gubs.teachers.annotator import ROLE, Ask, annotator, by_cause, failures
+from gubs.teachers.cases import Case, clicked, draw, load_cases
 from gubs.teachers.forms import PARSER, label_form, verdict_form, words
 from gubs.teachers.score import score, true_causes
 from gubs.teachers.settings import TeacherSettings
 
 STAGE = "labels"
-ROLE = "annotator"
 RULE = "rule"
 TRUE = "truth"
 """`label_source` of true causes, which only simulated sources know."""
@@ -103,38 +105,36 @@ class Skip:
         return self.attempts[-1] if self.attempts and self.attempts[-1].valid else None
 
 
-def reasons_stage(desk: Desk, *, force: bool = False) -> tuple[Artifact, bool]:
-    """Makes the artifact `labels` (tables labels, queue, failures) from `ifvr`.
+def make(job: StageJob, teachers: TeacherSettings, llm: LLMSettings, seed: int) -> str:
+    """Labels every target whose outcome is known (tables labels, queue, failures).
 
-    Returns it and whether it was made now. On simulated sources its info tells how many labels are true.
+    On simulated sources its info tells how many labels are true.
 
     Errors: see `LLMClient.stream`; what was finished is kept in the journal.
     """
-    ifvr = desk.run.artifact("ifvr")
-    names = ("truth", "train_skips", "test_skips", "rounds", "history_items", "max_text", "reason_chars")
-    inputs = {"ifvr": ifvr.fingerprint}
-    mark = fingerprint(STAGE, desk.recipe(ROLE, *names), inputs)
-    if found := desk.run.finished(STAGE, mark, force):
-        return found, False
-    skips = open_skips(ifvr, desk.teachers, desk.settings.seed)
-    _find_reasons(desk, skips)
+    ifvr, truth = IFVR(job.run), true_causes(job.run)
+    skips = open_skips(ifvr, teachers, seed, tastes=job.reads(PROFILES))
+    with annotator(job.run, llm) as asked:
+        _find_reasons(skips, teachers, truth if teachers.truth else {}, asked.ask)
     told = [_label_row(s, s.sound) for s in skips if s.sound]
     rules, unknown = rule_labels(ifvr)
-    with writing(desk.run, STAGE, fingerprint=mark, settings=desk.settings, inputs=inputs) as out:
+    with job.writing() as out:
         out.write_table("labels", pa.concat_tables([rules, pa.Table.from_pylist(told, schema=LABELS)]))
         out.write_table("queue", queue := queue_table(skips))
         out.write_table("failures", failures(s.failed for s in skips if s.failed))
         out.info = _report(skips, rules, queue, unknown)
         out.info["skips_left_out"] = _count_skips(ifvr) - len(skips)
-        out.info["truth"] = _score(skips, true_causes(desk.run))
-    return desk.run.artifact(STAGE), True
+        out.info["truth"] = _score(skips, truth)
+        out.summary = f"{out.tables['labels'].rows:,} labels, {queue.num_rows:,} skips for people to decide"
+    for note in out.info["notes"]:
+        say(f"         note: {note}")
+    return out.summary
 
 
-def _find_reasons(desk: Desk, skips: list[Skip]) -> None:
-    """Gives the skips their reasons: the true causes where they are wanted and known, else the teacher's."""
-    truth = true_causes(desk.run) if desk.teachers.truth else {}
-    if not truth and desk.teachers.author == "annotator":
-        label(skips, desk.ask, desk.teachers)
+def _find_reasons(skips: list[Skip], teachers: TeacherSettings, truth: Mapping[str, str], ask: Ask) -> None:
+    """Gives the skips their reasons: the true causes where they are given, else the teacher's."""
+    if not truth and teachers.author == "annotator":
+        label(skips, ask, teachers)
         return
     for skip in skips:
         rationale, option = script.skip_cause(skip.case)
@@ -144,21 +144,21 @@ def _find_reasons(desk: Desk, skips: list[Skip]) -> None:
         skip.author = TRUE if truth else script.SCRIPT
 
 
-def first_requests(desk: Desk) -> list[LLMRequest]:
-    """The labels of the first round, for a dry run. A skip costs two calls a round: a label and a verdict on it."""
-    if desk.teachers.author == "script" or (desk.teachers.truth and true_causes(desk.run)):
+def requests(run: Run, teachers: TeacherSettings, seed: int) -> list[LLMRequest]:
+    """The labels of the first round, for an estimate. A skip costs two calls per round: a label and a verdict on it."""
+    if teachers.author == "script" or (teachers.truth and true_causes(run)):
         return []
-    skips = open_skips(desk.run.artifact("ifvr"), desk.teachers, desk.settings.seed)
-    return [label_request(s, desk.teachers) for s in skips]
+    skips = open_skips(IFVR(run), teachers, seed, tastes=teachers.profiles and run.has(PROFILES))
+    return [label_request(s, teachers) for s in skips]
 
 
-def open_skips(ifvr: Artifact, settings: TeacherSettings, seed: int) -> list[Skip]:
+def open_skips(ifvr: IFVR, settings: TeacherSettings, seed: int, *, tastes: bool = False) -> list[Skip]:
     """The fast skips that get a reason, train then test."""
-    found = []
+    cases = []
     for number, (split, count) in enumerate([(Split.TRAIN, settings.train_skips), (Split.TEST, settings.test_skips)]):
-        rows = draw(fast_skips(targets(ifvr, Task.SEQUENTIAL, [split])), count, [seed, 21, number])
-        found += load_cases(ifvr, rows, settings.history_items, settings.max_text)
-    return [Skip(case) for case in found]
+        rows = draw(fast_skips(ifvr.targets(Task.SEQUENTIAL, [split])), count, [seed, 21, number])
+        cases += load_cases(ifvr, rows, settings.history_items, tastes=tastes)
+    return [Skip(case) for case in cases]
 
 
 def label(skips: Collection[Skip], ask: Ask, settings: TeacherSettings) -> None:
@@ -171,20 +171,20 @@ def label(skips: Collection[Skip], ask: Ask, settings: TeacherSettings) -> None:
 
 def label_request(skip: Skip, settings: TeacherSettings) -> LLMRequest:
     """Asks for the cause of a skip; shows what was said before and why it was found wanting."""
-    prompt = fill("teach_label", **_shown(skip, settings), attempts=skip.attempts)
+    prompt = fill("teachers/label", **_shown(skip, settings), attempts=skip.attempts)
     form = label_form(SKIP_CAUSES, settings.reason_chars)
     return _request(skip, f"label{len(skip.attempts) + 1}", prompt, form)
 
 
 def verdict_request(skip: Skip, settings: TeacherSettings) -> LLMRequest:
     """Asks whether the last attempt is sound."""
-    prompt = fill("teach_judge", **_shown(skip, settings), attempt=skip.attempts[-1])
+    prompt = fill("teachers/judge", **_shown(skip, settings), attempt=skip.attempts[-1])
     return _request(skip, f"verdict{len(skip.attempts)}", prompt, verdict_form(settings.reason_chars))
 
 
-def rule_labels(ifvr: Artifact) -> tuple[pa.Table, int]:
+def rule_labels(ifvr: IFVR) -> tuple[pa.Table, int]:
     """Labels that need no teacher, and the number of targets for which the log does not tell the outcome."""
-    rows = [row for task in Task for row in _with_split(targets(ifvr, task, list(Split)))]
+    rows = [row for task in Task for row in _with_split(ifvr.targets(task))]
     known = [(r, split, option) for r, split in rows if (option := _by_rule(r)) is not None]
     unknown = sum(_unknown(r) for r, _ in rows)
     told = [{**_ids(r, split), "option": option.value, "rounds": 0} for r, split, option in known]
@@ -275,8 +275,8 @@ def _ids(row: Interaction, split: str) -> dict[str, str]:
     return {**ids, "task": row.task, "split": split}
 
 
-def _count_skips(ifvr: Artifact) -> int:
-    return int(fast_skips(targets(ifvr, Task.SEQUENTIAL, list(Split))).num_rows)
+def _count_skips(ifvr: IFVR) -> int:
+    return int(fast_skips(ifvr.targets(Task.SEQUENTIAL)).num_rows)
 
 
 def _report(skips: list[Skip], rules: pa.Table, queue: pa.Table, unknown: int) -> dict[str, Any]:

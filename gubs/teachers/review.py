@@ -6,9 +6,10 @@ ends, however it ends; a session that was killed is imported by the next one.
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
@@ -16,7 +17,6 @@ from rich.prompt import Prompt
 from rich.text import Text
 
 from gubs.artifacts import Run
-from gubs.config import Settings
 from gubs.console import err
 from gubs.errors import InputError
 from gubs.records import TASK_OPTIONS, Task
@@ -32,7 +32,7 @@ _FIELDS = ("profile", "views", "title", "length", "tags", "played", "video_file"
 
 def review(
     run: Run,
-    settings: Settings,
+    settings: Mapping[str, Any],
     teachers: TeacherSettings,
     name: str,
     *,
@@ -44,7 +44,7 @@ def review(
 
     Args:
         run: its labels have the queue.
-        settings: recorded in the artifact.
+        settings: of the run, for the artifact's manifest.
         teachers: how much of a history is shown.
         name: who answers; kept with each answer.
         file: where answers are kept first; default `human/NAME.jsonl` in the run's folder.
@@ -127,7 +127,7 @@ def _mend(file: Path) -> None:
         os.truncate(file, end)
 
 
-def _import(run: Run, settings: Settings, file: Path, name: str) -> None:
+def _import(run: Run, settings: Mapping[str, Any], file: Path, name: str) -> None:
     if file.exists():
         answers, _ = read_answers(run, file, name)
         add_answers(run, settings, answers)

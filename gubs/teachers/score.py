@@ -12,7 +12,7 @@ TRUTH = "truth"
 
 def true_causes(run: Run) -> dict[str, str]:
     """The true cause (option) of every skip, by interaction id; empty where the source does not know."""
-    if TRUTH not in run.stages():
+    if not run.has(TRUTH):
         return {}
     table = run.artifact(TRUTH).table("skips", ["interaction_id", "cause"])
     return dict(zip(table["interaction_id"].to_pylist(), table["cause"].to_pylist(), strict=True))
@@ -20,7 +20,7 @@ def true_causes(run: Run) -> dict[str, str]:
 
 def true_flaws(run: Run) -> dict[str, str]:
     """What is wrong with each video ("none" among it), by its id; empty where the source does not know."""
-    if TRUTH not in run.stages():
+    if not run.has(TRUTH):
         return {}
     table = run.artifact(TRUTH).table("videos", ["video_id", "flaw"])
     return dict(zip(table["video_id"].to_pylist(), table["flaw"].to_pylist(), strict=True))

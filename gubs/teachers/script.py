@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gubs.people import Person
+from gubs.prompts.people import Person
 from gubs.records import Option, Task, Video
 from gubs.teachers.cases import Case, clicked
 
@@ -25,6 +25,9 @@ LONG_S = 40.0
 
 _INTERESTS = 4
 """Listed interests that are gone through."""
+
+_WATCHED_ON = 50
+"""Play rate, in per cent, above which a view tells how long the user stays."""
 
 REMARKS = {
     "clickbait": "the title promises too much",
@@ -91,7 +94,7 @@ class Facts:
 
 def facts(person: Person, video: Video) -> Facts:
     """Reads the fields."""
-    listed = person.user.tags[:_INTERESTS]
+    listed = person.tags[:_INTERESTS]
     common = [t for t in video.tags if t in listed]
     topic = (common or video.tags or [""])[0]
     fits = bool(common) if listed and video.tags else None
@@ -158,18 +161,19 @@ def by_fields(found: Facts) -> Option:
 
 
 def _patience(person: Person) -> float:
-    """Twice the median length of what the user watched on, where three views tell it."""
-    watched = [s for s, rate in map(_view, person.views) if s is not None and rate is not None and rate > 0.5]
+    """Twice the median length of what the user watched on, where three views tell it. Lengths in whole seconds, as
+    prompts show them.
+    """
+    watched = [
+        float(round(v.video.duration_s))
+        for v in person.history
+        if v.video.duration_s is not None and v.play_rate is not None and round(100 * v.play_rate) > _WATCHED_ON
+    ]
     return 2 * statistics.median(watched) if len(watched) >= 3 else LONG_S
 
 
-def _view(line: str) -> tuple[float | None, float | None]:
-    length, played = re.search(r'"length": "(\d+) s"', line), re.search(r'"played": "(\d+)%"', line)
-    return (float(length[1]) if length else None), (int(played[1]) / 100 if played else None)
-
-
 def _shown(person: Person, video: Video) -> bool:
-    return bool(video.title) and any(f'"title": "{video.title}"' in view for view in person.views)
+    return bool(video.title) and any(view.video.title == video.title for view in person.history)
 
 
 def texts() -> Sequence[str]:

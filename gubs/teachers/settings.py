@@ -35,6 +35,9 @@ class TeacherSettings(Section):
     """The same for test users (paper: 72 K for both)."""
     rounds: int = Field(3, ge=1, le=10)
     """Times a reason is given and judged before a person is asked (paper: 3)."""
+    profiles: bool = True
+    """Let the annotator write a profile of each user who lists no tags and has rated something (A.7), for prompts and
+    groups."""
     profile_items: int = Field(50, ge=1)
     """Rated items, drawn at random, from which a user's profile is written (paper: 50)."""
     profile_users: int = Field(0, ge=0)

@@ -7,28 +7,29 @@ column of its own and never in the UFM's prompt.
 """
 
 import collections
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gubs.artifacts import Artifact, fingerprint, writing
+from gubs.artifacts import Run, StageJob
+from gubs.console import say
+from gubs.data.ifvr import IFVR, PROFILES, watched
 from gubs.llm.calls import LLMRequest, question
+from gubs.llm.settings import LLMSettings
 from gubs.prompts import fill
 from gubs.prompts.answers import as_answer, quiet_tags
 from gubs.prompts.fields import inline, plain
 from gubs.prompts.options import OPTION_TEXTS, SKIP_CAUSES, option_lines
 from gubs.records import SCHEMAS, TASK_OPTIONS, Interaction, Option, Split, Task
 from gubs.teachers import script
-from gubs.teachers.cases import Case, by_id, clicked, draw, load_cases, targets, watched
-from gubs.teachers.desk import Desk, by_cause, failures
+from gubs.teachers.annotator import ROLE, Annotator, annotator, by_cause, failures
+from gubs.teachers.cases import Case, by_id, clicked, draw, load_cases
 from gubs.teachers.forms import PARSER, thought_form, words
 from gubs.teachers.score import true_flaws
 from gubs.teachers.settings import TeacherSettings
-
-STAGE = "sft"
-ROLE = "annotator"
 
 SCHEMA = pa.schema(
     [
@@ -46,39 +47,32 @@ _QUOTE_FROM = 12
 """Shorter reasons ("boring") are no quotation."""
 
 
-def sft_stage(desk: Desk, *, force: bool = False) -> tuple[Artifact, bool]:
-    """Makes the artifact `sft` (tables examples, failures) from `ifvr`; returns it and whether it was made now.
+def make(job: StageJob, teachers: TeacherSettings, llm: LLMSettings, seed: int) -> str:
+    """Writes the examples (tables examples, failures).
 
     Errors: see `LLMClient.stream`; what was finished is kept in the journal.
     """
-    ifvr = desk.run.artifact("ifvr")
-    names = (
-        "sft_dislikes",
-        "sft_watched",
-        "sft_click_users",
-        "sft_click_each",
-        "history_items",
-        "max_text",
-        "think_chars",
-        "script_mistakes",
-        "truth",
-    )
-    inputs = {"ifvr": ifvr.fingerprint}
-    mark = fingerprint(STAGE, desk.recipe(ROLE, *names), inputs)
-    if found := desk.run.finished(STAGE, mark, force):
-        return found, False
-    cases = sft_cases(ifvr, desk.teachers, desk.settings.seed)
-    rows, failed = _scripted(desk, cases) if desk.teachers.author == "script" else _annotated(desk, cases)
-    with writing(desk.run, STAGE, fingerprint=mark, settings=desk.settings, inputs=inputs) as out:
+    cases = sft_cases(IFVR(job.run), teachers, seed, tastes=job.reads(PROFILES))
+    scripted = teachers.author == "script"
+    flaws = true_flaws(job.run) if teachers.truth and scripted else {}
+    if scripted:
+        rows, failed = _scripted(cases, teachers, flaws), failures([])
+    else:
+        with annotator(job.run, llm) as asked:
+            rows, failed = _annotated(cases, teachers, asked)
+    with job.writing() as out:
         out.write_table("examples", pa.Table.from_pylist(rows, schema=SCHEMA))
         out.write_table("failures", failed)
-        out.info = _report(rows, cases, failed, told=bool(_told_flaws(desk)))
-    return desk.run.artifact(STAGE), True
+        out.info = _report(rows, cases, failed, told=bool(flaws))
+        out.summary = f"{len(rows):,} examples, {failed.num_rows:,} failures"
+    for note in out.info["notes"]:
+        say(f"         note: {note}")
+    return out.summary
 
 
-def _annotated(desk: Desk, cases: list[Case]) -> tuple[list[dict[str, Any]], pa.Table]:
+def _annotated(cases: list[Case], teachers: TeacherSettings, asked: Annotator) -> tuple[list[dict[str, Any]], pa.Table]:
     """Examples written by the annotator, and its failures."""
-    answers = desk.ask([sft_request(c, desk.teachers) for c in cases])
+    answers = asked.ask([sft_request(c, teachers) for c in cases])
     rows = [
         _example(c, Option(a.value["answer"]), a.value["think"], "teacher-1")
         for c, a in zip(cases, answers, strict=True)
@@ -87,20 +81,14 @@ def _annotated(desk: Desk, cases: list[Case]) -> tuple[list[dict[str, Any]], pa.
     return rows, failures(answers)
 
 
-def _scripted(desk: Desk, cases: list[Case]) -> tuple[list[dict[str, Any]], pa.Table]:
-    """Examples written by rules; they do not fail."""
-    flaws = _told_flaws(desk)
+def _scripted(cases: list[Case], teachers: TeacherSettings, flaws: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Examples written by rules. `flaws` of videos are told to the rules, by video; empty: they do without."""
     rows = []
     for case in cases:
-        seen = script.REMARKS.get(flaws.get(case.target.video_id, ""), "")
-        think, option = _by_rules(case, desk.teachers.script_mistakes, seen)
+        remark = script.REMARKS.get(flaws.get(case.target.video_id, ""), "")
+        think, option = _by_rules(case, teachers.script_mistakes, remark)
         rows.append(_example(case, option, think, script.SCRIPT))
-    return rows, failures([])
-
-
-def _told_flaws(desk: Desk) -> dict[str, str]:
-    """Flaws of videos that the scripted teacher is told, by video; empty where it has to do without."""
-    return true_flaws(desk.run) if desk.teachers.truth and desk.teachers.author == "script" else {}
+    return rows
 
 
 def _by_rules(case: Case, mistakes: float, seen: str) -> tuple[str, Option]:
@@ -111,25 +99,25 @@ def _by_rules(case: Case, mistakes: float, seen: str) -> tuple[str, Option]:
     return script.watched(case, seen)
 
 
-def sft_requests(desk: Desk) -> list[LLMRequest]:
-    """All requests of the job, for a dry run."""
-    if desk.teachers.author == "script":
+def requests(run: Run, teachers: TeacherSettings, seed: int) -> list[LLMRequest]:
+    """All requests of the job, for an estimate."""
+    if teachers.author == "script":
         return []
-    cases = sft_cases(desk.run.artifact("ifvr"), desk.teachers, desk.settings.seed)
-    return [sft_request(c, desk.teachers) for c in cases]
+    tastes = teachers.profiles and run.has(PROFILES)
+    return [sft_request(c, teachers) for c in sft_cases(IFVR(run), teachers, seed, tastes=tastes)]
 
 
-def sft_cases(ifvr: Artifact, settings: TeacherSettings, seed: int) -> list[Case]:
+def sft_cases(ifvr: IFVR, settings: TeacherSettings, seed: int, *, tastes: bool = False) -> list[Case]:
     """The targets that become examples: dislikes, some that were watched, then clicks; training users only."""
-    rows = targets(ifvr, Task.SEQUENTIAL, [Split.TRAIN])
+    rows = ifvr.targets(Task.SEQUENTIAL, [Split.TRAIN])
     minded = pc.fill_null(rows["disliked"], False)
     disliked = draw(rows.filter(minded), settings.sft_dislikes, [seed, 11])
-    cases = load_cases(ifvr, disliked, settings.history_items, settings.max_text)
+    cases = load_cases(ifvr, disliked, settings.history_items, tastes=tastes)
     if count := round(settings.sft_watched * disliked.num_rows):
         liked = draw(watched(rows.filter(pc.invert(minded))), count, [seed, 13])
-        cases += load_cases(ifvr, liked, settings.history_items, settings.max_text)
-    picked = _balanced_clicks(targets(ifvr, Task.CLICK, [Split.TRAIN]), settings, seed)
-    return cases + load_cases(ifvr, picked, settings.history_items, settings.max_text)
+        cases += load_cases(ifvr, liked, settings.history_items, tastes=tastes)
+    picked = _balanced_clicks(ifvr.targets(Task.CLICK, [Split.TRAIN]), settings, seed)
+    return cases + load_cases(ifvr, picked, settings.history_items, tastes=tastes)
 
 
 def sft_request(case: Case, settings: TeacherSettings) -> LLMRequest:
@@ -137,7 +125,7 @@ def sft_request(case: Case, settings: TeacherSettings) -> LLMRequest:
     disliked = case.target.task == Task.SEQUENTIAL
     options = SKIP_CAUSES if disliked else (_click_option(case),)
     prompt = fill(
-        "teach_dislike" if disliked else "teach_click",
+        "teachers/dislike" if disliked else "teachers/click",
         **case.shown(settings.max_text),
         **(_told_dislike(case, settings) if disliked else _told_click(case)),
         words=words(settings.think_chars),
@@ -194,7 +182,7 @@ def _example(case: Case, option: Option, think: str, author: str) -> dict[str, A
     return {
         **case.ids(),
         "example_id": f"sft-{case.target.interaction_id}",
-        "history": list(case.history),
+        "history": [v.interaction_id for v in case.person.history],
         "gold": option.value,
         "label_source": author if sequential else "rule",
         "think": think,

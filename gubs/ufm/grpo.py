@@ -1,31 +1,30 @@
 """GA-GRPO on one train worker: the loop, a step of it, and the engine beside it.
 
-Order of a step: generate -> rewards, advantages -> the reference's log-probabilities -> micro-batches, optimiser step
--> weights to the engine -> figures -> now and then a checkpoint. The engine sleeps while the trainer works (GPUs).
+Order of a step: generate -> rewards, advantages -> the reference's log-probabilities -> (first step of an attempt: a
+second pass for the health check) -> micro-batches, optimiser step -> weights to the engine -> figures -> now and then a
+checkpoint. The engine sleeps while the trainer works (GPUs).
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from gubs.console import say
 from gubs.errors import PlatformError
+from gubs.ufm import health
 from gubs.ufm import model as models
 from gubs.ufm.inputs import Batch, rows_of
 from gubs.ufm.loss import Denominators, policy_loss
 from gubs.ufm.rollout import FIGURES, Request, Response, Shape, start_rollout
-from gubs.ufm.samples import Plan, Planner, Sample, answer_figures, answer_sums, evaluate, requests, shown
+from gubs.ufm.samples import Planner, Sample, StepPlan, answer_figures, answer_sums, assign_rewards, requests, shown
 from gubs.ufm.sync import WeightSync
+from gubs.ufm.train_worker import Job, TrainWorker
 from gubs.ufm.trainer import Trainer, Update, logprobs, micro_batches, most, reduce_sums, release_cache
-from gubs.ufm.worker import HealthError, Job, Worker
 
-_CLOSE = 1e-3
-_MISMATCH = {"float32": 1.02, "bfloat16": 1.12}
-"""Bounds of the mean of exp|log p(engine) - log p(trainer)|. It grows with rounding, which in bfloat16 takes an unsure
-model (mean log p -4.5, `small` before SFT) to 1.06 already; wrong positions take it to 1.7."""
-_DRIFT = 0.01
-"""Bound of KL(engine || trainer). Rounding hardly moves it, being as often up as down: the same model's is 0.003 in
-bfloat16, and 0.1 with wrong positions."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _ENGINE_TRIES = 3
 """Times an engine is started anew within a step before the step gives up."""
 
@@ -35,21 +34,21 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     return GRPOWorker(config["job"]).run()
 
 
-class GRPOWorker(Worker):
+class GRPOWorker(TrainWorker):
     """One rank: a trainer, the frozen reference, and a rollout engine of its own."""
 
     def __init__(self, job: Job):
-        super().__init__(job, job.settings.ufm.grpo.steps)
-        self.grpo = job.settings.ufm.grpo
-        self.planner = Planner(self.questions, self.inputs, job.tasks, self.grpo, job.settings.seed)
+        super().__init__(job, job.ufm.grpo.steps)
+        self.grpo = job.ufm.grpo
+        self.planner = Planner(self.questions, self.inputs, job.tasks, self.grpo, job.seed)
         with self.phases("load"):
             model = models.load(job.start, self.ufm.model, train=True)
-            self.trainer = Trainer(model, self.ufm.model, self.grpo.optimizer, self.steps, self.device, self.sees)
+            self.trainer = Trainer(model, self.ufm.model, self.grpo.optimizer, self.steps, self.device, self.vision)
             self.reference = Reference(models.load(job.start, self.ufm.model), self.device) if self.grpo.beta else None
         self._share = models.attention(self.ufm.model) == "sdpa"  # the one that takes a mask of what sees what
         self.engine.open(self.trainer.model)
         self._ahead = models.beside("plan", self.device)
-        self._next: Future[Plan] | None = None
+        self._next: Future[StepPlan] | None = None
         self._first = 0
 
     def launch(self) -> None:
@@ -70,37 +69,41 @@ class GRPOWorker(Worker):
         updates: list[Update] = []
         with self.phases("reference"):
             batches, references = self._references(plan.samples)
+        again = self._second_pass(plan.samples) if step == self._first else None
         with self.phases("train"):
             old: list[Any] = []
             for number in range(self.grpo.updates):
                 updates.append(self._update(batches, references, old, step, first=number == 0))
         self.skipped(step, updates[-1].skipped, [s.to_json() | {"ids": list(_ids(s))} for s in plan.samples])
-        if step == self._first:
-            self._check_health(_update_figures(updates[:1]), step)
+        health_figures = _update_figures(updates[:1])
+        if again is not None:
+            health_figures |= self._compared(batches, old, again)
+            health.check(health_figures, step, self.ufm.model.dtype)
         with self.phases("sync"):
             self.engine.push(self.trainer.model)
         trained = reduce_sums({"tokens/train": float(sum(b.tokens for b, _ in batches))}, self.device)
-        return plan.figures | figures | trained | _update_figures(updates)
+        health_figures |= _update_figures(updates[1:]) | {"skipped": float(sum(u.skipped for u in updates))}
+        return plan.figures | figures | trained | self._with_alarm(health_figures, step)
 
     def end(self) -> None:
         """Stops the thread that plans ahead."""
         self._ahead.shutdown(wait=False, cancel_futures=True)
 
-    def _take_plan(self, step: int) -> Plan:
+    def _take_plan(self, step: int) -> StepPlan:
         """The plan of a step, made while the step before was computed; starts on the one after."""
         plan = self._next.result() if self._next else self.planner.plan(step, self.rank, self.world)
         following = step + 1
         self._next = self._ahead.submit(self.planner.plan, following, self.rank, self.world)
         return plan
 
-    def _answer(self, plan: Plan, step: int) -> dict[str, float]:
+    def _answer(self, plan: StepPlan, step: int) -> dict[str, float]:
         """Rollout, rewards and advantages; figures over all workers."""
         with self.phases("rollout"):
             responses = self.engine.generate(requests(self.inputs, plan.samples), self.trainer.model)
             of_these_weights(responses, self.engine.sync)
             reuse = self.engine.reuse()
         with self.phases("reward"):
-            found = evaluate(plan.samples, responses, self.inputs.text, self.grpo)
+            found = assign_rewards(plan.samples, responses, self.inputs.text, self.grpo)
             figures = answer_figures(reduce_sums(answer_sums(plan, found), self.device))
         self.monitor.samples(step, [s.to_json() for s in shown(plan, self.grpo.samples_every)])
         return figures | _shares(reduce_sums(reuse, self.device))
@@ -120,22 +123,34 @@ class GRPOWorker(Worker):
         if self.reference is None:
             return batches, [None] * len(batches)
         with self.reference as reference, torch.no_grad():
-            found = [logprobs(reference, b.to(self.device), sees=self.sees) for b, _ in batches]
+            found = [logprobs(reference, b.to(self.device), vision=self.vision) for b, _ in batches]
         return batches, found
 
-    def _check_health(self, figures: Mapping[str, float], step: int) -> None:
-        """The first step of an attempt tells whether engine, trainer and reference compute the same.
+    def _second_pass(self, samples: Sequence[Sample]) -> "dict[int, Tensor]":
+        """See `health.second_pass`; by identity of the sample."""
+        with self.phases("check"):
+            sequences = [(s.encoded, _ids(s)) for s in samples]
+            logp = health.second_pass(
+                self.trainer.logprobs, self.inputs, sequences, self.grpo.micro_tokens, self.device
+            )
+        return {id(s): values for s, values in zip(samples, logp, strict=True)}
 
-        Raises:
-            HealthError: they do not: what would be trained on is not what was sampled.
-        """
-        wrong = [
-            f"{name} = {value:.4g}, not {low:g} to {high:g}"
-            for name, low, high in _health_bounds(step, self.ufm.model.dtype)
-            if (value := figures.get(f"health/{name}")) is not None and not low <= value <= high
-        ]
-        if wrong and not figures["skipped"]:
-            raise HealthError(f"step {step}: engine, trainer and reference differ: {'; '.join(wrong)}")
+    def _compared(
+        self, batches: "list[tuple[Batch, list[Sample]]]", old: "list[Tensor]", again: "dict[int, Tensor]"
+    ) -> dict[str, float]:
+        """Figures of the second pass against the log-probabilities that were trained with."""
+        import torch
+
+        if not old:  # a step without a token
+            return {}
+        second = [old[0][:0], *(again[id(s)] for _, part in batches for s in part)]  # a rank may have no sample
+        return health.compared(torch.cat(old).float(), torch.cat(second).float())
+
+    def _with_alarm(self, figures: dict[str, float], step: int) -> dict[str, float]:
+        problem = health.alarm(figures, self.ufm.model.dtype)
+        if problem and self.rank == 0:
+            say(f"step {step}: engine and trainer drift apart: {problem}")
+        return figures | {health.ALARM: float(bool(problem))}
 
     def _empty(self, samples: Sequence[Sample]) -> Batch:
         """A micro-batch without response tokens: the same graph, no gradient."""
@@ -215,11 +230,11 @@ class Reference:
 class RolloutEngine:
     """The engine beside a worker, started again where it died; what takes too long is named and ends the worker."""
 
-    def __init__(self, worker: Worker, start: str):
+    def __init__(self, worker: TrainWorker, start: str):
         """Starts its process; returns at once."""
         threads = 0 if worker.device.type == "cuda" else worker.threads
         ufm = worker.ufm
-        self._shape = Shape(start, ufm.model, ufm.inputs, ufm.rollout, threads, worker.sees)
+        self._shape = Shape(start, ufm.model, ufm.inputs, ufm.rollout, threads, worker.vision)
         self._place, self._device = worker.place(), worker.device
         self._limit = ufm.workers.stuck_after_s
         self.sync: WeightSync | None = None
@@ -325,15 +340,6 @@ def of_these_weights(responses: Sequence[Response], sync: WeightSync | None) -> 
         )
 
 
-def _health_bounds(step: int, dtype: str) -> list[tuple[str, float, float]]:
-    """Figure, least and most at the first step of an attempt. Mismatch and drift are those that find wrong masks,
-    positions and stale weights.
-    """
-    bounds = [("ratio", 1 - _CLOSE, 1 + _CLOSE), ("kl_old", -_CLOSE, _CLOSE)]
-    bounds += [("mismatch", 0.0, _MISMATCH[dtype]), ("drift", -_CLOSE, _DRIFT)]
-    return [*bounds, ("kl", -_CLOSE, _CLOSE)] if step == 0 else bounds
-
-
 def _dense(flat: Any, mask: Any) -> Any:
     """Values of response tokens, sequence by sequence, at their places in (s, r); zeros elsewhere."""
     import torch
@@ -354,6 +360,9 @@ def _shares(counts: Mapping[str, float]) -> dict[str, float]:
 
 
 def _update_figures(updates: Sequence[Update]) -> dict[str, float]:
+    """Figures of the last of some updates; none of none."""
+    if not updates:
+        return {}
     last = updates[-1]
     tokens = max(1.0, last.sums.get("tokens", 0.0))
     means = {k: v / tokens for k, v in last.sums.items() if k not in ("tokens", "samples", "loss")}

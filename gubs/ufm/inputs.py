@@ -6,11 +6,10 @@ the engine's request, `collate` a padded batch for the trainer. Responses are to
 """
 
 import json
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,28 +17,15 @@ import numpy.typing as npt
 from gubs.errors import SettingsError
 from gubs.prompts.fields import PICTURES
 from gubs.ufm.settings import InputSettings
+from gubs.video.clips import ByteCache, Clip
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VISION_MARK = PICTURES
 """Stands for the pictures in a prompt's text; `fields` lets no text from outside bring one in its place."""
 
-_CACHED_CLIPS = 512
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Pictures of a video (an even number of frames) or a single image (a cover)."""
-
-    key: str
-    """Content hash: equal keys, equal pictures."""
-    frames: npt.NDArray[np.uint8]
-    """(frames, height, width, 3), RGB; multiples of 28 pixels."""
-    seconds: float = 0.0
-    """Time the frames span; 0 for an image."""
-
-    @property
-    def kind(self) -> Literal["image", "video"]:
-        """A single picture is an image."""
-        return "image" if len(self.frames) == 1 else "video"
+_PIXEL_CACHE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -50,29 +36,21 @@ class Prompt:
     clip: Clip | None = None
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """A clip as the vision tower takes it."""
-
-    kind: Literal["image", "video"]
-    values: Any
-    """(patches, channels x time x patch x patch) float32 tensor."""
-    grid: tuple[int, int, int]
-    """Patches in time, height and width."""
-    seconds_per_grid: float
-    """Seconds between two steps of the grid in time."""
+Grid = tuple[int, int, int]
+"""Patches of a clip in time, height and width."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt in token ids."""
+    """A prompt in token ids. Its pictures stay as they are (uint8) until a batch needs their pixels."""
 
     engine_ids: list[int]
     """With one placeholder for the pictures; vLLM repeats it itself."""
     ids: list[int]
-    """With the placeholder repeated, one a merged patch: what the model computes with."""
-    clip: Clip | None
-    pixels: Pixels | None
+    """With the placeholder repeated, one per merged patch: what the model computes with."""
+    clip: Clip | None = None
+    grid: Grid | None = None
+    """Of the clip."""
 
 
 @dataclass
@@ -138,7 +116,9 @@ class Inputs:
         self._pads = {k: self.tokenizer.convert_tokens_to_ids(f"<|{k}_pad|>") for k in ("image", "video")}
         self.end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         self._ends = {self.end, *_stops(Path(folder))}
-        self._cache: OrderedDict[str, Pixels] = OrderedDict()
+        video = self.processor.video_processor
+        self._patch, self._temporal = int(video.patch_size), int(video.temporal_patch_size)
+        self._cache = ByteCache["Tensor"](_PIXEL_CACHE_BYTES, lambda values: values.nbytes)
 
     def encode(self, prompt: Prompt) -> Encoded:
         """The prompt in token ids, as one turn of the user and the start of the model's.
@@ -157,32 +137,38 @@ class Inputs:
         chat = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(chat, add_special_tokens=False).input_ids
         if clip is None:
-            return Encoded(ids, ids, None, None)
-        pixels = self.pixels(clip)
-        pad, count = self._pads[clip.kind], int(np.prod(pixels.grid)) // self._merge**2
+            return Encoded(ids, ids)
+        grid = self.grid(clip)
+        pad, count = self._pads[clip.kind], int(np.prod(grid)) // self._merge**2
         if ids.count(pad) != 1:
             raise SettingsError("the chat template does not keep exactly one placeholder for the pictures")
         at = ids.index(pad)
-        return Encoded(ids, ids[:at] + [pad] * count + ids[at + 1 :], clip, pixels)
+        return Encoded(ids, ids[:at] + [pad] * count + ids[at + 1 :], clip, grid)
 
     def nothing(self) -> Encoded:
         """A prompt that says nothing: what a rank computes, without response, where it has nothing else."""
-        return Encoded([self.end] * 2, [self.end] * 2, None, None)
+        return Encoded([self.end] * 2, [self.end] * 2)
 
     def fits(self, encoded: Encoded) -> bool:
         """Whether the prompt may be used; a longer one is dropped, never cut."""
         return len(encoded.ids) <= self.settings.max_prompt_tokens
 
-    def pixels(self, clip: Clip) -> Pixels:
-        """The clip's pixels; of clips met lately, without computing them again."""
-        if found := self._cache.get(clip.key):
-            self._cache.move_to_end(clip.key)
-            return found
-        made = self._image(clip) if clip.kind == "image" else self._video(clip)
-        self._cache[clip.key] = made
-        if len(self._cache) > _CACHED_CLIPS:
-            self._cache.popitem(last=False)
-        return made
+    def grid(self, clip: Clip) -> Grid:
+        """Patches of a clip; stored frames have their final size, so this needs no pixels."""
+        frames, height, width, _ = clip.frames.shape
+        return max(1, frames // self._temporal), height // self._patch, width // self._patch
+
+    def pixels(self, clip: Clip) -> "Tensor":
+        """The clip as the vision tower takes it: (patches, channels x time x patch x patch), float32. Clips met lately
+        are not computed again.
+        """
+        return self._cache.get(clip.key, lambda: self._image(clip) if clip.kind == "image" else self._video(clip))
+
+    def compute_pixels(self, prompts: Iterable[Encoded]) -> None:
+        """Computes pixels ahead of the batches that need them."""
+        for encoded in prompts:
+            if encoded.clip:
+                self.pixels(encoded.clip)
 
     def for_engine(self, encoded: Encoded) -> dict[str, Any]:
         """The prompt as vLLM takes it."""
@@ -221,7 +207,7 @@ class Inputs:
         vision = torch.zeros((len(rows), size), dtype=torch.bool)
         positions = np.zeros((3, len(rows), size), np.int64)
         clips: dict[tuple[str, str], int] = {}
-        kinds: dict[str, list[Pixels]] = {"image": [], "video": []}
+        kinds: dict[str, list[Encoded]] = {"image": [], "video": []}
         clip_of: list[tuple[str, int] | None] = []
         predict: dict[int, list[int]] = {}
         for row, members in enumerate(rows):
@@ -231,7 +217,8 @@ class Inputs:
             sees = np.zeros(size, bool)
             sees[:prompt] = self._vision_places(encoded)
             vision[row] = torch.from_numpy(sees)
-            known = mrope_positions(sees, encoded.pixels, self._merge, self._per_second)
+            seconds = self._seconds_per_step(encoded.clip)
+            known = mrope_positions(sees, encoded.grid, self._merge, seconds * self._per_second)
             positions[:, row] = known
             for i in members:
                 place, answer = places[i], sequences[i][1]
@@ -248,8 +235,8 @@ class Inputs:
             ids[torch.tensor([p for place in places for p in place], dtype=torch.long)],
             vision,
             _branches(rows, places, size),
-            {k: torch.cat([p.values for p in found]) for k, found in kinds.items() if found},
-            {k: torch.tensor([p.grid for p in found]) for k, found in kinds.items() if found},
+            {k: torch.cat([self.pixels(c) for c in _clips(found)]) for k, found in kinds.items() if found},
+            {k: torch.tensor([e.grid for e in found]) for k, found in kinds.items() if found},
             clip_of,
         )
 
@@ -258,20 +245,35 @@ class Inputs:
             return np.zeros(len(encoded.ids), bool)
         return np.asarray(encoded.ids) == self._pads[encoded.clip.kind]
 
-    def _video(self, clip: Clip) -> Pixels:
+    def _video(self, clip: Clip) -> "Tensor":
         import torch
 
         frames = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
         out = self.processor.video_processor(
             videos=[frames], do_sample_frames=False, size=_size(clip), cap_pixels_per_frame=False, return_tensors="pt"
         )
-        grid = tuple(out["video_grid_thw"][0].tolist())
-        seconds = self.processor.video_processor.temporal_patch_size / _metadata(clip)["fps"]
-        return Pixels("video", out["pixel_values_videos"], grid, seconds)
+        self._check_grid(clip, out["video_grid_thw"])
+        return out["pixel_values_videos"]
 
-    def _image(self, clip: Clip) -> Pixels:
+    def _image(self, clip: Clip) -> "Tensor":
         out = self.processor.image_processor(images=[_as_image(clip.frames[0])], size=_size(clip), return_tensors="pt")
-        return Pixels("image", out["pixel_values"], tuple(out["image_grid_thw"][0].tolist()), 0.0)
+        self._check_grid(clip, out["image_grid_thw"])
+        return out["pixel_values"]
+
+    def _check_grid(self, clip: Clip, grids: "Tensor") -> None:
+        """The processor must not resize: placeholders were counted from the stored size."""
+        made = tuple(grids[0].tolist())
+        if made != self.grid(clip):
+            raise SettingsError(
+                f"the processor made a grid of {made} of a clip with {self.grid(clip)}: sides of stored "
+                "frames must be multiples of 28 pixels (frames.max_pixels)"
+            )
+
+    def _seconds_per_step(self, clip: Clip | None) -> float:
+        """Seconds between two steps of a clip's grid in time; an image has one step, of one position."""
+        if clip is None or clip.kind == "image":
+            return 1.0 / self._per_second
+        return float(np.float32(self._temporal / _metadata(clip)["fps"]))
 
 
 def _stops(folder: Path) -> list[int]:
@@ -349,44 +351,47 @@ def _metadata(clip: Clip) -> dict[str, Any]:
     }
 
 
+def _clips(encoded: Sequence[Encoded]) -> list[Clip]:
+    return [e.clip for e in encoded if e.clip]
+
+
 def _place(
-    encoded: Encoded, clips: dict[tuple[str, str], int], kinds: dict[str, list[Pixels]]
+    encoded: Encoded, clips: dict[tuple[str, str], int], kinds: dict[str, list[Encoded]]
 ) -> tuple[str, int] | None:
     """Kind and number of the sequence's clip among the different ones."""
-    if encoded.clip is None or encoded.pixels is None:
+    if encoded.clip is None:
         return None
     kind = encoded.clip.kind
     key = (kind, encoded.clip.key)
     if key not in clips:
         clips[key] = len(kinds[kind])
-        kinds[kind].append(encoded.pixels)
+        kinds[kind].append(encoded)
     return kind, clips[key]
 
 
 def mrope_positions(
-    types: npt.NDArray[Any], pixels: Pixels | None, merge: int, tokens_per_second: float
+    types: npt.NDArray[Any], grid: Grid | None, merge: int, positions_per_step: float
 ) -> npt.NDArray[np.int64]:
     """Positions (3, n) in time, height and width of one sequence with at most one clip.
 
-    Text goes on from the largest position so far, in whichever dimension, as in the released model and in vLLM.
-    (`get_rope_index` of transformers 5 goes on from the largest spatial one, which differs for clips that last longer
-    than they are wide: log-probabilities of trainer and engine would be apart.)
+    Text continues from the largest position so far, in whichever dimension, as in the released model and in vLLM.
+    (`get_rope_index` of transformers 5 continues from the largest spatial one, which differs for clips that last longer
+    than they are wide: log-probabilities of trainer and engine would differ.)
 
     Args:
         types: (n,) 0 text, otherwise vision.
-        pixels: the clip.
+        grid: of the clip.
         merge: patches merged in each direction.
-        tokens_per_second: steps of the time dimension a second.
+        positions_per_step: positions between two steps of the clip's grid in time.
     """
     n = len(types)
     where = np.flatnonzero(types)
-    if pixels is None or not len(where):
+    if grid is None or not len(where):
         return np.broadcast_to(np.arange(n), (3, n)).copy()
-    t, h, w = pixels.grid[0], pixels.grid[1] // merge, pixels.grid[2] // merge
+    t, h, w = grid[0], grid[1] // merge, grid[2] // merge
     at = where[0]
     clip = np.indices((t, h, w))
-    step = 1.0 if pixels.kind == "image" else float(np.float32(pixels.seconds_per_grid)) * tokens_per_second
-    clip[0] = (clip[0] * step).astype(np.int64)
+    clip[0] = (clip[0] * positions_per_step).astype(np.int64)
     clip = clip.reshape(3, -1) + at
     before, after = np.arange(at), np.arange(n - at - clip.shape[1]) + clip.max() + 1
     return np.concatenate(

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gubs.config import RenderSettings, SyntheticSettings
-from gubs.data.render import Scene, frames
-from gubs.data.sources.world import FLAWS, TOPICS, USER_TEXTS, make_archetypes, make_users, make_videos
-from gubs.people import Person, view_line
 from gubs.prompts.answers import as_answer
-from gubs.prompts.ufm import Style, group_prompt, user_prompt
+from gubs.prompts.people import Person, View
+from gubs.prompts.question import Style, group_prompt, user_prompt
 from gubs.records import TASK_OPTIONS, Option, Task, User, Video
+from gubs.simulator.population import FLAWS, TOPICS, USER_TEXTS, make_archetypes, make_users, make_videos
+from gubs.simulator.render import Scene, frames
+from gubs.simulator.settings import RenderSettings, SyntheticSettings
 from gubs.teachers import script
 from gubs.ufm.inputs import VISION_MARK, Clip, Encoded, Inputs, Prompt
 
@@ -41,7 +41,7 @@ _FLAW_RATE = 0.4
 
 
 @dataclass(frozen=True)
-class World:
+class LessonPool:
     """People with a short made-up history, and videos with their flaws and clips."""
 
     people: list[Person]
@@ -53,9 +53,9 @@ class World:
 def corpus() -> Iterator[str]:
     """Prompts of both styles and tasks with answers, all topics' words, numbers; always the same."""
     rng = np.random.default_rng(_SEED)
-    world = simulated(rng, _PEOPLE)
-    for i, person in enumerate(world.people):
-        video = world.videos[int(rng.integers(len(world.videos)))]
+    pool = simulated(rng, _PEOPLE)
+    for i, person in enumerate(pool.people):
+        video = pool.videos[int(rng.integers(len(pool.videos)))]
         for task in Task:
             yield user_prompt(task, person, video, style=_STYLES[i % 2])
             think = script.facts(person, video).said()
@@ -84,14 +84,14 @@ def teach(
     import torch
 
     rng = np.random.default_rng([seed, 51])
-    world = simulated(rng, _CLIPS, clips=True)
+    pool = simulated(rng, _CLIPS, clips=True)
     adam = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     model.train()
     losses = []
     for step in range(steps):
         for group in adam.param_groups:
             group["lr"] = _rate(step, steps)
-        encoded = [(inputs.encode(p), inputs.answer_ids(a)) for p, a in (lesson(world, rng) for _ in range(BATCH))]
+        encoded = [(inputs.encode(p), inputs.answer_ids(a)) for p, a in (lesson(pool, rng) for _ in range(BATCH))]
         adam.zero_grad()
         losses.append(_accumulate(model, inputs, encoded))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -107,7 +107,7 @@ def _accumulate(model: Any, inputs: Inputs, encoded: Sequence[tuple[Encoded, lis
 
     tokens, total = sum(len(a) for _, a in encoded), 0.0
     for part in micro_batches([len(e.ids) + len(a) for e, a in encoded], _MICRO_TOKENS):
-        loss = -logprobs(model, inputs.collate([encoded[i] for i in part]), sees=True).sum() / tokens
+        loss = -logprobs(model, inputs.collate([encoded[i] for i in part]), vision=True).sum() / tokens
         loss.backward()
         total += loss.item()
     return total
@@ -118,21 +118,21 @@ def _rate(step: int, steps: int) -> float:
     return LEARNING_RATE * warm * max(0.02, left)
 
 
-def lesson(world: World, rng: np.random.Generator) -> tuple[Prompt, str]:
+def lesson(pool: LessonPool, rng: np.random.Generator) -> tuple[Prompt, str]:
     """One prompt and what is there to be read in it. Some show a history, some a cover only, some no picture.
 
     Interests are drawn anew each time: a list that comes back would be learned by heart instead of being read.
     """
-    someone = world.people[int(rng.integers(len(world.people)))]
-    number = int(rng.integers(len(world.videos)))
-    video, flaw, clip = world.videos[number], world.flaws[number], world.clips[number]
+    someone = pool.people[int(rng.integers(len(pool.people)))]
+    number = int(rng.integers(len(pool.videos)))
+    video, flaw, clip = pool.videos[number], pool.flaws[number], pool.clips[number]
     topics = [TOPICS[t].name for t in rng.permutation(len(TOPICS))[: int(rng.integers(1, 5))]]
     if rng.random() < _HALF and video.tags[0] not in topics:
         topics[int(rng.integers(len(topics)))] = video.tags[0]
     shortest, longest = (3, int(script.LONG_S)) if rng.random() < _HALF else (int(script.LONG_S), _LONGEST_S)
     video = replace(video, duration_s=float(rng.integers(shortest, longest)))
-    views = someone.views if rng.random() < _QUARTER else ()
-    person = Person(replace(someone.user, tags=topics), views)
+    history = someone.history if rng.random() < _QUARTER else ()
+    person = Person(replace(someone.user, tags=topics), history)
     task = Task.CLICK if rng.random() < _QUARTER else Task.SEQUENTIAL
     shown = rng.random() > _TENTH
     if task == Task.CLICK:
@@ -159,7 +159,7 @@ def _guess(task: Task, found: script.Facts, remark: str, rng: np.random.Generato
     return open_[int(rng.integers(len(open_)))]
 
 
-def simulated(rng: np.random.Generator, count: int, clips: bool = False) -> World:
+def simulated(rng: np.random.Generator, count: int, clips: bool = False) -> LessonPool:
     """People and as many videos; with clips where they are wanted."""
     settings = SyntheticSettings(users=count, videos=count, flaw_rate=_FLAW_RATE)
     users = make_users(settings, make_archetypes(settings, rng), rng)
@@ -171,7 +171,7 @@ def simulated(rng: np.random.Generator, count: int, clips: bool = False) -> Worl
     people = [_person(i, users, videos, rng) for i in range(count)]
     flaws = [FLAWS[f] for f in drawn.flaw]
     made = [_clip(i, int(drawn.topic[i]), flaws[i]) for i in range(count)] if clips else []
-    return World(people, videos, flaws, made)
+    return LessonPool(people, videos, flaws, made)
 
 
 def _person(i: int, users: Any, videos: Sequence[Video], rng: np.random.Generator) -> Person:
@@ -180,9 +180,8 @@ def _person(i: int, users: Any, videos: Sequence[Video], rng: np.random.Generato
     return Person(user, tuple(_view(videos[int(rng.integers(len(videos)))], rng) for _ in range(3)))
 
 
-def _view(video: Video, rng: np.random.Generator) -> str:
-    seen = {"title": video.title, "tags": video.tags, "duration_s": video.duration_s, "rating": None}
-    return view_line({**seen, "play_rate": float(rng.random()), "clicked": None})
+def _view(video: Video, rng: np.random.Generator) -> View:
+    return View(video, play_rate=float(rng.random()))
 
 
 def _clip(number: int, topic: int, flaw: str) -> Clip:

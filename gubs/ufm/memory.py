@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gubs.config import Settings
 from gubs.errors import PlatformError
 from gubs.ufm.settings import UFMSettings
 from gubs.ufm.trainer import BUCKET
+from gubs.video.settings import FrameSettings
 
 GIB = 2**30
 QWEN2_5_VL_7B: Mapping[str, Any] = {
@@ -208,13 +208,12 @@ class MemoryPlan:
         }
 
 
-def plans(settings: Settings, gpu_gib: float) -> list[MemoryPlan]:
+def plans(ufm: UFMSettings, frames: FrameSettings, gpu_gib: float) -> list[MemoryPlan]:
     """The sums of both trainings, by the settings alone."""
-    ufm, frames = settings.ufm, (settings.frames.count, settings.frames.max_pixels)
     return [make(ufm, config_of(ufm), frames, gpu_gib * GIB) for make in (plan_sft, plan_grpo)]
 
 
-def plan_sft(ufm: UFMSettings, config: Mapping[str, Any], frames: tuple[int, int], gpu: float) -> MemoryPlan:
+def plan_sft(ufm: UFMSettings, config: Mapping[str, Any], frames: FrameSettings, gpu: float) -> MemoryPlan:
     """The sum for SFT; arguments as `plan_grpo`."""
     a, per = Architecture.of(config), ufm.sft.batch // ufm.workers.count or 1
     load = _load(ufm, a, frames, per, per, ufm.sft.micro_tokens)
@@ -222,13 +221,13 @@ def plan_sft(ufm: UFMSettings, config: Mapping[str, Any], frames: tuple[int, int
     return MemoryPlan("SFT", a, ufm.workers.count, gpu, phases, {}, _problems(phases, gpu, ufm))
 
 
-def plan_grpo(ufm: UFMSettings, config: Mapping[str, Any], frames: tuple[int, int], gpu: float) -> MemoryPlan:
+def plan_grpo(ufm: UFMSettings, config: Mapping[str, Any], frames: FrameSettings, gpu: float) -> MemoryPlan:
     """The sum for GA-GRPO.
 
     Args:
         ufm: settings.
         config: the checkpoint's config.json.
-        frames: frames a video, pixels of a frame at most.
+        frames: how many frames a video has, and how large they are at most.
         gpu: bytes of a GPU.
     """
     a, width = Architecture.of(config), _width(ufm)
@@ -320,10 +319,9 @@ def gpu_machine() -> Machine:
 
 
 def _load(
-    ufm: UFMSettings, a: Architecture, frames: tuple[int, int], sequences: int, clips: int, micro_tokens: int
+    ufm: UFMSettings, a: Architecture, frames: FrameSettings, sequences: int, clips: int, micro_tokens: int
 ) -> Load:
-    count, pixels = frames
-    patches = count // a.temporal * (pixels // a.patch**2) if ufm.inputs.vision else 0
+    patches = frames.count // a.temporal * (frames.max_pixels // a.patch**2) if ufm.inputs.vision else 0
     longest = ufm.inputs.max_prompt_tokens + ufm.inputs.max_new_tokens
     return Load(sequences, clips, longest, ufm.inputs.max_new_tokens, micro_tokens, patches)
 

@@ -13,12 +13,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from gubs.artifacts import fingerprint_files
 from gubs.errors import PlatformError, SettingsError
 from gubs.llm.embedded import default_cache, prepare_embedded_model
-from gubs.ufm.settings import ModelSettings
+from gubs.ufm.settings import ModelSettings, UFMSettings
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS)
@@ -78,6 +80,19 @@ def check(settings: ModelSettings) -> None:
     kind = json.loads(config.read_text()).get("model_type")
     if kind != "qwen2_5_vl":
         raise SettingsError(f"ufm.model.path={settings.path} holds a model of type {kind!r}, not 'qwen2_5_vl'")
+
+
+def identity(ufm: UFMSettings, **_: object) -> str:
+    """Identity of the checkpoint that training starts from: hash of its weights, or what is made here.
+
+    Raises:
+        SettingsError: see `check`.
+    """
+    settings = ufm.model
+    check(settings)
+    if not settings.path:
+        return _home(settings.size, 0, settings.lessons).name
+    return fingerprint_files(sorted(Path(settings.path).glob("*.safetensors")))
 
 
 def made(settings: ModelSettings) -> bool:
@@ -170,6 +185,7 @@ def _teach(folder: Path, lessons: int, seed: int, on_progress: OnProgress | None
     model.eval().save_pretrained(folder)
 
 
+@cache
 def _recipe(size: str, seed: int, lessons: int) -> str:
     texts = "".join(_texts()) if size == "tiny" else ""
     return hashlib.sha256(f"{_FORMAT} {size} {seed} {lessons} {texts} {CHAT_TEMPLATE}".encode()).hexdigest()[:8]

@@ -10,29 +10,29 @@ from typing import Any
 from gubs.ufm.inputs import Batch
 
 
-def hidden_states(model: Any, batch: Batch, *, sees: bool = True) -> Any:
+def hidden_states(model: Any, batch: Batch, *, vision: bool = True) -> Any:
     """Last hidden states (b, n, hidden).
 
     Args:
         model: a Qwen2_5_VLForConditionalGeneration.
         batch: on the model's device.
-        sees: the run has a trainable vision tower; then it takes part in the graph of every batch, also of one without
+        vision: the run trains the vision tower; then it takes part in the graph of every batch, also of one without
             pictures, so that all ranks reduce the same gradients in the same order.
     """
     core = model.model
     embedded = core.get_input_embeddings()(batch.ids)
     if batch.pixels:
         embedded = embedded.masked_scatter(batch.vision.unsqueeze(-1), _vision(core, batch).to(embedded.dtype))
-    if sees and not {"video", "image"} & set(batch.pixels):
+    if vision and not {"video", "image"} & set(batch.pixels):
         embedded = embedded + 0.0 * _nothing(core).sum().to(embedded.dtype)
     return core.language_model(
         inputs_embeds=embedded, position_ids=batch.positions, attention_mask=batch.attention, use_cache=False
     ).last_hidden_state
 
 
-def response_logits(model: Any, batch: Batch, *, sees: bool = True) -> Any:
+def response_logits(model: Any, batch: Batch, *, vision: bool = True) -> Any:
     """Logits (tokens, vocabulary) at every place that predicts a token of a response, sequence by sequence."""
-    hidden = hidden_states(model, batch, sees=sees)
+    hidden = hidden_states(model, batch, vision=vision)
     return model.lm_head(hidden.flatten(0, 1)[batch.predict])
 
 

@@ -21,7 +21,9 @@ class RewardParts:
         return self.format + self.skip + self.choice
 
 
-def judge(text: str, gold: Option, task: Task, settings: RewardSettings, finished: bool) -> tuple[RewardParts, Reading]:
+def reward_answer(
+    text: str, gold: Option, task: Task, settings: RewardSettings, finished: bool
+) -> tuple[RewardParts, Reading]:
     """Reads an answer and rewards it.
 
     The parts are independent: a right option inside a broken form (text after the answer, say) keeps r_skip and

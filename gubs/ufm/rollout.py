@@ -6,6 +6,7 @@ for none and gets the worker's own device by its id.
 """
 
 import functools
+import itertools
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,6 +48,8 @@ class Request:
     prompt: Mapping[str, Any]
     """See `Inputs.for_engine`."""
     seed: int
+    temperature: float = 1.0
+    """1 = by the model's own probabilities, as training needs them; 0 = greedy."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Shape:
     rollout: RolloutSettings
     threads: int = 0
     """Threads on a CPU; 0 = all cores."""
-    max_pictures: bool = True
+    pictures: bool = True
     """False = no prompt has pictures: no memory is set aside for them."""
 
 
@@ -102,6 +105,7 @@ class Engine:
                 "workers GPUs (ufm.workers.gpu=yes), or pip install 'gubs[cpu]'"
             )
         self._asleep: tuple[str, ...] = ()
+        self._numbers: dict[str, int] = {}
 
     @functools.cached_property
     def _llm(self) -> Any:
@@ -114,23 +118,36 @@ class Engine:
         assert self._llm
         return os.getpid()
 
-    def generate(
-        self, requests: Sequence[Request], temperature: float = 1.0, choices: Sequence[str] | None = None
-    ) -> list[Response]:
+    def generate(self, requests: Sequence[Request], choices: Sequence[str] | None = None) -> list[Response]:
         """Writes the answers, all at once.
 
         Args:
-            requests: prompts with their seeds.
-            temperature: 1 = by the model's own probabilities, as training needs them; 0 = greedy.
+            requests: prompts with their seeds and temperatures.
             choices: the whole answer has to be one of these texts.
         """
         self.wake()  # without requests too: only a whole engine can be put to sleep
         if not requests:
             return []
-        parameters = [self._parameters(r.seed, temperature, choices) for r in requests]
-        prompts: Any = [dict(r.prompt) for r in requests]
+        prompts, parameters = self._prepared(requests, choices)
         outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return [self._response(o.outputs[0]) for o in outputs]
+
+    def enqueue(self, requests: Sequence[Request], first: int) -> None:
+        """Adds requests to those that `collect` answers; they are numbered from `first` on."""
+        self.wake()
+        prompts, parameters = self._prepared(requests, None)
+        ids = self._llm.enqueue(prompts, parameters, use_tqdm=False)
+        outside = (i.rsplit("-", 1)[0] for i in ids)  # vLLM adds random characters inside; answers come without them
+        self._numbers |= dict(zip(outside, itertools.count(first)))
+
+    def collect(self, least: int) -> list[tuple[int, Response]]:
+        """Computes until at least so many answers are there, or all that were asked for; (number, answer) each."""
+        answers: list[tuple[int, Response]] = []
+        engine = self._llm.llm_engine
+        while len(answers) < least and engine.has_unfinished_requests():
+            done: list[Any] = [o for o in engine.step() if o.finished]
+            answers += [(self._numbers.pop(o.request_id), self._response(o.outputs[0])) for o in done]
+        return answers
 
     def sleep(self) -> None:
         """Gives the GPU's memory free: weights to the host, no cache. Nothing on a CPU."""
@@ -180,7 +197,11 @@ class Engine:
         """Does nothing for that long: a stand-in for an engine that hangs, for tests of the deadline."""
         time.sleep(seconds)
 
-    def _parameters(self, seed: int, temperature: float, choices: Sequence[str] | None) -> Any:
+    def _prepared(self, requests: Sequence[Request], choices: Sequence[str] | None) -> tuple[Any, Any]:
+        """Prompts and sampling parameters as vLLM takes them."""
+        return [dict(r.prompt) for r in requests], [self._parameters(r, choices) for r in requests]
+
+    def _parameters(self, request: Request, choices: Sequence[str] | None) -> Any:
         from vllm import SamplingParams
 
         guided: Any = {}
@@ -189,12 +210,12 @@ class Engine:
 
             guided["structured_outputs"] = StructuredOutputsParams(choice=list(choices))
         return SamplingParams(
-            temperature=temperature,
+            temperature=request.temperature,
             top_p=1.0,
             top_k=0,
             max_tokens=self.shape.inputs.max_new_tokens,
             min_tokens=self.shape.rollout.min_new_tokens,
-            seed=seed,
+            seed=request.seed,
             logprobs=0,
             detokenize=False,
             skip_special_tokens=False,
@@ -237,7 +258,7 @@ def _engine_arguments(shape: Shape, cpu: bool) -> dict[str, Any]:
         "max_num_seqs": rollout.max_num_seqs,
         "max_model_len": longest,
         "distributed_executor_backend": "uni",
-        "limit_mm_per_prompt": {"video": 1, "image": 1} if shape.max_pictures else {"video": 0, "image": 0},
+        "limit_mm_per_prompt": {"video": 1, "image": 1} if shape.pictures else {"video": 0, "image": 0},
         "logprobs_mode": "raw_logprobs",
         "disable_log_stats": False,
         "seed": 0,

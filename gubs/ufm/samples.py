@@ -15,7 +15,7 @@ from gubs.records import TASK_OPTIONS, Split, Task
 from gubs.ufm.advantage import Advantages, SampleRole, advantages
 from gubs.ufm.inputs import Encoded, Inputs, Prompt
 from gubs.ufm.questions import Item, Questions
-from gubs.ufm.rewards import RewardParts, judge
+from gubs.ufm.rewards import RewardParts, reward_answer
 from gubs.ufm.rollout import Request, Response
 from gubs.ufm.sampling import BalancedSampler, Sampled, profile_sampling, sample_seed
 from gubs.ufm.settings import GRPOSettings
@@ -67,7 +67,7 @@ class Sample:
 
 
 @dataclass
-class Plan:
+class StepPlan:
     """The samples of one worker for one step, before they are answered."""
 
     task: Task
@@ -106,14 +106,14 @@ class Planner:
         """Options by task that no training record has."""
         return {str(t): [str(o) for o in s.missing] for t, s in self._samplers.items() if s.missing}
 
-    def plan(self, step: int, rank: int = 0, world: int = 1) -> Plan:
+    def plan(self, step: int, rank: int = 0, world: int = 1) -> StepPlan:
         """One worker's samples of a step; steps take the tasks in turn, a task as often as it is named."""
         task, turn = self._turn(step)
         sampler = self._samplers[task]
         picked = sampler.batch(turn)
         resampled = sampler.resampled(turn)
         figures = {**sampler.figures(turn), "resampled": float(sum(resampled.values()))}
-        plan = Plan(task, turn, len(picked), [], figures=figures)
+        plan = StepPlan(task, turn, len(picked), [], figures=figures)
         for slot in range(rank, len(picked), world):
             item = self._items[task][picked[slot]]
             prompts, sampled = self._prompts(item, step, slot)
@@ -126,6 +126,7 @@ class Planner:
                 for k in range(count):
                     seed = sample_seed(self._seed, step, slot, role, k)
                     plan.samples.append(Sample(slot, role, k, item, encoded[role], seed, prompt.text))
+        self._inputs.compute_pixels(s.encoded for s in plan.samples)
         return plan
 
     def _turn(self, step: int) -> tuple[Task, int]:
@@ -164,7 +165,7 @@ def requests(inputs: Inputs, samples: Iterable[Sample]) -> list[Request]:
     return found
 
 
-def evaluate(
+def assign_rewards(
     samples: Sequence[Sample], responses: Sequence[Response], text_of: Callable[..., tuple[str, bool]], s: GRPOSettings
 ) -> Advantages:
     """Puts responses, rewards and advantages into the samples."""
@@ -173,7 +174,7 @@ def evaluate(
         assert sample.item.gold
         sample.text, sample.finished = text_of(response.ids)
         about = (sample.item.gold, sample.item.task, s.rewards, sample.finished)
-        sample.parts, sample.reading = judge(sample.text, *about)
+        sample.parts, sample.reading = reward_answer(sample.text, *about)
     found = advantages(
         [x.parts.total if x.parts else 0.0 for x in samples],
         [x.role for x in samples],
@@ -186,7 +187,7 @@ def evaluate(
     return found
 
 
-def shown(plan: Plan, every: int) -> list[Sample]:
+def shown(plan: StepPlan, every: int) -> list[Sample]:
     """Samples for people to read, one a role: of each n-th step of a task, another record of the step each time; none
     on the workers that do not have it.
     """
@@ -200,7 +201,7 @@ def shown(plan: Plan, every: int) -> list[Sample]:
     return list(first.values())
 
 
-def answer_sums(plan: Plan, found: Advantages) -> dict[str, float]:
+def answer_sums(plan: StepPlan, found: Advantages) -> dict[str, float]:
     """Counts and sums over this worker's samples, to be added over all workers; `answer_figures` divides."""
     samples = plan.samples
     sums: dict[str, float] = collections.defaultdict(float)

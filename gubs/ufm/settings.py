@@ -103,7 +103,7 @@ class WorkerSettings(Section):
     cpus: float = Field(1.0, gt=0)
     """CPUs reserved for each worker."""
     threads: int = Field(0, ge=0)
-    """Threads a worker computes with on a CPU; 0 = the machine's cores / workers on it."""
+    """Threads a worker computes with on a CPU; 0 = the cores of its node / workers there."""
     max_failures: int = Field(2, ge=0)
     """Times the group of workers is started again after one died."""
     stuck_after_s: float = Field(900.0, gt=0)
@@ -196,15 +196,6 @@ class GRPOSettings(Section):
     """Where the figures go, beside `metrics.jsonl` and Ray's metrics; wandb and mlflow must be installed."""
 
 
-class EvalSettings(Section):
-    """Evaluation of a checkpoint on test users."""
-
-    items: int = Field(0, ge=0)
-    """Targets judged of each task, drawn at random from the test users; 0 = all."""
-    bootstrap: int = Field(1000, ge=0)
-    """Resamples of users for the intervals."""
-
-
 class UFMSettings(Section):
     """The User Feedback Modeler."""
 
@@ -214,7 +205,6 @@ class UFMSettings(Section):
     rollout: RolloutSettings = RolloutSettings()
     sft: SFTSettings = SFTSettings()
     grpo: GRPOSettings = GRPOSettings()
-    evaluate: EvalSettings = EvalSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> "UFMSettings":

@@ -16,8 +16,8 @@ from gubs.ufm import model as models
 from gubs.ufm.checkpoint import SharedError
 from gubs.ufm.inputs import Encoded
 from gubs.ufm.settings import CheckpointSettings, SFTSettings
+from gubs.ufm.train_worker import Job, TrainWorker
 from gubs.ufm.trainer import Trainer, micro_batches, most, reduce_sums
-from gubs.ufm.worker import Job, Worker
 
 Example = tuple[Encoded, list[int]]
 
@@ -47,7 +47,7 @@ def order_of(examples: int, sft: SFTSettings, seed: int) -> list[int]:
     return [int(n) for n in np.concatenate(epochs)[:needed]]
 
 
-class SFTWorker(Worker):
+class SFTWorker(TrainWorker):
     """One rank."""
 
     def __init__(self, job: Job, shard: Any, examples: int):
@@ -58,12 +58,12 @@ class SFTWorker(Worker):
             shard: this rank's shard of the stream.
             examples: examples in all, over all ranks.
         """
-        sft = job.settings.ufm.sft
+        sft = job.ufm.sft
         super().__init__(job, steps_of(examples, sft))
         self.sft, self._shard = sft, shard
         with self.phases("load"):
             model = models.load(job.start, self.ufm.model, train=True)
-            self.trainer = Trainer(model, self.ufm.model, sft.optimizer, self.steps, self.device, self.sees)
+            self.trainer = Trainer(model, self.ufm.model, sft.optimizer, self.steps, self.device, self.vision)
         self._batches: Iterator[list[Example]] = iter(())
 
     @property
@@ -148,7 +148,9 @@ class SFTWorker(Worker):
             )
             for r in rows
         ]
-        return [(prompt, answer) for prompt, answer in made if self.inputs.fits(prompt) and len(answer) <= longest]
+        kept = [(prompt, answer) for prompt, answer in made if self.inputs.fits(prompt) and len(answer) <= longest]
+        self.inputs.compute_pixels(prompt for prompt, _ in kept)
+        return kept
 
 
 _HALF = -0.6931

@@ -8,6 +8,7 @@ files, checkpoints. Run again after a kill, the same command goes on from the la
 import json
 import shutil
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,49 +18,35 @@ from typing import Any
 
 import pyarrow as pa
 
-from gubs.artifacts import Artifact, ArtifactWriter, Run, fingerprint, fingerprint_files, writing
-from gubs.config import Settings
+from gubs.artifacts import ArtifactWriter, Recipe, Run, StageJob, fingerprint, fingerprint_files, in_words
+from gubs.console import OnProgress, progress, say
+from gubs.data.ifvr import PROFILES
 from gubs.errors import ArtifactError, GubsError, PlatformError, SettingsError
 from gubs.records import TASK_OPTIONS, Split, Task
-from gubs.teachers.sft import STAGE as EXAMPLES
 from gubs.ufm import memory
 from gubs.ufm import model as models
 from gubs.ufm.checkpoint import POLICY, Checkpoints
 from gubs.ufm.monitor import STUCK, check_trackers, read_metrics
 from gubs.ufm.questions import Questions, known_tasks
+from gubs.ufm.settings import ModelSettings, UFMSettings, WorkerSettings
 from gubs.ufm.sft import COLUMNS, order_of, steps_of
-from gubs.ufm.worker import CHECKPOINTS, SETTINGS, Job
+from gubs.ufm.train_worker import CHECKPOINTS, SETTINGS, Job
+from gubs.video.settings import FrameSettings
 
-SFT, GRPO = "sft_model", "grpo"
+SFT, GRPO, EXAMPLES = "sft_model", "grpo", "sft"
 _POLL_S = 0.5
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 """Ray leaves the GPUs visible to workers that have none."""
-_SHOWN = 4
-"""Settings named in an error that says what differs."""
-
-OnProgress = Callable[[int, int, Mapping[str, Any]], None]
-"""Told (steps done, steps in all, figures of the last one)."""
 
 
-def sft_stage(
-    run: Run,
-    settings: Settings,
-    *,
-    force: bool = False,
-    say: Callable[[str], None] = lambda _: None,
-    on_progress: OnProgress | None = None,
-) -> tuple[Artifact, bool]:
+def make_sft(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: int) -> str:
     """Fine-tunes the base model on the teacher's examples. Ray has to be running.
 
-    Returns:
-        The artifact `sft_model` and whether it was made now.
-
     Raises:
-        ArtifactError: an input is missing, or an unfinished training of other settings is in the way.
+        ArtifactError: there is no example, or an unfinished training of other settings is in the way.
         PlatformError: no GPU, or a worker failed more often than allowed. DivergedError: see there.
     """
-    ufm = settings.ufm
-    examples = run.artifact(EXAMPLES)
+    examples = job.input(EXAMPLES)
     table = examples.table("examples", [*COLUMNS, "gold"])
     if not table.num_rows:
         raise ArtifactError(
@@ -68,78 +55,75 @@ def sft_stage(
         )
     if ufm.sft.batch % ufm.workers.count:
         raise SettingsError(f"ufm.sft.batch={ufm.sft.batch} cannot be dealt evenly to {ufm.workers.count} workers")
-    base = models.checkpoint(ufm.model)
-    inputs = {"examples": examples.fingerprint, **_prompt_inputs(run)}
-    recipe = _recipe(settings, ufm.sft.model_dump(exclude={"checkpoint"}), inputs, base)
-    mark = fingerprint(SFT, recipe, inputs)
-    if found := run.finished(SFT, mark, force):
-        return found, False
+    base = base_model(ufm.model)
     check_trackers(ufm.grpo.trackers)
-    _check_memory(settings, base, memory.plan_sft)
-    say(_options("examples", Counter(zip(*(table[c].to_pylist() for c in ("task", "gold")), strict=True))))
-    with _training(run, SFT, mark, settings, inputs, force) as (out, folder):
-        job = Job(run.uri, settings, SFT, str(folder), _checkpoints(folder), str(base), recipe)
-        check_checkpoint(job, ufm.sft.checkpoint.keep)
+    _check_memory(ufm, frames, base, memory.plan_sft)
+    _detail(_options("examples", Counter(zip(*(table[c].to_pylist() for c in ("task", "gold")), strict=True))))
+    with _training(job) as (out, folder):
+        work = _job(job, ufm, seed, folder, base)
+        check_checkpoint(work, ufm.sft.checkpoint.keep)
         steps = steps_of(table.num_rows, ufm.sft)
-        order = order_of(table.num_rows, ufm.sft, settings.seed)
+        order = order_of(table.num_rows, ufm.sft, seed)
         data = _dataset(table.select(list(COLUMNS)).take(order), ufm.workers.count)
-        config = {"job": job, "examples": table.num_rows}
-        with _watching(folder, steps, on_progress):
-            _say_scarce(settings, say)
-            ended = _fit("gubs.ufm.sft", config, settings, folder, {"train": data})
-        _finish(out, folder, {"examples": table.num_rows, "base": base.name, **ended})
-    return run.artifact(SFT), True
+        config = {"job": work, "examples": table.num_rows}
+        with _watching(folder, steps, "SFT"):
+            _say_scarce(ufm.workers)
+            ended = _fit("gubs.ufm.sft", config, ufm.workers, folder, {"train": data})
+        last = _finish(out, folder, {"examples": table.num_rows, "base": base.name, **ended})
+        out.summary = f"{steps:,} steps, loss {last['loss']:.3f}"
+    return out.summary
 
 
-def grpo_stage(
-    run: Run,
-    settings: Settings,
-    *,
-    name: str = GRPO,
-    force: bool = False,
-    say: Callable[[str], None] = lambda _: None,
-    on_progress: OnProgress | None = None,
-) -> tuple[Artifact, bool]:
-    """Trains the policy by GA-GRPO. Ray has to be running.
-
-    Args:
-        run: with `ifvr`, `labels`, and where the settings need them `sft_model` and `ugm`.
-        settings: of the run.
-        name: of the artifact; several trainings can stand side by side in one run.
-        force: make it again.
-        say: told what it trains on.
-        on_progress: see `OnProgress`.
-
-    Returns:
-        The artifact and whether it was made now.
-
-    Raises:
-        As `sft_stage`.
-    """
-    grpo = settings.ufm.grpo
-    questions = Questions(run, settings)
-    start, inputs = _start(run, settings)
-    if grpo.groups and "ugm" not in run.stages():
-        raise ArtifactError(f"{run.uri} has no groups (artifact ugm): run `gubs ugm`, or set ufm.grpo.groups=false")
-    inputs |= questions.fingerprints()
-    free = {"steps", "checkpoint", "samples_every", "trackers"}
-    keep = {"steps"} if grpo.optimizer.schedule == "constant" else set()
-    recipe = _recipe(settings, grpo.model_dump(exclude=(free - {"steps"}) | keep), inputs, start)
-    mark = fingerprint(name, {**recipe, "steps": str(grpo.steps)}, inputs)
-    if found := run.finished(name, mark, force):
-        return found, False
+def make_grpo(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: int) -> str:
+    """Trains the policy by GA-GRPO. Ray has to be running. Errors: as `make_sft`."""
+    grpo = ufm.grpo
+    questions = Questions(job.run, ufm.inputs, tastes=job.reads(PROFILES))
+    start = base_model(ufm.model) if grpo.start == "base" else policy_folder(job.run, SFT)
     check_trackers(grpo.trackers)
-    tasks = _tasks(questions, grpo.tasks, say)
-    _check_memory(settings, start, memory.plan_grpo)
-    with _training(run, name, fingerprint(name, recipe, inputs), settings, inputs, force, mark) as (out, folder):
-        job = Job(run.uri, settings, name, str(folder), _checkpoints(folder), str(start), recipe, tasks)
-        check_checkpoint(job, grpo.checkpoint.keep)
-        with _watching(folder, grpo.steps, on_progress):
-            _say_scarce(settings, say)
-            ended = _fit("gubs.ufm.grpo", {"job": job}, settings, folder, {})
+    tasks = _tasks(questions, grpo.tasks)
+    _check_memory(ufm, frames, start, memory.plan_grpo)
+    more_steps = ("ufm.grpo.steps",) if grpo.optimizer.schedule == "constant" else ()
+    with _training(job, more_steps) as (out, folder):
+        work = _job(job, ufm, seed, folder, start, tasks=tasks, free=more_steps)
+        check_checkpoint(work, grpo.checkpoint.keep)
+        with _watching(folder, grpo.steps, "GA-GRPO"):
+            _say_scarce(ufm.workers)
+            ended = _fit("gubs.ufm.grpo", {"job": work}, ufm.workers, folder, {})
         about = {"tasks": [str(t) for t in tasks], "start": start.name, "rule": grpo.advantage.rule}
         _finish(out, folder, about | ended)
-    return run.artifact(name), True
+        rewards = [s["reward"] for s in read_metrics(folder)]
+        edge = max(1, len(rewards) // 10)
+        first, last = sum(rewards[:edge]) / edge, sum(rewards[-edge:]) / edge
+        out.summary = f"{len(rewards):,} steps, mean reward {first:.2f} at the start, {last:.2f} at the end"
+    return out.summary
+
+
+def preflight_sft(ufm: UFMSettings, frames: FrameSettings, seed: int) -> None:  # noqa: ARG001
+    """Looks, before anything is made, at all that needs no data: model, trackers, GPUs and their memory.
+
+    Raises:
+        SettingsError: the model is not available. PlatformError: a tracker is not installed; GPUs are missing or too
+            small.
+    """
+    _preflight(ufm, frames, memory.plan_sft)
+
+
+def preflight_grpo(ufm: UFMSettings, frames: FrameSettings, seed: int) -> None:  # noqa: ARG001
+    """The same for GA-GRPO."""
+    _preflight(ufm, frames, memory.plan_grpo)
+
+
+def base_model(settings: ModelSettings) -> Path:
+    """The checkpoint that training starts from; one of ours is made first where it is missing, and says so."""
+    if models.made(settings):
+        return models.checkpoint(settings)
+    began = time.monotonic()
+    lessons = f", {settings.lessons} steps of lessons" if settings.lessons else ""
+    say(f"[model]  make {settings.size}{lessons} ...")
+    with progress("lessons") as on_progress:
+        folder = models.checkpoint(settings, on_progress)
+    say(f"[model]  done in {time.monotonic() - began:.1f} s: {folder}")
+    return folder
 
 
 def policy_folder(run: Run, stage: str) -> Path:
@@ -162,21 +146,21 @@ def check_checkpoint(job: Job, keep: int) -> None:
     Raises:
         ArtifactError: the newest checkpoint is damaged or of another model, other data or other settings.
     """
-    Checkpoints(job.checkpoints, job.recipe, keep, world=job.settings.ufm.workers.count).latest()
+    Checkpoints(job.checkpoints, job.recipe, keep, world=job.ufm.workers.count).latest()
 
 
-def _tasks(questions: Questions, wanted: Sequence[Task], say: Callable[[str], None]) -> tuple[Task, ...]:
-    """The turns of the tasks, without those that have records of one option only: there is but a constant to be learnt.
+def _tasks(questions: Questions, wanted: Sequence[Task]) -> tuple[Task, ...]:
+    """The turns of the tasks, without those whose records have one option only: all there is to learn is a constant.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: none is left.
     """
     known = known_tasks(questions, wanted)
     counts = Counter((str(t), str(i.gold)) for t in known for i in questions.items(t, Split.TRAIN))
-    say(_options("records", counts))
+    _detail(_options("records", counts))
     useful = [t for t in known if sum(task == t for task, _ in counts) > 1]
     for task in set(known) - set(useful):
-        say(f"the {task} task is left out: its records have one option only")
+        _detail(f"the {task} task is left out: its records have one option only")
     if not useful:
         raise ArtifactError(f"{questions.run.uri}: no task has training records of two options; see `gubs show`")
     return tuple(t for t in wanted if t in useful)
@@ -194,95 +178,75 @@ def _options(what: str, counts: Mapping[tuple[str, str], int]) -> str:
     return f"{what}: " + "; ".join(parts)
 
 
-def _start(run: Run, settings: Settings) -> tuple[Path, dict[str, str]]:
-    if settings.ufm.grpo.start == "base":
-        return models.checkpoint(settings.ufm.model), {}
-    artifact = run.artifact(SFT)
-    now, then = _model_name(settings.model_dump(mode="json")), _model_name(artifact.manifest.settings)
-    if now != then:
-        raise ArtifactError(
-            f"{artifact.uri} was fine-tuned from {then}, and the settings name {now}: give the same model, use another "
-            "--run, or fine-tune again (`gubs sft --force`)"
-        )
-    return policy_folder(run, SFT), {SFT: artifact.fingerprint}
-
-
-def _model_name(settings: Mapping[str, Any]) -> str:
-    """What the settings say of the model to start from, as one gives it."""
-    model = settings["ufm"]["model"]
-    names = ("path",) if model["path"] else ("size", "lessons") if model["size"] == "tiny" else ("size",)
-    return " ".join(f"ufm.model.{name}={model[name]}" for name in names)
-
-
-def _prompt_inputs(run: Run) -> dict[str, str]:
-    return {n: run.artifact(n).fingerprint for n in ("ifvr", "frames") if n in run.stages()}
-
-
-def _recipe(settings: Settings, stage: Mapping[str, Any], inputs: Mapping[str, str], start: Path) -> dict[str, str]:
-    """Fingerprints of everything that decides the weights, by what a person would call it."""
-    ufm = settings.ufm
-    weights = sorted(start.glob("*.safetensors"))
-    chosen = {
-        "seed": settings.seed,
-        "inputs": ufm.inputs.model_dump(),
-        "dtype": ufm.model.dtype,
-        "min_new_tokens": ufm.rollout.min_new_tokens,
-        "workers": ufm.workers.count,
-        **stage,
-    }
+def _resume_recipe(job: StageJob, free: Sequence[str] = ()) -> dict[str, str]:
+    """Fingerprints of everything that decides the weights, by what a person would call it; settings in `free` may
+    differ from one attempt to the next.
+    """
+    recipe = job.recipe
+    data = {name: content for name, content in recipe.inputs.items() if name != SFT}
+    settings = {name: value for name, value in recipe.settings.items() if name not in free}
     return {
-        "model": fingerprint_files(weights) if weights else start.name,
-        "data": fingerprint("data", {}, inputs),
-        "settings": fingerprint("settings", chosen, {}),
+        "model": fingerprint("model", [recipe.outside, recipe.inputs.get(SFT)]),
+        "data": fingerprint("data", data),
+        "settings": fingerprint("settings", settings),
+        "prompts": fingerprint("prompts", recipe.prompts),
     }
 
 
-def _checkpoints(folder: Path) -> str:
-    return str(folder / CHECKPOINTS)
+def _job(
+    job: StageJob,
+    ufm: UFMSettings,
+    seed: int,
+    folder: Path,
+    start: Path,
+    *,
+    tasks: tuple[Task, ...] = (),
+    free: Sequence[str] = (),
+) -> Job:
+    return Job(
+        job.run.uri,
+        ufm,
+        seed,
+        job.settings,
+        job.stage,
+        str(folder),
+        str(start),
+        _resume_recipe(job, free),
+        job.reads(PROFILES),
+        tasks,
+    )
 
 
 @contextmanager
-def _training(
-    run: Run,
-    stage: str,
-    mark: str,
-    settings: Settings,
-    inputs: Mapping[str, str],
-    force: bool,
-    published: str = "",
-) -> Iterator[tuple[ArtifactWriter, Path]]:
-    """An unfinished artifact of this very training, found again or new; another one's is refused, never removed.
-
-    `published` is the artifact's own fingerprint, where it takes in more than what a checkpoint must agree with (the
-    number of steps: an unfinished run may be given more).
+def _training(job: StageJob, free: Sequence[str] = ()) -> Iterator[tuple[ArtifactWriter, Path]]:
+    """An unfinished artifact of this very training, new or left by a killed attempt; another training's is refused,
+    never removed. `free`: see `_resume_recipe`.
     """
-    partial = Path(run.path(f"{stage}.partial"))
-    recipe = partial / "recipe.json"
-    others = recipe.exists() and recipe.read_text() != mark
-    if others and force:
-        shutil.rmtree(partial)  # what this very training left, when it was killed, is gone on with: force or not
+    key = fingerprint(job.kind, _resume_recipe(job, free))
+    partial = Path(job.run.path(f"{job.stage}.partial"))
+    kept = partial / "recipe.json"
+    others = kept.exists() and kept.read_text() != key
+    if others and job.force:
+        shutil.rmtree(partial)  # what this very training left when it was killed is kept, with force too
     elif others and (partial / CHECKPOINTS).exists():
         raise ArtifactError(
             f"{partial} holds an unfinished training with other settings, data or another model"
-            f"{_differences(partial / SETTINGS, settings)}: give those again, use another --run, or --force to throw "
-            "it away"
+            f"{_differences(partial / SETTINGS, job.settings)}: give those again, use another --run, or --force to "
+            "throw it away"
         )
-    with writing(run, stage, fingerprint=mark, settings=settings, inputs=inputs, resumable=True) as out:
-        (partial / SETTINGS).write_text(json.dumps(settings.model_dump(mode="json"), indent=1))
+    with job.writing(resume_key=key) as out:
+        (partial / SETTINGS).write_text(json.dumps(dict(job.settings), indent=1))
         yield out, partial
-        out.fingerprint = published or mark
+        out.content = fingerprint_files(sorted((partial / POLICY).glob("*.safetensors")))
 
 
-def _differences(path: Path, settings: Settings) -> str:
-    """The settings that an unfinished training was begun with and that are others now, a few of them."""
+def _differences(path: Path, settings: Mapping[str, Any]) -> str:
+    """A few of the settings that an unfinished training began with and that are others now."""
     if not path.exists():
         return ""
-    before, now = _flat(json.loads(path.read_text())), _flat(settings.model_dump(mode="json"))
-    names = [n for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
-    if not names:
-        return " (all settings are the same: data or model differ)"
-    shown = ", ".join(f"{n}={before.get(n)}, now {now.get(n)}" for n in names[:_SHOWN])
-    return f" ({shown}{', ...' if len(names) > _SHOWN else ''})"
+    before, now = Recipe(settings=_flat(json.loads(path.read_text()))), Recipe(settings=_flat(settings))
+    changes = in_words(before.changes(now))
+    return f" ({changes})" if changes else " (all settings are the same: data or model differ)"
 
 
 def _flat(nested: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -297,7 +261,7 @@ def _dataset(table: pa.Table, workers: int) -> Any:
     """The examples as a stream; as many blocks as workers at least."""
     import ray.data
 
-    from gubs.cluster import quiet_ray_data
+    from gubs.ray_runtime import quiet_ray_data
 
     quiet_ray_data()
     rows = table.to_pylist()
@@ -305,7 +269,7 @@ def _dataset(table: pa.Table, workers: int) -> Any:
 
 
 def _fit(
-    module: str, config: dict[str, Any], settings: Settings, folder: Path, datasets: dict[str, Any]
+    module: str, config: dict[str, Any], workers: WorkerSettings, folder: Path, datasets: dict[str, Any]
 ) -> dict[str, Any]:
     """Runs Ray Train until all steps are done.
 
@@ -313,7 +277,7 @@ def _fit(
         `seconds_after_last_step`, by phase: the last checkpoint and the policy stand in no step's figures.
 
     Raises:
-        DivergedError, ArtifactError, PlatformError: see `sft_stage`.
+        DivergedError, ArtifactError, PlatformError: see `make_sft`.
     """
     import importlib
 
@@ -321,8 +285,7 @@ def _fit(
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import FailureConfig, RunConfig  # those of Ray's type hints know less
 
-    workers = settings.ufm.workers
-    gpu = use_gpu(settings)
+    gpu = use_gpu(workers)
     _environment(workers.stuck_after_s)
     loop = importlib.import_module(module).train_loop
     options: dict[str, Any] = {}
@@ -342,7 +305,7 @@ def _fit(
         train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(workers.stuck_after_s)),
         scaling_config=ScalingConfig(
-            num_workers=workers.count, use_gpu=gpu, resources_per_worker=_resources(settings, gpu)
+            num_workers=workers.count, use_gpu=gpu, resources_per_worker=_resources(workers, gpu)
         ),
         run_config=run_config,
         **options,
@@ -359,13 +322,13 @@ def _fit(
     return {"seconds_after_last_step": outcome.get("after_last_step", {})}
 
 
-def use_gpu(settings: Settings) -> bool:
+def use_gpu(workers: WorkerSettings) -> bool:
     """Whether each worker gets a GPU.
 
     Raises:
         PlatformError: they are asked for and not there, or there are some but not enough.
     """
-    workers, there = settings.ufm.workers, _gpus()
+    there = _gpus()
     if workers.gpu == "no" or (workers.gpu == "auto" and not there):
         return False
     if there < workers.count:
@@ -382,39 +345,38 @@ def _gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def preflight(settings: Settings) -> None:
-    """Looks at all that needs no data: model, trackers, GPUs and their memory. Ray has to be running.
-
-    Raises:
-        SettingsError: the model cannot be had. PlatformError: a tracker is not installed; GPUs lack or are too small.
-    """
-    models.check(settings.ufm.model)
-    check_trackers(settings.ufm.grpo.trackers)
-    for plan in (memory.plan_sft, memory.plan_grpo) if settings.ufm.grpo.start == "sft" else (memory.plan_grpo,):
-        _check_memory(settings, "", plan)
+def _preflight(ufm: UFMSettings, frames: FrameSettings, plan: Callable[..., memory.MemoryPlan]) -> None:
+    models.check(ufm.model)
+    check_trackers(ufm.grpo.trackers)
+    _check_memory(ufm, frames, "", plan)
 
 
-def _check_memory(settings: Settings, folder: Path | str, plan: Callable[..., memory.MemoryPlan]) -> None:
+def _check_memory(
+    ufm: UFMSettings, frames: FrameSettings, folder: Path | str, plan: Callable[..., memory.MemoryPlan]
+) -> None:
     """Refuses a training that cannot fit the workers' GPUs, with the sum, before anything is loaded."""
-    if use_gpu(settings):
-        frames = (settings.frames.count, settings.frames.max_pixels)
+    if use_gpu(ufm.workers):
         machine = memory.gpu_machine()
-        memory.check(plan(settings.ufm, memory.config_of(settings.ufm, folder), frames, machine.gpu), machine)
+        memory.check(plan(ufm, memory.config_of(ufm, folder), frames, machine.gpu), machine)
 
 
-def _resources(settings: Settings, gpu: bool) -> dict[str, float]:
-    return {"CPU": settings.ufm.workers.cpus, **({"GPU": 1.0} if gpu else {})}
+def _resources(workers: WorkerSettings, gpu: bool) -> dict[str, float]:
+    return {"CPU": workers.cpus, **({"GPU": 1.0} if gpu else {})}
 
 
-def _say_scarce(settings: Settings, say: Callable[[str], None]) -> None:
+def _say_scarce(workers: WorkerSettings) -> None:
     """Tells what the workers have to wait for, if anything: another job may end, or the cluster grow."""
     import ray
 
-    workers, free = settings.ufm.workers, ray.available_resources()
-    wanted = {name: each * workers.count for name, each in _resources(settings, use_gpu(settings)).items()}
+    free = ray.available_resources()
+    wanted = {name: each * workers.count for name, each in _resources(workers, use_gpu(workers)).items()}
     short = [f"{n:g} {name} ({free.get(name, 0.0):g} free)" for name, n in wanted.items() if free.get(name, 0.0) < n]
     if short:
-        say(f"{workers.count} workers wait for {' and '.join(short)}")
+        _detail(f"{workers.count} workers wait for {' and '.join(short)}")
+
+
+def _detail(text: str) -> None:
+    say(f"         {text}")
 
 
 def _environment(stuck_after_s: float) -> None:
@@ -456,31 +418,46 @@ def _named(error: Exception, folder: Path) -> GubsError:
 
 
 @contextmanager
-def _watching(folder: Path, steps: int, on_progress: OnProgress | None) -> Iterator[None]:
-    """Reads the figures that rank 0 writes, while Ray Train runs, and passes them on."""
+def _watching(folder: Path, steps: int, title: str) -> Iterator[None]:
+    """Shows the figures that rank 0 writes, while Ray Train runs."""
     ended = threading.Event()
 
-    def look() -> None:
+    def look(show: OnProgress) -> None:
         last = -1
         while not ended.wait(_POLL_S):
             lines = read_metrics(folder)
-            if on_progress and lines and lines[-1]["step"] != last:
+            if lines and lines[-1]["step"] != last:
                 last = lines[-1]["step"]
-                on_progress(last + 1, steps, lines[-1])
+                show(last + 1, steps, _figures(lines[-1]))
 
-    thread = threading.Thread(target=look, daemon=True, name="progress")
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    with progress(title) as show:
+        thread = threading.Thread(target=look, args=(show,), daemon=True, name="progress")
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
 
-def _finish(out: ArtifactWriter, folder: Path, info: dict[str, Any]) -> None:
+def _figures(figures: Mapping[str, Any]) -> str:
+    """The few figures of a step that are shown while it trains."""
+    shown = {
+        "reward": "reward",
+        "loss": "loss",
+        "accuracy": "accuracy",
+        "health/kl": "KL",
+        "seconds/step": "s per step",
+    }
+    return ", ".join(f"{text} {figures[k]:.3g}" for k, text in shown.items() if figures.get(k) is not None)
+
+
+def _finish(out: ArtifactWriter, folder: Path, info: dict[str, Any]) -> dict[str, Any]:
+    """Writes the table `steps` and the info; returns the last step's figures."""
     steps = read_metrics(folder)
     names = sorted({k for s in steps for k in s} - {"step"})
     columns: dict[str, Any] = {"step": pa.array([s["step"] for s in steps], pa.int64())}
     columns |= {n: pa.array([s.get(n) for s in steps], pa.float64()) for n in names}
     out.write_table("steps", pa.table(columns))
     out.info = {**info, "steps": len(steps), "last": steps[-1] if steps else {}}
+    return out.info["last"]

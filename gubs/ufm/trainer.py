@@ -45,7 +45,7 @@ class Trainer:
         optimizer: OptimizerSettings,
         steps: int,
         device: Any,
-        sees: bool,
+        vision: bool,
     ):
         """Wraps a model; every rank has to do so at the same time.
 
@@ -55,16 +55,16 @@ class Trainer:
             optimizer: AdamW's settings.
             steps: optimiser steps of the whole run, for the schedule.
             device: where the model goes.
-            sees: some prompts have pictures; else the vision tower is not trained.
+            vision: some prompts have pictures; else the vision tower is not trained.
         """
         import deepspeed
         import torch
         import torch.distributed as dist
 
         _compile_nothing()
-        self.settings, self.steps, self.device, self.sees = optimizer, steps, device, sees
+        self.settings, self.steps, self.device, self.vision = optimizer, steps, device, vision
         self.world = dist.get_world_size()
-        model.model.visual.requires_grad_(sees)
+        model.model.visual.requires_grad_(vision)
         trained = [p for p in model.parameters() if p.requires_grad]
         adam = torch.optim.AdamW(
             trained,
@@ -87,7 +87,7 @@ class Trainer:
 
     def logprobs(self, batch: Batch) -> Any:
         """Log-probabilities (tokens,) of the response tokens of a batch on the device, with gradient, row by row."""
-        return logprobs(self.model, batch, sees=self.sees)
+        return logprobs(self.model, batch, vision=self.vision)
 
     def update(self, batches: Sequence[Batch], loss_of: MICRO, step: int) -> Update:
         """One optimiser step on this rank's micro-batches; all ranks need the same number of them.
@@ -171,11 +171,11 @@ def _compile_nothing() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def logprobs(model: Any, batch: Batch, *, sees: bool) -> Any:
+def logprobs(model: Any, batch: Batch, *, vision: bool) -> Any:
     """Log-probabilities (tokens,) of the response tokens, row by row."""
     from gubs.ufm.loss import token_logprobs
 
-    return token_logprobs(response_logits(model, batch, sees=sees), response_ids(batch))
+    return token_logprobs(response_logits(model, batch, vision=vision), response_ids(batch))
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:

@@ -1,13 +1,13 @@
 """Cluster (Eq. 2): each user's similarity to each group's typical user; the most similar users form the group.
 
-Plain functions over texts and arrays: no Ray, no LLM. Users are taken in blocks and only the best of each group are
-kept, so memory grows with the users' own texts, never with users x users: a million users fit. A user may land in
-several groups, or in none.
+Plain functions over texts and arrays: no Ray, no LLM. Users are compared in blocks and only the best of each group are
+kept, so memory grows with the users' texts, never with users x users: a million users fit. A user may be in several
+groups, or in none.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,16 @@ from sklearn.preprocessing import normalize
 from gubs.records import User
 from gubs.ugm.settings import Mode
 
+Users = Sequence[User]
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Vectors: TypeAlias = "sparse.csr_matrix | Floats"
+"""(n, d), rows of length 1, or 0 where a profile is empty."""
 
 _BLOCK = 65536
 """Users compared at once."""
 _ROUNDING = 1e-6
-"""A user with the very profile of a group's last member must reach its threshold."""
+"""So that a user with the same profile as a group's last member reaches its threshold."""
 
 
 @dataclass(frozen=True)
@@ -35,45 +38,38 @@ class Cluster:
     members: Ints
     """Indices into the users."""
     similarity: Floats
-    """Of each member to the typical user, in [0, 1]; descending."""
+    """Of each member to the typical user, from 1 to 0."""
 
     @property
     def threshold(self) -> float:
-        """tau_g of Eq. 2: the similarity of the last user taken; above 1 (nobody passes) for an empty group."""
+        """tau_g of Eq. 2: the similarity of the last member; infinite (nobody passes) for an empty group."""
         return float(self.similarity[-1]) if len(self.similarity) else float("inf")
 
 
+_EMPTY = Cluster(np.zeros(0, np.int64), np.zeros(0, np.float32))
+
+
 def profile_words(user: User, mode: Mode = "both") -> list[str]:
-    """A user's profile as words: what TF-IDF compares. Fields that are unknown give no word.
+    """The known fields of a user's profile as words, which TF-IDF compares.
 
     Each word names its field, so that a city called "Cooking" is no interest; ages become decades.
     """
     interest = [f"tag={t.casefold()}" for t in user.tags]
     facts = {"gender": user.gender, "occupation": user.occupation, **user.other}
-    known = [f"{name}={value.casefold()}" for name, value in facts.items() if value]
-    demographics = ([f"age={user.age // 10}0s"] if user.age is not None else []) + known
+    demographics = [f"age={user.age // 10}0s"] if user.age is not None else []
+    demographics += [f"{name}={value.casefold()}" for name, value in facts.items() if value]
     return {"interest": interest, "demographics": demographics, "both": interest + demographics}[mode]
 
 
 def profile_sentence(user: User, mode: Mode = "both") -> str:
-    """The same as a sentence, for a sentence encoder."""
+    """The profile as a sentence, for a sentence encoder."""
     return ", ".join(w.replace("=", " ") for w in profile_words(user, mode))
 
 
-def nearest_to_text(text: str, users: Sequence[User]) -> int:
-    """Index of the user whose profile shares most with a free text (the first one, where none shares a word)."""
+def nearest_to_text(text: str, users: Users) -> int:
+    """Index of the user whose profile shares most with a free text (the first if none shares a word)."""
     vectors = TfidfVectorizer().fit_transform([text, *(profile_sentence(u) for u in users)])
     return int(_dense(vectors[1:] @ vectors[0].T).argmax())
-
-
-class Encoder(Protocol):
-    """Turns users into unit vectors; the dot product of two is their similarity."""
-
-    def fit(self, users: Sequence[User]) -> None:
-        """Learns what it needs (word weights) from all users."""
-
-    def encode(self, users: Sequence[User]) -> sparse.csr_matrix | Floats:
-        """(len(users), d), rows of length 1, or 0 where a profile is empty."""
 
 
 class BertEncoder:
@@ -88,15 +84,15 @@ class BertEncoder:
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._model = AutoModel.from_pretrained(model).eval()
 
-    def fit(self, users: Sequence[User]) -> None:
-        """Nothing to learn: the model comes trained."""
+    def fit(self, users: Users) -> None:
+        """Does nothing: the model is already trained."""
 
-    def encode(self, users: Sequence[User]) -> Floats:
+    def encode(self, users: Users) -> Floats:
         """Dense unit vectors; 0 for empty profiles."""
         sentences = [profile_sentence(u, self._mode) for u in users]
         vectors = [self._encode_batch(sentences[i : i + 64]) for i in range(0, len(sentences), 64)]
-        known = np.array([bool(s) for s in sentences], np.float32)[:, None]
-        return np.concatenate(vectors) * known if vectors else np.zeros((0, 1), np.float32)
+        not_empty = np.array([bool(s) for s in sentences], np.float32)[:, None]
+        return np.concatenate(vectors) * not_empty if vectors else np.zeros((0, 1), np.float32)
 
     def _encode_batch(self, sentences: list[str]) -> Floats:
         tokens = self._tokenizer(sentences, padding=True, truncation=True, return_tensors="pt")
@@ -113,49 +109,51 @@ class TfidfEncoder:
     def __init__(self, mode: Mode = "both"):
         self._vectorizer = TfidfVectorizer(analyzer=lambda u: profile_words(u, mode), dtype=np.float32)
 
-    def fit(self, users: Sequence[User]) -> None:
-        """Counts in how many profiles each word stands."""
+    def fit(self, users: Users) -> None:
+        """Counts in how many profiles each word occurs."""
         self._vectorizer.fit(users)
 
-    def encode(self, users: Sequence[User]) -> sparse.csr_matrix:
+    def encode(self, users: Users) -> sparse.csr_matrix:
         """Sparse unit vectors."""
         return self._vectorizer.transform(users)
 
 
-def cluster(users: Sequence[User], typical: Sequence[int], encoder: Encoder, top: int) -> list[Cluster]:
+Encoder: TypeAlias = BertEncoder | TfidfEncoder
+"""Turns users into unit vectors, after `fit` on all of them; the dot product of two is their similarity."""
+
+
+def cluster(users: Users, typical: Sequence[int], encoder: Encoder, top: int) -> list[Cluster]:
     """Takes for each typical user the `top` most similar users (Eq. 2).
 
     Args:
         users: all users, any number.
-        typical: index of each group's typical user; it is a member of its own group.
+        typical: index of each group's typical user, who is a member of the group.
         encoder: gives the vectors; it is fitted here.
-        top: how many users a group takes (paper: 60). Users with nothing in common (similarity 0) are never taken.
+        top: users per group (paper: 60). Users with nothing in common (similarity 0) are never taken.
 
     Returns:
-        One cluster a typical user. Users of equal similarity are taken in their order in `users`.
+        One cluster per typical user. Users of equal similarity are taken in their order in `users`.
     """
     encoder.fit(users)
     centres = encoder.encode([users[i] for i in typical])
-    best = [Cluster(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in typical]
+    best = [_EMPTY] * len(typical)
     for start, vectors in _blocks(users, encoder):
         similarity = _similarities(vectors, centres)
         best = [_best(b, start, similarity[:, g], top) for g, b in enumerate(best)]
     return [_with_typical(b, i) for b, i in zip(best, typical, strict=True)]
 
 
-def _with_typical(found: Cluster, typical: int) -> Cluster:
-    """Among many users with the very profile of the typical one, that one itself must not be lost."""
-    if not len(found.members) or typical in found.members:
-        return found
-    return Cluster(np.concatenate([[typical], found.members[:-1]]), found.similarity)
+def _with_typical(cluster: Cluster, typical: int) -> Cluster:
+    """Puts the typical user back if many others have the same profile."""
+    if not len(cluster.members) or typical in cluster.members:
+        return cluster
+    return Cluster(np.concatenate([[typical], cluster.members[:-1]]), cluster.similarity)
 
 
-def cluster_kmeans(
-    users: Sequence[User], typical: Sequence[int], encoder: Encoder, top: int, seed: int
-) -> list[Cluster]:
-    """The paper's K-Means variant: centres start at the typical users and move to the middle of their users.
+def cluster_kmeans(users: Users, typical: Sequence[int], encoder: Encoder, top: int, seed: int) -> list[Cluster]:
+    """The paper's K-Means variant: centres start at the typical users and move to the mean of their users.
 
-    A user belongs to the one nearest centre; of these, the `top` most similar are taken.
+    A user belongs to the nearest centre only; of its users, a group takes the `top` most similar.
     """
     encoder.fit(users)
     start = encoder.encode([users[i] for i in typical])
@@ -164,7 +162,7 @@ def cluster_kmeans(
         if vectors.shape[0] >= len(typical):
             model.partial_fit(vectors)
     centres = normalize(model.cluster_centers_.astype(np.float32))
-    best = [Cluster(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in typical]
+    best = [_EMPTY] * len(typical)
     for offset, vectors in _blocks(users, encoder):
         similarity = _similarities(vectors, centres)
         nearest = similarity.argmax(axis=1)
@@ -173,9 +171,9 @@ def cluster_kmeans(
 
 
 def assign(
-    users: Sequence[User], typical: Sequence[User], thresholds: Sequence[float], encoder: Encoder
+    users: Users, typical: Users, thresholds: Sequence[float], encoder: Encoder
 ) -> list[tuple[int, float] | None]:
-    """Groups users who were not clustered: the nearest typical user whose group's threshold the similarity reaches.
+    """Places users who were not clustered: with the nearest typical user whose group's threshold they reach.
 
     Args:
         users: users to place.
@@ -184,7 +182,7 @@ def assign(
         encoder: fitted on the users the groups were made from.
 
     Returns:
-        Index of the group and the similarity, or None.
+        Per user, the index of the group and the similarity, or None.
     """
     centres = encoder.encode(typical)
     limits = np.asarray(thresholds, np.float32)
@@ -197,21 +195,22 @@ def assign(
     return placed
 
 
-def _blocks(users: Sequence[User], encoder: Encoder) -> Iterator[tuple[int, sparse.csr_matrix | Floats]]:
+def _blocks(users: Users, encoder: Encoder) -> Iterator[tuple[int, Vectors]]:
     for start in range(0, len(users), _BLOCK):
         yield start, encoder.encode(users[start : start + _BLOCK])
 
 
-def _similarities(vectors: sparse.csr_matrix | Floats, centres: sparse.csr_matrix | Floats) -> Floats:
+def _similarities(vectors: Vectors, centres: Vectors) -> Floats:
     """(users, groups), dense: 50 groups are few."""
     return _dense(vectors @ centres.T)
 
 
-def _dense(matrix: Any) -> Floats:
-    return np.asarray(matrix.todense() if sparse.issparse(matrix) else matrix, dtype=np.float32)
+def _dense(matrix: Vectors) -> Floats:
+    return np.asarray(matrix if isinstance(matrix, np.ndarray) else matrix.todense(), dtype=np.float32)
 
 
 def _best(so_far: Cluster, offset: int, similarity: Floats, top: int) -> Cluster:
+    """The `top` most similar users of `so_far` and a block that begins at `offset`."""
     candidates = np.flatnonzero(similarity > 0)
     if len(candidates) > top:
         values = similarity[candidates]

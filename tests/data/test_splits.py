@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gubs.config import SplitSettings
+from gubs.data.settings import SplitSettings
 from gubs.data.splits import SplitResult, check_no_leak, split
 from gubs.errors import InputError
 from gubs.records import SCHEMAS
@@ -54,12 +54,70 @@ def test_time_orders_the_records_and_file_order_where_there_is_no_time():
 
 def test_timestamps_survive_exactly():
     exact = 1747612800123457
-    rows = log([4]).set_column(4, "timestamp", pa.array([exact, exact + 1, None, exact + 3], pa.int64()))
-    assert sorted(split(rows, SplitSettings(min_history=1), 0).interactions["timestamp"].drop_null().to_pylist()) == [
-        exact,
-        exact + 1,
-        exact + 3,
+    times = [exact, exact + 1, exact + 2, exact + 3, None, None, None, None]
+    rows = log([4, 4]).set_column(4, "timestamp", pa.array(times, pa.int64()))
+    assert split(rows, SplitSettings(min_history=1), 0).interactions["timestamp"].to_pylist() == times
+
+
+def test_records_without_a_time_are_set_aside_where_others_have_one():
+    """Sorted first, as if they were the oldest, a user's last views became history and the first ones targets."""
+    rows = log([6, 6])
+    times = [10, 11, None, 13, None, 15, *[None] * 6]
+    rows = rows.set_column(4, "timestamp", pa.array(times, pa.int64())).take([5, 3, 1, 0, 2, 4, 6, 7, 8, 9, 10, 11])
+    result = split(rows, SplitSettings(test_users=1), 0)
+    own = result.interactions.filter(pc.equal(result.interactions["user_id"], "u0"))
+    assert own["timestamp"].to_pylist() == [10, 11, 13, 15]
+    assert own["role"].to_pylist() == ["history", "history", "target", "target"]
+    other = result.interactions.filter(pc.equal(result.interactions["user_id"], "u1"))
+    assert other["interaction_id"].to_pylist() == [f"sequential-1-{k}" for k in range(6)], "the order of the log"
+    assert result.report["set_aside"] == {"no_time": 2}
+
+
+def pages(sizes, user="u0", interleaved=False):
+    """One click user's pages, one after the other; or with the last two in turns."""
+    places = [page for page, n in enumerate(sizes) for _ in range(n)]
+    if interleaved:
+        tail = sizes[-1] + sizes[-2]
+        places[-tail:] = [len(sizes) - 1 - k % 2 for k in range(tail)]
+    rows = [
+        {
+            "interaction_id": f"{user}-{k}",
+            "user_id": user,
+            "video_id": f"v{k}",
+            "task": "click",
+            "timestamp": k,
+            "page_id": f"p{page}",
+            "clicked": k % 4 == 0,
+        }
+        for k, page in enumerate(places)
     ]
+    return pa.Table.from_pylist(rows, schema=SCHEMAS["interactions"])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted", "history"),
+    [
+        ([8, 8, 8], 8, 16),
+        ([8, 8, 8], 10, 16),
+        ([8, 8, 8], 12, 8),
+        ([8, 8, 8], 13, 8),
+        ([3, 20], 4, 3),
+        ([1, 4, 4], 8, 5),
+        ([1, 12], 6, 0),
+        ([12], 6, 0),
+    ],
+)
+def test_a_page_is_never_divided(sizes, wanted, history):
+    """A page's clicks in the history would tell about the rest of it: a page often has one click."""
+    result = split(pages(sizes), SplitSettings(test_users=1, click_targets=wanted, min_history=2), 0)
+    assert roles(result, "u0", "click") == (
+        ["history"] * history + ["target"] * (sum(sizes) - history) if history else []
+    )
+
+
+def test_pages_that_overlap_in_time_go_together():
+    result = split(pages([6, 5, 5], interleaved=True), SplitSettings(test_users=1, click_targets=5, min_history=2), 0)
+    assert roles(result, "u0", "click") == ["history"] * 6 + ["target"] * 10
 
 
 def test_users_with_too_short_a_record_are_left_out_and_counted():
@@ -100,8 +158,9 @@ def test_the_draw_depends_on_the_seed_not_on_the_order_of_rows():
 @pytest.mark.parametrize(
     ("tamper", "message"),
     [
-        (lambda f: pd.concat([f, f[f.role == "target"].assign(role="history")]), "stand in a history"),
+        (lambda f: pd.concat([f, f[f.role == "target"].assign(role="history")]), "are in a history too"),
         (lambda f: f.assign(role=f.role.map({"history": "target", "target": "history"})), "before a history record"),
+        (lambda f: f.assign(page_id="p1"), "pages have both history and targets, for example page p1 of user u0"),
     ],
 )
 def test_the_check_finds_leaks_in_records(tamper, message):
@@ -129,13 +188,21 @@ logs = st.lists(
         st.sampled_from([f"u{i}" for i in range(8)]),
         st.sampled_from(["sequential", "click"]),
         st.none() | st.integers(0, 50),
+        st.none() | st.integers(0, 6),
     ),
     max_size=120,
 ).map(
     lambda rows: pa.Table.from_pylist(
         [
-            {"interaction_id": f"i{k}", "user_id": u, "video_id": f"v{k % 5}", "task": t, "timestamp": time}
-            for k, (u, t, time) in enumerate(rows)
+            {
+                "interaction_id": f"i{k}",
+                "user_id": u,
+                "video_id": f"v{k % 5}",
+                "task": t,
+                "timestamp": time,
+                "page_id": f"p{page}" if t == "click" and page is not None else None,
+            }
+            for k, (u, t, time, page) in enumerate(rows)
         ],
         schema=SCHEMAS["interactions"],
     )
@@ -157,12 +224,14 @@ def test_splits_hold_their_rules_for_any_log(rows, wanted, seed):
     frame, users = result.interactions.to_pandas(), result.users.to_pandas()
     assert frame.interaction_id.is_unique
     assert set(frame.interaction_id) <= set(rows["interaction_id"].to_pylist())
-    lost = sum(t["interactions"] for t in result.report["too_short"].values())
+    lost = sum(t["interactions"] for t in result.report["too_short"].values()) + result.report["set_aside"]["no_time"]
     assert len(frame) + lost == rows.num_rows, "every record is kept or counted"
     for (_, task), own in frame.groupby(["user_id", "task"]):
         history, target = (own.role == "history").sum(), (own.role == "target").sum()
         assert history >= wanted.min_history
-        assert target == (len(own) - len(own) // 2 if task == "sequential" else wanted.click_targets)
+        assert target == len(own) - len(own) // 2 if task == "sequential" else target > 0
+        if task == "click" and own.page_id.isna().all() and len(own) > wanted.click_targets + wanted.min_history:
+            assert target == wanted.click_targets
         assert own.role.tolist() == ["history"] * history + ["target"] * target, "history comes first"
     assert (users.groupby("task").split.apply(lambda s: (s == "test").sum()) <= wanted.test_users).all()
     assert result.report["ugm_users"] <= wanted.ugm_users

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gubs.artifacts import Run
-from gubs.jobs import local_head
+from gubs.ray_runtime import local_head
 
 pytestmark = pytest.mark.slow
 SMALL = ["users=80", "videos=40", "views_per_user=30", "max_seconds=2", "min_video_views=3"]
@@ -35,12 +35,12 @@ def test_script_alone_starts_a_cluster_of_its_own(run):
 
 
 def test_submit_starts_a_head_with_a_token_and_leaves_nothing_behind(run):
-    """After the test above: the job finds every stage finished."""
+    """After the test above: the job finds every stage current."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
     command = [sys.executable, "-m", "gubs.cli", "submit", "build_ifvr", "--run", run.uri, *SMALL]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("finished already") == 4
+    assert sorted(re.findall(r"\[(\S+)\] +current: ", done.stdout + done.stderr)) == STAGES
     port = int(re.search(r"dashboard at http://127\.0\.0\.1:(\d+)", done.stderr)[1])
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0, "the head is gone with the command"

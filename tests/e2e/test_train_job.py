@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gubs.artifacts import Run
-from gubs.jobs import local_head
+from gubs.ray_runtime import local_head
 
 REPO = Path(__file__).resolve().parent.parent.parent
 SMALL = [
@@ -29,9 +30,11 @@ SMALL = [
     "ufm.grpo.groups=false",
     "ufm.grpo.steps=2",
     "ufm.grpo.prompts=4",
-    "ufm.evaluate.items=8",
-    "ufm.evaluate.bootstrap=20",
+    "evaluate.items=8",
+    "evaluate.bootstrap=20",
 ]
+MADE = ["raw", "truth", "videos", "ifvr", "frames", "profiles", "labels", "sft", "sft_model"]
+"""What the main job needs before it judges the policy at the start, trains, and judges again."""
 
 
 @pytest.mark.slow
@@ -49,21 +52,52 @@ def test_the_main_job_makes_what_is_missing_trains_judges_and_shows(tmp_path):
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-5000:]
     run = Run(tmp_path / "home" / "runs" / "demo-synthetic")
-    assert f"{run.uri} has no ifvr, frames, sft, labels, sft_model: made first" in said
-    assert {"sft_model", "grpo", "eval-sft_model", "eval-grpo"} <= set(run.stages())
+    made = said_of_stages(said, "done in")
+    assert sorted(made[:-3]) == sorted(MADE)
+    assert made[-3:] == ["eval-sft_model", "grpo", "eval-grpo"]
+    for later, before in BEFORE.items():
+        assert all(made.index(name) < made.index(later) for name in before), (later, made)
+    assert set(made) == set(run.stages())
     assert run.artifact("grpo").table("steps").num_rows == 2
     assert "Sequential task, natural mix" in said
     assert (tmp_path / "home" / "runs" / "demo-synthetic" / "training.html").stat().st_size > 10_000
-    for job in ("train_sft", "evaluate"):
+    kept = {name: run.artifact(name).manifest.created for name in run.stages()}
+    judged = {"eval-sft_model", "grpo", "eval-grpo"}
+    for job, stages in (
+        ("train_sft", {*MADE} - {"labels"}),
+        ("train_grpo", {*MADE} | judged),
+        ("evaluate", {*MADE} - {"sft"} | judged),
+    ):
         again = _alone(job, run, env)
         said = again.stdout + again.stderr
         assert again.returncode == 0, said[-3000:]
-        assert "was finished already, nothing to do" in said, job
+        assert sorted(said_of_stages(said, "current: ")) == sorted(stages), job
+        assert said_of_stages(said, "done in") == [], job
     assert "Sequential task, natural mix" in said
-    made = run.artifact("grpo").manifest.created
     refused = _alone("train_grpo", run, env, "ufm.grpo.beta=0.5")
-    assert (refused.returncode, "use another --run, or --force" in refused.stderr) == (4, True), refused.stderr[-3000:]
-    assert run.artifact("grpo").manifest.created == made
+    assert refused.returncode == 4, refused.stderr[-3000:]
+    for part in ("grpo is stale: ufm.grpo.beta=0.04, now 0.5", "`gubs grpo --force` makes it again", "another --run"):
+        assert part in refused.stderr
+    assert {name: run.artifact(name).manifest.created for name in run.stages()} == kept
+
+
+BEFORE = {
+    "videos": ["raw", "truth"],
+    "ifvr": ["raw"],
+    "frames": ["ifvr", "videos"],
+    "profiles": ["ifvr"],
+    "sft": ["ifvr", "profiles"],
+    "labels": ["ifvr", "profiles"],
+    "sft_model": ["sft", "frames"],
+    "eval-sft_model": ["sft_model", "labels"],
+    "grpo": ["sft_model", "labels"],
+    "eval-grpo": ["grpo"],
+}
+
+
+def said_of_stages(log: str, what: str) -> list[str]:
+    """The stages of which a log says this, in order."""
+    return re.findall(rf"^(?:.* )?\[(\S+)\] +{re.escape(what)}", log, re.MULTILINE)
 
 
 def _alone(job: str, run: Run, env: dict[str, str], *overrides: str) -> subprocess.CompletedProcess[str]:

@@ -1,25 +1,27 @@
-"""What the tests of the LLM client share: the stand-in endpoint, settings that point to it, a worker without Ray."""
+"""Helpers for the LLM client's tests: the stand-in endpoint, settings that point to it, a client actor without Ray."""
 
 import asyncio
 import json
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import standin_llm
 from standin_llm import StandinConfig
 
-from gubs.llm.calls import LLMRequest, identity, key_of, question
-from gubs.llm.endpoint import Work
+from gubs.artifacts import JsonObject
+from gubs.llm.calls import Entry, LLMRequest, identity, key_of, question
+from gubs.llm.client_actor import ClientActor, Report
+from gubs.llm.endpoint import Assignment, Work
 from gubs.llm.journal import Journal
 from gubs.llm.settings import EndpointSettings, LLMSettings, RetrySettings
-from gubs.llm.worker import Assignment, Done, Report, Stopped, Worker
 
 
 class Server:
@@ -28,11 +30,11 @@ class Server:
     def __init__(self, url: str):
         self.url = url
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> JsonObject:
         with urllib.request.urlopen(f"{self.url}/stats") as response:
             return json.load(response)
 
-    def configure(self, **config: Any) -> None:
+    def configure(self, **config: object) -> None:
         body = json.dumps(config).encode()
         request = urllib.request.Request(f"{self.url}/config", body, {"Content-Type": "application/json"})
         urllib.request.urlopen(request).close()
@@ -51,9 +53,7 @@ def server() -> Iterator[Server]:
 def settings_for(server: Server) -> Callable[..., LLMSettings]:
     """Settings with one endpoint, the stand-in, and short pauses; keyword arguments go to the endpoint."""
 
-    def make(
-        *, retries: dict[str, Any] | None = None, rest: dict[str, Any] | None = None, **endpoint: Any
-    ) -> LLMSettings:
+    def make(*, retries: JsonObject | None = None, rest: JsonObject | None = None, **endpoint: object) -> LLMSettings:
         target = EndpointSettings(**{"base_url": f"{server.url}/v1", "model": "m", "timeout_s": 20.0, **endpoint})
         pauses = RetrySettings(**{"base_s": 0.05, "max_s": 0.5, **(retries or {})})
         return LLMSettings(**{"endpoints": {"default": target}, "retries": pauses, "actors": 1, **(rest or {})})
@@ -61,45 +61,39 @@ def settings_for(server: Server) -> Callable[..., LLMSettings]:
     return make
 
 
-def simple(text: str, role: str = "matcher", **rest: Any) -> LLMRequest:
+def simple(text: str, role: str = "matcher", **rest: object) -> LLMRequest:
     return question(role, f"label/{standin_llm.request_id(text)}", text, **rest)
 
 
+@dataclass
 class Outcome:
-    """What a worker made of its work, in the order of the requests."""
+    """The result of a client actor's work."""
 
-    def __init__(self, requests: list[LLMRequest], keys: list[str], done: list[Done], report: Report):
-        by_key = {d.entry.key: d.entry for d in done}
-        self.entries = [by_key.get(k) for k in keys]
-        self.stop: Stopped | None = report.stop
-        self.report = report
+    entries: list[Entry | None]
+    """In the order of the requests."""
+    report: Report
+    """The last one."""
 
 
-def run_worker(
-    settings: LLMSettings,
-    folder: Path,
-    requests: list[LLMRequest],
-    *,
-    keys: dict[str, Any] | None = None,
-    limit_s: float = 60,
+def run_actor(
+    settings: LLMSettings, folder: Path, requests: list[LLMRequest], *, keys: dict[str, SecretStr] | None = None
 ) -> Outcome:
-    """Runs requests through one worker in this process: the real client over real HTTP, without Ray."""
+    """Runs requests through one client actor in this process: real HTTP, without Ray."""
 
     async def main() -> Outcome:
-        journal = Journal(folder)
-        worker = Worker()
-        await worker.open(Assignment(settings, settings.endpoints, str(folder), journal.id, 0, 1, keys or {}))
+        actor = ClientActor()
+        await actor.open(Assignment(settings, settings.endpoints, str(folder), Journal(folder).id, 0, 1, keys or {}))
         works = []
         for request in requests:
             ident = identity(request, settings.role(request.role), "m")
             works.append(Work(key_of(ident), "default", request, ident))
-        await worker.submit(works)
-        done, report = [], Report([])
-        async with asyncio.timeout(limit_s):
-            while len(done) < len({w.key for w in works}) and not report.stop:
-                report = await worker.collect(1.0)
-                done += report.done
-        await worker.close()
-        return Outcome(requests, [w.key for w in works], done, report)
+        await actor.submit(works)
+        entries, report = {}, Report([])
+        async with asyncio.timeout(60):
+            while len(entries) < len({w.key for w in works}) and not report.stop:
+                report = await actor.collect(1.0)
+                entries |= {entry.key: entry for entry, _ in report.done}
+        await actor.close()
+        return Outcome([entries.get(w.key) for w in works], report)
 
     return asyncio.run(main())

@@ -23,8 +23,8 @@ SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required"
 
 
 def replaying(settings):
-    nowhere = settings.endpoints["default"].model_copy(update={"base_url": "http://127.0.0.1:9/v1"})
-    return settings.model_copy(update={"mode": "replay", "endpoints": {"default": nowhere}})
+    unreachable = settings.endpoints["default"].model_copy(update={"base_url": "http://127.0.0.1:9/v1"})
+    return settings.model_copy(update={"mode": "replay", "endpoints": {"default": unreachable}})
 
 
 def as_bytes(answers):
@@ -44,12 +44,8 @@ def test_faults_lose_nothing_and_a_replay_gives_the_same_bytes(server, settings_
         ],
     )
     requests = [simple(f"ask {i}", metadata={"i": i}) for i in range(300)]
-    requests += [
-        simple("re-ask", schema=SCHEMA),
-        simple("hopeless", regex="yes|no"),
-        simple("rejected"),
-        simple("做饭"),
-    ]
+    requests += [simple("re-ask", schema=SCHEMA), simple("hopeless", regex="yes|no")]
+    requests += [simple("rejected"), simple("做饭")]
     settings = settings_for(rest={"actors": 2})
     with LLMClient(settings, tmp_path) as client:
         first = client.ask(requests)
@@ -72,7 +68,7 @@ def test_faults_lose_nothing_and_a_replay_gives_the_same_bytes(server, settings_
             client.ask([simple("never asked")])
 
 
-def test_repeats_are_deliberate(server, settings_for, tmp_path):
+def test_equal_requests_share_a_call_unless_their_sample_differs(server, settings_for, tmp_path):
     with LLMClient(settings_for(), tmp_path) as client:
         same = client.ask([simple("a"), simple("a"), simple("a", sample=1)])
         client.ask([simple("a"), simple("a", sample=1)])
@@ -80,7 +76,7 @@ def test_repeats_are_deliberate(server, settings_for, tmp_path):
     assert same[0].key == same[1].key != same[2].key
 
 
-def test_changed_limits_and_doors_leave_the_journal_valid_but_changed_parameters_do_not(server, settings_for, tmp_path):
+def test_a_journal_stays_valid_with_other_limits_but_not_with_other_parameters(server, settings_for, tmp_path):
     with LLMClient(settings_for(), tmp_path) as client:
         client.ask([simple("a")])
         assert client.dry_run([simple("a")]).calls == 0
@@ -92,25 +88,19 @@ def test_changed_limits_and_doors_leave_the_journal_valid_but_changed_parameters
 
 def test_dry_run_spends_nothing_and_estimates(server, settings_for, tmp_path):
     prices = {"input_price": 2.0, "output_price": 10.0}
-    requests = [simple("x" * 400 + str(i)) for i in range(10)] + [
-        simple("y", role="profiler"),
-        simple("y", role="profiler"),
-    ]
+    requests = [simple("x" * 400 + str(i)) for i in range(10)] + [simple("y", role="profiler")] * 2
     with LLMClient(settings_for(**prices), tmp_path) as client:
         plan = client.dry_run(requests)
         assert server.stats()["total"] == 0
-        assert (plan.roles["matcher"].calls, plan.roles["profiler"].calls, plan.roles["profiler"].requests) == (
-            10,
-            1,
-            2,
-        )
-        assert plan.roles["matcher"].tokens_in == pytest.approx(10 * 105, rel=0.02)
-        assert plan.roles["matcher"].tokens_out == 10 * 256, "nothing is known yet: the most allowed"
-        assert plan.roles["matcher"].money == pytest.approx((10 * 105 * 2 + 2560 * 10) / 1e6, rel=0.02)
+        matcher, profiler = plan.roles["matcher"], plan.roles["profiler"]
+        assert (matcher.calls, profiler.calls, profiler.requests) == (10, 1, 2)
+        assert matcher.tokens_in == pytest.approx(10 * 105, rel=0.02)
+        assert matcher.tokens_out == 10 * 256, "no calls yet: the maximum"
+        assert matcher.money == pytest.approx((10 * 105 * 2 + 2560 * 10) / 1e6, rel=0.02)
         client.ask(requests[:6])
         later = client.dry_run(requests).roles["matcher"]
         assert (later.journaled, later.calls) == (6, 4)
-        assert later.tokens_out == 4 * 7, "the mean of what was seen"
+        assert later.tokens_out == 4 * 7, "the mean so far"
 
 
 def budgeted(settings, **limits):
@@ -134,30 +124,28 @@ def test_a_budget_of_calls_is_exact_and_can_be_raised(server, settings_for, tmp_
 
 @pytest.mark.parametrize("limit", [{"tokens": 2000}, {"money": 0.002}])
 def test_a_budget_of_tokens_or_money_is_not_overrun(server, settings_for, tmp_path, limit):
-    settings, requests = (
-        settings_for(input_price=1.0, output_price=1.0),
-        [simple("x" * 200 + str(i)) for i in range(100)],
-    )
+    settings = settings_for(input_price=1.0, output_price=1.0)
+    requests = [simple("x" * 200 + str(i)) for i in range(100)]
     with LLMClient(budgeted(settings, **limit), tmp_path) as client:
         with pytest.raises(BudgetReachedError):
             client.ask(requests)
         total = client.journal.total
         used = total.tokens if "tokens" in limit else total.money * 1e6
         assert 1000 < used <= 2000 * 1.02, "by no more than the estimates of a few calls err"
-        assert total.calls == server.stats()["total"], "what was in flight has been finished"
+        assert total.calls == server.stats()["total"], "calls in flight finish"
 
 
-def test_an_endpoint_that_goes_down_stops_the_run_and_all_finished_is_kept(server, settings_for, tmp_path):
+def test_an_endpoint_that_goes_down_stops_the_run_and_finished_calls_are_kept(server, settings_for, tmp_path):
     server.configure(rules=[{"match": "late", "fault": "reset"}])
     requests = [simple(f"early {i}") for i in range(50)] + [simple(f"late {i}") for i in range(20)]
     settings = settings_for(retries={"down_after_s": 1.0, "attempts": 30}, rest={"actors": 2})
-    seen = []
+    answers = []
     with LLMClient(settings, tmp_path) as client:
         with pytest.raises(EndpointDownError, match=r"is down.*run again"):
-            seen.extend(a for _, a in client.stream(requests))
-        assert len(seen) == 50
+            answers.extend(a for _, a in client.stream(requests))
+        assert len(answers) == 50
         server.configure()
-        assert all(a.ok for a in client.ask(requests)), "the same client goes on"
+        assert all(a.ok for a in client.ask(requests)), "the same client can continue"
     assert all(server.calls(f"early {i}") == 1 for i in range(50))
 
 
@@ -175,7 +163,7 @@ def test_a_wrong_key_stops_the_run_and_stays_hidden(server, settings_for, tmp_pa
         LLMClient(settings_for(api_key_env="SOME_KEY"), tmp_path)
 
 
-def test_an_actor_that_dies_costs_nothing_that_was_finished(server, settings_for, tmp_path):
+def test_a_dead_actor_loses_no_finished_call(server, settings_for, tmp_path):
     server.configure(median_s=0.5)
     requests = [simple(f"{i}") for i in range(100)]
     with LLMClient(settings_for(rest={"actors": 2}), tmp_path) as client:
@@ -195,20 +183,20 @@ def test_an_actor_that_dies_costs_nothing_that_was_finished(server, settings_for
 
 def test_progress_adds_up(server, settings_for, tmp_path):
     server.configure(median_s=0.3, rules=[{"match": "bad", "status": 400, "body": {"error": {"message": "no"}}}])
-    seen = []
-    with LLMClient(settings_for(), tmp_path, on_progress=lambda p: seen.append(dataclasses.replace(p))) as client:
+    reports = []
+    with LLMClient(settings_for(), tmp_path, on_progress=lambda p: reports.append(dataclasses.replace(p))) as client:
         client.ask([simple("0")])
-        seen.clear()
+        reports.clear()
         client.ask([*(simple(f"{i}") for i in range(40)), simple("bad")])
-    last = seen[-1]
-    assert (last.total, last.done, last.replayed, last.failed, last.waiting) == (41, 41, 1, 1, 0)
+    last = reports[-1]
+    assert (last.total, last.done, last.replayed, last.waiting) == (41, 41, 1, 0)
     assert last.failures == {"rejected": 1}
-    assert last.calls == 40
-    assert any(p.in_flight for p in seen)
+    assert last.cost.calls == 40
+    assert any(p.in_flight for p in reports)
 
 
 @pytest.mark.parametrize("median_s", [0.0, 0.2], ids=["answers come together", "one by one"])
-def test_a_batch_nobody_listens_to_any_more_does_not_disturb_the_next(server, settings_for, tmp_path, median_s):
+def test_an_abandoned_batch_does_not_disturb_the_next(server, settings_for, tmp_path, median_s):
     server.configure(median_s=median_s)
     with LLMClient(settings_for(), tmp_path) as client:
         next(iter(client.stream([simple(f"{i}") for i in range(20)])))
@@ -265,7 +253,7 @@ def test_a_run_killed_at_any_moment_repeats_no_finished_call(server, settings_fo
     with LLMClient(settings, tmp_path) as client:
         assert client.dry_run([simple(f"ask {i}") for i in range(400)]).calls == 400 - len(finished)
         assert all(a.ok for a in client.ask([simple(f"ask {i}") for i in range(400)]))
-    assert {text: server.calls(text) for text in calls} == calls, "none of them was asked again"
+    assert {text: server.calls(text) for text in calls} == calls, "none of them is asked again"
     assert server.stats()["total"] <= 400 + 60 + 10
 
 
@@ -278,10 +266,8 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
             LLMSettings(endpoints={"default": {**endpoint, "base_url": url}})
     with pytest.raises(ValueError, match="taken by the server gubs starts itself"):
         LLMSettings(endpoints={"embedded": endpoint})
-    assert (
-        LLMSettings(endpoints={"default": endpoint}, roles={"matcher": {"endpoint": "embedded"}}).endpoint_of("matcher")
-        == "embedded"
-    )
+    mixed = LLMSettings(endpoints={"default": endpoint}, roles={"matcher": {"endpoint": "embedded"}})
+    assert mixed.endpoint_of("matcher") == "embedded"
     assert LLMSettings().endpoint_of("summarizer") == "embedded"
     with pytest.raises(SettingsError, match=r"llm\.journal"):
         LLMClient(LLMSettings(), "")

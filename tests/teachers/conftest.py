@@ -11,14 +11,13 @@ from llm_helpers import server, settings_for  # noqa: F401
 from teach_helpers import synthetic_settings
 
 from gubs.artifacts import Run
-from gubs.data.build import build_stage
-from gubs.data.ingest import ingest_stage
+from gubs.stages import make_stage
 
 
 @pytest.fixture(scope="session")
 def simulated(tmp_path_factory) -> Run:
     """A simulated data set with its truth (not to be written to)."""
     run = Run(tmp_path_factory.mktemp("teachers") / "run")
-    ingest_stage(run, synthetic_settings())
-    build_stage(run, synthetic_settings())
+    for stage in ("raw", "truth", "ifvr"):
+        make_stage(stage, run, synthetic_settings())
     return run

@@ -6,19 +6,16 @@ import json
 
 import pytest
 from rich.console import Console
-from teach_helpers import EVIL, hand_made, scripted, view
+from teach_helpers import EVIL, hand_made, make_answered, view, with_teachers
 
-from gubs.config import load_settings
 from gubs.errors import ArtifactError, InputError
 from gubs.teachers.agreement import agreement, cohen_kappa, fleiss_kappa, majority
 from gubs.teachers.annotations import HumanAnswer, add_answers, all_labels, open_items
-from gubs.teachers.desk import Desk
 from gubs.teachers.queue_files import COLUMNS, export_queue, read_answers
-from gubs.teachers.reasons import reasons_stage
 from gubs.teachers.review import QUIT, SKIP, default_file, review
-from gubs.teachers.settings import TeacherSettings
 
-SETTINGS, TEACHERS = load_settings("tiny"), TeacherSettings()
+SETTINGS = with_teachers()
+RECORDED, TEACHERS = SETTINGS.model_dump(mode="json"), SETTINGS.teachers
 
 
 @pytest.fixture
@@ -40,9 +37,7 @@ def labelled(folder, **videos):
             return {"rationale": f"because {EVIL}", "option": "C"}
         return {"criticism": "=cmd()", "valid": "yes" if "s0" in request.label else "no"}
 
-    desk = Desk(made, SETTINGS, TEACHERS)
-    desk.ask = scripted(reply)
-    reasons_stage(desk)
+    make_answered("labels", made, SETTINGS, reply)
     return made
 
 
@@ -66,7 +61,7 @@ def test_out_and_back(run, tmp_path, kind):
         ("s2", "D", "Ann", file.name),
     ]
     assert left_open == 1
-    info = add_answers(run, SETTINGS, answers).manifest.info
+    info = add_answers(run, RECORDED, answers).manifest.info
     assert (info["decided"], info["still_open"]) == (2, 1)
     labels = {r["interaction_id"]: r for r in all_labels(run).to_pylist()}
     assert {k: (r["option"], r["label_source"]) for k, r in labels.items()} == {
@@ -129,12 +124,12 @@ def test_wrong_files_of_other_kinds(run, tmp_path):
 
 
 def test_a_person_may_change_an_answer_and_ties_stay_open(run):
-    add_answers(run, SETTINGS, [answer("s1", "B"), answer("s2", "B"), answer("s2", "C", "Bo")])
+    add_answers(run, RECORDED, [answer("s1", "B"), answer("s2", "B"), answer("s2", "C", "Bo")])
     assert set(ids(open_items(run))) == {"s2", "s3"}
     assert ids(open_items(run, "Bo")) == ["s1", "s3"], "who has not answered is asked, decided or not"
     later = "2025-06-02T10:00:00+00:00"
     earlier = "2025-05-02T10:00:00+00:00"
-    artifact = add_answers(run, SETTINGS, [answer("s2", "C", time=later), answer("s1", "D", time=earlier)])
+    artifact = add_answers(run, RECORDED, [answer("s2", "C", time=later), answer("s1", "D", time=earlier)])
     assert artifact.manifest.info["tied"] == []
     found = {r["interaction_id"]: r["option"] for r in all_labels(run).to_pylist() if r["label_source"] == "human"}
     assert found == {"s1": "B", "s2": "C"}, "the later answer counts, not the later import"
@@ -142,16 +137,15 @@ def test_a_person_may_change_an_answer_and_ties_stay_open(run):
 
 
 def test_importing_the_same_file_twice_changes_nothing(run):
-    first = add_answers(run, SETTINGS, [answer("s1", "B")])
-    second = add_answers(run, SETTINGS, [answer("s1", "B")])
-    assert second.fingerprint == first.fingerprint
+    first = add_answers(run, RECORDED, [answer("s1", "B")])
+    second = add_answers(run, RECORDED, [answer("s1", "B")])
+    assert second.content == first.content
+    assert second.manifest.fingerprint == first.manifest.fingerprint
 
 
 def test_answers_to_other_labels_are_refused(run):
-    add_answers(run, SETTINGS, [answer("s1", "B")])
-    desk = Desk(run, SETTINGS, TeacherSettings(rounds=1))
-    desk.ask = scripted(lambda r: "no")
-    reasons_stage(desk, force=True)
+    add_answers(run, RECORDED, [answer("s1", "B")])
+    make_answered("labels", run, with_teachers(rounds=1), lambda r: "no", force=True)
     with pytest.raises(ArtifactError, match="other labels"):
         all_labels(run)
 
@@ -229,7 +223,7 @@ def keys(*pressed):
 
 def session(run, *pressed, name="Ann", screen=None):
     console = Console(file=screen or io.StringIO(), width=100)
-    return review(run, SETTINGS, TEACHERS, name, console=console, read_key=keys(*pressed))
+    return review(run, RECORDED, TEACHERS, name, console=console, read_key=keys(*pressed))
 
 
 def test_review_can_be_left_and_taken_up_again(run):
@@ -261,7 +255,7 @@ def test_a_killed_review_loses_no_answer(run):
 
     pressed = ["B"]
     with pytest.raises(KeyboardInterrupt):
-        review(run, SETTINGS, TEACHERS, "Ann", console=Console(file=io.StringIO()), read_key=killed)
+        review(run, RECORDED, TEACHERS, "Ann", console=Console(file=io.StringIO()), read_key=killed)
     assert ids(open_items(run, "Ann")) == ["s2", "s3"]
     with default_file(run, "Ann").open("a") as f:
         f.write('{"interaction_id": "s2", "ans')  # a power cut in the middle of a line

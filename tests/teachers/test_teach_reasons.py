@@ -3,13 +3,15 @@
 import json
 
 import pytest
-from teach_helpers import EVIL, copy_run, hand_made, prompt_of, scripted, synthetic_settings, view
+from teach_helpers import EVIL, copy_run, hand_made, prompt_of, scripted, synthetic_settings, view, with_teachers
 
+from gubs.data.ifvr import IFVR
 from gubs.llm.settings import LLMSettings
 from gubs.prompts.answers import TAGS
+from gubs.stages import make_stage
 from gubs.teachers import reasons
-from gubs.teachers.desk import Desk
-from gubs.teachers.reasons import QUEUE, first_requests, label, open_skips, queue_table, reasons_stage, rule_labels
+from gubs.teachers.annotator import Annotator
+from gubs.teachers.reasons import QUEUE, label, open_skips, queue_table, requests, rule_labels
 from gubs.teachers.score import score
 from gubs.teachers.settings import TeacherSettings
 
@@ -31,7 +33,7 @@ def world(folder, **videos):
 
 
 def skips_of(run, settings=SETTINGS):
-    return open_skips(run.artifact("ifvr"), settings, 0)
+    return open_skips(IFVR(run), settings, 0)
 
 
 def verdicts(*outcomes):
@@ -61,7 +63,7 @@ def test_labels_again_until_it_finds_its_rationale_sound_three_times_at_most(tmp
     assert queue_table(skips)["cause"].to_pylist() == ([] if sound else ["invalid"])
 
 
-def test_a_new_round_shows_what_was_said_and_why_it_was_wanting(tmp_path):
+def test_a_new_round_shows_what_was_said_and_why_it_was_found_wanting(tmp_path):
     asked = []
     label(skips_of(world(tmp_path / "run")), scripted(verdicts("no", "no", "yes"), asked), SETTINGS)
     labels = [prompt_of(r) for r in asked if r.label.startswith("label")]
@@ -119,7 +121,7 @@ def test_rules(tmp_path):
             view("so so", "v1", task="click", role="target", clicked=True, rating=3.0, liked=False, disliked=False),
         ],
     )
-    table, unknown = rule_labels(run.artifact("ifvr"))
+    table, unknown = rule_labels(IFVR(run))
     found = dict(zip(table["interaction_id"].to_pylist(), table["option"].to_pylist(), strict=True))
     assert found == {"watched": "A", "test": "A", "yes": "A", "no": "B", "liked": "A", "disliked": "B"}
     assert unknown == 2, "unknown and so so"
@@ -128,7 +130,7 @@ def test_rules(tmp_path):
 
 def test_limits_draw_train_and_test_apart_and_repeatably(simulated):
     def drawn(seed, **limits):
-        skips = open_skips(simulated.artifact("ifvr"), TeacherSettings(**limits), seed)
+        skips = open_skips(IFVR(simulated), TeacherSettings(**limits), seed)
         return [(s.case.target.interaction_id, s.case.split) for s in skips]
 
     every = drawn(0)
@@ -149,7 +151,7 @@ def test_prompts_show_history_video_skip_and_nothing_else(tmp_path):
     assert "12%" in prompt, "how far it was played is known"
     assert "Title v4" not in prompt
     assert "Title v5" not in prompt
-    assert skip.case.history == ("h1", "h2")
+    assert [v.interaction_id for v in skip.case.person.history] == ["h1", "h2"]
 
 
 def test_history_of_the_other_task_is_not_shown(tmp_path):
@@ -166,14 +168,13 @@ def test_history_of_the_other_task_is_not_shown(tmp_path):
 
 
 def test_truth_changes_no_prompt(simulated, tmp_path):
-    settings = synthetic_settings()
-
     def prompts(run):
-        return [r.messages for r in first_requests(Desk(run, settings, SETTINGS))]
+        return [r.messages for r in requests(run, SETTINGS, 0)]
 
     blind = copy_run(simulated, tmp_path / "blind")
     blind.fs.rm(blind.path("truth"), recursive=True)
     assert prompts(blind) == prompts(simulated)
+    assert len(prompts(blind)) > 20
 
 
 @pytest.mark.parametrize("tags", [[EVIL], [], None])
@@ -219,10 +220,10 @@ def test_score():
 def test_end_to_end_over_http_and_ray(server, settings_for, simulated, tmp_path, ray_local):
     """A finished label, one that needs two rounds, one for the queue, one failure; then the same without a server."""
     run = copy_run(simulated, tmp_path / "run")
-    teachers = TeacherSettings(train_skips=6, test_skips=4)
     llm = settings_for(retries={"attempts": 2})
-    settings = synthetic_settings().model_copy(update={"llm": llm})
-    skips = open_skips(run.artifact("ifvr"), teachers, settings.seed)
+    settings = with_teachers(synthetic_settings(), train_skips=6, test_skips=4).model_copy(update={"llm": llm})
+    teachers = settings.teachers
+    skips = open_skips(IFVR(run), teachers, settings.seed)
     marks = []  # what only this skip's prompt has: how far it was played, and the video
     for s in skips:
         line = prompt_of(reasons.label_request(s, teachers)).split("Playing now: ")[1].split(" Which")[0]
@@ -232,11 +233,12 @@ def test_end_to_end_over_http_and_ray(server, settings_for, simulated, tmp_path,
     server.configure(rules=rules(chosen))
 
     seen = []
-    with Desk(run, settings, teachers, lambda p: seen.append((p.done, p.total))) as desk:
-        assert desk.plan(first_requests(desk)).calls == 10
-        artifact, fresh = reasons_stage(desk)
-    assert fresh
-    assert seen[-1][0] == seen[-1][1]
+    with Annotator(run, llm, lambda p: seen.append((p.done, p.total))) as annotator:
+        assert annotator.estimate(requests(run, teachers, settings.seed)).calls == 10
+        annotator.ask(requests(run, teachers, settings.seed)[:1])
+        assert seen[-1] == (1, 1)
+        assert annotator.estimate(requests(run, teachers, settings.seed)).calls == 9
+    artifact = make_stage("labels", run, settings)
     labels, queue = artifact.table("labels").to_pylist(), artifact.table("queue").to_pylist()
     told = [r for r in labels if r["label_source"] != "rule"]
     assert len(told) + len(queue) == 10, "no skip is lost"
@@ -251,15 +253,12 @@ def test_end_to_end_over_http_and_ray(server, settings_for, simulated, tmp_path,
     assert info["queue"] == {"invalid": 1, "not_json": 1}
     assert info["truth"]["judged"] == 8
     assert 0 <= info["truth"]["accuracy"] <= 1
-    assert run.artifact("labels").table("queue").schema == QUEUE
+    assert artifact.table("queue").schema == QUEUE
 
     calls = server.stats()["total"]
-    with Desk(run, settings, teachers) as desk:
-        assert reasons_stage(desk)[1] is False, "finished: nothing to do"
     replay = LLMSettings(**{**llm.model_dump(), "mode": "replay"})
-    with Desk(run, settings.model_copy(update={"llm": replay}), teachers) as desk:
-        again, fresh = reasons_stage(desk, force=True)
-    assert fresh
+    again = make_stage("labels", run, settings.model_copy(update={"llm": replay}), force=True)
+    assert again.content == artifact.content
     assert again.table("labels").equals(artifact.table("labels"))
     assert again.table("queue").equals(artifact.table("queue"))
     assert server.stats()["total"] == calls, "all of it came from the journal"

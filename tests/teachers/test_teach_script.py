@@ -2,19 +2,19 @@
 
 from dataclasses import replace
 
+import pyarrow as pa
 import pytest
-from teach_helpers import hand_made, synthetic_settings, view
+from artifact_helpers import put
+from teach_helpers import copy_run, hand_made, synthetic_settings, view, with_teachers
 
 from gubs.artifacts import Run
-from gubs.config import Settings, load_settings
-from gubs.people import Person
+from gubs.config import Settings
 from gubs.prompts.answers import as_answer, read_answer
+from gubs.prompts.people import Person, View
 from gubs.records import TASK_OPTIONS, Interaction, Option, Task, User, Video
+from gubs.stages import make_stage
 from gubs.teachers import script
 from gubs.teachers.cases import Case
-from gubs.teachers.desk import Desk
-from gubs.teachers.reasons import reasons_stage
-from gubs.teachers.sft import sft_stage
 
 PETS = User("u1", 30, tags=["pets", "travel"])
 
@@ -23,7 +23,11 @@ def a_case(reason: str | None = None, *, tags=("pets",), seconds=20.0, views=(),
     person = Person(PETS, tuple(views))
     video = Video("v1", title, seconds, tags=list(tags))
     shown = {"task": "sequential", "disliked": True, **target}
-    return Case(Interaction("i1", "u1", "v1", dislike_reason=reason, **shown), "train", person, video, ())
+    return Case(Interaction("i1", "u1", "v1", dislike_reason=reason, **shown), "train", person, video)
+
+
+def seen(title: str, seconds: float, play_rate: float) -> View:
+    return View(Video("v", title, seconds), play_rate=play_rate)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +58,7 @@ def test_words_that_tell_nothing_leave_it_to_the_fields(words):
 
 def test_every_reason_of_the_simulated_app_is_understood():
     """A pattern that misses would fill the SFT set with guesses."""
-    from gubs.data.sources.synthetic import _REASONS
+    from gubs.simulator.behaviour import _REASONS
 
     wanted = {"mismatch": "C", "repetition": "C", "too_long": "D", "no_intent": "D", "accident": "D"}
     for key, reasons in _REASONS.items():
@@ -76,7 +80,7 @@ def test_facts_are_what_the_fields_say():
 
 
 def test_a_flaw_is_remarked_and_a_repetition_seen():
-    views = ['{"title": "Cats", "length": "20 s", "played": "90%"}']
+    views = [seen("Cats", 20.0, 0.9)]
     assert "It was shown before." in script.dislike(a_case(None, views=views))[0]
     assert script.dislike(a_case(None, views=views))[1] == Option.C
     assert "But the title promises too much." in script.dislike(a_case("clickbait", views=views))[0]
@@ -84,9 +88,9 @@ def test_a_flaw_is_remarked_and_a_repetition_seen():
 
 def test_patience_comes_from_what_the_user_watched_on():
     """A user of ten-second videos finds thirty seconds long; one of long films does not."""
-    short = [f'{{"title": "t{i}", "length": "10 s", "played": "90%"}}' for i in range(3)]
-    long = [f'{{"title": "t{i}", "length": "200 s", "played": "90%"}}' for i in range(3)]
-    skipped = [f'{{"title": "t{i}", "length": "10 s", "played": "5%"}}' for i in range(3)]
+    short = [seen(f"t{i}", 10.0, 0.9) for i in range(3)]
+    long = [seen(f"t{i}", 200.0, 0.9) for i in range(3)]
+    skipped = [seen(f"t{i}", 10.0, 0.05) for i in range(3)]
     for views, is_long in ((short, True), (long, False), (skipped, False), (short[:2], False)):
         assert script.facts(Person(PETS, tuple(views)), Video("v", "x", 30.0)).long is is_long
 
@@ -137,8 +141,8 @@ def test_every_sentence_is_known_to_the_tokenizer():
 
 def settings(truth: bool = False) -> Settings:
     base = synthetic_settings()
-    teachers = base.teachers.model_copy(update={"author": "script", "sft_click_users": 20, "truth": truth})
-    return base.model_copy(update={"teachers": teachers})
+    teachers = {"author": "script", "sft_click_users": 20, "truth": truth, "profiles": False}
+    return base.model_copy(update={"teachers": base.teachers.model_copy(update=teachers)})
 
 
 @pytest.fixture
@@ -146,15 +150,11 @@ def no_llm(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("an LLM was asked")
 
-    monkeypatch.setattr("gubs.teachers.desk.LLMClient", refuse)
+    monkeypatch.setattr("gubs.teachers.annotator.LLMClient", refuse)
 
 
 def stages(run: Run, chosen: Settings) -> dict[str, list[dict]]:
-    with Desk(run, chosen, chosen.teachers) as desk:
-        examples, fresh = sft_stage(desk)
-        labels, _ = reasons_stage(desk)
-        assert fresh
-        assert not sft_stage(desk)[1], "run again, there is nothing to do"
+    examples, labels = make_stage("sft", run, chosen), make_stage("labels", run, chosen)
     return {"examples": examples.table("examples").to_pylist(), "labels": labels.table("labels").to_pylist()}
 
 
@@ -164,8 +164,6 @@ def truths(run: Run) -> dict[str, str]:
 
 
 def test_the_stages_need_no_language_model(simulated, tmp_path, no_llm):
-    from teach_helpers import copy_run
-
     run = copy_run(simulated, tmp_path / "run")
     found = stages(run, settings(truth=True))
     assert {(r["task"], r["label_source"]) for r in found["examples"]} == {("sequential", "script"), ("click", "rule")}
@@ -181,8 +179,6 @@ def test_the_stages_need_no_language_model(simulated, tmp_path, no_llm):
 
 def test_without_truth_labels_are_the_scripts_and_not_all_true(simulated, tmp_path, no_llm):
     """A teacher that is always right would have looked."""
-    from teach_helpers import copy_run
-
     run = copy_run(simulated, tmp_path / "run")
     found = stages(run, settings())
     causes = truths(run)
@@ -193,16 +189,10 @@ def test_without_truth_labels_are_the_scripts_and_not_all_true(simulated, tmp_pa
 
 def test_the_script_says_the_same_where_the_truth_is_another(simulated, tmp_path, no_llm):
     """Examples are for training: a cause only the simulator knows must not get into them."""
-    import pyarrow as pa
-    from teach_helpers import copy_run
-
-    from gubs.artifacts import writing
-
     plain, changed = copy_run(simulated, tmp_path / "a"), copy_run(simulated, tmp_path / "b")
     table = changed.artifact("truth").table("skips")
     other = pa.array([{"B": "C", "C": "D", "D": "B"}[c] for c in table["cause"].to_pylist()])
-    with writing(changed, "truth", fingerprint="t", settings=settings(), inputs={}) as out:
-        out.write_table("skips", table.set_column(table.schema.get_field_index("cause"), "cause", other))
+    put(changed, "truth", {"skips": table.set_column(table.schema.get_field_index("cause"), "cause", other)})
     first, second = stages(plain, settings()), stages(changed, settings())
     assert first == second
 
@@ -215,9 +205,7 @@ def test_a_source_without_truth_is_labelled_by_the_script(tmp_path, no_llm):
         [*history, view("t1", "v9", role="target", play_rate=0.05), view("t2", "v8", role="target", play_rate=0.9)],
         v9={"title": "News", "duration_s": 20.0, "tags": ["news"]},
     )
-    chosen = load_settings("tiny", ["teachers.author=script", "teachers.truth=true"])
-    with Desk(run, chosen, chosen.teachers) as desk:
-        labels, _ = reasons_stage(desk)
+    labels = make_stage("labels", run, with_teachers(author="script", truth=True))
     found = {r["interaction_id"]: (r["option"], r["label_source"]) for r in labels.table("labels").to_pylist()}
     assert found["t1"] == ("C", "script")
     assert found["t2"] == ("A", "rule")

@@ -4,15 +4,15 @@ import json
 
 import pyarrow.compute as pc
 import pytest
-from teach_helpers import EVIL, copy_run, hand_made, prompt_of, scripted, synthetic_settings, view
+from teach_helpers import EVIL, copy_run, hand_made, make_answered, prompt_of, view, with_teachers
 
 from gubs.config import load_settings
+from gubs.data.ifvr import IFVR
 from gubs.errors import SettingsError
 from gubs.prompts.answers import TAGS, read_answer
-from gubs.prompts.ufm import user_prompt
+from gubs.prompts.question import user_prompt
 from gubs.records import TASK_OPTIONS, Task
 from gubs.teachers import sft
-from gubs.teachers.desk import Desk
 from gubs.teachers.settings import TeacherSettings
 
 SETTINGS = TeacherSettings()
@@ -45,7 +45,7 @@ def clicks(folder, users=6, each=3):
 
 
 def cases_of(run, settings=SETTINGS, seed=0):
-    return sft.sft_cases(run.artifact("ifvr"), settings, seed)
+    return sft.sft_cases(IFVR(run), settings, seed)
 
 
 def requests_of(run, settings=SETTINGS):
@@ -56,18 +56,16 @@ def thought(request, think="A long thought."):
     return {"think": think, "answer": request.schema["properties"]["answer"]["enum"][0]}
 
 
-def stage(run, monkeypatch, reply, teachers=SETTINGS, settings=None):
+def stage(run, reply, **teachers):
     """The stage with a scripted annotator."""
-    desk = Desk(run, settings or load_settings("tiny"), teachers)
-    monkeypatch.setattr(Desk, "ask", lambda self, requests: scripted(reply)(requests))
-    return sft.sft_stage(desk)[0]
+    return make_answered("sft", run, with_teachers(**teachers), reply)
 
 
 def test_only_disliked_targets_of_training_users(tmp_path):
     assert [c.target.interaction_id for c in cases_of(world(tmp_path / "run"))] == ["d1"]
 
 
-def test_watched_targets_become_examples_of_option_a_by_the_script_alone(tmp_path, monkeypatch):
+def test_watched_targets_become_examples_of_option_a_by_the_script_alone(tmp_path):
     """The training user's only target that was no fast skip; an annotator cannot be asked about it."""
     run = world(tmp_path / "run")
     by_script = TeacherSettings(author="script", sft_watched=0.6)
@@ -75,7 +73,7 @@ def test_watched_targets_become_examples_of_option_a_by_the_script_alone(tmp_pat
     assert [c.target.interaction_id for c in cases_of(run, TeacherSettings(author="script"))] == ["d1"]
     with pytest.raises(SettingsError, match=r"sft_watched is for teachers.author=script only: set it to 0$"):
         load_settings("paper", ["teachers.sft_watched=0.6"])
-    rows = stage(run, monkeypatch, thought, by_script).table("examples").to_pylist()
+    rows = stage(run, thought, author="script", sft_watched=0.6).table("examples").to_pylist()
     assert [(r["interaction_id"], r["gold"]) for r in rows][1] == ("next", "A")
     assert rows[1]["response"].endswith("So it is watched on.</think><answer>A</answer>")
 
@@ -153,8 +151,8 @@ def test_without_unclicked_targets_there_are_no_click_examples(tmp_path):
     assert cases_of(run) == []
 
 
-def test_example_has_the_whole_answer_and_keeps_the_reason_apart(tmp_path, monkeypatch):
-    artifact = stage(world(tmp_path / "run"), monkeypatch, lambda r: {"think": "Snakes scare </think>", "answer": "B"})
+def test_example_has_the_whole_answer_and_keeps_the_reason_apart(tmp_path):
+    artifact = stage(world(tmp_path / "run"), lambda r: {"think": "Snakes scare </think>", "answer": "B"})
     (row,) = artifact.table("examples").to_pylist()
     assert row["gold"] == "B"
     assert row["label_source"] == "teacher-1"
@@ -175,14 +173,14 @@ def test_the_ufms_prompt_of_an_example_knows_neither_reason_nor_outcome(tmp_path
     assert "dislike" not in prompt.casefold()
 
 
-def test_thoughts_that_repeat_the_users_words_are_marked(tmp_path, monkeypatch):
-    artifact = stage(world(tmp_path / "run"), monkeypatch, lambda r: thought(r, 'They said "it  shows SNAKES".'))
+def test_thoughts_that_repeat_the_users_words_are_marked(tmp_path):
+    artifact = stage(world(tmp_path / "run"), lambda r: thought(r, 'They said "it  shows SNAKES".'))
     assert artifact.table("examples")["quotes_reason"].to_pylist() == [True]
     assert artifact.manifest.info["quotes_reason"] == 1
 
 
-def test_failures_are_counted_and_kept_and_missing_from_the_examples(tmp_path, monkeypatch):
-    artifact = stage(world(tmp_path / "run"), monkeypatch, lambda r: {"think": "Hm.", "answer": "A"})
+def test_failures_are_counted_and_kept_and_missing_from_the_examples(tmp_path):
+    artifact = stage(world(tmp_path / "run"), lambda r: {"think": "Hm.", "answer": "A"})
     assert artifact.table("examples").num_rows == 0
     (failed,) = artifact.table("failures").to_pylist()
     assert (failed["item"], failed["cause"]) == ("d1", "schema")
@@ -190,19 +188,18 @@ def test_failures_are_counted_and_kept_and_missing_from_the_examples(tmp_path, m
     assert artifact.manifest.info["failures"] == {"schema": 1}
 
 
-def test_notes_say_what_the_source_lacks(tmp_path, monkeypatch):
-    mute = stage(world(tmp_path / "mute", reason=None), monkeypatch, thought).manifest.info["notes"]
+def test_notes_say_what_the_source_lacks(tmp_path):
+    mute = stage(world(tmp_path / "mute", reason=None), thought).manifest.info["notes"]
     assert any("1 of 1 dislikes come without" in n for n in mute)
-    films = stage(clicks(tmp_path / "films"), monkeypatch, thought).manifest.info["notes"]
+    films = stage(clicks(tmp_path / "films"), thought).manifest.info["notes"]
     assert any("only click examples" in n for n in films)
 
 
 def test_no_prompt_depends_on_other_targets_or_the_truth(simulated, tmp_path, monkeypatch):
     """The targets' other columns are wiped, and the truth is deleted: the same prompts."""
-    settings = synthetic_settings()
 
     def prompts(run):
-        return [r.messages for r in sft.sft_requests(Desk(run, settings, SETTINGS))]
+        return [r.messages for r in sft.requests(run, SETTINGS, 0)]
 
     before = prompts(simulated)
     blind = copy_run(simulated, tmp_path / "blind")

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from artifact_helpers import put
 from drive_grpo import resume_settings
 from ufm_helpers import changed_copy, small_settings, write_groups
 
-from gubs.artifacts import Run, writing
+from gubs.artifacts import Run
 from gubs.config import Settings
 from gubs.prompts.answers import as_answer
 from gubs.records import TASK_OPTIONS, Split, Task
+from gubs.stages import make, make_stage
 from gubs.teachers.sft import SCHEMA
 from gubs.ufm.questions import Questions
 
@@ -38,13 +40,8 @@ def ufm_settings() -> Settings:
 @pytest.fixture(scope="session")
 def ufm_run(tmp_path_factory: pytest.TempPathFactory, ufm_settings: Settings, ray_local: None) -> Run:
     """A simulated run with videos, frames, examples, labels and groups (not to be written to)."""
-    from gubs import pipeline
-
     run = Run(tmp_path_factory.mktemp("ufm") / "run")
-    pipeline.synth(run, ufm_settings)
-    pipeline.build(run, ufm_settings)
-    pipeline.frames(run, ufm_settings)
-    pipeline.teach(run, ufm_settings)
+    make(["frames", "sft", "labels"], run, ufm_settings)
     write_groups(run, ufm_settings)
     return run
 
@@ -55,7 +52,7 @@ def ready(ufm_run, tmp_path_factory) -> Run:
     right, so rewards differ and gradients are not zero."""
     settings = resume_settings()
     run = changed_copy(ufm_run, tmp_path_factory.mktemp("resume") / "run", settings)
-    items = [i for t in Task for i in Questions(run, settings).items(t, Split.TRAIN)]
+    items = [i for t in Task for i in Questions(run, settings.ufm.inputs).items(t, Split.TRAIN)]
     rows = []
     for n in range(SFT_EXAMPLES):
         item = items[n * 7919 % len(items)]
@@ -64,12 +61,8 @@ def ready(ufm_run, tmp_path_factory) -> Run:
         about = {"task": item.task, "user_id": item.user_id, "video_id": item.video_id}
         which = {"example_id": str(n), "interaction_id": item.interaction_id, "split": "train", "gold": option}
         rows.append({**about, **which, "response": answer})
-    with writing(run, "sft", fingerprint="by hand", settings=settings, inputs={}) as out:
-        out.write_table("examples", pa.Table.from_pylist(rows, schema=SCHEMA))
-    from gubs.ufm.stage import sft_stage
-
-    artifact, _ = sft_stage(run, settings)
-    steps = artifact.table("steps").to_pylist()
+    put(run, "sft", {"examples": pa.Table.from_pylist(rows, schema=SCHEMA)}, settings=settings)
+    steps = make_stage("sft_model", run, settings).table("steps").to_pylist()
     assert len(steps) == SFT_EXAMPLES // settings.ufm.sft.batch
     assert steps[-1]["loss"] < 0.4 < steps[0]["loss"], "SFT did not learn"
     return run

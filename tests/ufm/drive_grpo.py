@@ -5,9 +5,9 @@ import sys
 from ufm_helpers import small_settings
 
 from gubs.artifacts import Run
-from gubs.cluster import ray_session
 from gubs.config import Settings
-from gubs.ufm.stage import grpo_stage
+from gubs.ray_runtime import ray_session
+from gubs.stages import GRPO, make_stage, named
 
 STEPS = 10
 
@@ -36,4 +36,4 @@ def resume_settings(*overrides: str) -> Settings:
 if __name__ == "__main__":
     settings = resume_settings(*sys.argv[3:])
     with ray_session(settings.ray):
-        grpo_stage(Run(sys.argv[1]), settings, name=sys.argv[2])
+        make_stage(named(GRPO, sys.argv[2], settings), Run(sys.argv[1]), settings)

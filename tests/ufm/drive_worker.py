@@ -5,10 +5,10 @@ import time
 
 from ufm_helpers import small_settings
 
-from gubs.ufm.worker import Job, Worker
+from gubs.ufm.train_worker import Job, TrainWorker
 
 
-class Hanging(Worker):
+class Hanging(TrainWorker):
     """Trains nothing, and does not come back from one of its parts."""
 
     def __init__(self, job: Job, where: str):
@@ -29,4 +29,5 @@ class Hanging(Worker):
 if __name__ == "__main__":
     run, checkpoint, folder, where = sys.argv[1:]
     settings = small_settings("ufm.workers.stuck_after_s=1", "ufm.workers.threads=1")
-    Hanging(Job(run, settings, "grpo", folder, f"{folder}/checkpoints", checkpoint, {}), where).run()
+    recorded = settings.model_dump(mode="json")
+    Hanging(Job(run, settings.ufm, settings.seed, recorded, "grpo", folder, checkpoint, {}), where).run()

@@ -2,7 +2,7 @@ import pytest
 
 from gubs.prompts.answers import Failure
 from gubs.records import Option, Task
-from gubs.ufm.rewards import judge
+from gubs.ufm.rewards import reward_answer
 from gubs.ufm.settings import RewardSettings
 
 ALL = RewardSettings()
@@ -30,7 +30,7 @@ def said(option, think="he likes it"):
 )
 def test_parts_in_the_sequential_task(text, gold, parts):
     """Wrong here: another reward than Eq. 4's is trained on."""
-    got, _ = judge(text, Option(gold), Task.SEQUENTIAL, ALL, finished=True)
+    got, _ = reward_answer(text, Option(gold), Task.SEQUENTIAL, ALL, finished=True)
     assert (got.format, got.skip, got.choice) == parts
     assert got.total == sum(parts)
 
@@ -38,21 +38,21 @@ def test_parts_in_the_sequential_task(text, gold, parts):
 @pytest.mark.parametrize("gold", ["A", "B"])
 @pytest.mark.parametrize("answer", ["A", "B"])
 def test_in_the_click_task_skip_equals_choice(gold, answer):
-    got, _ = judge(said(answer), Option(gold), Task.CLICK, ALL, finished=True)
+    got, _ = reward_answer(said(answer), Option(gold), Task.CLICK, ALL, finished=True)
     assert got.skip == got.choice == float(gold == answer), "with two options both parts ask the same thing"
 
 
 def test_click_answers_of_the_other_task_are_no_options():
-    got, reading = judge(said("C"), Option.B, Task.CLICK, ALL, finished=True)
+    got, reading = reward_answer(said("C"), Option.B, Task.CLICK, ALL, finished=True)
     assert (got.format, got.skip, got.choice) == (1, 0, 0)
     assert reading.failure is Failure.BAD_OPTION
 
 
 def test_truncated_answers_get_no_format_reward():
     """Wrong here: rambling until the token limit pays."""
-    whole, _ = judge(said("B"), Option.B, Task.SEQUENTIAL, ALL, finished=False)
+    whole, _ = reward_answer(said("B"), Option.B, Task.SEQUENTIAL, ALL, finished=False)
     assert (whole.format, whole.skip, whole.choice) == (0, 1, 1)
-    cut, reading = judge("<think>he", Option.B, Task.SEQUENTIAL, ALL, finished=False)
+    cut, reading = reward_answer("<think>he", Option.B, Task.SEQUENTIAL, ALL, finished=False)
     assert cut.total == 0
     assert reading.failure is Failure.TRUNCATED
 
@@ -60,11 +60,11 @@ def test_truncated_answers_get_no_format_reward():
 @pytest.mark.parametrize("part", ["format", "skip", "choice"])
 def test_parts_that_are_off_count_nothing(part):
     """Wrong here: an ablation of Table 10 still trains on the part it removes."""
-    got, _ = judge(said("B"), Option.B, Task.SEQUENTIAL, RewardSettings(**{part: False}), finished=True)
+    got, _ = reward_answer(said("B"), Option.B, Task.SEQUENTIAL, RewardSettings(**{part: False}), finished=True)
     assert getattr(got, part) == 0
     assert got.total == 2
 
 
 def test_gold_of_another_task_is_refused():
     with pytest.raises(ValueError, match="click task"):
-        judge(said("A"), Option.C, Task.CLICK, ALL, finished=True)
+        reward_answer(said("A"), Option.C, Task.CLICK, ALL, finished=True)

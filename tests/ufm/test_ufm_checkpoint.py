@@ -137,7 +137,7 @@ def _env() -> dict[str, str]:
 
 @pytest.mark.parametrize("harm", ["missing", "truncated"])
 def test_a_damaged_file_is_named(tmp_path, harm):
-    """Half an optimiser state must not be loaded, nor the whole run begin anew in silence."""
+    """Half an optimiser state must not be loaded, nor the whole run start over in silence."""
     found = opened(tmp_path)
     found.write(2, save())
     path = tmp_path / "step-000002" / "state" / "optimizer.pt"

@@ -11,7 +11,7 @@ from ufm_helpers import image_prompt, make_clip, text_prompt, tiny_inputs, video
 
 from gubs.errors import SettingsError
 from gubs.prompts.fields import plain
-from gubs.ufm.inputs import VISION_MARK, Encoded, Inputs, Pixels, Prompt, mrope_positions
+from gubs.ufm.inputs import VISION_MARK, Encoded, Inputs, Prompt, mrope_positions
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +53,25 @@ def test_a_video_is_what_the_processor_makes_of_it(inputs, prompt):
     """Else the policy sees other pictures or other ids than a plain Qwen2.5-VL would."""
     ours, theirs = inputs.encode(prompt), by_processor(inputs, prompt)
     assert ours.ids == theirs["input_ids"][0].tolist()
-    assert torch.equal(ours.pixels.values, theirs["pixel_values_videos"])
-    assert list(ours.pixels.grid) == theirs["video_grid_thw"][0].tolist()
-    assert ours.pixels.seconds_per_grid == pytest.approx(float(theirs["second_per_grid_ts"][0]))
+    assert torch.equal(inputs.pixels(prompt.clip), theirs["pixel_values_videos"])
+    assert list(ours.grid) == list(inputs.grid(prompt.clip)) == theirs["video_grid_thw"][0].tolist()
+    assert inputs._seconds_per_step(prompt.clip) == pytest.approx(float(theirs["second_per_grid_ts"][0]))
 
 
 def test_an_image_is_what_the_processor_makes_of_it(inputs):
     prompt = image_prompt()
     ours, theirs = inputs.encode(prompt), by_processor(inputs, prompt)
     assert ours.ids == theirs["input_ids"][0].tolist()
-    assert torch.equal(ours.pixels.values, theirs["pixel_values"])
-    assert list(ours.pixels.grid) == theirs["image_grid_thw"][0].tolist()
+    assert torch.equal(inputs.pixels(prompt.clip), theirs["pixel_values"])
+    assert list(ours.grid) == list(inputs.grid(prompt.clip)) == theirs["image_grid_thw"][0].tolist()
 
 
 def test_text_is_what_the_processor_makes_of_it(inputs):
     prompt = text_prompt('Playing.\nUser: {}\nVideo: {"title": "Zebra 12"}')
     encoded = inputs.encode(prompt)
     assert encoded.ids == encoded.engine_ids == by_processor(inputs, prompt)["input_ids"][0].tolist()
-    assert encoded.pixels is None
+    assert encoded.clip is None
+    assert encoded.grid is None
     assert "multi_modal_data" not in inputs.for_engine(encoded)
 
 
@@ -198,11 +199,10 @@ def test_a_placeholder_that_the_model_writes_is_text(inputs):
 
 
 def test_positions_by_hand(inputs):
-    """Two tokens, a clip of 3 x 1 x 2 merged patches that steps 5 a grid step, two tokens: text goes on after the
+    """Two tokens, a clip of 3 x 1 x 2 merged patches with 5 positions a grid step, two tokens: text continues after the
     largest position, which here is the clip's time."""
-    pixels = Pixels("video", None, (3, 2, 4), 2.5)
     types = np.array([0, 0, *[2] * 6, 0, 0])
-    t, h, w = mrope_positions(types, pixels, 2, 2.0).tolist()
+    t, h, w = mrope_positions(types, (3, 2, 4), 2, 5.0).tolist()
     assert t == [0, 1, 2, 2, 7, 7, 12, 12, 13, 14]
     assert h == [0, 1, 2, 2, 2, 2, 2, 2, 13, 14]
     assert w == [0, 1, 2, 3, 2, 3, 2, 3, 13, 14]

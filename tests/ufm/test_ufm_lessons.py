@@ -21,8 +21,8 @@ MODEL = ModelSettings(dtype="float32", gradient_checkpointing=False)
 @pytest.fixture(scope="module")
 def some() -> list[tuple]:
     rng = np.random.default_rng(1)
-    world = lessons.simulated(rng, 60, clips=True)
-    return [lessons.lesson(world, rng) for _ in range(300)]
+    pool = lessons.simulated(rng, 60, clips=True)
+    return [lessons.lesson(pool, rng) for _ in range(300)]
 
 
 def task_of(prompt) -> Task:

@@ -7,7 +7,7 @@ from gubs.errors import PlatformError
 from gubs.ufm.memory import GIB, QWEN2_5_VL_7B, Architecture, Machine, check, config_of, plan_grpo, plan_sft
 from gubs.ufm.settings import ModelSettings
 
-FRAMES = (8, 128 * 28 * 28)
+FRAMES = load_settings("paper").frames
 
 
 @pytest.fixture

@@ -27,6 +27,6 @@ def test_small_says_what_its_text_model_says_and_sees_pictures(tmp_path):
     inputs = tiny_inputs(folder)
     answer = inputs.answer_ids("<think>long</think><answer>D</answer>")
     batch = inputs.collate([(inputs.encode(p), answer) for p in (text_prompt(), video_prompt())])
-    found = logprobs(small, batch, sees=True)
+    found = logprobs(small, batch, vision=True)
     assert found.shape == (2 * len(answer),)
     assert found.isfinite().all()

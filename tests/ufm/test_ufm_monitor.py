@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from gubs.ufm.monitor import METRICS, Monitor, Phases, Watchdog, read_metrics
-from gubs.ufm.worker import Worker
+from gubs.ufm.train_worker import TrainWorker
 
 
 def scalars(folder, tag):
@@ -40,7 +40,7 @@ def test_only_rank_0_writes(tmp_path):
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path):
-    """Killed after step 3, gone on from the checkpoint after step 1: steps 2 and 3 are done again."""
+    """Killed after step 3, resumed from the checkpoint after step 1: steps 2 and 3 are done again."""
     first = monitor(tmp_path)
     for step in range(4):
         first.report(step, {"reward": 1.0})
@@ -77,7 +77,7 @@ def test_figures_become_metrics_of_ray(tmp_path, ray_local, monkeypatch):
     assert set_ == [("gubs_reward_raw_t", 1.5, {"run": "grpo", "rank": "1"})]
 
 
-def test_wandb_gets_every_step_and_a_resumed_run_goes_on_in_the_same_curves(tmp_path, monkeypatch):
+def test_wandb_gets_every_step_and_a_resumed_run_continues_the_same_curves(tmp_path, monkeypatch):
     """Its interface stands in for it: what is called with what."""
     begun, logged = [], []
     run = SimpleNamespace(log=lambda figures, step: logged.append((step, figures)))
@@ -91,7 +91,7 @@ def test_wandb_gets_every_step_and_a_resumed_run_goes_on_in_the_same_curves(tmp_
     assert first["resume"] == "allow"
 
 
-def test_mlflow_gets_every_step_and_a_resumed_run_goes_on_in_the_same_curves(tmp_path, monkeypatch):
+def test_mlflow_gets_every_step_and_a_resumed_run_continues_the_same_curves(tmp_path, monkeypatch):
     begun, logged = [], []
 
     def start_run(**asked):
@@ -113,7 +113,7 @@ def test_mlflow_gets_every_step_and_a_resumed_run_goes_on_in_the_same_curves(tmp
 def test_ray_train_hears_of_every_step_after_the_files_and_before_the_checkpoint(tmp_path, monkeypatch):
     heard = []
     monkeypatch.setattr("ray.train.report", lambda figures: heard.append(("ray", figures)))
-    shell = object.__new__(Worker)
+    shell = object.__new__(TrainWorker)
     shell.phases, shell.folder, shell.rank, shell.steps = Phases(), tmp_path, 0, 2
     shell._watchdog = Watchdog(shell.phases, 60.0, tmp_path, 0)
     shell.monitor = SimpleNamespace(report=lambda step, figures: heard.append(("files", step)))

@@ -18,7 +18,8 @@ from ufm_helpers import image_prompt, make_clip, text_prompt, tiny_inputs, video
 
 from gubs.errors import PlatformError
 from gubs.ufm.checkpoint import save_policy
-from gubs.ufm.grpo import RolloutEngine, _health_bounds
+from gubs.ufm.grpo import RolloutEngine
+from gubs.ufm.health import bounds
 from gubs.ufm.inputs import Encoded, Inputs, mrope_positions
 from gubs.ufm.loss import Denominators, k3, policy_loss
 from gubs.ufm.model import load
@@ -64,9 +65,8 @@ def engine(loud, inputs, ray_local) -> Iterator[Any]:
         """The engine, with a look inside."""
 
         def prompt_ids(self, prompt: Any) -> list[int]:
-            return list(
-                self._llm.generate([prompt], self._parameters(0, 0.0, None), use_tqdm=False)[0].prompt_token_ids
-            )
+            greedy = self._parameters(Request(prompt, 0, 0.0), None)
+            return list(self._llm.generate([prompt], greedy, use_tqdm=False)[0].prompt_token_ids)
 
         def positions(self, ids: list[int], clips: list[tuple[str, Any, float, int, int]]) -> Any:
             from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
@@ -109,8 +109,10 @@ PROMPTS = {
 }
 
 
-def ask(engine: Any, inputs: Inputs, encoded: list[Encoded], seed: int = 0, **how: Any) -> list[Response]:
-    asked = [Request(inputs.for_engine(e), seed + i) for i, e in enumerate(encoded)]
+def ask(
+    engine: Any, inputs: Inputs, encoded: list[Encoded], seed: int = 0, temperature: float = 1.0, **how: Any
+) -> list[Response]:
+    asked = [Request(inputs.for_engine(e), seed + i, temperature) for i, e in enumerate(encoded)]
     return ray.get(engine.generate.remote(asked, **how), timeout=100)
 
 
@@ -118,7 +120,7 @@ def gaps(model: Any, inputs: Inputs, encoded: list[Encoded], said: list[Response
     """Largest difference of a token's log-probability between engine and trainer, by sequence."""
     with torch.no_grad():
         batch = inputs.collate([(e, r.ids) for e, r in zip(encoded, said, strict=True)])
-        ours = logprobs(model, batch, sees=True).split([len(r.ids) for r in said])
+        ours = logprobs(model, batch, vision=True).split([len(r.ids) for r in said])
     return [float((o - torch.tensor(r.logprobs)).abs().max()) for o, r in zip(ours, said, strict=True)]
 
 
@@ -132,13 +134,13 @@ def test_the_engine_computes_with_our_ids(engine, inputs, name):
 def test_the_engine_computes_with_our_positions(engine, inputs, name):
     encoded = inputs.encode(PROMPTS[name])
     ids, clips, types = [*encoded.ids, 5, 6], [], np.zeros(len(encoded.ids) + 2, np.int64)
-    if encoded.pixels:
-        p = encoded.pixels
-        pad = inputs.tokenizer.convert_tokens_to_ids(f"<|{p.kind}_pad|>")
-        clips = [(p.kind, p.grid, p.seconds_per_grid, ids.index(pad), ids.count(pad))]
+    seconds = inputs._seconds_per_step(encoded.clip)
+    if clip := encoded.clip:
+        pad = inputs.tokenizer.convert_tokens_to_ids(f"<|{clip.kind}_pad|>")
+        clips = [(clip.kind, encoded.grid, seconds, ids.index(pad), ids.count(pad))]
         types[np.array(ids) == pad] = 1
     theirs = ray.get(engine.positions.remote(ids, clips), timeout=60)
-    assert np.array_equal(mrope_positions(types, encoded.pixels, 2, 2.0), theirs)
+    assert np.array_equal(mrope_positions(types, encoded.grid, 2, 2.0 * seconds), theirs)
 
 
 def test_log_probabilities_agree(engine, inputs, model):
@@ -167,7 +169,7 @@ def test_transformers_own_positions_would_show(engine, inputs, model):
     batch = inputs.collate([(encoded, said[0].ids)])
     batch.positions = torch.arange(batch.ids.shape[1]).expand(3, 1, -1).clone()
     with torch.no_grad():
-        ours = logprobs(model, batch, sees=True)
+        ours = logprobs(model, batch, vision=True)
     assert float((ours - torch.tensor(said[0].logprobs)).abs().max()) > 100 * CLOSE
 
 
@@ -178,8 +180,8 @@ def test_health_at_step_0(engine, inputs, model):
     batch = inputs.collate([(e, r.ids) for e, r in zip(encoded, said, strict=True)])
     dense = lambda flat: torch.zeros(batch.response.shape).masked_scatter(batch.response, flat)  # noqa: E731
     with torch.no_grad():
-        ours = dense(logprobs(model, batch, sees=True))
-        reference = dense(logprobs(model, batch, sees=True))
+        ours = dense(logprobs(model, batch, vision=True))
+        reference = dense(logprobs(model, batch, vision=True))
     _, sums = policy_loss(
         ours,
         None,
@@ -317,15 +319,15 @@ def _illnesses(
     if not positions:
         batch.positions = torch.arange(batch.ids.shape[1]).expand(3, len(batch.ids), -1).clone()
     with torch.no_grad():
-        ours = logprobs(model, batch, sees=True).float()
+        ours = logprobs(model, batch, vision=True).float()
     theirs = torch.tensor([p for r in said for p in r.logprobs])
     found = {"mismatch": float((ours - theirs).abs().exp().mean()), "drift": float(k3(theirs, ours).mean())}
-    bounds = {name: (low, high) for name, low, high in _health_bounds(0, "bfloat16")}
-    return [n for n, v in found.items() if not bounds[n][0] <= v <= bounds[n][1]]
+    limits = {name: (low, high) for name, low, high in bounds(0, "bfloat16")}
+    return [n for n, v in found.items() if not limits[n][0] <= v <= limits[n][1]]
 
 
 def test_a_forgotten_head_is_told(engine, model):
-    """vLLM itself says nothing and goes on with the old head."""
+    """vLLM itself says nothing and keeps the old head."""
     weights = {n: w for n, w in weights_of(model).items() if n != HEAD}
     assert ray.get(engine.receive.remote(_shared(weights), 20), timeout=60) == [HEAD]
     assert ray.get(engine.receive.remote(_shared(weights_of(model)), 21), timeout=60) == []

@@ -1,18 +1,19 @@
 """What a training refuses before anything is made, and what `--force` throws away."""
 
-from pathlib import Path
+import shutil
 
 import pytest
-from ufm_helpers import small_settings
+from ufm_helpers import changed_copy, small_settings
 
-from gubs import pipeline
-from gubs.artifacts import Run, writing
+from gubs.artifacts import Recipe, Run, StageJob, writing
 from gubs.config import load_settings
 from gubs.errors import ArtifactError, PlatformError, SettingsError
+from gubs.jobs import main_job, making
+from gubs.stages import Graph, StaleError, Status, make
 from gubs.ufm import stage
 from gubs.ufm.memory import Machine
 
-JOBS = [pipeline.main_job, pipeline.demo, pipeline.sft_job]
+JOBS = [main_job, making("grpo"), making("sft_model")]
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -28,7 +29,7 @@ JOBS = [pipeline.main_job, pipeline.demo, pipeline.sft_job]
 def test_a_job_that_cannot_end_well_makes_nothing(tmp_path, ray_local, job, overrides, error, says):
     """Not the data set, and no call that somebody pays for."""
     with pytest.raises(error, match=says):
-        job(Run(tmp_path / "run"), load_settings("tiny", overrides))
+        job(Run(tmp_path / "run"), load_settings("tiny", overrides), False)
     assert not (tmp_path / "run").exists()
 
 
@@ -37,7 +38,7 @@ def test_what_does_not_fit_the_gpus_makes_nothing(tmp_path, ray_local, monkeypat
     monkeypatch.setattr(stage, "_gpus", lambda: 1)
     monkeypatch.setattr(stage.memory, "gpu_machine", lambda: Machine(gpu=1e6, gpus=1, host=1e12))
     with pytest.raises(PlatformError, match="DOES NOT FIT"):
-        job(Run(tmp_path / "run"), load_settings("tiny"))
+        job(Run(tmp_path / "run"), load_settings("tiny"), False)
     assert not (tmp_path / "run").exists()
 
 
@@ -59,35 +60,48 @@ def test_workers_get_gpus_all_or_none(monkeypatch, there, workers, wanted, found
     settings = small_settings(f"ufm.workers.count={workers}", f"ufm.workers.gpu={wanted}")
     if found is None:
         with pytest.raises(PlatformError, match=rf"count={workers}, but the cluster has {there} GPUs.*gpu=no"):
-            stage.use_gpu(settings)
+            stage.use_gpu(settings.ufm.workers)
     else:
-        assert stage.use_gpu(settings) is found
+        assert stage.use_gpu(settings.ufm.workers) is found
 
 
-@pytest.mark.parametrize("override", ["ufm.model.lessons=5", "ufm.model.size=small", "ufm.model.path=/models/x"])
-def test_a_policy_of_another_model_is_not_trained_on(tmp_path, override):
-    """Settings that name a model of 7 B must not train the tiny one that SFT was given before."""
-    run = Run(tmp_path / "run")
-    with writing(run, "sft_model", fingerprint="x", settings=small_settings(), inputs={}):
+@pytest.fixture
+def fine_tuned(ufm_run, tmp_path) -> Run:
+    """A run with a policy that was fine-tuned from the tiny model."""
+    settings = small_settings()
+    run = changed_copy(ufm_run, tmp_path / "run", settings)
+    graph = Graph(["sft_model"], run, settings)
+    recipe = graph.recipe(graph.stages["sft_model"])
+    with writing(run, "sft_model", recipe=recipe, settings=settings.model_dump(mode="json")):
         pass
-    with pytest.raises(ArtifactError, match=rf"fine-tuned from ufm.model.size=tiny .*the settings name .*{override}"):
-        stage._start(run, small_settings(override))
-    assert stage._start(run, small_settings())[0] == Path(run.path("sft_model", "policy"))
+    return run
+
+
+@pytest.mark.parametrize("override", ["ufm.model.lessons=5", "ufm.model.size=small", "ufm.model.path="])
+def test_a_policy_of_another_model_is_not_trained_on(fine_tuned, tiny, tmp_path, override):
+    """Settings that name a model of 7 B must not train the tiny one that SFT was given before."""
+    assert Graph(["sft_model"], fine_tuned, small_settings()).state("sft_model").status is Status.CURRENT
+    if override.endswith("="):
+        copied = shutil.copytree(tiny, tmp_path / "q")
+        (copied / "model.safetensors").write_bytes(b"other weights")
+        override += str(copied)
+    with pytest.raises(StaleError, match=r"sft_model is stale: another model. `gubs sft --force` makes it again"):
+        make(["grpo"], fine_tuned, small_settings(override, "ufm.grpo.groups=false"))
+    assert not fine_tuned.has("grpo")
 
 
 def partial(run: Run, mark: str, force: bool) -> list[str]:
     """What of an unfinished training is there once it is begun again, and killed once more."""
-    with (
-        pytest.raises(KeyboardInterrupt),
-        stage._training(run, "grpo", mark, small_settings(), {}, force) as (_, folder),
-    ):
+    settings = small_settings().model_dump(mode="json")
+    job = StageJob(run, "grpo", "grpo", Recipe(settings={"mark": mark}), settings, force)
+    with pytest.raises(KeyboardInterrupt), stage._training(job) as (_, folder):
         found = sorted(p.name for p in (folder / "checkpoints").glob("*"))
         (folder / "checkpoints" / "step-000002").mkdir(parents=True, exist_ok=True)
         raise KeyboardInterrupt
     return found
 
 
-def test_a_forced_training_that_was_killed_goes_on_by_the_same_command(tmp_path):
+def test_a_forced_training_that_was_killed_is_resumed_by_the_same_command(tmp_path):
     """It would else begin at step 0 after every kill, and a job that Ray starts again would never end."""
     run = Run(tmp_path / "run")
     assert partial(run, "one", force=True) == []

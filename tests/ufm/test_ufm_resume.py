@@ -16,10 +16,12 @@ import torch
 from drive_grpo import STEPS, resume_settings
 from ufm_helpers import disk
 
-from gubs.artifacts import Run
+from gubs.artifacts import Artifact, Run
+from gubs.config import Settings
 from gubs.errors import ArtifactError, PlatformError
+from gubs.stages import GRPO, make_stage, named
 from gubs.ufm.monitor import STUCK, STUCK_EXIT, read_metrics
-from gubs.ufm.stage import _named, grpo_stage
+from gubs.ufm.stage import _named
 
 DRIVER = Path(__file__).with_name("drive_grpo.py")
 PATIENCE = 500
@@ -168,19 +170,24 @@ def test_killed_part_by_part_the_weights_are_those_of_the_undisturbed_run(ready,
     _same_figures(ready)
 
 
+def train(run: Run, settings: Settings, name: str) -> Artifact:
+    """A training of GA-GRPO under a name of its own."""
+    return make_stage(named(GRPO, name, settings), run, settings)
+
+
 def _others_are_refused(run: Run, partial: Path) -> None:
     """An unfinished training is in the way of one with other settings, and stays as it is."""
     before = sorted(partial.rglob("*"))
     with pytest.raises(
         ArtifactError, match=r"unfinished training with other settings.*\(ufm.grpo.beta=0.04, now 0.5\).*--force"
     ):
-        grpo_stage(run, resume_settings("ufm.grpo.beta=0.5"), name="broken")
+        train(run, resume_settings("ufm.grpo.beta=0.5"), "broken")
     newest = max(partial.glob("checkpoints/step-*/policy/model.safetensors"))
     data = newest.read_bytes()
     newest.write_bytes(data[:-1])
     try:
         with pytest.raises(ArtifactError, match=r"is damaged: policy/model.safetensors .*remove that folder"):
-            grpo_stage(run, resume_settings(), name="broken")
+            train(run, resume_settings(), "broken")
     finally:
         newest.write_bytes(data)
     assert sorted(partial.rglob("*")) == before
@@ -226,7 +233,7 @@ def test_the_undisturbed_run_learned_something_to_lose(ready, whole):
 @pytest.mark.slow
 def test_two_workers_do_the_same_step_and_outlive_one_of_them(ready, whole):
     """Each has an engine of its own and half of the records; rewards, loss and gradient are those of one worker. When
-    one dies, both begin anew from their checkpoint."""
+    one dies, both begin again from their checkpoint."""
     job = Job(ready, "pair", "ufm.workers.count=2", "ufm.grpo.steps=4")
     try:
         job.after(2)
@@ -332,7 +339,6 @@ def test_a_trained_policy_answers_in_plain_transformers_and_in_plain_vllm(ready,
 
 STUCK_SCRIPT = """
 import sys, time, pathlib
-from gubs.teachers.sft import SCHEMA
 from gubs.ufm.monitor import Phases, Watchdog
 phases = Phases()
 Watchdog(phases, 0.5, pathlib.Path(sys.argv[1]), 3)
@@ -347,7 +353,7 @@ with phases("sync"):
 
 
 def test_a_stuck_phase_is_named_and_ended(tmp_path):
-    """Phases that go on are left alone, and so is the time between them; the one that hangs ends the process."""
+    """Phases that end in time are left alone, and so is the time between them; the one that hangs ends the process."""
     began = time.monotonic()
     command = [sys.executable, "-c", STUCK_SCRIPT, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=50)

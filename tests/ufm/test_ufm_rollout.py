@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gubs.config import load_settings
-from gubs.ufm import grpo, worker
+from gubs.ufm import grpo, train_worker
 from gubs.ufm.rollout import Engine, Request, Shape, _engine_arguments
 from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
 
@@ -124,9 +124,9 @@ def test_the_engines_process_is_the_first_thing_and_its_model_the_last(monkeypat
         return lambda *_, **__: order.append(name) or SimpleNamespace(**has)
 
     for name in ("Checkpoints", "Monitor", "Watchdog", "Run"):
-        monkeypatch.setattr(worker, name, noted(name))
-    monkeypatch.setattr(worker, "Questions", noted("Questions", pictures=True))
-    monkeypatch.setattr(worker, "Inputs", noted("Inputs"))
+        monkeypatch.setattr(train_worker, name, noted(name))
+    monkeypatch.setattr(train_worker, "Questions", noted("Questions", pictures=True))
+    monkeypatch.setattr(train_worker, "Inputs", noted("Inputs"))
     monkeypatch.setattr(grpo, "Planner", noted("Planner"))
     monkeypatch.setattr(grpo.models, "load", noted("model"))
     monkeypatch.setattr(grpo, "Trainer", noted("Trainer", model=None))
@@ -134,7 +134,8 @@ def test_the_engines_process_is_the_first_thing_and_its_model_the_last(monkeypat
     monkeypatch.setattr(grpo, "RolloutEngine", noted("process", open=lambda _: order.append("engine")))
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     monkeypatch.setattr(torch, "manual_seed", lambda _: None)
-    grpo.GRPOWorker(worker.Job("run", load_settings("tiny", []), "grpo", str(tmp_path), "", "start", {}))
+    ufm = load_settings("tiny").ufm
+    grpo.GRPOWorker(train_worker.Job("run", ufm, 0, {}, "grpo", str(tmp_path), "start", {}))
     assert order.index("process") < order.index("Inputs") < order.index("model")
     assert order[-1] == "engine"
     assert order.count("model") == 2
@@ -160,7 +161,7 @@ import ray, torch
 from types import SimpleNamespace
 from gubs.ufm import rollout
 from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
-from gubs.ufm.worker import Worker
+from gubs.ufm.train_worker import TrainWorker
 
 class Seen:
     def __init__(self, shape): pass
@@ -170,7 +171,7 @@ class Seen:
 class Trains:
     def ask(self):
         rollout.Engine = Seen
-        node, ids = Worker.place(SimpleNamespace(device=torch.device("cuda")))
+        node, ids = TrainWorker.place(SimpleNamespace(device=torch.device("cuda")))
         shape = rollout.Shape("x", ModelSettings(), InputSettings(), RolloutSettings())
         child = rollout.start_rollout(shape, gpu_ids=ids, node_id=node)
         return list(ids), node, ray.get(child.told.remote(), timeout=200), os.environ["CUDA_VISIBLE_DEVICES"]

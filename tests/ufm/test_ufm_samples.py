@@ -8,7 +8,7 @@ from gubs.ufm.advantage import SampleRole
 from gubs.ufm.inputs import Encoded
 from gubs.ufm.questions import Item
 from gubs.ufm.rollout import Response
-from gubs.ufm.samples import Plan, Sample, answer_figures, answer_sums, evaluate
+from gubs.ufm.samples import Sample, StepPlan, answer_figures, answer_sums, assign_rewards
 from gubs.ufm.settings import GRPOSettings
 
 RIGHT, SKIPS, WATCHES = (f"<think>t</think><answer>{o}</answer>" for o in "BCA")
@@ -22,7 +22,7 @@ SECOND = {"T": (1, 1, 1, 1), "S": (1,), "G": (5,)}
 """Rewards 3 and for G 2: the right option, in a form that was cut off."""
 
 
-def plan_of(group: int, answers: dict[str, tuple[int, ...]], dropped: int = 0, alone: int = 0) -> tuple[Plan, list]:
+def plan_of(group: int, answers: dict[str, tuple[int, ...]], dropped: int = 0, alone: int = 0) -> tuple[StepPlan, list]:
     item = Item("i", "u", "v", Task.SEQUENTIAL, Option.B, "x")
     encoded = Encoded.__new__(Encoded)
     samples, responses = [], []
@@ -30,14 +30,14 @@ def plan_of(group: int, answers: dict[str, tuple[int, ...]], dropped: int = 0, a
         for k, first in enumerate(firsts):
             samples.append(Sample(group, SampleRole(role), k, item, encoded, 0))
             responses.append(Response((first,) * (first + 1), (0.0,) * (first + 1), 0))
-    return Plan(Task.SEQUENTIAL, 0, 2, samples, dropped, alone), responses
+    return StepPlan(Task.SEQUENTIAL, 0, 2, samples, dropped, alone), responses
 
 
 def figures(settings: GRPOSettings) -> dict[str, float]:
     """Of two workers with a group each."""
     sums: dict[str, float] = {}
     for plan, responses in (plan_of(0, FIRST, dropped=2), plan_of(1, SECOND, alone=1)):
-        found = evaluate(plan.samples, responses, lambda ids: TEXTS[ids[0]], settings)
+        found = assign_rewards(plan.samples, responses, lambda ids: TEXTS[ids[0]], settings)
         for name, value in answer_sums(plan, found).items():
             sums[name] = sums.get(name, 0.0) + value
     return answer_figures(sums)
@@ -92,6 +92,8 @@ def test_rewards_can_be_switched_off():
 
 def test_alike_groups_are_counted():
     plan, responses = plan_of(0, {"T": (1, 1, 1, 1), "S": (1,), "G": (1,)})
-    found = evaluate(plan.samples, responses, lambda ids: TEXTS[ids[0]], GRPOSettings(advantage={"rule": "weighted"}))
+    found = assign_rewards(
+        plan.samples, responses, lambda ids: TEXTS[ids[0]], GRPOSettings(advantage={"rule": "weighted"})
+    )
     assert answer_figures(answer_sums(plan, found))["frac_zero_variance"] == 1
     assert {s.advantage for s in plan.samples} == {0.0}

@@ -10,13 +10,14 @@ from ufm_helpers import changed_copy, small_settings
 
 from gubs.errors import ArtifactError, PlatformError
 from gubs.records import Task
+from gubs.stages import make_stage
 from gubs.ufm import stage
 from gubs.ufm.memory import Machine
 from gubs.ufm.model import checkpoint
 from gubs.ufm.monitor import check_trackers
 from gubs.ufm.settings import SFTSettings
 from gubs.ufm.sft import order_of, steps_of
-from gubs.ufm.stage import _options, _tasks, grpo_stage, sft_stage
+from gubs.ufm.stage import _options, _tasks
 
 
 class Log:
@@ -25,9 +26,7 @@ class Log:
     def __init__(self, **golds):
         self.golds = golds
         self.run = SimpleNamespace(uri="r")
-        rows = [{"task": t, "split": "train", "role": "target"} for t in golds]
-        schema = pa.schema([(c, pa.string()) for c in ("task", "split", "role")])
-        self.ifvr = SimpleNamespace(uri="r/ifvr", table=lambda *_: pa.Table.from_pylist(rows, schema=schema))
+        self.ifvr = SimpleNamespace(uri="r/ifvr", targets=lambda task, _: pa.table({"gold": list(golds.get(task, ""))}))
 
     def items(self, task, _):
         return [SimpleNamespace(task=task, gold=g) for g in self.golds[str(task)]]
@@ -64,35 +63,35 @@ def test_what_is_missing_is_named():
     assert _options("records", counts) == "records: sequential task: 1,200 A, 3 C (none of B, D); click task: none"
 
 
-def test_a_task_with_one_option_only_is_left_out_and_said():
-    said = []
-    assert _tasks(Log(sequential="ABBA", click="BBB"), tuple(Task), said.append) == (Task.SEQUENTIAL,)
-    assert "the click task is left out: its records have one option only" in said
+def test_a_task_with_one_option_only_is_left_out_and_said(capsys):
+    assert _tasks(Log(sequential="ABBA", click="BBB"), tuple(Task)) == (Task.SEQUENTIAL,)
+    assert "the click task is left out: its records have one option only" in capsys.readouterr().err
 
 
 def test_turns_are_kept_as_they_are_named():
     wanted = (Task.CLICK, Task.SEQUENTIAL, Task.SEQUENTIAL)
-    assert _tasks(Log(sequential="AB", click="AB"), wanted, lambda _: None) == wanted
+    assert _tasks(Log(sequential="AB", click="AB"), wanted) == wanted
 
 
 def test_without_any_choice_to_learn_nothing_is_trained():
     with pytest.raises(ArtifactError, match="two options"):
-        _tasks(Log(click="BBB"), tuple(Task), lambda _: None)
+        _tasks(Log(click="BBB"), tuple(Task))
 
 
-def test_workers_that_find_no_place_are_waited_for_so_long_and_no_longer(ufm_run, tmp_path, monkeypatch):
+def test_workers_that_find_no_place_are_waited_for_so_long_and_no_longer(ufm_run, tmp_path, monkeypatch, capsys):
     """Ray Train itself would try for ever, and say nothing."""
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
     settings = small_settings(
         "ufm.workers.count=4", "ufm.workers.max_failures=1", "ufm.grpo.start=base", "ufm.grpo.groups=false"
     )
-    run, said = changed_copy(ufm_run, tmp_path / "run", settings), []
+    run = changed_copy(ufm_run, tmp_path / "run", settings)
     with pytest.raises(PlatformError, match=r"4 workers could not be started in time.*`ray status`"):
-        grpo_stage(run, settings, say=said.append)
+        make_stage("grpo", run, settings)
+    said = [line.strip() for line in capsys.readouterr().err.splitlines()]
     assert any(text.startswith("4 workers wait for 4 CPU (") for text in said)
 
 
-@pytest.mark.parametrize("train", [sft_stage, grpo_stage])
+@pytest.mark.parametrize("train", ["sft_model", "grpo"])
 def test_what_does_not_fit_a_gpu_is_refused_before_anything_is_written(ufm_run, tmp_path, monkeypatch, train):
     settings = small_settings("ufm.grpo.start=base")
     run = changed_copy(ufm_run, tmp_path / "run", settings)
@@ -100,7 +99,7 @@ def test_what_does_not_fit_a_gpu_is_refused_before_anything_is_written(ufm_run, 
     monkeypatch.setattr(stage, "use_gpu", lambda _: True)
     monkeypatch.setattr(stage.memory, "gpu_machine", lambda: Machine(gpu=1e6, gpus=1, host=1e12))
     with pytest.raises(PlatformError, match="DOES NOT FIT"):
-        train(run, settings)
+        make_stage(train, run, settings)
     assert sorted(Path(run.root).rglob("*")) == before
 
 
@@ -120,9 +119,7 @@ def test_without_sft_and_without_pictures(ufm_run, tmp_path):
         "ufm.workers.threads=1",
     )
     run = changed_copy(ufm_run, tmp_path / "run", settings)
-    artifact, fresh = grpo_stage(run, settings)
-    assert fresh
-    rows = artifact.table("steps").to_pylist()
+    rows = make_stage("grpo", run, settings).table("steps").to_pylist()
     assert len(rows) == 2
     assert all(row["engine/picture_reuse"] == 0 and row["health/mismatch"] < 1.02 for row in rows)
     assert "health/kl" not in rows[0], "without a reference there is nothing to measure it against"

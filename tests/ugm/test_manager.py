@@ -1,23 +1,23 @@
+"""The phases ask what they should, and groups lose members and profiles for the right causes."""
+
 import re
 from collections import Counter
 
 import pytest
-from ugm_helpers import EVIL, ScriptedLLM, people, well_behaved
+from ugm_helpers import EVIL, PLAIN, ScriptedLLM, people, well_behaved
 
-from gubs.people import Person
-from gubs.records import User
+from gubs.llm.settings import LLMSettings
+from gubs.prompts.people import Person, Taste, View
+from gubs.records import User, Video
 from gubs.ugm.manager import foreseen_requests, manage
 from gubs.ugm.settings import UGMSettings
 
 SMALL = {"groups": 3, "top": 8, "min_matched": 4}
 
 
-def run(reply=well_behaved, crowd=None, **settings):
-    llm = ScriptedLLM(reply)
-    result = manage(
-        llm, crowd or people(30), UGMSettings(**{**SMALL, **settings}), guided=False, seed=0, say=lambda _: None
-    )
-    return result, llm
+def run(reply=well_behaved, crowd=None, llm_settings=PLAIN, **settings):
+    llm = ScriptedLLM(reply, llm_settings)
+    return manage(llm, crowd or people(30), UGMSettings(**{**SMALL, **settings}), seed=0), llm
 
 
 def test_the_three_phases_ask_what_they_should():
@@ -28,16 +28,13 @@ def test_the_three_phases_ask_what_they_should():
     assert "About cooking" not in llm.prompts("initial")[0], "initial profiles are written without histories"
     assert "About cooking" in llm.prompts("match/g00")[0]
     assert "About cooking" in llm.prompts("final/g00")[0]
-    assert "| They like what their tags say" in llm.prompts("final/g00")[0], (
-        "the initial profile is there to be corrected"
-    )
+    assert "| They like what their tags say" in llm.prompts("final/g00")[0], "the initial profile, to be corrected"
 
 
-def test_who_does_not_match_is_left_out_of_the_final_profile():
+def test_users_who_do_not_match_are_left_out_of_the_final_profile():
     refused = {"u000", "u003", "u006"}
-    result, llm = run(
-        lambda r: "Match or not: No\nReason: skips it" if r.label.rsplit("/", 1)[-1] in refused else well_behaved(r)
-    )
+    no = "Match or not: No\nReason: skips it"
+    result, llm = run(lambda r: no if r.label.rsplit("/", 1)[-1] in refused else well_behaved(r))
     group = result.groups[0]
     assert {m.user_id for m in group.members if m.matched is False} == refused
     assert len(group.matched) == 5
@@ -77,11 +74,10 @@ def test_a_failed_profile_drops_the_group_with_its_cause():
     assert result.report["kept"] == 2
 
 
-def test_members_that_do_not_fit_the_prompt_are_left_out_least_similar_first():
+def test_the_least_similar_members_are_left_out_if_the_prompt_is_full():
     result, llm = run(crowd=people(300), top=200, context_tokens=2400)
     request = next(r for r in llm.requests if r.label == "initial/g00")
-    shown = request.metadata["shown"]
-    assert 5 < shown < request.metadata["members"] == len(result.groups[0].members)
+    assert 5 < request.metadata["shown"] < request.metadata["members"] == len(result.groups[0].members)
     first = result.groups[0].members[0].user_id
     assert f'own{int(first[1:])}"' in request.messages[0]["content"]
 
@@ -95,14 +91,45 @@ def test_match_prompts_of_a_group_share_their_beginning():
 
 def test_a_dry_run_foresees_the_calls():
     _, llm = run()
-    foreseen = foreseen_requests(people(30), UGMSettings(**SMALL), guided=False)
+    foreseen = foreseen_requests(people(30), UGMSettings(**SMALL), llm.settings)
     assert Counter(r.role for r in foreseen) == Counter(r.role for r in llm.requests)
+
+
+@pytest.mark.parametrize(
+    ("roles", "guided"),
+    [
+        ({}, set()),
+        ({"summarizer": "local"}, {"summarizer"}),
+        ({"matcher": "local"}, {"matcher"}),
+        ({"summarizer": "embedded", "matcher": "local"}, {"summarizer", "matcher"}),
+    ],
+)
+def test_forms_are_enforced_for_the_roles_whose_endpoint_can(roles, guided):
+    """A strong model for one role and a small local one for another, side by side."""
+    large = {"base_url": "http://nowhere/v1", "model": "m"}
+    endpoints = {"default": large, "local": {**large, "model": "small", "structured": "guided"}}
+    settings = LLMSettings(endpoints=endpoints, roles={role: {"endpoint": name} for role, name in roles.items()})
+    _, llm = run(llm_settings=settings)
+    foreseen = foreseen_requests(people(30), UGMSettings(**SMALL), settings)
+    for requests in (llm.requests, foreseen):
+        assert {r.role for r in requests if r.regex} == guided
+        assert all(bool(r.regex) is (r.role in guided) for r in requests)
+
+
+def test_users_without_tags_are_grouped_by_what_was_written_about_them():
+    rated = [Person(User(f"r{i}"), (), Taste("Looks for goals.", ("football",))) for i in range(3)]
+    result, llm = run(crowd=[*people(30), *rated], top=12)
+    assert {f"r{i}" for i in range(3)} <= {m.user_id for m in result.groups[1].members}
+    assert '"taste": "Looks for goals."' in llm.prompts("match/g01/r0")[0]
+    assert llm.prompts("final/g01")[0].count('"taste": "Looks for goals."') == 3
 
 
 def test_nothing_a_user_wrote_can_break_the_form():
     crowd = people(12)
     for i in range(3):
-        crowd[i] = Person(User(f"u{i:03d}", 30, EVIL, EVIL, {EVIL: EVIL}, ["cooking", EVIL]), (f'{{"title": "{i}"}}',))
+        evil = User(f"u{i:03d}", 30, EVIL, EVIL, {EVIL: EVIL}, ["cooking", EVIL])
+        crowd[i] = Person(evil, (View(Video(f"v{i}", EVIL)), View(Video(f"w{i}", None, tags=[EVIL]))))
+    crowd.append(Person(User("u012"), (), Taste(EVIL, ("cooking", EVIL))))
     _, llm = run(
         lambda r: EVIL + well_behaved(r) if r.role == "profiler" else well_behaved(r), crowd=crowd, top=4, min_matched=1
     )

@@ -1,23 +1,27 @@
-"""The UGM end to end over real HTTP: the artifact, SIGKILL and continue, offline replay, budgets."""
+"""The UGM end to end over real HTTP: the artifact, SIGKILL and resume, offline replay, budgets."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from artifact_helpers import put
 from ugm_helpers import categories
 
-from gubs.artifacts import Run, writing
+from gubs import stages
+from gubs.artifacts import Run
 from gubs.config import load_settings
-from gubs.data.build import build_stage
-from gubs.data.ingest import ingest_stage
+from gubs.data.ifvr import IFVR
 from gubs.llm.errors import BudgetReachedError, NotInJournalError
 from gubs.records import GroupProfile, conform
-from gubs.ugm.stage import ugm_stage, ugm_users
+from gubs.teachers.profiles import SCHEMA as PROFILES
+from gubs.ugm.settings import UGMSettings
+from gubs.ugm.stage import estimate, ugm_people
 
 BASE = ["users=120", "videos=60", "test_users=15", "ugm_users=60", "ugm.groups=4", "top=15", "min_matched=3"]
 BASE += ["context_tokens=60000"]
@@ -31,53 +35,61 @@ RULES = [
 @pytest.fixture
 def run(tmp_path):
     run = Run(tmp_path / "r")
-    ingest_stage(run, load_settings("tiny", BASE))
-    build_stage(run, load_settings("tiny", BASE))
+    stages.make(["ifvr"], run, load_settings("tiny", BASE))
     return run
 
 
 def overrides(server, *more):
-    return [
-        *BASE,
-        f"llm.endpoints.default.base_url={server.url}/v1",
-        "llm.endpoints.default.model=m",
-        "llm.actors=1",
-        *more,
-    ]
+    endpoint = "llm.endpoints.default"
+    return [*BASE, f"{endpoint}.base_url={server.url}/v1", f"{endpoint}.model=m", "llm.actors=1", *more]
 
 
 def calls(server):
     return server.stats()["calls"]
 
 
+def make_groups(run, settings, **options):
+    stages.make(["ugm"], run, settings, **options)
+    return run.artifact("ugm")
+
+
+def journaled(run):
+    """Every request and answer, as text."""
+    return "".join(p.read_text() for p in Path(run.path("llm-journal")).glob("*.jsonl"))
+
+
 def test_artifact_offline_replay_and_nothing_to_do(run, server, ray_local):
     server.configure(rules=RULES)
     settings = load_settings("tiny", overrides(server))
-    artifact, fresh = ugm_stage(run, settings)
-    assert fresh
+    foreseen = estimate(run, settings.ugm, settings.llm)
+    assert foreseen.roles["summarizer"].calls == 1
+    assert not calls(server), "an estimate asks nothing"
+    artifact = make_groups(run, settings)
     groups = list(GroupProfile.from_table(artifact.table("groups")))
     assert len(groups) == 4
-    assert all(g.final_profile and g.version == artifact.fingerprint for g in groups)
+    assert all(g.final_profile and g.version == artifact.manifest.fingerprint for g in groups)
     assert all(m.matched and m.reason == "fits" for g in groups for m in g.members)
     assert all(min(m.similarity for m in g.members) == pytest.approx(g.threshold) for g in groups)
     memberships = artifact.table("memberships").to_pylist()
-    made_from = set(ugm_users(run.artifact("ifvr")))
+    made_from = set(IFVR(run).ugm_users)
     assert {m["how"] for m in memberships} == {"matched", "assigned"}
     assert {m["user_id"] for m in memberships if m["how"] == "matched"} <= made_from
     assert not {m["user_id"] for m in memberships if m["how"] == "assigned"} & made_from
     count = sum(calls(server).values())
-    assert ugm_stage(run, settings)[1] is False
+    make_groups(run, settings)
+    assert sum(calls(server).values()) == count
     first = (artifact.table("groups"), artifact.table("memberships"))
     server.configure(rules=[{"match": "", "status": 500, "text": ""}])
-    replayed, _ = ugm_stage(run, load_settings("tiny", overrides(server, "llm.mode=replay")), force=True)
+    replayed = make_groups(run, load_settings("tiny", overrides(server, "llm.mode=replay")), force=True)
     assert (replayed.table("groups"), replayed.table("memberships")) == first
+    assert replayed.content == artifact.content
     assert sum(calls(server).values()) == count, "a replay makes no call"
     with pytest.raises(NotInJournalError):
-        ugm_stage(run, load_settings("tiny", overrides(server, "llm.mode=replay", "ugm.groups=5")), force=True)
+        make_groups(run, load_settings("tiny", overrides(server, "llm.mode=replay", "ugm.groups=5")), force=True)
 
 
-def test_no_prompt_shows_what_is_to_be_predicted(run, server, ray_local):
-    """Every target's title is made unique; none of them may be in what was sent, while the history's are."""
+def test_no_prompt_shows_a_target(run, server, ray_local):
+    """Titles are marked with the role of their record: prompts have those of histories and none of targets."""
     server.configure(rules=RULES)
     settings = load_settings("tiny", overrides(server))
     ifvr = run.artifact("ifvr")
@@ -86,39 +98,73 @@ def test_no_prompt_shows_what_is_to_be_predicted(run, server, ray_local):
     marked = log.set_column(log.column_names.index("video_id"), log.schema.field("video_id"), pa.array(ids))
     titles = sorted(set(ids))
     videos = conform(pa.table({"video_id": titles, "title": [f"film {t}" for t in titles]}), "videos")
-    with writing(run, "ifvr", fingerprint="marked", settings=settings, inputs={}) as out:
-        out.write_table("interactions", marked)
-        out.write_table("videos", videos)
-        for name in ("users", "user_splits"):
-            out.write_table(name, ifvr.table(name))
-    ugm_stage(run, settings)
-    journal = "".join(p.read_text() for p in Path(run.path("llm-journal")).glob("*.jsonl"))
-    assert "film history-" in journal
-    assert "film target-" not in journal
+    kept = {name: ifvr.table(name) for name in ("users", "user_splits")}
+    put(run, "ifvr", {"interactions": marked, "videos": videos, **kept}, settings=settings)
+    make_groups(run, settings, as_made=["ifvr"])
+    assert "film history-" in journaled(run)
+    assert "film target-" not in journaled(run)
+
+
+def test_groups_can_be_made_as_of_an_earlier_time(run):
+    """Otherwise other users' later views would leak the future into a prompt about that time."""
+    ifvr = IFVR(run)
+    whole = ugm_people(ifvr, UGMSettings(history_items=3), tastes=False)
+    times = sorted(v.timestamp for p in ifvr.people(ifvr.ugm_users).values() for v in p.history)
+    then = times[len(times) // 2]
+    until = datetime.fromtimestamp(then / 1000, UTC).isoformat()
+    cut = ugm_people(ifvr, UGMSettings(history_items=3, until=until), tastes=False)
+    assert [p.user for p in cut] == [p.user for p in whole]
+    assert max(v.timestamp for p in whole for v in p.history) > then
+    assert all(v.timestamp < then for p in cut for v in p.history)
+    assert max(len(p.history) for p in cut) == 3, "the three latest before it, not those of the latest three"
+    without_zone = ugm_people(ifvr, UGMSettings(history_items=3, until=until.removesuffix("+00:00")), tastes=False)
+    assert without_zone == cut, "a time without a zone is UTC"
+
+
+def test_profiles_of_users_without_tags_are_in_the_prompts_and_decide_the_group(run, server, ray_local):
+    """One user that groups are made from and one other user have ratings instead of tags."""
+    server.configure(rules=RULES)
+    settings = load_settings("tiny", overrides(server))
+    data, ifvr = IFVR(run), run.artifact("ifvr")
+    inside, outside = data.ugm_users[-1], sorted(set(data.users) - set(data.ugm_users))[0]
+    twin = data.users[data.ugm_users[1]]  # the typical user of the second group, by RULES
+    users = ifvr.table("users").to_pylist()
+    for row in users:
+        if row["user_id"] in (inside, outside):
+            row["tags"] = []
+    kept = {name: ifvr.table(name) for name in ("interactions", "videos", "user_splits")}
+    bare = pa.Table.from_pylist(users, schema=ifvr.table("users").schema)
+    put(run, "ifvr", {**kept, "users": bare}, settings=settings)
+    row = {"text": "Looks for what its twin likes.", "tags": twin.tags, "evidence": [], "n": 0, "until": None}
+    tastes = pa.Table.from_pylist([{"user_id": u, **row} for u in (inside, outside)], schema=PROFILES)
+    put(run, "profiles", {"profiles": tastes}, settings=settings)
+    stages.make_stage("ugm", run, settings)
+    assert "Looks for what its twin likes." in journaled(run)
+    assert "interests by ratings" in journaled(run)
+    memberships = run.artifact("ugm").table("memberships").to_pylist()
+    groups = {u: {m["group_id"] for m in memberships if m["user_id"] == u} for u in (inside, outside)}
+    assert "g01" in groups[inside]
+    assert groups[outside] == {"g01"}, "the nearest one"
+    without = load_settings("tiny", overrides(server, "teachers.profiles=false"))
+    stages.make_stage("ugm", run, without)
+    assert "profiles" not in run.artifact("ugm").manifest.recipe.inputs
 
 
 def test_a_budget_stops_cleanly_and_can_be_raised(run, server, ray_local):
     server.configure(rules=RULES)
     with pytest.raises(BudgetReachedError, match="20"):
-        ugm_stage(run, load_settings("tiny", overrides(server, "llm.budget.calls=20")))
+        make_groups(run, load_settings("tiny", overrides(server, "llm.budget.calls=20")))
     assert sum(calls(server).values()) == 20
     assert "ugm" not in run.stages()
-    ugm_stage(run, load_settings("tiny", overrides(server)))
-    assert max(calls(server).values()) == 1, "nothing was asked twice"
+    make_groups(run, load_settings("tiny", overrides(server)))
+    assert max(calls(server).values()) == 1, "nothing is asked twice"
 
 
 @pytest.mark.slow
-def test_killed_run_continues_without_repeating_a_finished_call(run, server):
+def test_a_killed_run_resumes_without_repeating_a_finished_call(run, server):
     server.configure(rules=[{**rule, "latency_s": 1.0} for rule in RULES])
-    command = [
-        sys.executable,
-        "-m",
-        "gubs.cli",
-        "ugm",
-        "--run",
-        run.uri,
-        *overrides(server, "llm.endpoints.default.max_concurrency=8"),
-    ]
+    command = [sys.executable, "-m", "gubs.cli", "ugm", "--run", run.uri]
+    command += overrides(server, "llm.endpoints.default.max_concurrency=8")
     first = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 120
     while sum(calls(server).values()) < 25:

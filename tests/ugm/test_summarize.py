@@ -1,20 +1,23 @@
+"""The summarizer's groups: from good, bad and repaired answers, in one prompt or in chunks."""
+
 import re
 
 import pytest
 from ugm_helpers import EVIL, ScriptedLLM, categories, people, well_behaved
 
 from gubs.errors import InputError
-from gubs.people import Person
 from gubs.prompts.group_answers import (
     VERDICT_REGEX,
     AnswerError,
+    Category,
     categories_regex,
     find_categories,
     parse_categories,
     parse_profile,
     parse_verdict,
 )
-from gubs.records import User
+from gubs.prompts.people import Person, Taste, View
+from gubs.records import User, Video
 from gubs.ugm.settings import UGMSettings
 from gubs.ugm.summarize import SummaryError, summarize
 
@@ -22,11 +25,11 @@ from gubs.ugm.summarize import SummaryError, summarize
 def run(reply, n=30, k=3, **settings):
     llm = ScriptedLLM(reply)
     crowd = people(n)
-    sketches, report = summarize(llm, crowd, UGMSettings(groups=k, **settings), guided=False)
+    sketches, report = summarize(llm, crowd, UGMSettings(groups=k, **settings))
     return sketches, report, llm
 
 
-def test_one_prompt_holds_everybody_and_the_answer_becomes_groups():
+def test_one_prompt_has_all_users_and_the_answer_becomes_groups():
     sketches, report, llm = run(well_behaved)
     assert [s.name for s in sketches] == ["Group 1", "Group 2", "Group 3"]
     assert [s.typical for s in sketches] == [0, 1, 2]
@@ -61,14 +64,15 @@ def test_a_bad_answer_is_asked_again_with_the_error_and_then_right(first, error)
     assert error in llm.requests[1].messages[-1]["content"]
 
 
-def test_what_stays_bad_is_repaired_where_it_can_be():
-    stubborn = (
-        categories([1, 1, 99]).replace("likes things of kind 2", "football").replace("likes things of kind 3", "gaming")
-    )
+def test_bad_typical_users_are_repaired_if_the_reask_does_not_help():
+    stubborn = categories([1, 1, 99])
+    stubborn = stubborn.replace("likes things of kind 2", "football").replace("likes things of kind 3", "gaming")
     sketches, report, _ = run(lambda _: stubborn)
     assert len({s.typical for s in sketches}) == 3
     topics = ["cooking", "football", "gaming"]
-    assert [topics[s.typical % 3] for s in sketches] == topics, "the user most similar to the group's words steps in"
+    assert [topics[s.typical % 3] for s in sketches] == topics, (
+        "the user most similar to the group's words replaces them"
+    )
     assert len(report["repairs"]) == 2
 
 
@@ -83,7 +87,7 @@ def test_fewer_users_than_groups_is_a_clear_error():
         run(well_behaved, n=2)
 
 
-def test_what_does_not_fit_one_prompt_is_summarized_in_chunks_and_merged():
+def test_too_many_users_for_a_prompt_are_summarized_in_chunks_and_merged():
     sketches, report, llm = run(well_behaved, n=200, k=3, context_tokens=2000)
     assert report["levels"] >= 2
     assert len(sketches) == 3
@@ -94,16 +98,16 @@ def test_what_does_not_fit_one_prompt_is_summarized_in_chunks_and_merged():
     assert '"group"' in llm.prompts("summarize/2")[0], "the second level is asked about groups"
 
 
-def test_a_context_without_room_says_what_to_do():
+def test_a_context_without_room_is_an_error_with_the_remedy():
     with pytest.raises(InputError, match=r"ugm\.context_tokens"):
         run(well_behaved, n=50, k=10, context_tokens=600)
 
 
 def test_a_title_or_tag_cannot_leave_its_line():
     crowd = people(6)
-    crowd[2] = Person(User("evil", 30, EVIL, EVIL, {EVIL: EVIL}, [EVIL]), ())
+    crowd[2] = Person(User("evil", 30, EVIL, EVIL, {EVIL: EVIL}, [EVIL]))
     llm = ScriptedLLM(well_behaved)
-    summarize(llm, crowd, UGMSettings(groups=3), guided=False)
+    summarize(llm, crowd, UGMSettings(groups=3))
     prompt = llm.prompts("summarize")[0]
     assert len(re.findall(r"^User \d+: ", prompt, re.M)) == 6
     assert len(re.findall(r"^Category 1", prompt, re.M)) == 1, "only our own form"
@@ -112,30 +116,38 @@ def test_a_title_or_tag_cannot_leave_its_line():
 
 
 def test_users_without_tags_and_other_scripts():
-    crowd = [*people(5), Person(User("bare"), ()), Person(User("zh", 60, "女", "退休", {}, ["养生", "广场舞"]), ())]
+    crowd = [*people(5), Person(User("bare")), Person(User("zh", 60, "女", "退休", {}, ["养生", "广场舞"]))]
     llm = ScriptedLLM(well_behaved)
-    summarize(llm, crowd, UGMSettings(groups=2), guided=False)
+    summarize(llm, crowd, UGMSettings(groups=2))
     prompt = llm.prompts("summarize")[0]
     assert "养生" in prompt
     assert "User 6: {}" in prompt
 
 
-def test_answers_of_other_shapes_are_understood():
+def test_users_without_tags_are_shown_with_their_inferred_taste():
+    seen = Person(User("seen"), (View(Video("v", "Chess", tags=["chess"]), play_rate=1.0),))
+    rated = Person(User("rated"), (), Taste("Looks for slow films.", ("film noir",)))
+    llm = ScriptedLLM(well_behaved)
+    summarize(llm, [*people(4), seen, rated], UGMSettings(groups=2))
+    prompt = llm.prompts("summarize")[0]
+    assert 'User 5: {"interests seen in the history": ["chess"]}' in prompt
+    assert 'User 6: {"interests by ratings": ["film noir"], "taste": "Looks for slow films."}' in prompt
+
+
+def test_answers_with_other_markup_are_understood():
     loose = (
         "**User definitions and typical features:**\n**Category 1:** Cooks\n**Features:** home\ncooking\n"
         "**Typical user:** User 2\n\ncategory 2: Fans\nfeatures: sport\ntypical user: 1"
     )
-    found = find_categories(loose)
-    assert [(c.name, c.features, c.typical) for c in found] == [("Cooks", "home cooking", 2), ("Fans", "sport", 1)]
+    assert find_categories(loose) == [Category("Cooks", "home cooking", 2), Category("Fans", "sport", 1)]
 
 
-@pytest.mark.parametrize("cause", ["wrong_count", "unknown_typical", "same_typical"])
-def test_failures_have_causes(cause):
-    text = {"wrong_count": categories([1]), "unknown_typical": categories([1, 9]), "same_typical": categories([1, 1])}[
-        cause
-    ]
+@pytest.mark.parametrize(
+    ("typical", "cause"), [([1], "wrong_count"), ([1, 9], "unknown_typical"), ([1, 1], "same_typical")]
+)
+def test_failures_have_causes(typical, cause):
     with pytest.raises(AnswerError) as e:
-        parse_categories(text, 2, 5)
+        parse_categories(categories(typical), 2, 5)
     assert e.value.cause == cause
 
 

@@ -1,23 +1,23 @@
 """Sources of logs: each reads its own files and gives the same typed tables (`SourceTables`).
 
-A source is a function `(SourceSettings) -> SourceTables`. `read_source` finds it by its kind.
+A source is a module of this package, named like its `source.kind`; it has a function `read` from `SourceSettings` to
+`SourceTables`. The simulated app has no files and is made elsewhere (`gubs.simulator`); it gives the same tables.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from gubs.config import Settings, SourceSettings
+from gubs.data.settings import SourceSettings
 from gubs.errors import InputError
 from gubs.records import SCHEMAS
 
 
 @dataclass
 class FileCount:
-    """Where the rows of one input file went: rows_in == rows_out + sum(rejected.values())."""
+    """What became of the rows of one input file: rows_in == rows_out + sum(rejected.values())."""
 
     rows_in: int
     rows_out: int
@@ -27,7 +27,7 @@ class FileCount:
 
 @dataclass
 class SourceTables:
-    """What a source gives: tables that follow `records.SCHEMAS`, and an account of what was lost on the way."""
+    """The tables of a source, which follow `records.SCHEMAS`, and an account of what was lost on the way."""
 
     users: pa.Table
     videos: pa.Table
@@ -37,15 +37,16 @@ class SourceTables:
     files: dict[str, FileCount]
     """Account of each input file that was read row by row."""
     notes: list[str] = field(default_factory=list)
-    """What the source does not have, and what that rules out (say, the two-minute filter)."""
+    """What the source lacks, and what that rules out (the two-minute filter, for example)."""
     truth: dict[str, pa.Table] = field(default_factory=dict)
-    """Simulated sources only: true causes of `skips`, and what is hidden of `users` and `videos`."""
+    """Simulated sources only: the true causes of `skips`, and what is hidden of `users` and `videos`."""
 
     def check(self) -> None:
-        """Checks schemas, identities, references and the account of rows.
+        """Checks schemas, ids, references and the account of rows.
 
         Raises:
-            InputError: an id occurs twice, an interaction points nowhere, or rows are unaccounted for.
+            InputError: a table has another schema, an id occurs twice, an interaction refers to an unknown user or
+                video, or rows are unaccounted for.
         """
         for name in ("users", "videos", "interactions", "rejects"):
             table: pa.Table = getattr(self, name)
@@ -53,45 +54,19 @@ class SourceTables:
                 raise InputError(f"source table {name!r} does not follow the schema of records.py: {table.schema}")
         for name, key in (("users", "user_id"), ("videos", "video_id"), ("interactions", "interaction_id")):
             column = getattr(self, name)[key]
-            if len(column.unique()) != len(column):
-                raise InputError(
-                    f"source table {name!r}: {len(column) - len(column.unique())} values of {key!r} occur twice"
-                )
+            if repeated := len(column) - len(column.unique()):
+                raise InputError(f"source table {name!r}: {repeated} values of {key!r} occur twice")
         for key, table in (("user_id", self.users), ("video_id", self.videos)):
-            known = pa.compute.is_in(self.interactions[key], value_set=table[key].combine_chunks())
-            if not pa.compute.all(known).as_py():
-                missing = pa.compute.sum(pa.compute.invert(known)).as_py()
-                raise InputError(f"{missing} interactions point to a {key!r} that no table has")
+            matched = pc.is_in(self.interactions[key], value_set=table[key].combine_chunks())
+            if unmatched := pc.sum(pc.invert(matched)).as_py():
+                raise InputError(f"{unmatched} interactions have a {key!r} that is in no table")
         for file, count in self.files.items():
             if count.rows_in != count.rows_out + sum(count.rejected.values()):
                 raise InputError(f"{file}: rows in and rows out do not add up: {count}")
 
 
-Reader = Callable[[SourceSettings], SourceTables]
-
-_READERS = {
-    "logs": "gubs.data.sources.logs:read",
-    "movielens": "gubs.data.sources.movielens:read",
-    "amazon": "gubs.data.sources.amazon:read",
-    "kuairand": "gubs.data.sources.kuairand:read",
-    "microlens": "gubs.data.sources.microlens:read",
-}
-
-
-def read_source(settings: Settings) -> SourceTables:
-    """Reads (or simulates) the source that the settings name, and checks it."""
-    tables: SourceTables
-    if settings.source.kind == "synthetic":
-        simulate = import_module("gubs.data.sources.synthetic").simulate
-        tables = simulate(settings.synthetic, settings.seed)
-    else:
-        module, _, function = _READERS[settings.source.kind].partition(":")
-        reader: Reader = getattr(import_module(module), function)
-        tables = reader(settings.source)
+def read_source(source: SourceSettings) -> SourceTables:
+    """Reads the source that the settings name, and checks its tables."""
+    tables: SourceTables = import_module(f"gubs.data.sources.{source.kind}").read(source)
     tables.check()
     return tables
-
-
-def account(files: dict[str, FileCount]) -> dict[str, Any]:
-    """The account as plain JSON for a manifest."""
-    return {name: {"rows_in": c.rows_in, "rows_out": c.rows_out, "rejected": c.rejected} for name, c in files.items()}

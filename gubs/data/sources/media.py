@@ -11,23 +11,26 @@ VIDEO_SUFFIXES = frozenset({".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".f
 COVER_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
 
-def media_by_stem(folders: Iterable[Path], suffixes: frozenset[str], setting: str) -> dict[str, str]:
-    """Absolute paths of the files with these suffixes, at any depth, by stem.
+def media_paths(
+    ids: pa.ChunkedArray, folders: Iterable[Path], suffixes: frozenset[str], setting: str
+) -> pa.ChunkedArray:
+    """Absolute path of each id's file, at any depth of the folders; null if it has none.
+
+    Args:
+        ids: ids of videos.
+        folders: where to look.
+        suffixes: suffixes of the files, in lower case.
+        setting: name of the setting that gives the folders.
 
     Raises:
         InputError: a folder is missing, or two files have the same stem.
     """
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; mend the setting {setting}")
+            raise InputError(f"{folder}: no such folder; correct the setting {setting}")
         for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes):
-            if path.stem in found:
-                raise InputError(f"{path}: {found[path.stem]} has the same stem; keep one file for a video")
-            found[path.stem] = str(path.resolve())
-    return found
-
-
-def paths_of(ids: pa.ChunkedArray, found: dict[str, str]) -> pa.ChunkedArray:
-    """The path of each id's file; null where there is none."""
-    return pa.chunked_array([pa.array([found.get(i) for i in ids.to_pylist()], pa.string())])
+            if path.stem in paths:
+                raise InputError(f"{path}: {paths[path.stem]} has the same stem; keep one file per video")
+            paths[path.stem] = str(path.resolve())
+    return pa.chunked_array([pa.array([paths.get(i) for i in ids.to_pylist()], pa.string())])

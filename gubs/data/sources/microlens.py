@@ -1,6 +1,6 @@
 """MicroLens (100K, 50K, 1M) as a source: short videos with titles, covers and video files, and who commented on them.
 
-Files, found by the ends of their names: `*_pairs.csv` (user, item, timestamp) or `*_pairs.tsv` (user, then the items
+Files, matched by the ends of their names: `*_pairs.csv` (user, item, timestamp) or `*_pairs.tsv` (user, then the items
 in order), `*_title_en.csv` or `*_titles.csv` (item, title), `tags_to_summary.csv` (item, category), and folders with
 `ID.mp4` and `ID.jpg`.
 """
@@ -10,24 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gubs.config import SourceSettings
+from gubs.data.settings import SourceSettings
 from gubs.data.sources import SourceTables
 from gubs.data.sources.formats import TextFormat
-from gubs.data.sources.media import COVER_SUFFIXES, VIDEO_SUFFIXES, media_by_stem, paths_of
-from gubs.data.sources.reading import (
-    Column,
-    Sheet,
-    assemble,
-    build,
-    constant,
-    duplicated,
-    expand,
-    joined,
-    read_sheet,
-    tag_lists,
-)
+from gubs.data.sources.media import COVER_SUFFIXES, VIDEO_SUFFIXES, media_paths
+from gubs.data.sources.reading import Column, Sheet, assemble, build, click_sequences, clicks, read_sheet, tag_lists
 from gubs.errors import InputError
-from gubs.records import Task
 
 _NOTES = [
     "A pair is a public comment of a user on a video. It counts as a click, and no exposure without a comment is "
@@ -49,7 +37,7 @@ _HEADER_WORDS = ("item", "itemid", "item_id", "video", "videoid", "video_id", "i
 
 
 def read(settings: SourceSettings) -> SourceTables:
-    """Reads a MicroLens folder; the videos may lie elsewhere (`source.videos_dir`).
+    """Reads a MicroLens folder; the videos may be elsewhere (`source.videos_dir`).
 
     Raises:
         InputError: no pairs or titles in the folder, or a file that cannot be used.
@@ -61,8 +49,8 @@ def read(settings: SourceSettings) -> SourceTables:
     sheets, tags = [pairs, titles], None
     if (folder / "tags_to_summary.csv").is_file():
         categories = _read_values(folder / "tags_to_summary.csv", bad)
-        place = pc.index_in(titles.column("video_id"), value_set=categories.column("video_id").combine_chunks())
-        tags = pc.take(categories.column("value"), place)
+        rows = pc.index_in(titles.column("video_id"), value_set=categories.column("video_id").combine_chunks())
+        tags = pc.take(categories.column("value"), rows)
         sheets.append(categories)
     else:
         notes.append("There is no tags_to_summary.csv: the videos have no category.")
@@ -71,15 +59,14 @@ def read(settings: SourceSettings) -> SourceTables:
 
 
 def _one(folder: Path, *patterns: str) -> Path:
-    """The one file that fits the first pattern that any file fits."""
+    """The only file that matches the first pattern with a match."""
     for pattern in patterns:
-        found = sorted(folder.glob(pattern))
-        if len(found) > 1:
-            raise InputError(
-                f"{folder}: several files {pattern} ({', '.join(p.name for p in found)}); keep one of them"
-            )
-        if found:
-            return found[0]
+        matches = sorted(folder.glob(pattern))
+        if len(matches) > 1:
+            names = ", ".join(p.name for p in matches)
+            raise InputError(f"{folder}: several files match {pattern} ({names}); keep one of them")
+        if matches:
+            return matches[0]
     raise InputError(f"{folder}: no file {' or '.join(patterns)}; source.path must be a MicroLens folder")
 
 
@@ -87,38 +74,20 @@ def _read_pairs(folder: Path, bad: float, notes: list[str]) -> tuple[Sheet, pa.T
     path = _one(folder, "*_pairs.csv", "*_pairs.tsv")
     if path.suffix == ".csv":
         sheet = read_sheet(path, _PAIRS, bad)
-        sheet.reject(duplicated([sheet.column(c.name) for c in _PAIRS]), "duplicate", "video_id")
-        table = sheet.table
-        known = pc.fill_null(table["timestamp"].cast(pa.string()), "")
-        return sheet, _clicks(table, joined(table["user_id"], "-", table["video_id"], "-", known))
+        sheet.reject_duplicates("user_id", "timestamp", "video_id")
+        return sheet, clicks(sheet.table, "user_id", "video_id", "timestamp")
     sheet = read_sheet(path, _LISTS, bad, text=TextFormat("\t", ("user_id", "items"), quoted=False))
-    sheet.reject(duplicated([sheet.column("user_id")]), "duplicate", "user_id")
-    items, rows, place = expand(pc.split_pattern_regex(sheet.column("items"), r"\s+"))
-    users = pc.take(sheet.column("user_id"), pa.array(rows))
-    table = pa.table({"user_id": users, "video_id": items, "timestamp": pa.nulls(len(items), pa.int64())})
+    sheet.reject_duplicates("user_id")
     notes.append("Only the order of a user's pairs is known, not their times.")
-    return sheet, _clicks(table, joined(users, "-", pa.chunked_array([pa.array(place)])))
-
-
-def _clicks(table: pa.Table, ids: pa.ChunkedArray) -> pa.Table:
-    return build(
-        "interactions",
-        table.num_rows,
-        interaction_id=ids,
-        user_id=table["user_id"],
-        video_id=table["video_id"],
-        task=constant(Task.CLICK.value, table.num_rows, pa.string()),
-        timestamp=table["timestamp"],
-        clicked=constant(True, table.num_rows, pa.bool_()),
-    )
+    return sheet, click_sequences(sheet.column("user_id"), pc.split_pattern_regex(sheet.column("items"), r"\s+"))
 
 
 def _read_values(path: Path, bad: float) -> Sheet:
-    """A file of `item,value` lines with or without a header, whose values may hold commas without being quoted."""
+    """A file of `item,value` lines with or without a header; values may contain commas without being quoted."""
     sheet = read_sheet(path, (Column("line", nullable=False),), bad, text=TextFormat("\x1f", ("line",), quoted=False))
     parts = pc.extract_regex(sheet.column("line"), r'^"?(?P<id>[^",\s]+)"?\s*,(?P<value>.*)$')
     sheet.reject(parts.is_null(), "too few values", "line", malformed=True)
-    parts = pc.extract_regex(sheet.column("line"), r'^"?(?P<id>[^",\s]+)"?\s*,(?P<value>.*)$')
+    parts = parts.drop_null()
     value = pc.utf8_trim_whitespace(pc.struct_field(parts, "value"))
     quoted = pc.match_substring_regex(value, r'^".*"$')
     bare = pc.replace_substring(pc.utf8_slice_codeunits(value, 1, -1), '""', '"')
@@ -127,22 +96,20 @@ def _read_values(path: Path, bad: float) -> Sheet:
     sheet.table = pa.table({"video_id": pc.struct_field(parts, "id"), "value": value})
     header = pc.is_in(pc.utf8_lower(sheet.column("video_id")), value_set=pa.array(_HEADER_WORDS))
     sheet.reject(pc.and_(header, pa.chunked_array([pa.array(sheet.lines == 1)])), "header line")
-    sheet.reject(duplicated([sheet.column("video_id")]), "duplicate", "video_id")
+    sheet.reject_duplicates("video_id")
     return sheet
 
 
 def _videos(titles: Sheet, tags: pa.ChunkedArray | None, folder: Path, videos_dir: str, notes: list[str]) -> pa.Table:
     ids = titles.column("video_id")
-    films = media_by_stem(_folders(folder, videos_dir, "*videos"), VIDEO_SUFFIXES, "source.videos_dir")
-    covers = media_by_stem(_folders(folder, "", "*covers*"), COVER_SUFFIXES, "source.path")
-    uris, pictures = paths_of(ids, films), paths_of(ids, covers)
-    for column, what in ((uris, "video"), (pictures, "cover")):
-        notes.append(f"{len(column) - column.null_count} of {len(column)} videos have a {what} file.")
-    lists = tag_lists(len(ids), [] if tags is None else [tags])
-    return build(
-        "videos", len(ids), video_id=ids, title=titles.column("value"), uri=uris, cover_uri=pictures, tags=lists
-    )
+    video_folders = [Path(videos_dir)] if videos_dir else _folders(folder, "*videos")
+    videos = media_paths(ids, video_folders, VIDEO_SUFFIXES, "source.videos_dir")
+    covers = media_paths(ids, _folders(folder, "*covers*"), COVER_SUFFIXES, "source.path")
+    for column, kind in ((videos, "video"), (covers, "cover")):
+        notes.append(f"{len(column) - column.null_count} of {len(column)} videos have a {kind} file.")
+    lists, title = tag_lists(len(ids), [] if tags is None else [tags]), titles.column("value")
+    return build("videos", len(ids), video_id=ids, title=title, uri=videos, cover_uri=covers, tags=lists)
 
 
-def _folders(folder: Path, given: str, pattern: str) -> list[Path]:
-    return [Path(given)] if given else sorted(p for p in folder.glob(pattern) if p.is_dir())
+def _folders(folder: Path, pattern: str) -> list[Path]:
+    return sorted(p for p in folder.glob(pattern) if p.is_dir())

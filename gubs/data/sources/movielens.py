@@ -1,7 +1,7 @@
 """MovieLens ratings as a source: the 100K, 1M/10M and latest/20M/25M/32M layouts, told apart by the folder's files.
 
-A film is a video and a rating an interaction of the click task (the user chose the film): clicked, liked from 4 stars,
-disliked up to 2. There are no watch times, no exposures without a click and no pages.
+A film becomes a video, and a rating becomes an interaction of the click task (the user chose the film): clicked, liked
+from 4 stars, disliked up to 2. There are no watch times, no exposures without a click and no pages.
 """
 
 from dataclasses import dataclass
@@ -10,36 +10,21 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gubs.config import SourceSettings
+from gubs.data.settings import SourceSettings
 from gubs.data.sources import SourceTables
 from gubs.data.sources.formats import TextFormat, guess_encoding
-from gubs.data.sources.reading import (
-    Column,
-    Sheet,
-    assemble,
-    build,
-    constant,
-    duplicated,
-    facts,
-    joined,
-    read_sheet,
-    tag_lists,
-)
+from gubs.data.sources.reading import STARS_NOTE, Column, Sheet, assemble, build, clicks, facts, read_sheet, tag_lists
 from gubs.errors import InputError
-from gubs.records import Task
-
-LIKED_FROM, DISLIKED_TO = 4.0, 2.0
-"""Stars from which a rating is a like, and up to which it is a dislike (of 5)."""
 
 GENRES = [
     *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama"),
     *("Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"),
 ]
-"""Flags at the end of a line of `u.item`, in order (100K `u.genre`)."""
+"""Flags at the end of a line of `u.item`, in order (`u.genre` of 100K)."""
 
 AGES = {1: (16, "under 18"), 18: (21, "18-24"), 25: (30, "25-34"), 35: (40, "35-44")}
 AGES |= {45: (47, "45-49"), 50: (53, "50-55"), 56: (60, "56 or older")}
-"""Age codes of the 1M layout: an age in years about the middle of the range (16 and 60 at the open ends), the range."""
+"""Age codes of the 1M layout: an age in years near the middle of the range (16 and 60 at the open ends), the range."""
 
 OCCUPATIONS = [
     *("other", "academic/educator", "artist", "clerical/admin", "college/grad student", "customer service"),
@@ -57,18 +42,31 @@ _RATINGS = (
 )
 _RATINGS_HEADER = ("user_id", "video_id", "rating", "timestamp")
 
+_USERS_100K = (
+    Column("user_id", "id", nullable=False),
+    Column("age", "integer", minimum=0, maximum=120),
+    *(Column("gender"), Column("occupation"), Column("zip code")),
+)
+_USERS_1M = (
+    Column("user_id", "id", nullable=False),
+    Column("gender"),
+    Column("age", "integer"),
+    Column("occupation", "integer", minimum=0, maximum=len(OCCUPATIONS) - 1),
+    Column("zip code"),
+)
+
 
 @dataclass(frozen=True)
 class _Layout:
-    """The files of one edition."""
-
     ratings: str
     movies: str
     users: str | None
     text: TextFormat
+    coded: bool = False
+    """Whether ages and occupations are codes."""
 
     def format(self, *header: str, encoding: str = "utf-8") -> TextFormat:
-        """How a file of this edition is written; the csv editions have header lines of their own."""
+        """How a file of this edition is written; the files of the csv editions have header lines."""
         names = () if self.text.quoted else header
         delimiter = "|" if self.text.delimiter == "\t" and header != _RATINGS_HEADER else self.text.delimiter
         return TextFormat(delimiter, names, self.text.quoted, encoding)
@@ -76,7 +74,7 @@ class _Layout:
 
 _LAYOUTS = (
     _Layout("u.data", "u.item", "u.user", TextFormat("\t", quoted=False)),
-    _Layout("ratings.dat", "movies.dat", "users.dat", TextFormat("::", quoted=False)),
+    _Layout("ratings.dat", "movies.dat", "users.dat", TextFormat("::", quoted=False), coded=True),
     _Layout("ratings.csv", "movies.csv", None, TextFormat(",")),
 )
 
@@ -93,20 +91,21 @@ def read(settings: SourceSettings) -> SourceTables:
         "There are no watch times, so there is no sequential task: every rating is a click, and no exposure "
         "without a click is known.",
         "The films are described by title and genres only: there are no video files.",
-        f"liked means {LIKED_FROM:g} stars or more, disliked {DISLIKED_TO:g} or fewer; users have no interest tags.",
+        STARS_NOTE,
+        "The users have no interest tags.",
     ]
-    ratings = _read_ratings(folder, layout, bad)
+    ratings = read_sheet(_find(folder, layout.ratings), _RATINGS, bad, text=layout.format(*_RATINGS_HEADER))
+    ratings.reject_duplicates("user_id", "video_id")
     movies, videos = _read_movies(folder, layout, bad)
     sheets, users = [ratings, movies], None
     if layout.users and (folder / layout.users).exists():
-        reader = _users_100k if layout.users == "u.user" else _users_1m
-        people, users = reader(folder / layout.users, layout, bad)
-        sheets.append(people)
+        demographics, users = _read_users(folder / layout.users, layout, bad)
+        sheets.append(demographics)
+        if layout.coded:
+            notes.append("Ages are codes for ranges: `age` is near the middle of the range, `other` has the range.")
     else:
         notes.append("This edition has no demographics: age, gender and occupation are unknown.")
-    if layout.users == "users.dat" and users is not None:
-        notes.append("Ages are codes for ranges: `age` is about the middle of the range, `other` has the range itself.")
-    return assemble(users, videos, _interactions(ratings.table), sheets, notes)
+    return assemble(users, videos, clicks(ratings.table, "user_id", "video_id"), sheets, notes)
 
 
 def _detect(folder: Path) -> _Layout:
@@ -114,8 +113,8 @@ def _detect(folder: Path) -> _Layout:
         for name in (layout.ratings, layout.ratings + ".gz"):
             if (folder / name).is_file():
                 return layout
-    known = ", ".join(layout.ratings for layout in _LAYOUTS)
-    raise InputError(f"{folder}: no MovieLens edition here; source.path must be a folder with one of {known}")
+    names = ", ".join(layout.ratings for layout in _LAYOUTS)
+    raise InputError(f"{folder}: no MovieLens edition is there; source.path must be a folder with one of {names}")
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -123,105 +122,42 @@ def _find(folder: Path, name: str) -> Path:
     return zipped if zipped.is_file() and not (folder / name).is_file() else folder / name
 
 
-def _read_ratings(folder: Path, layout: _Layout, bad: float) -> Sheet:
-    path = _find(folder, layout.ratings)
-    sheet = read_sheet(path, _RATINGS, bad, text=layout.format(*_RATINGS_HEADER))
-    sheet.reject(duplicated([sheet.column("user_id"), sheet.column("video_id")]), "duplicate", "video_id")
-    return sheet
-
-
-def _interactions(ratings: pa.Table) -> pa.Table:
-    n, stars = ratings.num_rows, ratings["rating"]
-    return build(
-        "interactions",
-        n,
-        interaction_id=joined(ratings["user_id"], "-", ratings["video_id"]),
-        user_id=ratings["user_id"],
-        video_id=ratings["video_id"],
-        task=constant(Task.CLICK.value, n, pa.string()),
-        timestamp=ratings["timestamp"],
-        clicked=constant(True, n, pa.bool_()),
-        liked=pc.greater_equal(stars, LIKED_FROM),
-        disliked=pc.less_equal(stars, DISLIKED_TO),
-        rating=stars,
-    )
-
-
 def _read_movies(folder: Path, layout: _Layout, bad: float) -> tuple[Sheet, pa.Table]:
     path = _find(folder, layout.movies)
     flagged = layout.movies == "u.item"
-    header = ("video_id", "title", "released", "video_released", "url", *GENRES) if flagged else ()
-    header = header or ("video_id", "title", "genres")
+    header = ("released", "video_released", "url", *GENRES) if flagged else ("genres",)
     genres = [Column(g, "flag") for g in GENRES[1:]] if flagged else [Column("genres")]
     columns = [Column("video_id", "id", ("video_id", "movieId"), nullable=False), Column("title"), *genres]
     encoding = guess_encoding(path) if path.is_file() and path.suffix != ".gz" else "utf-8"
-    sheet = read_sheet(path, columns, bad, text=layout.format(*header, encoding=encoding))
-    sheet.reject(duplicated([sheet.column("video_id")]), "duplicate", "video_id")
+    sheet = read_sheet(path, columns, bad, text=layout.format("video_id", "title", *header, encoding=encoding))
+    sheet.reject_duplicates("video_id")
     titles = sheet.column("title")
     titles = pc.if_else(pc.equal(titles, "unknown"), None, titles)
-    tags = _flags(sheet) if flagged else _split(sheet.column("genres"))
+    if flagged:
+        tags = tag_lists(len(sheet.lines), [pc.if_else(sheet.column(g), g, None) for g in GENRES[1:]])
+    else:
+        listed = pc.if_else(pc.equal(sheet.column("genres"), "(no genres listed)"), None, sheet.column("genres"))
+        tags = pc.coalesce(pc.split_pattern(listed, "|").combine_chunks(), pa.scalar([], pa.list_(pa.string())))
     return sheet, build("videos", len(titles), video_id=sheet.column("video_id"), title=titles, tags=tags)
 
 
-def _flags(sheet: Sheet) -> pa.Array:
-    return tag_lists(len(sheet.lines), [pc.if_else(sheet.column(g), g, None) for g in GENRES[1:]])
-
-
-def _split(genres: pa.ChunkedArray) -> pa.Array:
-    listed = pc.if_else(pc.equal(genres, "(no genres listed)"), None, genres)
-    lists = pc.split_pattern(listed, "|").combine_chunks()
-    return pc.coalesce(lists, pa.scalar([], pa.list_(pa.string())))
-
-
-def _users_100k(path: Path, layout: _Layout, bad: float) -> tuple[Sheet, pa.Table]:
-    columns = [
-        Column("user_id", "id", nullable=False),
-        Column("age", "integer", minimum=0, maximum=120),
-        Column("gender"),
-        Column("occupation"),
-        Column("zip code"),
-    ]
-    sheet = _people(path, columns, layout, bad)
-    return sheet, _users(sheet, sheet.column("age"), sheet.column("occupation"), {})
-
-
-def _users_1m(path: Path, layout: _Layout, bad: float) -> tuple[Sheet, pa.Table]:
-    columns = [
-        Column("user_id", "id", nullable=False),
-        Column("gender"),
-        Column("age", "integer"),
-        Column("occupation", "integer", minimum=0, maximum=len(OCCUPATIONS) - 1),
-        Column("zip code"),
-    ]
-    sheet = _people(path, columns, layout, bad)
-    codes = pa.array(list(AGES), pa.int64())
-    known = pc.is_in(sheet.column("age"), value_set=codes)
-    sheet.reject(pc.and_(pc.invert(known), sheet.column("age").is_valid()), "unknown age code", "age", malformed=True)
-    place = pc.index_in(sheet.column("age"), value_set=codes)
-    ages = pc.take(pa.array([age for age, _ in AGES.values()]), place)
-    ranges = pc.take(pa.array([text for _, text in AGES.values()]), place)
-    jobs = pc.take(pa.array(OCCUPATIONS), sheet.column("occupation"))
-    return sheet, _users(sheet, ages, jobs, {"age range": ranges})
-
-
-def _people(path: Path, columns: list[Column], layout: _Layout, bad: float) -> Sheet:
-    sheet = read_sheet(path, columns, bad, text=layout.format(*(c.name for c in columns)))
-    sheet.reject(duplicated([sheet.column("user_id")]), "duplicate", "user_id")
-    return sheet
-
-
-def _users(
-    sheet: Sheet, ages: pa.ChunkedArray, occupations: pa.ChunkedArray, other: dict[str, pa.ChunkedArray]
-) -> pa.Table:
-    n, gender = len(sheet.lines), sheet.column("gender")
+def _read_users(path: Path, layout: _Layout, bad: float) -> tuple[Sheet, pa.Table]:
+    expected = _USERS_1M if layout.coded else _USERS_100K
+    sheet = read_sheet(path, expected, bad, text=layout.format(*(c.name for c in expected)))
+    sheet.reject_duplicates("user_id")
+    age, age_codes = sheet.column("age"), pa.array(list(AGES), pa.int64())
+    if layout.coded:
+        unknown = pc.and_(pc.is_null(pc.index_in(age, value_set=age_codes)), age.is_valid())
+        sheet.reject(unknown, "unknown age code", "age", malformed=True)
+    n, age, occupation = len(sheet.lines), sheet.column("age"), sheet.column("occupation")
+    other: dict[str, pa.ChunkedArray] = {}
+    if layout.coded:
+        index = pc.index_in(age, value_set=age_codes)
+        age = pc.take(pa.array([years for years, _ in AGES.values()]), index)
+        occupation = pc.take(pa.array(OCCUPATIONS), occupation)
+        other["age range"] = pc.take(pa.array([text for _, text in AGES.values()]), index)
+    other["zip code"] = sheet.column("zip code")
+    gender = sheet.column("gender")
     gender = pc.if_else(pc.equal(gender, "M"), "male", pc.if_else(pc.equal(gender, "F"), "female", gender))
-    return build(
-        "users",
-        n,
-        user_id=sheet.column("user_id"),
-        age=ages,
-        gender=gender,
-        occupation=occupations,
-        other=facts(n, other | {"zip code": sheet.column("zip code")}),
-        tags=tag_lists(n, []),
-    )
+    columns = {"user_id": sheet.column("user_id"), "age": age, "gender": gender, "occupation": occupation}
+    return sheet, build("users", n, **columns, other=facts(n, other), tags=tag_lists(n, []))

@@ -1,0 +1,151 @@
+"""Is the Predictor's memory flat, and is it as fast as vLLM's own offline API on the same requests?
+
+Questions about a simulated app's test users, with frames, greedy. Memory: peak RSS of all processes (shared pages are
+counted once per process) for a small and a large number of questions. Speed: answers per second of the Predictor and
+of one `LLM.generate` call with the same encoded requests, each in a process of its own, in turns; the engines are
+loaded and warm before the clock starts. The Predictor's time includes drawing and encoding the prompts.
+
+    python benchmarks/predict.py --work /tmp/predict --json out.json
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from gubs.artifacts import Run
+from gubs.config import Settings, load_settings
+from gubs.ray_runtime import ray_session
+from gubs.records import Split, Task
+from gubs.stages import make
+
+SETTINGS = ["ufm.model.lessons=0", "ufm.grpo.groups=false", "ufm.rollout.min_new_tokens=40"]
+WARM_UP = 64
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--counts", type=int, nargs=2, default=[500, 5000], help="questions, few and many")
+    parser.add_argument("--rounds", type=int, default=3, help="times that both are measured in turns")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", nargs=2, metavar=("KIND", "COUNT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    run, settings = Run(args.work / "run"), load_settings("tiny", SETTINGS)
+    if args.worker:
+        kind, count = args.worker
+        print(json.dumps(_WORKERS[kind](run, settings, int(count))))
+        return
+    make(["frames", "labels"], run, settings)
+    few, many = args.counts
+    memory = {n: _measure(args.work, "predictor", n) for n in (few, many)}
+    for n, result in memory.items():
+        print(f"{n:>6,} questions: peak {result['peak_mib']:.0f} MiB, {result['per_second']:.1f} answers/s", flush=True)
+    growth = memory[many]["peak_mib"] - memory[few]["peak_mib"]
+    print(f"memory grows by {growth:.0f} MiB for {many - few:,} more questions")
+    offline = [_measure(args.work, "offline", few)["per_second"]]
+    ratios = []
+    for _ in range(args.rounds):
+        ours = _measure(args.work, "predictor", few)["per_second"]
+        offline.append(_measure(args.work, "offline", few)["per_second"])
+        ratios.append(ours / statistics.fmean(offline[-2:]))
+        print(f"Predictor {ours:.1f} answers/s, vLLM offline {offline[-2]:.1f} and {offline[-1]:.1f}: {ratios[-1]:.2f}")
+    print(f"median ratio {statistics.median(ratios):.2f}")
+    if args.json:
+        args.json.write_text(json.dumps({"memory": memory, "growth_mib": growth, "ratios": ratios}, indent=1))
+
+
+def _measure(work: Path, kind: str, count: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--work", str(work), "--worker", kind, str(count)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{kind} failed:\n{done.stderr[-3000:]}")
+    measured: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return measured
+
+
+def _asked(run: Run, settings: Settings, count: int) -> Iterator[Any]:
+    """So many prompts, over and over the same targets."""
+    from gubs.ufm.questions import Questions
+
+    questions = Questions(run, settings.ufm.inputs)
+    items = questions.items(Task.SEQUENTIAL, Split.TEST)
+    for item in itertools.islice(itertools.cycle(items), count):
+        yield questions.about_user(item.task, item.user_id, item.video_id)
+
+
+def predictor(run: Run, settings: Settings, count: int) -> dict[str, float]:
+    """Answers by the Predictor; the peak of this process and all that it started."""
+    from gubs.ufm.model import checkpoint
+    from gubs.ufm.predict import Predictor, Query
+
+    folder = checkpoint(settings.ufm.model)
+    with ray_session(settings.ray), Predictor(folder, settings.ufm) as asked:
+        for _ in asked.stream(Query(i, p) for i, p in enumerate(_asked(run, settings, WARM_UP))):
+            pass
+        with _PeakMemory() as memory:
+            began = time.perf_counter()
+            answers = sum(1 for _ in asked.stream(Query(i, p) for i, p in enumerate(_asked(run, settings, count))))
+            seconds = time.perf_counter() - began
+    return {"per_second": answers / seconds, "peak_mib": memory.peak / 2**20}
+
+
+def offline(run: Run, settings: Settings, count: int) -> dict[str, float]:
+    """The same requests in one call of vLLM's offline API, encoded beforehand."""
+    from gubs.ufm.inputs import Inputs
+    from gubs.ufm.model import checkpoint
+    from gubs.ufm.rollout import Engine, Request, Shape
+
+    ufm = settings.ufm
+    folder = str(checkpoint(ufm.model))
+    inputs, engine = Inputs(folder, ufm.inputs), Engine(Shape(folder, ufm.model, ufm.inputs, ufm.rollout))
+    requests = [Request(inputs.for_engine(inputs.encode(p)), 0, 0.0) for p in _asked(run, settings, count)]
+    engine.generate(requests[:WARM_UP])
+    prompts, parameters = engine._prepared(requests, None)
+    began = time.perf_counter()
+    engine._llm.generate(prompts, parameters, use_tqdm=False)
+    return {"per_second": count / (time.perf_counter() - began)}
+
+
+class _PeakMemory:
+    """Samples the RSS of this process and its children."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "_PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(0.25):
+            total = 0
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    total += process.memory_info().rss
+            self.peak = max(self.peak, total)
+
+
+_WORKERS = {"predictor": predictor, "offline": offline}
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()

@@ -1,0 +1,59 @@
+"""Settings that lead from logs to the IF-VR data set: source, filters, splits."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from gubs.section import Section
+
+
+class SourceSettings(Section):
+    """The source of logs and videos."""
+
+    kind: Literal["synthetic", "logs", "movielens", "amazon", "kuairand", "microlens"] = "synthetic"
+    path: str = ""
+    """Folder (or file) of the source's data; unused by `synthetic`."""
+    videos_dir: str = ""
+    """Folder of video files, if the source's table names none; a file's stem is the id of its video."""
+    max_bad_rows: float = Field(0.01, ge=0, le=1)
+    """Share of malformed rows above which a file is refused."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """`logs` only: our column name -> its name in your files, where they differ."""
+
+    @model_validator(mode="after")
+    def _has_a_path(self) -> "SourceSettings":
+        if self.kind != "synthetic" and not self.path:
+            raise ValueError(f"source.kind={self.kind} needs source.path=FOLDER")
+        return self
+
+
+class FilterSettings(Section):
+    """The paper's noise criteria and minimum counts."""
+
+    noise: bool = True
+    """Apply the three noise criteria (an operation before and after, the gap, no app exit)."""
+    noise_scope: Literal["skips", "all"] = "skips"
+    """What the noise criteria apply to: fast skips only, since they are to keep the meaningful skips (the paper speaks
+    of implicit negative feedback), or all sequential views."""
+    max_gap_s: float = Field(120.0, gt=0)
+    """Longest time between the operations before and after (paper: 2 minutes)."""
+    min_video_views: int = Field(10, ge=0)
+    """Videos with fewer views are removed (paper: 10)."""
+    min_user_exposures: int = Field(30, ge=0)
+    """Click users with fewer exposures are removed (paper: 30)."""
+    fixed_point: bool = True
+    """Repeat the two minimum filters until nothing changes, so that both hold in the result; otherwise one pass."""
+
+
+class SplitSettings(Section):
+    """Test users, histories and targets."""
+
+    test_users: int = Field(1000, ge=1)
+    """Test users per task (paper: 1,000), but at most half of the users."""
+    ugm_users: int = Field(1000, ge=1)
+    """Users that the UGM groups, drawn from the training users (paper: 1,000)."""
+    click_targets: int = Field(10, ge=1)
+    """Last records of a click user that are predicted, or as many as come closest in whole pages (paper: 6 in one
+    place, 10 in another)."""
+    min_history: int = Field(2, ge=1)
+    """Users with a shorter history are left out (and counted): there is too little to predict from."""

@@ -1,0 +1,137 @@
+"""The actor's side of the pool: takes work, makes the calls, journals each answer, and reports what is on disk.
+
+Only records and our own errors cross Ray: exceptions of the OpenAI client do not survive pickling.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import time
+import traceback
+from dataclasses import dataclass
+
+from gubs.errors import GubsError
+from gubs.llm.calls import Entry
+from gubs.llm.endpoint import Assignment, EndpointCaller, Work
+from gubs.llm.journal import JournalWriter, Place, check_same
+from gubs.llm.redact import Redactor
+
+_BATCH_S = 0.4
+"""Answers that come within this time are reported together while many calls are open: a report costs as much CPU as two
+calls. The time shrinks with the number of open calls, since the last answers of a batch are waited for."""
+_SYNC_S = 0.15
+"""Answers that come within this time share an fsync; it shrinks likewise."""
+_MANY = 200
+"""Open calls from which on these times apply in full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What happened since the last report."""
+
+    done: list[tuple[Entry, Place]]
+    """Entries of finished calls (without the request, which the driver has) and their place in the journal."""
+    stop: Exception | None = None
+    """What ended the actor's work: a `GubsError`, or a RuntimeError with the trace of a bug."""
+    in_flight: int = 0
+    retried: int = 0
+    copies: int = 0
+    cpu_s: float = 0.0
+    """CPU time of this process since it started."""
+
+
+class ClientActor:
+    """A client actor."""
+
+    async def open(self, assignment: Assignment) -> Report:
+        """Gets ready. Not the constructor, because Ray stores constructor arguments.
+
+        Raises:
+            JournalError: this process does not see the driver's journal.
+        """
+        check_same(assignment.journal, assignment.journal_id)
+        self._redactor = redactor = Redactor(assignment.keys.values())
+        self._journal = JournalWriter(assignment.journal, redactor.hide_keys, lambda: _SYNC_S * self._load())
+        self._callers = {
+            name: EndpointCaller(name, assignment, redactor) for name in assignment.endpoints if assignment.slots(name)
+        }
+        self._tasks: dict[asyncio.Task[None], Work] = {}
+        self._done: list[tuple[Entry, Place]] = []
+        self._stop: Exception | None = None
+        self._changed = asyncio.Event()
+        gc.freeze()  # what is imported by now stays: the collector need not look at it again
+        gc.set_threshold(20_000, 20, 50)
+        return self._report()
+
+    async def submit(self, works: list[Work]) -> None:
+        """Takes work; returns at once."""
+        for work in works:
+            task = asyncio.create_task(self._do(work))
+            self._tasks[task] = work
+            task.add_done_callback(self._ended)
+
+    async def collect(self, wait_s: float) -> Report:
+        """Finished calls; waits up to `wait_s` for one."""
+        if not self._changed.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), wait_s)
+                await asyncio.sleep(_BATCH_S * self._load())
+        return self._report()
+
+    async def drain(self, grace_s: float, dead: str = "") -> Report:
+        """Finishes what is in flight (for up to `grace_s`; not at the endpoint `dead`), drops the rest, and reports."""
+        for caller in self._callers.values():
+            caller.draining = True
+        in_flight = {key for caller in self._callers.values() for key in caller.in_flight}
+        for task, work in self._tasks.items():
+            if work.endpoint == dead or work.key not in in_flight:
+                task.cancel()
+        if self._tasks:
+            _, late = await asyncio.wait(list(self._tasks), timeout=grace_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        return self._report()
+
+    async def close(self) -> None:
+        """Drops unfinished work; closes the journal segment and the connections."""
+        await self.drain(0.0)
+        await self._journal.close()
+        for caller in self._callers.values():
+            await caller.close()
+
+    async def _do(self, work: Work) -> None:
+        entry = await self._callers[work.endpoint].call(work)
+        place = await self._journal.append(entry)
+        self._done.append((dataclasses.replace(entry, request={}), place))
+        self._changed.set()
+
+    def _load(self) -> float:
+        """Share of `_MANY` that is open, from 0 to 1."""
+        return min(1.0, len(self._tasks) / _MANY)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._tasks[task]
+        error = None if task.cancelled() else task.exception()
+        if error is None or self._stop:
+            return
+        if isinstance(error, GubsError):
+            self._stop = error
+        else:
+            trace = "".join(traceback.format_exception(error))
+            self._stop = RuntimeError(f"a client actor failed: {self._redactor.hide_all(trace)}")
+        self._changed.set()
+
+    def _report(self) -> Report:
+        done, self._done = self._done, []
+        self._changed.clear()
+        callers = self._callers.values()
+        return Report(
+            done,
+            self._stop,
+            in_flight=sum(len(c.in_flight) for c in callers),
+            retried=sum(c.retried for c in callers),
+            copies=sum(c.hedging.copies for c in callers),
+            cpu_s=time.process_time(),
+        )

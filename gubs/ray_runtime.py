@@ -1,0 +1,257 @@
+"""Ray, reached or started: joins a cluster, runs a local one or a local head node, and submits jobs to either."""
+
+import asyncio
+import ctypes
+import logging
+import os
+import secrets
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from gubs.console import say
+from gubs.errors import PlatformError
+from gubs.section import Section
+
+_START_TIMEOUT_S = 180.0
+_TRIES = 3
+_LATE = "timed out during startup"
+"""Part of Ray's error when a node is not up within half a minute."""
+
+
+Actor = Any
+"""A Ray actor class or handle; to type checkers, Ray's `ActorHandle` has no methods."""
+
+
+class RaySettings(Section):
+    """How to reach or start Ray."""
+
+    address: str = ""
+    """Cluster to join; empty = RAY_ADDRESS if set, else a new local cluster."""
+    num_cpus: int = Field(0, ge=0)
+    """CPUs of a local cluster; 0 = all."""
+    object_store_mb: int = Field(512, ge=80)
+    """Object store of a local cluster, in MiB."""
+    dashboard: bool = False
+    """Start the dashboard with a local cluster."""
+
+
+@contextmanager
+def ray_session(settings: RaySettings) -> Iterator[None]:
+    """Joins the cluster that the settings or RAY_ADDRESS name, or runs a local one until the context ends.
+
+    In a process that is already connected (a Ray job's driver after `ray.init`, a test), nothing is started or stopped.
+
+    Raises:
+        PlatformError: the named cluster cannot be reached.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    _quiet()
+    address = settings.address or os.environ.get("RAY_ADDRESS", "")
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False)
+        else:
+            _start_local(settings)
+    except ConnectionError as e:
+        raise PlatformError(
+            f"cannot join the Ray cluster at {address}: {e}\n"
+            "Is it up, and do RAY_AUTH_MODE and RAY_AUTH_TOKEN match it? "
+            "Without ray.address and RAY_ADDRESS, a local one is started."
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_local(settings: RaySettings) -> None:
+    # Anyone who reaches a cluster's ports can run code there, so Ray asks for a token even on local clusters and would
+    # write one into the home folder. Ours gets a token for its lifetime only.
+    if not os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    init_patiently(
+        address="local",
+        num_cpus=settings.num_cpus or None,
+        object_store_memory=settings.object_store_mb << 20,
+        include_dashboard=settings.dashboard,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def init_patiently(**options: Any) -> None:
+    """`ray.init` of a local cluster, tried again if a busy machine does not bring it up in Ray's fixed half minute.
+
+    Raises:
+        PlatformError: it failed three times.
+    """
+    import ray
+
+    for _ in range(_TRIES):
+        try:
+            ray.init(**options)
+        except Exception as e:
+            if _LATE not in str(e):
+                raise
+            ray.shutdown()
+        else:
+            return
+    raise PlatformError(f"Ray did not start within half a minute, {_TRIES} times: free some CPU and run again")
+
+
+def quiet_ray_data() -> None:
+    """Keeps Ray Data's messages and progress bars off the terminal, since commands show their own; log files stay."""
+    import ray.data
+
+    logger = logging.getLogger("ray.data")
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def _quiet() -> None:
+    """Turns off Ray's usage reports and most of its messages, unless the environment asks for them."""
+    for name in ("ray", "ray.data", "ray.train", "ray._private"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part prints warnings about Ray Data to stderr
+
+
+@contextmanager
+def local_head(num_cpus: int | None = None) -> Iterator[str]:
+    """Runs a Ray head node with a dashboard on free ports of this machine; yields the dashboard's address.
+
+    The cluster's token is in this process's environment until the context ends, unless RAY_AUTH_MODE is already set.
+    """
+    port, agent = free_port(), free_port()
+    address = f"http://127.0.0.1:{port}"
+    before = {k: os.environ.get(k) for k in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    with tempfile.TemporaryDirectory(prefix="gubs-", ignore_cleanup_errors=True) as folder:
+        head = _start_head(port, agent, folder, num_cpus)
+        try:
+            _wait_until_up(address, agent, head, Path(folder))
+            yield address
+        finally:
+            _stop(head)
+            for name, value in before.items():
+                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _start_head(port: int, agent: int, folder: str, num_cpus: int | None) -> subprocess.Popen[bytes]:
+    bin_dir = Path(sys.executable).parent
+    options = {
+        "port": 0,
+        "dashboard-host": "127.0.0.1",
+        "node-ip-address": "127.0.0.1",
+        "dashboard-port": port,
+        "temp-dir": folder,
+        "ray-client-server-port": free_port(),
+        "dashboard-agent-listen-port": agent,
+        "num-cpus": num_cpus or os.cpu_count(),
+    }
+    command = [f"{bin_dir}/ray", "start", "--head", "--block", "--disable-usage-stats"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    # Jobs run the first `python` on the head's PATH: it has to be this one.
+    env = {**os.environ, "PATH": f"{bin_dir}:{os.environ.get('PATH', '')}", "RAY_USAGE_STATS_ENABLED": "0"}
+    env.pop("RAY_ADDRESS", None)
+    with (Path(folder) / "head.log").open("wb") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True, preexec_fn=_die_with_parent
+        )
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a killed command leaves no cluster behind
+
+
+def _wait_until_up(address: str, agent: int, head: subprocess.Popen[bytes], folder: Path) -> None:
+    """Waits for the dashboard, and for the agent that starts jobs: it comes later, and Ray does not wait for it."""
+    from ray.job_submission import JobSubmissionClient
+
+    say("[ray]    starting a head node on this machine ...")
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline and head.poll() is None:
+        with suppress(OSError, RuntimeError):
+            JobSubmissionClient(address).list_jobs()
+            socket.create_connection(("127.0.0.1", agent), timeout=5).close()
+            say(f"[ray]    up, dashboard at {address}")
+            return
+        time.sleep(0.5)
+    log = (folder / "head.log").read_text(errors="replace")[-2000:]
+    raise PlatformError(f"the Ray head node did not come up within {_START_TIMEOUT_S:g} s; the end of its log:\n{log}")
+
+
+def follow_job(address: str, entrypoint: Sequence[str], runtime_env: dict[str, object]) -> int:
+    """Submits a job to the dashboard at an address and prints its log while it runs; returns its exit code.
+
+    Raises:
+        PlatformError: it cannot be submitted.
+    """
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
+    try:
+        client = JobSubmissionClient(address)
+        job = client.submit_job(entrypoint=shlex.join(entrypoint), runtime_env=runtime_env)
+    except (ConnectionError, RuntimeError) as e:
+        raise PlatformError(f"cannot submit to {address}: {e}") from None
+    say(f"[ray]    job {job} submitted: {shlex.join(entrypoint)}")
+
+    async def tail() -> None:
+        async for lines in client.tail_job_logs(job):
+            sys.stderr.write(lines)
+            sys.stderr.flush()
+
+    try:
+        asyncio.run(tail())
+    except KeyboardInterrupt:
+        client.stop_job(job)
+        raise
+    info = client.get_job_info(job)
+    if info.status == JobStatus.SUCCEEDED:
+        return 0
+    reason = (info.message or "").split("\n")[0]
+    say(f"[ray]    job {job} {info.status}: {reason}")
+    return info.driver_exit_code or 1
+
+
+def _stop(head: subprocess.Popen[bytes]) -> None:
+    import psutil
+
+    try:
+        processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    head.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    head.wait(timeout=10)
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that is free at the moment."""
+    with socket.socket() as s:
+        s.bind((host, 0))
+        return int(s.getsockname()[1])

@@ -1,0 +1,685 @@
+"""A look at the data of a run: counts and rates as plain JSON, and one HTML page for a person who opens it.
+
+`describe` reads the run's tables once and says what is in them; `render_page` draws that, with sample pictures;
+`write_page` puts the page beside the artifacts. The numbers describe the stage `ifvr`, or `raw` where the filters have
+not run. Titles, tags and names come from outside: the template escapes them and no script runs on the page.
+"""
+
+import base64
+import io
+import itertools
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from fsspec.implementations.local import LocalFileSystem
+from markupsafe import Markup
+from PIL import Image
+
+from gubs.artifacts import Artifact, Run
+from gubs.data.filters import is_view
+from gubs.errors import ArtifactError
+from gubs.records import FAST_SKIP_BELOW, FINISH_ABOVE, Task
+from gubs.report import pages
+from gubs.report.charts import ACCENT, INK, drawing, whole_ticks
+from gubs.video.clips import StoredFrames
+from gubs.video.decoded import DecodeOptions
+from gubs.video.decoder_process import DecoderProcess
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PAGE = "show.html"
+"""Name of the page in the run's folder."""
+
+SAMPLES = 12
+"""Videos shown with pictures."""
+
+TOP = 12
+"""Rows of a list of tags or occupations."""
+
+MAX_BINS = 14
+"""Bars of a histogram; the last one takes everything above."""
+
+_SAMPLE_LEAST_VIEWS = 10
+_PICTURE_PX = 224
+_MAX_FILE_BYTES = 256 * 2**20
+_DECODE_TIMEOUT_S = 10.0
+_SAMPLE_FRAMES = 4
+_NO_RATE = float("nan")
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Part:
+    """How much of the data stands in one place: a task, or one side and role of it."""
+
+    task: str
+    split: str | None
+    """train, test or held out; null before the split."""
+    role: str | None
+    users: int
+    videos: int
+    interactions: int
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A mean over the rows in which the value is known."""
+
+    name: str
+    value: float | None
+    """Null where no row knows."""
+    n: int
+    """Rows that know."""
+    unknown: int
+    """Rows of the base that do not."""
+    base: str
+    """What a row is."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts in bins of equal width; a bin holds its lower end and not its upper."""
+
+    lower: list[float]
+    """Lower end of each bin."""
+    step: float
+    counts: list[int]
+    open_end: bool
+    """The last bin also holds everything above it."""
+    n: int
+    unknown: int
+    median: float
+
+    def label(self, i: int) -> str:
+        """Bin i in words: `10–20`, or `140 or more`."""
+        low = self.lower[i]
+        if self.open_end and i == len(self.lower) - 1:
+            return f"{low:,.0f} or more"
+        return f"{low:,.0f}" if self.step == 1 else f"{low:,.0f}–{low + self.step:,.0f}"
+
+    @property
+    def peak(self) -> int:
+        """The fullest bin."""
+        return int(np.argmax(self.counts))
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many have this label."""
+
+    label: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The most frequent labels of a column."""
+
+    top: list[Share]
+    distinct: int
+    others: int
+    """Mentions of labels that are not in `top`."""
+    n: int
+    """Users (or videos) with at least one label."""
+    unknown: int
+    """Those without."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the source is, and what it lacks."""
+
+    kind: str
+    notes: list[str]
+    null_columns: dict[str, list[str]]
+    """Columns without a single value, by table."""
+    files: list[dict[str, Any]]
+    """Each input file: file, rows_in, rows_out, rejected (cause to rows)."""
+
+
+@dataclass(frozen=True)
+class SimulationOnly:
+    """True causes of the fast skips: for people, never for models."""
+
+    skips: int
+    """Fast skips of the data shown whose cause is known."""
+    causes: list[Share]
+    """By option B, C, D."""
+    mechanisms: list[Share]
+
+
+@dataclass(frozen=True)
+class SampleVideo:
+    """One video to look at."""
+
+    video_id: str
+    title: str | None
+    duration_s: float | None
+    tags: list[str]
+    views: int
+    skip: Rate
+    click: Rate
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """All that the page says, without the pictures."""
+
+    run: str
+    stage: str
+    """The stage the numbers describe: ifvr or raw."""
+    created: str
+    code_version: str
+    users: int
+    videos: int
+    interactions: int
+    tasks: list[Part]
+    parts: list[Part]
+    """By task, split and role; empty before the split."""
+    filter_steps: list[dict[str, Any]]
+    splits: dict[str, Any]
+    rates: list[Rate]
+    views_per_video: Histogram | None
+    records_per_user: Histogram | None
+    video_length_s: Histogram | None
+    age: Histogram | None
+    gender: Shares
+    occupation: Shares
+    other_facts: Shares
+    user_tags: Shares
+    video_tags: Shares
+    untitled_videos: int
+    source: Source
+    frames: list[Share] | None
+    """Videos by the decoder's verdict; null where the stage `frames` has not run."""
+    simulation_only: SimulationOnly | None
+    samples: list[SampleVideo]
+    samples_by: str
+    """What the samples are spread by, from least to most: skipped, clicked or viewed."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON: numbers, texts, lists and nulls only."""
+        return asdict(self)
+
+
+def describe(run: Run) -> DataSummary:
+    """Counts what is in the run's data.
+
+    Raises:
+        ArtifactError: the run has neither `ifvr` nor `raw`.
+    """
+    stages = run.stages()
+    shown = run.artifact("ifvr" if "ifvr" in stages else "raw")
+    users, videos = shown.table("users"), shown.table("videos")
+    log = _Log.of(shown)
+    info = shown.manifest.info
+    samples, samples_by = _samples(videos, log, _pictured(run, videos))
+    return DataSummary(
+        run=run.name,
+        stage=shown.stage,
+        created=shown.manifest.created,
+        code_version=shown.manifest.code_version,
+        users=users.num_rows,
+        videos=videos.num_rows,
+        interactions=log.table.num_rows,
+        tasks=_parts(log.table, ["task"]),
+        parts=_parts(log.table, ["task", "split", "role"]) if shown.stage == "ifvr" else [],
+        filter_steps=info.get("filter_steps", []),
+        splits=info.get("splits", {}),
+        rates=_rates(log),
+        views_per_video=_histogram(_counts(log.video[log.view])),
+        records_per_user=_histogram(_counts(log.user)),
+        video_length_s=_histogram(_floats(_watched(videos, log)["duration_s"])),
+        age=_histogram(_floats(users["age"])),
+        gender=_shares(users["gender"]),
+        occupation=_shares(users["occupation"]),
+        other_facts=_fact_names(users["other"]),
+        user_tags=_tag_shares(users["tags"]),
+        video_tags=_tag_shares(videos["tags"]),
+        untitled_videos=videos["title"].null_count,
+        source=_source(run, stages),
+        frames=_verdicts(run) if "frames" in stages else None,
+        simulation_only=_simulation_only(run, shown) if "truth" in stages else None,
+        samples=samples,
+        samples_by=samples_by,
+    )
+
+
+def write_page(run: Run) -> str:
+    """Writes the page `show.html` into the run's folder.
+
+    Returns:
+        Where it is, with the scheme.
+
+    Raises:
+        ArtifactError: the run has neither `ifvr` nor `raw`.
+    """
+    return pages.write(run, PAGE, render_page(run, describe(run)))
+
+
+@dataclass(frozen=True)
+class _Log:
+    """The interactions as arrays: one entry a row, NaN where the source does not know."""
+
+    table: pa.Table
+    user: Ints
+    """Code of the user, from 0."""
+    video: Ints
+    video_ids: list[str]
+    """Id by code."""
+    sequential: Mask
+    view: Mask
+    play_rate: Floats
+    clicked: Floats
+    disliked: Floats
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> "_Log":
+        columns = ["user_id", "video_id", "task", "play_rate", "clicked", "disliked"]
+        if artifact.stage == "ifvr":
+            columns += ["split", "role"]
+        table = artifact.table("interactions", columns)
+        user, video = (table[c].combine_chunks().dictionary_encode() for c in ("user_id", "video_id"))
+        return cls(
+            table=table,
+            user=user.indices.to_numpy(zero_copy_only=False).astype(np.int64),
+            video=video.indices.to_numpy(zero_copy_only=False).astype(np.int64),
+            video_ids=video.dictionary.to_pylist(),
+            sequential=pc.equal(table["task"], str(Task.SEQUENTIAL)).to_numpy(),
+            view=is_view(table),
+            play_rate=_floats(table["play_rate"]),
+            clicked=_floats(table["clicked"]),
+            disliked=_floats(table["disliked"]),
+        )
+
+
+def _floats(column: pa.ChunkedArray) -> Floats:
+    """Numbers or truth values, NaN for null."""
+    return np.asarray(column.cast(pa.float64()).to_numpy(), np.float64)
+
+
+def _parts(table: pa.Table, keys: list[str]) -> list[Part]:
+    sums = table.group_by(keys).aggregate(
+        [("user_id", "count_distinct"), ("video_id", "count_distinct"), ([], "count_all")]
+    )
+    parts = [
+        Part(
+            task=row["task"],
+            split=(row["split"] or "held out") if "split" in row else None,
+            role=row.get("role"),
+            users=row["user_id_count_distinct"],
+            videos=row["video_id_count_distinct"],
+            interactions=row["count_all"],
+        )
+        for row in sums.to_pylist()
+    ]
+    order = {"sequential": 0, "train": 0, "test": 1, "history": 0}
+    return sorted(parts, key=lambda p: tuple((order.get(k or "", 2), k or "") for k in (p.task, p.split, p.role)))
+
+
+def _rates(log: _Log) -> list[Rate]:
+    play, click = log.play_rate[log.sequential], log.clicked[~log.sequential]
+    return [
+        _rate("Fast skips", _is_skip(play), "sequential views"),
+        _rate("Finished", np.where(np.isnan(play), _NO_RATE, play > FINISH_ABOVE), "sequential views"),
+        _person_play_rate(log),
+        _rate("Total play rate", play, "sequential views"),
+        _rate("Clicks", click, "records of the click task"),
+        _rate("Dislikes", log.disliked, "interactions"),
+    ]
+
+
+def _is_skip(play: Floats) -> Floats:
+    return np.where(np.isnan(play), _NO_RATE, play < FAST_SKIP_BELOW)
+
+
+def _rate(name: str, values: Floats, base: str) -> Rate:
+    """Mean of the values that are known."""
+    known = values[~np.isnan(values)]
+    mean = float(known.mean()) if known.size else None
+    return Rate(name, mean, int(known.size), int(values.size - known.size), base)
+
+
+def _person_play_rate(log: _Log) -> Rate:
+    """Mean of the users' mean play rates (paper: the average Play Rate per user)."""
+    known = log.sequential & ~np.isnan(log.play_rate)
+    views = np.bincount(log.user[known])
+    sums = np.bincount(log.user[known], weights=log.play_rate[known])
+    means = sums[views > 0] / views[views > 0]
+    users = len(np.unique(log.user[log.sequential]))
+    value = float(means.mean()) if means.size else None
+    return Rate("Person play rate", value, int(means.size), users - int(means.size), "users of the sequential task")
+
+
+def _counts(codes: Ints) -> Ints:
+    """How often each code occurs, for those that do."""
+    counts = np.bincount(codes)
+    return counts[counts > 0]
+
+
+def _steps() -> Iterator[int]:
+    """Bin widths: 1, 2, 10, 20, 50, 100, 200, 500 ... (5 would cut where the paper's panels have tens)."""
+    yield from (1, 2)
+    for power in itertools.count(1):
+        yield from (m * 10**power for m in (1, 2, 5))
+
+
+def _histogram(values: npt.NDArray[Any]) -> Histogram | None:
+    """Bins of the smallest round width with which 95 % of the values fit into `MAX_BINS`; None without values."""
+    known = values[np.isfinite(values) & (values >= 0)]
+    if not known.size:
+        return None
+    top = float(np.quantile(known, 0.95))
+    step = next(s for s in _steps() if top < s * MAX_BINS)
+    bins = np.minimum(known // step, MAX_BINS - 1).astype(np.int64)
+    first = int(bins.min())
+    counts = np.bincount(bins - first)
+    return Histogram(
+        lower=[float((first + i) * step) for i in range(len(counts))],
+        step=float(step),
+        counts=counts.tolist(),
+        open_end=bool((known >= MAX_BINS * step).any()),
+        n=int(known.size),
+        unknown=int(values.size - known.size),
+        median=float(np.median(known)),
+    )
+
+
+def _watched(videos: pa.Table, log: _Log) -> pa.Table:
+    """The videos that somebody viewed."""
+    seen = [log.video_ids[i] for i in np.unique(log.video[log.view])]
+    return videos.filter(pc.is_in(videos["video_id"], value_set=pa.array(seen, pa.string())))
+
+
+def _shares(labels: pa.ChunkedArray, n: int | None = None, unknown: int | None = None) -> Shares:
+    """The most frequent labels; ties in order of the label, so that the page does not depend on the rows' order."""
+    counts = {v["values"]: v["counts"] for v in pc.value_counts(labels.drop_null()).to_pylist()}
+    ranked = sorted(counts.items(), key=lambda kv: (-kv[1], kv[0]))
+    return Shares(
+        top=[Share(label, count) for label, count in ranked[:TOP]],
+        distinct=len(ranked),
+        others=sum(count for _, count in ranked[TOP:]),
+        n=len(labels) - labels.null_count if n is None else n,
+        unknown=labels.null_count if unknown is None else unknown,
+    )
+
+
+def _tag_shares(tags: pa.ChunkedArray) -> Shares:
+    empty = _empty(tags)
+    return _shares(pc.list_flatten(tags), len(tags) - empty, empty)
+
+
+def _fact_names(other: pa.ChunkedArray) -> Shares:
+    """Names of the further facts, and how many users have each."""
+    pairs = other.cast(pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())])))
+    empty = _empty(pairs)
+    return _shares(pc.struct_field(pc.list_flatten(pairs), "key"), len(other) - empty, empty)
+
+
+def _empty(lists: pa.ChunkedArray) -> int:
+    """How many are null or have nothing in them."""
+    return pc.sum(pc.equal(pc.fill_null(pc.list_value_length(lists), 0), 0)).as_py() or 0
+
+
+def _source(run: Run, stages: list[str]) -> Source:
+    if "raw" not in stages:
+        return Source(kind="unknown", notes=["The stage `raw` is not in this run."], null_columns={}, files=[])
+    manifest = run.artifact("raw").manifest
+    info = manifest.info
+    return Source(
+        kind=manifest.settings.get("source", {}).get("kind", "unknown"),
+        notes=list(info.get("notes", [])),
+        null_columns={table: columns for table, columns in info.get("nulls", {}).items() if columns},
+        files=[{"file": name, **account} for name, account in info.get("files", {}).items()],
+    )
+
+
+def _simulation_only(run: Run, data: Artifact) -> SimulationOnly:
+    """True causes of the fast skips that are in the data shown; the filters have taken out the others."""
+    skips = run.artifact("truth").table("skips")
+    shown = data.table("interactions", ["interaction_id"])["interaction_id"].combine_chunks()
+    skips = skips.filter(pc.is_in(skips["interaction_id"], value_set=shown))
+    return SimulationOnly(skips.num_rows, _shares(skips["cause"]).top, _shares(skips["mechanism"]).top)
+
+
+def _samples(videos: pa.Table, log: _Log, pictured: set[str]) -> tuple[list[SampleVideo], str]:
+    """Up to `SAMPLES` videos, evenly spaced from the least to the most skipped, and by what they are ordered.
+
+    Where no skip is known it is by clicks, or by views.
+    """
+    n = len(log.video_ids)
+    views = np.bincount(log.video[log.view], minlength=n)
+    skips = _is_skip(np.where(log.sequential, log.play_rate, _NO_RATE))
+    ways = {"skipped": _means(log.video, skips, n), "clicked": _means(log.video, log.clicked, n)}
+    by = next((way for way, rates in ways.items() if _varies(rates)), "viewed")
+    order = ways.get(by, views.astype(np.float64))
+    pool = sorted(_pool(log, order, views, pictured).tolist(), key=lambda i: (order[i], log.video_ids[i]))
+    return _describe(videos, log, [pool[p] for p in _spread(len(pool), SAMPLES)], skips, views), by
+
+
+def _spread(n: int, most: int) -> list[int]:
+    """Up to `most` of the places 0 ... n - 1, evenly spaced, first and last included."""
+    places: list[int] = np.linspace(0, n - 1, min(most, n)).round().astype(int).tolist()
+    return places
+
+
+def _pool(log: _Log, order: Floats, views: Ints, pictured: set[str]) -> Ints:
+    """Codes of the videos worth showing: with pictures and, since a rate over three views says little, enough views."""
+    known = ~np.isnan(order)
+    seen = known & (views >= _SAMPLE_LEAST_VIEWS)
+    shown = np.array([v in pictured for v in log.video_ids], bool)
+    choices = (shown & seen, shown & known, seen, known)
+    return np.flatnonzero(next((c for c in choices if c.any()), known))
+
+
+def _varies(rates: Floats) -> bool:
+    known = rates[~np.isnan(rates)]
+    return bool(known.size) and bool(known.min() < known.max())
+
+
+def _means(codes: Ints, values: Floats, n: int) -> Floats:
+    """Mean value of each code; NaN where no value is known."""
+    known = ~np.isnan(values)
+    counts = np.bincount(codes[known], minlength=n)
+    sums = np.bincount(codes[known], weights=values[known], minlength=n)
+    return np.divide(sums, counts, out=np.full(n, np.nan), where=counts > 0)
+
+
+def _describe(videos: pa.Table, log: _Log, chosen: list[int], skips: Floats, views: Ints) -> list[SampleVideo]:
+    ids = [log.video_ids[i] for i in chosen]
+    found = videos.filter(pc.is_in(videos["video_id"], value_set=pa.array(ids, pa.string())))
+    rows = {row["video_id"]: row for row in found.to_pylist()}
+    samples = []
+    for code, video_id in zip(chosen, ids, strict=True):
+        here = log.video == code
+        row = rows.get(video_id, {})
+        duration = row.get("duration_s")
+        samples.append(
+            SampleVideo(
+                video_id=video_id,
+                title=row.get("title"),
+                duration_s=duration if duration is not None and math.isfinite(duration) else None,
+                tags=list(row.get("tags") or []),
+                views=int(views[code]),
+                skip=_rate("Fast skips", skips[here & log.sequential], "sequential views"),
+                click=_rate("Clicks", log.clicked[here & ~log.sequential], "records of the click task"),
+            )
+        )
+    return samples
+
+
+def _verdicts(run: Run) -> list[Share]:
+    return _shares(run.artifact("frames").table("frames", ["verdict"])["verdict"]).top
+
+
+def _pictured(run: Run, videos: pa.Table) -> set[str]:
+    """Ids of the videos of which there may be pictures."""
+    return set(StoredFrames(run).hashes or _video_files(run, videos))
+
+
+@dataclass
+class _Gallery:
+    """Pictures of the samples as data URIs, and a sentence on where they come from."""
+
+    note: str
+    covers: dict[str, str] = field(default_factory=dict)
+    frames: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, video_id: str, cover: bytes | None, frames: list[bytes]) -> None:
+        """Takes in a video's pictures, a few of its frames, evenly spaced."""
+        if cover:
+            self.covers[video_id] = _data_uri(cover)
+        self.frames[video_id] = [_data_uri(frames[p]) for p in _spread(len(frames), _SAMPLE_FRAMES)]
+
+
+def _gallery(run: Run, stage: str, samples: list[SampleVideo]) -> _Gallery:
+    """Pictures from the frame store; else the samples are decoded now; else a sentence."""
+    ids = [s.video_id for s in samples]
+    stored = StoredFrames(run)
+    if stored.hashes:
+        return _stored_gallery(stored, {v: stored.hashes[v] for v in ids if v in stored.hashes})
+    files = _video_files(run, run.artifact(stage).table("videos", ["video_id", "uri"]))
+    if wanted := {v: files[v] for v in ids if v in files}:
+        return _decoded_gallery(wanted)
+    return _Gallery(
+        "This run has no frames and no video files that can be read here: titles and tags are all there is."
+    )
+
+
+def _stored_gallery(stored: StoredFrames, hashes: dict[str, str]) -> _Gallery:
+    try:
+        rows = stored.store.lookup(hashes.values(), ["cover", "frames"]).to_pylist()
+    except ArtifactError as e:  # a run that was copied without its store still has numbers to show
+        return _Gallery(f"There are no pictures: {e}")
+    gallery = _Gallery("Cover and frames are what a model sees of a video, from the frame store.")
+    for video_id, row in zip(hashes, rows, strict=True):
+        gallery.add(video_id, row["cover"], row["frames"])
+    return gallery
+
+
+_Place = tuple[fsspec.AbstractFileSystem, str]
+"""A file: its file system, and its path in there."""
+
+
+def _video_files(run: Run, videos: pa.Table) -> dict[str, _Place]:
+    """Where each video's file is: in the artifact `videos`, or a local path of the source."""
+    if "videos" in run.stages():
+        files = run.artifact("videos").table("files", ["video_id", "file"]).to_pydict()
+        places = zip(files["video_id"], files["file"], strict=True)
+        return {video_id: (run.fs, run.path("videos", file)) for video_id, file in places}
+    known = videos.filter(videos["uri"].is_valid())
+    local = LocalFileSystem()
+    return {
+        video_id: (local, local._strip_protocol(uri))
+        for video_id, uri in zip(known["video_id"].to_pylist(), known["uri"].to_pylist(), strict=True)
+        if uri.startswith(("/", "file://"))
+    }
+
+
+def _decoded_gallery(files: dict[str, _Place]) -> _Gallery:
+    """Decodes the samples here and now; in a process of its own, since a broken file may take the decoder down."""
+    gallery = _Gallery("")
+    options = DecodeOptions(count=_SAMPLE_FRAMES, max_file_mb=_MAX_FILE_BYTES / 2**20)
+    decoder = DecoderProcess(options, timeout_s=_DECODE_TIMEOUT_S)
+    try:
+        for video_id, place in files.items():
+            with _local(*place) as local:
+                done = decoder.decode(local)
+            gallery.add(video_id, done.cover, done.frames)
+    finally:
+        decoder.close()
+    found = f"{len(gallery.covers)} of these {len(files)} videos"
+    gallery.note = f"The stage that extracts frames has not run; for this page {found} were decoded."
+    return gallery
+
+
+@contextmanager
+def _local(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
+    """A local path of a file, which is copied where it is elsewhere."""
+    if isinstance(fs, LocalFileSystem):
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(suffix=Path(path).suffix) as copy:
+        if fs.size(path) <= _MAX_FILE_BYTES:  # else the copy stays empty, which the decoder finds and says
+            with fs.open(path, "rb") as f:
+                shutil.copyfileobj(f, copy)
+            copy.flush()
+        yield copy.name
+
+
+def _data_uri(jpeg: bytes) -> str:
+    """A picture small enough for a page."""
+    with Image.open(io.BytesIO(jpeg)) as image:
+        if max(image.size) > _PICTURE_PX:
+            image.thumbnail((_PICTURE_PX, _PICTURE_PX))
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=80)
+            jpeg = buffer.getvalue()
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+
+
+def render_page(run: Run, summary: DataSummary) -> str:
+    """One HTML page without outside resources."""
+    return pages.render(
+        "data",
+        s=summary,
+        figures={name: _figure(h, x, y) for name, (h, x, y) in _panels(summary).items() if h},
+        gallery=_gallery(run, summary.stage, summary.samples),
+        options=_OPTIONS,
+    )
+
+
+_OPTIONS = {
+    "B": "content-driven: the video is flawed",
+    "C": "algorithm-driven: the recommendation missed",
+    "D": "user-driven: a slip, no time, no mood",
+}
+
+
+def _panels(s: DataSummary) -> dict[str, tuple[Histogram | None, str, str]]:
+    return {
+        "views": (s.views_per_video, "views of a video", "videos"),
+        "records": (s.records_per_user, "records of a user", "users"),
+        "length": (s.video_length_s, "length in seconds", "videos"),
+        "age": (s.age, "age in years", "users"),
+    }
+
+
+def _figure(h: Histogram, x: str, y: str) -> Markup:
+    """Draws a histogram as SVG. Labels are ours and numbers only: nothing from outside gets in."""
+    with drawing(f"{x} {y}", (4.4, 2.7)) as made:
+        _draw_bars(made.axes, h)
+        made.axes.set_xlabel(x)
+        made.axes.set_ylabel(y)
+    return made.svg
+
+
+def _draw_bars(axes: "Axes", h: Histogram) -> None:
+    places = np.arange(len(h.counts))
+    bars = axes.bar(places, h.counts, width=0.86, color=ACCENT)
+    if h.open_end:
+        bars[-1].set_alpha(0.45)
+    highest = h.counts[h.peak]
+    axes.annotate(f"{highest:,}", (h.peak, highest), (0, 2), textcoords="offset points", ha="center", color=INK)
+    ends = [*h.lower, *([] if h.open_end else [h.lower[-1] + h.step])]
+    every = 1 if len(ends) <= 8 else 2
+    at = places[: len(ends)] if h.step == 1 else np.arange(len(ends)) - 0.5
+    axes.set_xticks(at[::every], [f"{e:,.0f}" for e in ends[: len(at)]][::every])
+    axes.yaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
+    whole_ticks(axes.yaxis, 5)
+    axes.margins(y=0.14)

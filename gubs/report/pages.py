@@ -1,0 +1,63 @@
+"""What all pages share: one Jinja environment, one style, one way to write a page into a run's folder.
+
+A page is complete in itself: no script, no outside resource. All that comes from models and users is escaped.
+"""
+
+from functools import cache
+from typing import Any
+
+import jinja2
+
+from gubs.artifacts import Run, write_atomically
+
+
+def render(template: str, **values: Any) -> str:
+    """A page as HTML; a name that the template gets wrong is an error."""
+    return _environment().get_template(f"{template}.html.j2").render(**values)
+
+
+def write(run: Run, name: str, page: str) -> str:
+    """Writes a page into the run's folder; returns where it is, with the scheme."""
+    write_atomically(run.fs, run.path(name), page.encode())
+    return run.full(name)
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gubs.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"n": _count, "f": _three, "short": _two, "pct": _percent, "clock": _clock, "took": _took}
+    return environment
+
+
+def _count(n: float) -> str:
+    return f"{n:,.0f}"
+
+
+def _three(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _two(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _clock(seconds: float) -> str:
+    """`0:41`, `1:02:03`: the length of a video."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+def _took(seconds: float) -> str:
+    """`41 s`, `1.5 min`: how long something took."""
+    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"

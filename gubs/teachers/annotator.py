@@ -1,0 +1,90 @@
+"""The annotator: a language model in the role `annotator`, asked by every job of the teachers; and its failures."""
+
+import collections
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+import pyarrow as pa
+
+from gubs.artifacts import Run
+from gubs.llm.budget import CostEstimate
+from gubs.llm.calls import Answer, LLMRequest
+from gubs.llm.client import LLMClient
+from gubs.llm.journal import journal_folder
+from gubs.llm.progress import OnProgress, llm_progress
+from gubs.llm.settings import LLMSettings
+
+ROLE = "annotator"
+Ask = Callable[[list[LLMRequest]], list[Answer]]
+"""Answers in the order of the requests, as `LLMClient.ask` gives them."""
+
+FAILURES = pa.schema(
+    [
+        pa.field("item", pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("cause", pa.string(), nullable=False),
+        ("error", pa.string()),
+        ("text", pa.string()),
+    ]
+)
+"""Requests without a usable answer: interaction or user id, the request's label, cause, error, the last answer."""
+
+
+class Annotator:
+    """A context manager. The client opens when it is needed; Ray has to be running once a call is made."""
+
+    def __init__(self, run: Run, llm: LLMSettings, on_progress: OnProgress | None = None):
+        self._run, self._settings, self._on_progress = run, llm, on_progress
+        self._client: LLMClient | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._client:
+            self._client.close()
+
+    @property
+    def client(self) -> LLMClient:
+        """The LLM client.
+
+        Raises:
+            SettingsError: the run is remote and `llm.journal` is not set, or a key is missing.
+        """
+        if self._client is None:
+            self._client = LLMClient(self._settings, journal_folder(self._run), on_progress=self._on_progress)
+        return self._client
+
+    def ask(self, requests: list[LLMRequest]) -> list[Answer]:
+        """Asks; no request, no client. Errors: see `LLMClient.stream`."""
+        return self.client.ask(requests) if requests else []
+
+    def estimate(self, requests: Iterable[LLMRequest]) -> CostEstimate:
+        """What the requests would cost, without those that the journal answers."""
+        return self.client.dry_run(requests)
+
+
+@contextmanager
+def annotator(run: Run, llm: LLMSettings) -> Iterator[Annotator]:
+    """An annotator that shows its progress."""
+    with llm_progress() as on_progress, Annotator(run, llm, on_progress) as asked:
+        yield asked
+
+
+def failures(answers: Iterable[Answer]) -> pa.Table:
+    """The answers that cannot be used, as rows of `FAILURES`. Requests carry the item in their metadata."""
+    rows = [
+        {"item": a.metadata["item"], "label": a.label, "cause": a.failure, "error": a.error, "text": a.text}
+        for a in answers
+        if not a.ok
+    ]
+    return pa.Table.from_pylist(rows, schema=FAILURES)
+
+
+def by_cause(table: pa.Table) -> dict[str, int]:
+    """Number of rows by `cause`, most frequent first."""
+    return dict(collections.Counter(table["cause"].to_pylist()).most_common())

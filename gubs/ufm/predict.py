@@ -1,0 +1,244 @@
+"""`Predictor`: asks a policy about people and videos, any number of questions in bounded memory.
+
+    with Predictor(folder, ufm, engines=1) as predictor:
+        for prediction in predictor.stream(queries): ...
+
+Queries are drawn and encoded in a thread while the engines answer. Each engine holds a window of at most twice the
+answers it writes at once, and is topped up as answers come back, so it never runs dry. Pictures stay uint8 frames on
+the way; only vLLM makes pixels of them.
+"""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from gubs.errors import PlatformError
+from gubs.ufm.inputs import Inputs, Prompt
+from gubs.ufm.rollout import Request, Response, Shape, start_rollout
+from gubs.ufm.settings import UFMSettings
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+_CHUNK = 32
+"""Requests that are sent, and answers that are waited for, at a time."""
+_READY_CHUNKS = 4
+"""Encoded chunks that wait for an engine."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """One question to the policy."""
+
+    key: Any
+    """Carried through to the prediction."""
+    prompt: Prompt
+    seed: int = 0
+    temperature: float = 0.0
+    """0 = greedy, 1 = by the model's own probabilities."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the policy said."""
+
+    key: Any
+    text: str | None
+    """None: the prompt is too long and was not asked."""
+    finished: bool = False
+    """The answer ended by itself; False = the token limit cut it off."""
+    response: Response | None = None
+
+
+@dataclass
+class _Chunk:
+    """Encoded requests, and their keys in the same order."""
+
+    keys: list[Any] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    too_long: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class _Lane:
+    """One engine and what it is busy with."""
+
+    engine: Any
+    waiting: "ObjectRef[Any]"
+    keys: dict[int, Any] = field(default_factory=dict)
+    """Number of each request that is out, and its key."""
+    sent: "list[ObjectRef[None]]" = field(default_factory=list)
+    """Requests that were sent and not yet heard of: they tell if the engine refused some."""
+
+
+class Predictor:
+    """Engines with one policy; a context manager. Ray has to be running."""
+
+    def __init__(
+        self, folder: str | Path, ufm: UFMSettings, *, pictures: bool = True, engines: int = 1, gpu: bool = False
+    ):
+        """Starts the engines; they load while the first prompts are encoded.
+
+        Args:
+            folder: checkpoint of the policy.
+            ufm: `model`, `inputs` and `rollout` say what an engine is, `workers` how long one may take.
+            pictures: some prompts have pictures; else no memory is set aside for them.
+            engines: how many; on a CPU one uses all cores.
+            gpu: give each engine a GPU.
+        """
+        self._inputs = Inputs(folder, ufm.inputs)
+        self._window = max(2 * ufm.rollout.max_num_seqs, 2 * _CHUNK)
+        self._deadline = ufm.workers.stuck_after_s
+        shape = Shape(str(folder), ufm.model, ufm.inputs, ufm.rollout, pictures=pictures)
+        self._engines = [_start(shape, gpu) for _ in range(engines)]
+        self._asked = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the engines."""
+        import ray
+
+        for engine in self._engines:
+            ray.kill(engine)
+        self._engines = []
+
+    def stream(self, queries: Iterable[Query]) -> Iterator[Prediction]:
+        """Yields predictions as they come, in no order; every query gets one.
+
+        Raises:
+            PlatformError: an engine died, lost a request, or did not answer in time. Whatever `queries` raises, or an
+                engine that refuses a request.
+        """
+        import ray
+        from ray.exceptions import RayActorError
+
+        chunks = _Encoder(queries, self._inputs)
+        lanes = {lane.waiting: lane for lane in (_Lane(e, e.ready.remote()) for e in self._engines)}
+        try:
+            while not chunks.ended or any(lane.keys for lane in lanes.values()):
+                ready, _ = ray.wait(list(lanes), timeout=self._deadline)
+                if not ready:
+                    raise PlatformError(f"no engine was up or answered within {self._deadline:g} s")
+                lane = lanes.pop(ready[0])
+                *_, answers = ray.get([*lane.sent, ready[0]])
+                lane.sent = []
+                done = self._take(lane, answers) if lane.keys else []
+                done += self._top_up(lane, chunks)
+                if lane.keys:
+                    lane.waiting = lane.engine.collect.remote(_CHUNK)
+                    lanes[lane.waiting] = lane
+                yield from done
+        except RayActorError as e:
+            raise PlatformError(f"an engine died: {e}") from None
+        finally:
+            chunks.stop()
+
+    def _take(self, lane: _Lane, answers: list[tuple[int, Response]]) -> list[Prediction]:
+        if not answers:
+            raise PlatformError(f"an engine lost {len(lane.keys)} requests")
+        predictions = []
+        for number, response in answers:
+            if number in lane.keys:  # else of a stream that was left early
+                text, finished = self._inputs.text(response.ids)
+                predictions.append(Prediction(lane.keys.pop(number), text, finished, response))
+        return predictions
+
+    def _top_up(self, lane: _Lane, chunks: "_Encoder") -> list[Prediction]:
+        """Sends what fits into the lane's window; waits for the encoder only where the engine would be idle."""
+        too_long: list[Prediction] = []
+        while len(lane.keys) + _CHUNK <= self._window:
+            chunk = chunks.next(self._deadline, wait=not lane.keys)
+            if chunk is None:
+                break
+            too_long += [Prediction(key, None) for key in chunk.too_long]
+            if chunk.requests:
+                first, self._asked = self._asked, self._asked + len(chunk.requests)
+                lane.keys |= dict(enumerate(chunk.keys, first))
+                lane.sent.append(lane.engine.enqueue.remote(chunk.requests, first))
+        return too_long
+
+
+class _Encoder:
+    """Draws and encodes queries in a thread, a few chunks ahead."""
+
+    def __init__(self, queries: Iterable[Query], inputs: Inputs):
+        self._inputs = inputs
+        self.ended = False
+        """All chunks were taken."""
+        self._stopped = threading.Event()
+        self._chunks: queue.Queue[_Chunk | BaseException | None] = queue.Queue(_READY_CHUNKS)
+        threading.Thread(target=self._run, args=(queries,), name="gubs-encode", daemon=True).start()
+
+    def next(self, timeout_s: float, *, wait: bool) -> _Chunk | None:
+        """The next chunk; None at the end of the queries, or where none is ready and nobody waits.
+
+        Raises:
+            PlatformError: none came in time. Whatever the queries raised.
+        """
+        if self.ended:
+            return None
+        try:
+            chunk = self._chunks.get(wait, timeout_s) if wait else self._chunks.get_nowait()
+        except queue.Empty:
+            if wait:
+                raise PlatformError(f"no prompt was encoded within {timeout_s:g} s") from None
+            return None
+        if isinstance(chunk, BaseException):
+            raise chunk
+        self.ended = chunk is None
+        return chunk
+
+    def stop(self) -> None:
+        """Ends the thread at its next chunk."""
+        self._stopped.set()
+
+    def _run(self, queries: Iterable[Query]) -> None:
+        try:
+            chunk = _Chunk()
+            for query in queries:
+                encoded = self._inputs.encode(query.prompt)
+                if self._inputs.fits(encoded):
+                    chunk.keys.append(query.key)
+                    chunk.requests.append(Request(self._inputs.for_engine(encoded), query.seed, query.temperature))
+                else:
+                    chunk.too_long.append(query.key)
+                if len(chunk.requests) + len(chunk.too_long) >= _CHUNK:
+                    if not self._put(chunk):
+                        return
+                    chunk = _Chunk()
+            self._put(chunk)
+            self._put(None)
+        except BaseException as e:  # noqa: BLE001 - raised where the answers are read
+            self._put(e)
+
+    def _put(self, chunk: _Chunk | BaseException | None) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._chunks.put(chunk, timeout=0.2)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+
+def _start(shape: Shape, gpu: bool) -> Any:
+    """An engine in an actor: on a GPU of its own that Ray gives it, or on the CPUs."""
+    import ray
+
+    if not gpu:
+        return start_rollout(shape)
+    from gubs.ufm.rollout import Engine
+
+    remote: Any = ray.remote(Engine)
+    return remote.options(num_gpus=1, num_cpus=0).remote(shape)

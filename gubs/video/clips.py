@@ -1,0 +1,116 @@
+"""Clips: the stored frames of a video as a model gets them, read from the frame store and cached."""
+
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Generic, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+
+from gubs.artifacts import Run
+from gubs.video.decoded import DecodeOptions
+from gubs.video.frame_store import FrameStore
+from gubs.video.settings import FrameSettings
+
+STAGE = "frames"
+_CACHE_BYTES = 256 << 20
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Pictures of a video (an even number of frames) or a single image (a cover)."""
+
+    key: str
+    """Content hash: equal keys mean equal pictures."""
+    frames: npt.NDArray[np.uint8]
+    """(frames, height, width, 3), RGB; multiples of 28 pixels."""
+    seconds: float = 0.0
+    """Duration that the frames span; 0 for an image."""
+
+    @property
+    def kind(self) -> Literal["image", "video"]:
+        """`image` if there is a single picture."""
+        return "image" if len(self.frames) == 1 else "video"
+
+
+class ByteCache(Generic[T]):
+    """Keeps the most recently used values up to a total size in bytes; thread-safe."""
+
+    def __init__(self, limit: int, size_of: Callable[[T], int]):
+        self._limit, self._size_of, self._size = limit, size_of, 0
+        self._values: OrderedDict[str, T] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: str, make: Callable[[], T]) -> T:
+        """The value of a key; made if it is not cached."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+        value = make()
+        with self._lock:
+            if key not in self._values:  # otherwise another thread was faster
+                self._values[key] = value
+                self._size += self._size_of(value)
+            while self._size > self._limit and len(self._values) > 1:
+                self._size -= self._size_of(self._values.popitem(last=False)[1])
+        return value
+
+
+class StoredFrames:
+    """The frames and covers that the stage `frames` stored for the videos of a run."""
+
+    def __init__(self, run: Run):
+        """Opens the artifact; the store is read on demand. A run without the stage has no frames."""
+        self.artifact = run.artifact(STAGE) if run.has(STAGE) else None
+        self._clips = ByteCache[Clip](_CACHE_BYTES, lambda clip: clip.frames.nbytes)
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """Content hash of each video that has frames, by video id."""
+        if self.artifact is None:
+            return {}
+        table = self.artifact.table("frames", ["video_id", "content_hash", "frames"])
+        table = table.filter(pc.greater(pc.fill_null(table["frames"], 0), 0))
+        return dict(zip(table["video_id"].to_pylist(), table["content_hash"].to_pylist(), strict=True))
+
+    @cached_property
+    def store(self) -> FrameStore:
+        """The store, for the settings with which the frames were made."""
+        assert self.artifact is not None
+        manifest = self.artifact.manifest
+        return FrameStore(manifest.info["store_uri"], DecodeOptions.of(FrameSettings(**manifest.settings["frames"])))
+
+    def clip(self, video_id: str) -> Clip | None:
+        """The video's frames; None if it has none."""
+        return self._cached(video_id, cover=False)
+
+    def cover(self, video_id: str) -> Clip | None:
+        """The video's cover as a single image; None if it has none."""
+        return self._cached(video_id, cover=True)
+
+    def _cached(self, video_id: str, *, cover: bool) -> Clip | None:
+        content_hash = self.hashes.get(video_id)
+        if content_hash is None:
+            return None
+        key = f"{content_hash}-cover" if cover else content_hash
+
+        def load() -> Clip:
+            columns = ["cover"] if cover else ["frames", "duration_s"]
+            row = self.store.lookup([content_hash], columns).to_pylist()[0]
+            return Clip(key, _pixels([row["cover"]] if cover else row["frames"]), row.get("duration_s") or 0.0)
+
+        return self._clips.get(key, load)
+
+
+def _pixels(pictures: list[bytes]) -> npt.NDArray[np.uint8]:
+    from PIL import Image
+
+    return np.stack([np.asarray(Image.open(io.BytesIO(p)).convert("RGB")) for p in pictures])

@@ -1,0 +1,96 @@
+import pyarrow as pa
+import pytest
+from artifact_helpers import put
+
+from gubs.artifacts import Run
+from gubs.errors import ArtifactError
+from gubs.records import SCHEMAS
+from gubs.report.groups import diff, render, view_groups, write_page
+from gubs.ugm.stage import MEMBERSHIPS
+
+EVIL = "<script>alert(1)</script>"
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run(tmp_path / "r")
+    members = [
+        {"user_id": f"u{i}", "similarity": 1 - i / 10, "matched": i != 1, "reason": EVIL if i == 1 else "fits"}
+        for i in range(3)
+    ]
+    base = {"features": "f", "typical_user": "u0", "threshold": 0.8, "version": "v"}
+    rows = [
+        {
+            **base,
+            "group_id": "g00",
+            "name": "Lost",
+            "members": members,
+            "initial_profile": "a",
+            "dropped": "few_matched",
+        },
+        {
+            **base,
+            "group_id": "g01",
+            "name": EVIL,
+            "members": members,
+            "initial_profile": "keep\nold",
+            "final_profile": "keep\nnew",
+        },
+    ]
+    places = [{"user_id": "x", "group_id": "g01", "similarity": 0.9, "how": "assigned"}]
+    groups = SCHEMAS["groups"].append(pa.field("dropped", pa.string()))
+    tables = {
+        "groups": pa.Table.from_pylist(rows, schema=groups),
+        "memberships": pa.Table.from_pylist(places, schema=MEMBERSHIPS),
+    }
+    info = {
+        "users": 3,
+        "kept": 1,
+        "groups": 2,
+        "grouped_users": 2,
+        "ungrouped_users": 1,
+        "users_by_number_of_groups": {"1": 2},
+        "until": "",
+    }
+    put(run, "ugm", tables, info=info)
+    return run
+
+
+def test_diff_of_initial_against_final():
+    assert [(line.kind, line.text) for line in diff("keep\nold", "keep\nnew")] == [
+        ("same", "keep"),
+        ("old", "old"),
+        ("new", "new"),
+    ]
+    assert [line.kind for line in diff("only\nthis", None)] == ["same", "same"]
+    assert diff(None, None) == []
+
+
+def test_groups_with_a_profile_come_first_and_are_counted(run):
+    kept, dropped = view_groups(run.artifact("ugm"))
+    assert (kept.row["group_id"], kept.matched, kept.assigned) == ("g01", 2, 1)
+    assert kept.shown[0].matched is False, "refused members first"
+    assert dropped.row["dropped"] == "few_matched"
+
+
+def test_page_shows_the_change_and_escapes_what_models_and_users_wrote(run):
+    page = render(run)
+    assert '<p class="old">old</p>' in page
+    assert '<p class="new">new</p>' in page
+    assert "too few members matched" in page
+    assert EVIL not in page
+    assert "&lt;script&gt;" in page
+    assert run.fs.cat_file(write_page(run)).decode() == page
+
+
+def test_page_says_up_to_when_records_were_used(run):
+    ugm = run.artifact("ugm")
+    assert "up to the end of their histories" in " ".join(render(run).split())
+    tables = {name: ugm.table(name) for name in ("groups", "memberships")}
+    put(run, "ugm", tables, info={**ugm.manifest.info, "until": "2025-05-22T00:00"})
+    assert "before 2025-05-22T00:00." in " ".join(render(run).split())
+
+
+def test_a_run_without_groups_is_a_clear_error(tmp_path):
+    with pytest.raises(ArtifactError, match="ugm"):
+        render(Run(tmp_path / "none"))
