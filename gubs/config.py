@@ -59,7 +59,8 @@ def load_settings(preset: str = "tiny", overrides: Sequence[str] = ()) -> Settin
     """Resolves a preset and overrides into settings.
 
     Args:
-        preset: the name of a preset, or the path of a YAML file of the same form.
+        preset: the name of a preset, or the path of a YAML file of the same form. `base: tiny` in it names a preset
+            that it changes; without, it changes the defaults.
         overrides: `key=value` texts; `key` is a dotted name (`synthetic.noise.app_exit`) or, if no other setting ends
             in it, its last part (`app_exit`). Values are YAML. Later ones win.
 
@@ -156,7 +157,19 @@ def _read_preset(preset: str) -> JsonObject:
         raise SettingsError(f"preset {preset}: not valid YAML: {e}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"preset {preset}: must be a mapping of settings (`seed: 3`)")
-    return {"preset": preset, **values}
+    base = values.pop("base", None)
+    if base is not None and base not in names:
+        raise SettingsError(f"preset {preset}: base={base} is not one of {', '.join(names)}")
+    return _merged(_read_preset(base) if base else {}, {"preset": preset, **values})
+
+
+def _merged(values: JsonObject, changes: JsonObject) -> JsonObject:
+    """Nested values with changes: sections are merged, single values replaced."""
+    merged = dict(values)
+    for name, change in changes.items():
+        below = merged.get(name)
+        merged[name] = _merged(below, change) if isinstance(below, dict) and isinstance(change, dict) else change
+    return merged
 
 
 def _parse_override(text: str) -> tuple[str, object]:

@@ -92,3 +92,18 @@ def test_settings_are_frozen_and_described():
     described = {key: text for key, _, text in describe(s)}
     assert set(described) == set(keys(Settings))
     assert "paper" in described["filters.max_gap_s"]
+
+
+def test_a_file_may_change_a_preset(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: tiny\nugm: {groups: 4}\nllm: {budget: {money: 5}}\n")
+    changed, tiny = load_settings(str(file), ["seed=3"]), load_settings("tiny")
+    assert (changed.ugm.groups, changed.llm.budget.money, changed.seed) == (4, 5, 3)
+    assert changed.ugm.top == tiny.ugm.top, "the rest of a section stays"
+    assert changed.llm.roles == tiny.llm.roles
+    assert changed.preset == str(file)
+    file.write_text("ugm: {groups: 4}\n")
+    assert load_settings(str(file)).synthetic.users == Settings().synthetic.users, "without a base: the defaults"
+    file.write_text("base: nonsense\n")
+    with pytest.raises(SettingsError, match="base=nonsense is not one of paper, small, tiny"):
+        load_settings(str(file))
