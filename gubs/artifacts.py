@@ -259,7 +259,11 @@ class Artifact:
                 f"{self.uri} has no table {name!r} (it has: {', '.join(self.manifest.tables) or 'none'})"
             )
         with self.run.fs.open(self.run.path(self.stage, f"{name}.parquet"), "rb") as f:
-            return pq.read_table(f, columns=None if columns is None else list(columns))
+            # No thread of Arrow may hold a Python file: one that lets go of it while the interpreter ends aborts the
+            # process.
+            return pq.ParquetFile(f, pre_buffer=False).read(
+                columns=None if columns is None else list(columns), use_threads=False
+            )
 
 
 class ArtifactWriter:

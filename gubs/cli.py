@@ -314,7 +314,7 @@ def status(
         return
     for s in states:
         details = s.manifest.summary if s.manifest and s.status is stages.Status.CURRENT else ""
-        details = details or s.story or (f"`{s.stage.command}` makes it" if s.status is stages.Status.MISSING else "")
+        details = details or s.reason or (f"`{s.stage.command}` makes it" if s.status is stages.Status.MISSING else "")
         console.print_line(f"{s.stage.name:<16} {s.status:<8} {details}")
 
 

@@ -32,7 +32,7 @@ EVALUATION = "eval-"
 
 
 class StaleError(ArtifactError):
-    """A stage was made from something else than what there is now."""
+    """A stage was made from inputs, settings or prompts other than the current ones."""
 
 
 def _always(_: Settings) -> bool:
@@ -50,39 +50,39 @@ class Stage:
     command: str
     """What a person types to make it."""
     doing: str
-    """What happens, for the line that says that it begins."""
+    """What happens, for the line printed when it begins."""
     reads: tuple[str, ...] = ()
-    """Stages it is made from, as far as they are wanted; they are made first."""
+    """Stages it is made from, if the settings want them; they are made first."""
     needs: tuple[str, ...] = ()
     """Stages it is made from, whatever the settings say."""
     may_read: tuple[str, ...] = ()
-    """Stages it uses where they are there; never made for it."""
+    """Stages it uses if they exist; never made for it."""
     settings: tuple[str, ...] = ()
     """Settings that decide the content; `-ufm.grpo.trackers` takes one out again."""
     roles: tuple[str, ...] = ()
-    """Roles of language models that are asked: model and parameters decide the content, not the endpoint's name."""
+    """Language-model roles it asks: their model and parameters decide the content, the endpoint's name does not."""
     prompts: tuple[str, ...] = ()
-    """Templates that are filled."""
+    """Prompt templates it fills."""
     outside: tuple[tuple[str, str], ...] = ()
-    """(name, function of the settings in `sections`) for what lies outside the run; gives its identity."""
+    """(name, function of the `sections`) per input outside the run; the function returns its identity."""
     sections: tuple[str, ...] = ()
-    """Sections of the settings that the maker is given, each under the last part of its name."""
+    """Settings sections that its functions get, each under the last part of its name."""
     wanted: Callable[[Settings], bool] = _always
     """Whether stages that read it need it, under the settings."""
     asks: Callable[[Settings], bool] = _always
     """Whether `roles` and `prompts` count, under the settings."""
     preflight: str = ""
-    """Looks, before anything is made, at all that needs no data; gets the sections."""
+    """Checks what needs no data, before anything is made; gets the sections."""
     ray: bool = True
-    """Its maker needs Ray."""
+    """Whether its maker needs Ray."""
     page: str = ""
-    """Writes the page that shows it; gets the run, returns the page's place."""
+    """Writes its page; gets the run, returns the page's path."""
     resumable: bool = False
-    """A killed attempt is continued by the next."""
+    """Whether the next attempt resumes a killed one."""
     version: int = 1
-    """To be raised when the maker gives something else for the same recipe."""
+    """Raise it when the maker's result changes for the same recipe."""
     kind: str = ""
-    """Name in the registry, where the stage has a name of its own."""
+    """Name in the registry, for a stage under another name (`named`)."""
 
 
 def _simulated(s: Settings) -> bool:
@@ -293,7 +293,7 @@ STAGES: tuple[Stage, ...] = (
 
 
 class Status(StrEnum):
-    """How a stage stands."""
+    """Whether a stage can be used."""
 
     CURRENT = "current"
     STALE = "stale"
@@ -302,16 +302,16 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class State:
-    """A stage and how it stands."""
+    """A stage and its status in a run."""
 
     stage: Stage
     status: Status
     changes: tuple[str, ...] = ()
-    """What is different now, where it is stale."""
+    """What is different now, if it is stale."""
     manifest: Manifest | None = None
 
     @property
-    def story(self) -> str:
+    def reason(self) -> str:
         """What changed, in words."""
         return in_words(self.changes)
 
@@ -332,14 +332,14 @@ def main_targets(settings: Settings, name: str = GRPO) -> tuple[str, ...]:
 
 
 def stage(name: str, settings: Settings, run: Run | None = None) -> Stage:
-    """The stage of a name. A training may have a name of its own, which its artifact in `run` tells.
+    """The stage of a name; a training under another name is recognised by its artifact in `run`.
 
     Raises:
         SettingsError: there is no such stage.
     """
-    found = [s for s in STAGES if s.name == name]
-    if found:
-        return next((s for s in found if s.wanted(settings)), found[0])
+    namesakes = [s for s in STAGES if s.name == name]
+    if namesakes:
+        return next((s for s in namesakes if s.wanted(settings)), namesakes[0])
     if name.startswith(EVALUATION):
         return _evaluation(name.removeprefix(EVALUATION), settings)
     if run and run.has(name):
@@ -348,30 +348,30 @@ def stage(name: str, settings: Settings, run: Run | None = None) -> Stage:
 
 
 def named(kind: str, name: str, settings: Settings) -> Stage:
-    """A stage of the registry under a name of its own: trainings of several settings can stand side by side."""
-    made = stage(kind, settings)
-    command = f"{made.command} --name {name}" if name != kind else made.command
-    return dataclasses.replace(made, name=name, kind=kind, command=command)
+    """A stage under another name, so that trainings with different settings can share a run."""
+    node = stage(kind, settings)
+    command = f"{node.command} --name {name}" if name != kind else node.command
+    return dataclasses.replace(node, name=name, kind=kind, command=command)
 
 
 def _evaluation(policy: str, settings: Settings) -> Stage:
-    """The evaluation of a policy. A trained one is given as a version: its training's settings are its own affair."""
-    made = dataclasses.replace(stage("eval", settings), name=f"{EVALUATION}{policy}", kind="eval")
-    made = dataclasses.replace(made, command=f"{made.command} {policy}")
-    return made if policy == BASE else dataclasses.replace(made, needs=(policy,), outside=())
+    """The evaluation of a policy. A trained policy is an input; only the base model comes from outside the run."""
+    node = stage("eval", settings)
+    node = dataclasses.replace(node, name=f"{EVALUATION}{policy}", kind="eval", command=f"{node.command} {policy}")
+    return node if policy == BASE else dataclasses.replace(node, needs=(policy,), outside=())
 
 
 class Graph:
-    """The stages behind some targets, in order, and how they stand."""
+    """Target stages and all that they are made from, in order."""
 
     def __init__(self, targets: Iterable[str | Stage], run: Run, settings: Settings, *, as_made: Iterable[str] = ()):
-        """Resolves the graph; nothing is read yet.
+        """Resolves the graph; reads no artifact yet.
 
         Args:
-            targets: stages that are wanted, whatever the settings say; order matters where the graph leaves it open.
-            run: where.
+            targets: stages to make, whether the settings want them or not; among independent ones, this order holds.
+            run: the run that holds them.
             settings: all settings.
-            as_made: policies that are taken as they were trained, whatever the settings say about their training.
+            as_made: policies to take as they are, even if the settings would train them differently now.
         """
         self.run, self.settings, self.as_made = run, settings, frozenset(as_made)
         self.stages: dict[str, Stage] = {}
@@ -393,61 +393,61 @@ class Graph:
         return self.stages.get(name) or stage(name, self.settings, self.run)
 
     def inputs(self, node: Stage) -> list[str]:
-        """Stages that one is made from: `needs`, those of `reads` that are wanted, those of `may_read` that exist."""
-        wanted = [n for n in node.reads if self._stage(n).wanted(self.settings)]
-        there = [n for n in node.may_read if self.run.has(n) and self._stage(n).wanted(self.settings)]
-        return [*node.needs, *wanted, *there]
+        """Stages that one is made from: `needs`, wanted `reads`, and wanted `may_read` that exist."""
+        reads = [n for n in node.reads if self._stage(n).wanted(self.settings)]
+        optional = [n for n in node.may_read if self.run.has(n) and self._stage(n).wanted(self.settings)]
+        return [*node.needs, *reads, *optional]
 
-    def recipe(self, node: Stage) -> Recipe:
+    def recipe(self, node: Stage, before: Recipe | None = None) -> Recipe:
         """What decides the stage's content now.
 
+        Args:
+            node: the stage.
+            before: an earlier recipe; what cannot be read now counts as unchanged since then.
+
         Raises:
-            MissingArtifactError: an input is not there.
+            MissingArtifactError: an input is missing, and there is no earlier recipe.
+            InputError: an input outside the run cannot be read, and there is no earlier recipe.
         """
         return Recipe(
-            inputs={n: self.run.artifact(n).content for n in self.inputs(node)},
+            inputs={n: self._content(n, before) for n in self.inputs(node)},
             settings=settings_of(node, self.settings),
             prompts=prompts.hashes(node.prompts) if node.asks(self.settings) else {},
-            outside={n: _load(f)(**sections_of(node, self.settings)) for n, f in node.outside},
+            outside={n: self._outside(node, n, function, before) for n, function in node.outside},
             version=node.version,
         )
 
+    def _content(self, name: str, before: Recipe | None) -> str:
+        if before and not self.run.has(name):
+            return before.inputs.get(name, "")
+        return self.run.artifact(name).content
+
+    def _outside(self, node: Stage, name: str, function: str, before: Recipe | None) -> str:
+        try:
+            return str(_load(function)(**sections_of(node, self.settings)))
+        except InputError as e:
+            if not before:
+                raise
+            say(f"[{node.name}] kept as it was read: {e}")
+            return before.outside.get(name, "")
+
     def state(self, name: str) -> State:
-        """How a stage stands. An input that is missing, or stale itself, says nothing yet about the stage."""
+        """The status of a stage. Whether its inputs are stale themselves does not count here."""
         node = self.stages[name]
         if not self.run.has(name):
             return State(node, Status.MISSING)
         manifest = self.run.artifact(name).manifest
-        changes = self._changes(node, manifest)
+        changes = self._changes(node, manifest.recipe)
         return State(node, Status.STALE if changes else Status.CURRENT, tuple(changes), manifest)
 
-    def _changes(self, node: Stage, manifest: Manifest) -> list[str]:
-        before = manifest.recipe
-        if node.name in self.as_made or not node.make:
-            return [
-                f"made from another {n}"
-                for n, content in before.inputs.items()
-                if not self.run.has(n) or self.run.artifact(n).content != content
-            ]
-        inputs = self.inputs(node)
-        there = [n for n in inputs if self.run.has(n)]
-        now = Recipe(
-            inputs={n: self.run.artifact(n).content for n in there}
-            | {n: before.inputs.get(n, "") for n in inputs if n not in there},
-            settings=settings_of(node, self.settings),
-            prompts=prompts.hashes(node.prompts) if node.asks(self.settings) else {},
-            outside={n: self._outside(node, n, f, before) for n, f in node.outside},
-            version=node.version,
-        )
-        return before.changes(now)
-
-    def _outside(self, node: Stage, name: str, function: str, before: Recipe) -> str:
-        """Identity of what lies outside; where that cannot be reached any more, what it was when it was read."""
-        try:
-            return str(_load(function)(**sections_of(node, self.settings)))
-        except InputError as e:
-            say(f"[{node.name}] kept as it was read: {e}")
-            return before.outside.get(name, "")
+    def _changes(self, node: Stage, before: Recipe) -> list[str]:
+        if node.name not in self.as_made and node.make:
+            return before.changes(self.recipe(node, before))
+        return [
+            f"made from another {n}"
+            for n, content in before.inputs.items()
+            if not self.run.has(n) or self.run.artifact(n).content != content
+        ]
 
 
 def make(
@@ -458,17 +458,17 @@ def make(
     force: bool = False,
     as_made: Iterable[str] = (),
 ) -> None:
-    """Makes the targets and what they need, line by line on stderr.
+    """Makes the targets and what they need; reports one line per step on stderr.
 
     Args:
-        targets: names of stages, or stages with a name of their own (`named`).
-        run: where.
+        targets: names of stages, or stages under another name (`named`).
+        run: the run that holds them.
         settings: all settings.
-        force: make the targets again, current or not, and every stage on the way to them that is stale.
+        force: remake the targets, even if they are current, and every stale stage that they need.
         as_made: see `Graph`.
 
     Raises:
-        StaleError: a stage was made from something else, and `force` is not given; nothing was made after it.
+        StaleError: a stage is stale, and `force` is not set; no stage after it was made.
         GubsError: whatever a maker raises.
     """
     graph = Graph(targets := list(targets), run, settings, as_made=as_made)
@@ -480,7 +480,7 @@ def make(
     states = [graph.state(name) for name in graph.order]
     for state in states:
         if state.stage.name in graph.as_made and state.status is Status.MISSING:
-            run.artifact(state.stage.name)  # says that it is missing
+            run.artifact(state.stage.name)  # raises: it is missing
         if not forced(state):
             _refuse_stale(state, run)
     with ExitStack() as stack:
@@ -500,10 +500,12 @@ def make(
 def make_stage(
     node: Stage | str, run: Run, settings: Settings, *, force: bool = False, graph: Graph | None = None
 ) -> Artifact:
-    """Makes one stage from what is there, without a look at how its inputs stand.
+    """Makes one stage from its inputs as they are, stale or not.
 
     Raises:
-        MissingArtifactError: an input is not there. GubsError: whatever the maker raises.
+        ArtifactError: people make this stage.
+        MissingArtifactError: an input is missing.
+        GubsError: whatever the maker raises.
     """
     chosen = stage(node, settings, run) if isinstance(node, str) else node
     if not chosen.make:
@@ -527,24 +529,24 @@ def make_stage(
 
 
 def states(run: Run, settings: Settings | None = None) -> Iterator[State]:
-    """How every stage of a run stands, in order, those of the main job that are missing included.
+    """The status of every stage of a run, in order, and of those that the main job still lacks.
 
-    Without settings, each stage is held against those that it was made with: only its inputs and prompts can differ.
+    Without settings, each stage is compared with its own settings: only inputs and prompts can differ.
     """
-    own = settings or _latest_settings(run) or Settings()
-    there = [n for n in run.stages() if n not in {s.name for s in STAGES}]
-    targets = [*main_targets(own), *(n for n in run.stages() if any(s.name == n for s in STAGES)), *there]
-    graph = Graph(dict.fromkeys(targets), run, own, as_made=[n for n in there if not n.startswith(EVALUATION)])
+    base = settings or _latest_settings(run) or Settings()
+    registered = {s.name for s in STAGES}
+    existing = sorted(run.stages(), key=lambda n: n not in registered)
+    trainings = [n for n in existing if n not in registered and not n.startswith(EVALUATION)]
+    graph = Graph(dict.fromkeys([*main_targets(base), *existing]), run, base, as_made=trainings)
     stale: set[str] = set()
     for name in graph.order:
         state = graph.state(name)
         if settings is None and state.manifest:
-            state = Graph([graph.stages[name]], run, _settings_of(state.manifest, own), as_made=graph.as_made).state(
-                name
-            )
-        under = [n for n in graph.inputs(state.stage) if n in stale]
-        if state.status is Status.CURRENT and under:
-            changes = tuple(f"stands on {n}, which is stale" for n in under)
+            own = _settings_of(state.manifest, base)
+            state = Graph([graph.stages[name]], run, own, as_made=trainings).state(name)
+        stale_inputs = [n for n in graph.inputs(state.stage) if n in stale]
+        if state.status is Status.CURRENT and stale_inputs:
+            changes = tuple(f"made from {n}, which is stale" for n in stale_inputs)
             state = dataclasses.replace(state, status=Status.STALE, changes=changes)
         if state.status is Status.STALE:
             stale.add(name)
@@ -571,7 +573,7 @@ def settings_of(node: Stage, settings: Settings) -> dict[str, Any]:
 
 
 def sections_of(node: Stage, settings: Settings) -> dict[str, Any]:
-    """What the stage's functions are given, by name."""
+    """The arguments of the stage's functions, by name."""
     return {path.rsplit(".", 1)[-1]: value_at(settings, path) for path in node.sections}
 
 
@@ -605,19 +607,19 @@ def _latest_settings(run: Run) -> Settings | None:
 def _settings_of(manifest: Manifest, otherwise: Settings) -> Settings:
     try:
         return Settings(**manifest.settings)
-    except ValueError:  # written when other settings existed
+    except ValueError:  # an older version wrote them
         return otherwise
 
 
 def _refuse_stale(state: State, run: Run) -> None:
     if state.status is Status.STALE:
         node = state.stage
-        remedy = f"`{node.command} --force` makes it again" if node.make else "move it away"
-        raise StaleError(f"{run.full(node.name)} is stale: {state.story}. {remedy}; or use another --run")
+        remedy = f"`{node.command} --force` remakes it" if node.make else "move it away"
+        raise StaleError(f"{run.full(node.name)} is stale: {state.reason}. {remedy}; or use another --run")
 
 
 def _preflight(unmade: Sequence[Stage], run: Run, settings: Settings, stack: ExitStack) -> None:
-    """Refuses, before anything is made or paid for, what can be refused without data."""
+    """Refuses what can be refused without data, before anything is made or paid for."""
     checks = [s for s in unmade if s.preflight]
     if checks:
         _check_folder(run)
@@ -627,11 +629,6 @@ def _preflight(unmade: Sequence[Stage], run: Run, settings: Settings, stack: Exi
 
 
 def _check_folder(run: Run) -> None:
-    """Refuses a training at a URI before anything is made for it.
-
-    Raises:
-        SettingsError: the run is not at a path.
-    """
     if "://" in run.uri and not run.uri.startswith("file://"):
         raise SettingsError(f"--run {run.uri}: training needs a path that all workers see, not a URI")
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 
 import pyarrow as pa
 import pytest
@@ -51,6 +52,24 @@ def test_round_trip_with_manifest(run):
     assert m.code_version.startswith("0.")
     assert run.stages() == ["raw"]
     assert names(run, run.root) == ["raw"], "no temporary folder remains"
+
+
+def test_tables_are_read_by_the_calling_thread_alone(run, monkeypatch):
+    """A thread of Arrow that still holds a Python file while the interpreter ends aborts the process (exit 134)."""
+    rows = 200_000
+    artifact = write(run, table=pa.table({c: range(rows) for c in "abcdef"}))
+    readers = set()
+    unpatched = run.fs.open
+
+    def watched(*args, **kwargs):
+        file = unpatched(*args, **kwargs)
+        read = file.read
+        monkeypatch.setattr(file, "read", lambda *a: (readers.add(threading.get_ident()), read(*a))[1], raising=False)
+        return file
+
+    monkeypatch.setattr(run.fs, "open", watched)
+    assert artifact.table("t").num_rows == rows
+    assert readers == {threading.get_ident()}
 
 
 def test_a_stage_may_be_a_link_to_a_stage_of_another_run(tmp_path):

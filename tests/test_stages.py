@@ -116,7 +116,7 @@ def test_groups_of_other_users_are_never_used(data):
     assert before & set(splits["user_id"].to_pylist()), "the case is worth a test: some of them are test users now"
     with pytest.raises(StaleError, match="ugm is stale: made from another ifvr") as refused:
         make(stages.main_targets(changed), data, changed)
-    assert "`gubs ugm --force` makes it again" in str(refused.value)
+    assert "`gubs ugm --force` remakes it" in str(refused.value)
     assert not data.has("sft"), "nothing is made on the way to something that is refused"
 
 
@@ -156,7 +156,7 @@ def test_a_changed_prompt_makes_stale(data, monkeypatch):
     monkeypatch.setattr(prompts, "hashes", lambda names: dict.fromkeys(names, "other"))
     state = Graph(["ugm"], data, settings("teachers.profiles=false")).state("ugm")
     assert state.status is Status.STALE
-    assert "the prompt ugm/match changed" in state.story
+    assert "the prompt ugm/match changed" in state.reason
 
 
 def test_a_model_by_another_name_is_the_same_model(data):
@@ -237,27 +237,27 @@ def test_policies_are_judged_as_they_were_trained(data):
 
 def test_status_tells_how_every_stage_stands(data):
     put(data, "sft", {"examples": pa.table({"x": [1]})}, settings=settings(), inputs=["ifvr"])
-    found = {s.stage.name: s for s in states(data)}
-    assert [found[n].status for n in DATA] == [Status.CURRENT] * 3
-    assert found["grpo"].status is Status.MISSING
+    state_of = {s.stage.name: s for s in states(data)}
+    assert [state_of[n].status for n in DATA] == [Status.CURRENT] * 3
+    assert state_of["grpo"].status is Status.MISSING
     make(["raw", "truth", "ifvr"], data, settings("seed=5"), force=True)
     data.fs.rm(data.path("raw"), recursive=True)
     make_stage("raw", data, settings("seed=6"))
-    found = {s.stage.name: s for s in states(data)}
-    assert found["raw"].status is Status.CURRENT, "held against its own settings"
-    assert (found["ifvr"].status, found["ifvr"].story) == (Status.STALE, "made from another raw")
-    assert found["sft"].status is Status.STALE
+    state_of = {s.stage.name: s for s in states(data)}
+    assert state_of["raw"].status is Status.CURRENT, "held against its own settings"
+    assert (state_of["ifvr"].status, state_of["ifvr"].reason) == (Status.STALE, "made from another raw")
+    assert state_of["sft"].status is Status.STALE
     against = {s.stage.name: s for s in states(data, settings("seed=7"))}
-    assert against["raw"].story == "seed=6, now 7"
+    assert against["raw"].reason == "seed=6, now 7"
     assert against["truth"].status is Status.STALE
     assert {s.stage.name for s in states(Run("memory://nothing"))} >= {"raw", "grpo"}
 
 
 def test_what_stands_on_something_stale_is_stale(data):
     put(data, "sft", {"examples": pa.table({"x": [1]})}, settings=settings("teachers.profiles=false"), inputs=["ifvr"])
-    found = {s.stage.name: s for s in states(data, settings("teachers.profiles=false", "splits.test_users=9"))}
-    assert found["ifvr"].status is Status.STALE
-    assert "stands on ifvr, which is stale" in found["sft"].story or found["sft"].status is Status.STALE
+    state_of = {s.stage.name: s for s in states(data, settings("teachers.profiles=false", "splits.test_users=9"))}
+    assert state_of["ifvr"].status is Status.STALE
+    assert "made from ifvr, which is stale" in state_of["sft"].reason or state_of["sft"].status is Status.STALE
 
 
 def test_commands():

@@ -172,7 +172,7 @@ class FrameStore:
         return self.fs.ls(self.folder, detail=True) if self.fs.exists(self.folder) else []
 
     def _places(self, part: str) -> list[tuple[str, Place]]:
-        table = self._read(part, lambda f: f.read(["content_hash", "verdict"]))
+        table = self._read(part, lambda f: f.read(["content_hash", "verdict"], use_threads=False))
         pairs = zip(table["content_hash"].to_pylist(), table["verdict"].to_pylist(), strict=True)
         return [(h, Place(part, row, Verdict(v))) for row, (h, v) in enumerate(pairs)]
 
@@ -180,13 +180,13 @@ class FrameStore:
         groups = sorted({r // _ROWS_PER_GROUP for r in rows})
         first = {g: i * _ROWS_PER_GROUP for i, g in enumerate(groups)}  # all groups but a part's last are full
         positions = [first[r // _ROWS_PER_GROUP] + r % _ROWS_PER_GROUP for r in rows]
-        table = self._read(part, lambda f: f.read_row_groups(groups, list(columns)))
+        table = self._read(part, lambda f: f.read_row_groups(groups, list(columns), use_threads=False))
         return table.take(pa.array(positions, pa.int64())).replace_schema_metadata()
 
     def _read(self, part: str, read: Callable[[pq.ParquetFile], pa.Table]) -> pa.Table:
         path = self._path(part)
         try:
-            with self.fs.open(path, "rb") as f, pq.ParquetFile(f) as parquet:
+            with self.fs.open(path, "rb") as f, pq.ParquetFile(f) as parquet:  # no threads: see Artifact.table
                 return read(parquet)
         except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as e:
             raise ArtifactError(f"{path} cannot be read ({e}): remove it, and its videos will be decoded again") from e

@@ -76,7 +76,7 @@ def test_the_main_job_makes_what_is_missing_trains_judges_and_shows(tmp_path):
     assert "Sequential task, natural mix" in said
     refused = _alone("train_grpo", run, env, "ufm.grpo.beta=0.5")
     assert refused.returncode == 4, refused.stderr[-3000:]
-    for part in ("grpo is stale: ufm.grpo.beta=0.04, now 0.5", "`gubs grpo --force` makes it again", "another --run"):
+    for part in ("grpo is stale: ufm.grpo.beta=0.04, now 0.5", "`gubs grpo --force` remakes it", "another --run"):
         assert part in refused.stderr
     assert {name: run.artifact(name).manifest.created for name in run.stages()} == kept
 

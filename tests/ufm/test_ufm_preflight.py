@@ -85,7 +85,7 @@ def test_a_policy_of_another_model_is_not_trained_on(fine_tuned, tiny, tmp_path,
         copied = shutil.copytree(tiny, tmp_path / "q")
         (copied / "model.safetensors").write_bytes(b"other weights")
         override += str(copied)
-    with pytest.raises(StaleError, match=r"sft_model is stale: another model. `gubs sft --force` makes it again"):
+    with pytest.raises(StaleError, match=r"sft_model is stale: another model. `gubs sft --force` remakes it"):
         make(["grpo"], fine_tuned, small_settings(override, "ufm.grpo.groups=false"))
     assert not fine_tuned.has("grpo")
 
