@@ -1,8 +1,8 @@
-"""How much memory a training takes: the sum is made from a checkpoint's config.json, before anything is loaded.
+"""How much memory a training takes, estimated from a checkpoint's config.json before anything is loaded.
 
 A GPU holds, of one worker: the weights; its ZeRO-2 shard (float32 masters, Adam's two moments, gradients); what a phase
-needs on top. The rollout engine takes its share while it is awake. The reference waits on the host and comes to the GPU
-for its phase. Activations are an estimate: the largest micro-batch, recomputed layer by layer.
+needs on top. The rollout engine takes its share while it is awake. The reference waits on the host and moves to the GPU
+for its phase. Activations are those of the largest micro-batch, recomputed layer by layer.
 """
 
 from collections.abc import Mapping
@@ -26,14 +26,14 @@ QWEN2_5_VL_7B: Mapping[str, Any] = {
     "tie_word_embeddings": False,
     "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
 }
-"""What the config.json of Qwen2.5-VL-7B says, as far as memory goes."""
+"""Those values of Qwen2.5-VL-7B's config.json that decide its memory."""
 
 _CONTEXT = 1 * GIB
 """CUDA context, kernels, NCCL buffers and fragments of one process."""
 _LOGPROB_CHUNKS = 64 * 2**20
 """See `loss.token_logprobs`."""
 _ENGINE_ROOM = 1 * GIB
-"""What vLLM needs beside weights and cache: activations of a prefill, CUDA graphs."""
+"""What vLLM needs besides weights and cache: activations of a prefill, CUDA graphs."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Architecture:
     vision_intermediate: int
     vision_layers: int
     patch: int
-    """Pixels of a patch's side."""
+    """Side of a patch, in pixels."""
     merge: int
-    """Patches of a token's side."""
+    """Side of a token, in patches."""
     temporal: int
-    """Frames of a patch."""
+    """Frames per patch."""
     channels: int
 
     @classmethod
@@ -82,7 +82,7 @@ class Architecture:
 
     @property
     def kv_width(self) -> int:
-        """Width of all keys (or all values) of a layer."""
+        """Width of a layer's keys (or values), all heads together."""
         return self.kv_heads * (self.hidden // self.heads)
 
     @property
@@ -104,11 +104,11 @@ class Architecture:
 
     @property
     def parameters(self) -> int:
-        """All of them."""
+        """Text and vision."""
         return self.text_parameters + self.vision_parameters
 
     def kv_bytes(self, width: int) -> int:
-        """Bytes of the key-value cache a token, for values of `width` bytes."""
+        """Bytes of key-value cache per token, for values of `width` bytes."""
         return 2 * self.layers * self.kv_width * width
 
 
@@ -117,7 +117,7 @@ class Load:
     """What one worker computes at a time, at most."""
 
     sequences: int
-    """Answers (SFT: examples) a step."""
+    """Answers (SFT: examples) per step."""
     clips: int
     """Different videos among them."""
     longest: int
@@ -127,20 +127,20 @@ class Load:
     micro_tokens: int
     """Tokens of a micro-batch."""
     patches: int
-    """Patches of one video; 0 = no pictures."""
+    """Patches per video; 0 = no pictures."""
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch: as set, at least the longest sequence, at most all there are."""
+        """Per micro-batch: the setting, but at least the longest sequence and at most all sequences."""
         return min(max(self.micro_tokens, self.longest), self.sequences * self.longest)
 
     @property
     def answer_tokens(self) -> int:
-        """Of a micro-batch."""
+        """Per micro-batch."""
         return min(self.sequences * self.answer, self.tokens)
 
     def micro_patches(self, merge: int) -> int:
-        """Patches of a micro-batch; each clip is seen once, and its tokens have to fit."""
+        """Patches per micro-batch; each clip is encoded once, and its tokens have to fit."""
         if not self.patches:
             return 0
         return self.patches * min(self.clips, max(1, self.tokens // (self.patches // merge**2)))
@@ -148,7 +148,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Phase:
-    """A moment of the training and everything that is on the GPU then, in bytes by name."""
+    """A phase of the training and everything on the GPU during it, in bytes by name."""
 
     name: str
     parts: Mapping[str, float]
@@ -161,16 +161,16 @@ class Phase:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The sum for one worker's GPU."""
+    """The memory of one worker."""
 
     title: str
     architecture: Architecture
     workers: int
     gpu: float
-    """Bytes that the GPU has."""
+    """Memory of the GPU, in bytes."""
     phases: tuple[Phase, ...]
     host: Mapping[str, float]
-    """What the worker keeps in the machine's memory, bytes by name."""
+    """Bytes by name that the worker keeps in host memory."""
     problems: tuple[str, ...]
     """Why it cannot run; empty = it fits."""
     notes: tuple[str, ...] = ()
@@ -181,18 +181,18 @@ class MemoryPlan:
         return max(self.phases, key=lambda p: p.total)
 
     def lines(self) -> list[str]:
-        """The sum in words."""
+        """The plan as text."""
         a = self.architecture
-        found = [
+        lines = [
             f"{self.title}: {a.parameters / 1e9:.3g} B parameters ({a.text_parameters / 1e9:.3g} B text, "
-            f"{a.vision_parameters / 1e9:.3g} B vision), {self.workers} worker(s), {self.gpu / GIB:.1f} GiB a GPU"
+            f"{a.vision_parameters / 1e9:.3g} B vision), {self.workers} worker(s), {self.gpu / GIB:.1f} GiB per GPU"
         ]
         for phase in self.phases:
             parts = " + ".join(f"{name} {_size(size)}" for name, size in phase.parts.items())
-            found.append(f"  {phase.name:<10} {_size(phase.total):>9} = {parts}")
+            lines.append(f"  {phase.name:<10} {_size(phase.total):>9} = {parts}")
         host = " + ".join(f"{name} {_size(size)}" for name, size in self.host.items())
-        found += [f"  {'host':<10} {_size(sum(self.host.values())):>9} = {host}"] if host else []
-        return [*found, *(f"  note: {n}" for n in self.notes), *(f"  DOES NOT FIT: {p}" for p in self.problems)]
+        lines += [f"  {'host':<10} {_size(sum(self.host.values())):>9} = {host}"] if host else []
+        return [*lines, *(f"  note: {n}" for n in self.notes), *(f"  DOES NOT FIT: {p}" for p in self.problems)]
 
     def to_json(self) -> dict[str, Any]:
         """For scripts: bytes by phase and part."""
@@ -209,12 +209,12 @@ class MemoryPlan:
 
 
 def plans(ufm: UFMSettings, frames: FrameSettings, gpu_gib: float) -> list[MemoryPlan]:
-    """The sums of both trainings, by the settings alone."""
+    """The plans of both trainings, from the settings alone."""
     return [make(ufm, config_of(ufm), frames, gpu_gib * GIB) for make in (plan_sft, plan_grpo)]
 
 
 def plan_sft(ufm: UFMSettings, config: Mapping[str, Any], frames: FrameSettings, gpu: float) -> MemoryPlan:
-    """The sum for SFT; arguments as `plan_grpo`."""
+    """The plan of SFT; arguments as in `plan_grpo`."""
     a, per = Architecture.of(config), ufm.sft.batch // ufm.workers.count or 1
     load = _load(ufm, a, frames, per, per, ufm.sft.micro_tokens)
     phases = (_backward(ufm, a, load, {}), _optimizer(ufm, a, {}))
@@ -222,13 +222,13 @@ def plan_sft(ufm: UFMSettings, config: Mapping[str, Any], frames: FrameSettings,
 
 
 def plan_grpo(ufm: UFMSettings, config: Mapping[str, Any], frames: FrameSettings, gpu: float) -> MemoryPlan:
-    """The sum for GA-GRPO.
+    """The plan of GA-GRPO.
 
     Args:
         ufm: settings.
         config: the checkpoint's config.json.
         frames: how many frames a video has, and how large they are at most.
-        gpu: bytes of a GPU.
+        gpu: memory of a GPU, in bytes.
     """
     a, width = Architecture.of(config), _width(ufm)
     records = ufm.grpo.prompts // ufm.workers.count
@@ -255,17 +255,17 @@ class Machine:
     """A machine with GPUs."""
 
     gpu: float
-    """Bytes of one of its GPUs."""
+    """Memory of one GPU, in bytes."""
     gpus: int
     host: float
-    """Bytes of its own memory."""
+    """Host memory, in bytes."""
 
 
 def check(plan: MemoryPlan, machine: Machine) -> None:
-    """Refuses what cannot fit, the GPUs or the memory of the machine they are in.
+    """Refuses what does not fit the GPUs or the memory of their host.
 
     Raises:
-        PlatformError: with the whole sum.
+        PlatformError: it does not fit; the message holds the whole plan.
     """
     workers = min(plan.workers, machine.gpus)
     host = workers * sum(plan.host.values())
@@ -288,12 +288,12 @@ def config_of(ufm: UFMSettings, folder: str | Path = "") -> Mapping[str, Any]:
     if not folder and not ufm.model.path and ufm.model.size == "7b":
         return QWEN2_5_VL_7B
     untaught = ufm.model.model_copy(update={"lessons": 0})
-    found: dict[str, Any] = json.loads((Path(folder or checkpoint(untaught)) / "config.json").read_text())
-    return found
+    config: dict[str, Any] = json.loads((Path(folder or checkpoint(untaught)) / "config.json").read_text())
+    return config
 
 
 def gpu_machine() -> Machine:
-    """One of the cluster's machines with GPUs, asked itself.
+    """A machine of the cluster that has GPUs, as it reports itself.
 
     Raises:
         PlatformError: no GPU answers within a minute.
@@ -305,17 +305,17 @@ def gpu_machine() -> Machine:
         import psutil
         import torch
 
-        mine = ray.get_runtime_context().get_node_id()
-        (node,) = (n for n in ray.nodes() if n["NodeID"] == mine)
+        node_id = ray.get_runtime_context().get_node_id()
+        (node,) = (n for n in ray.nodes() if n["NodeID"] == node_id)
         gpu = float(torch.cuda.get_device_properties(0).total_memory)
         return Machine(gpu, int(node["Resources"].get("GPU", 1)), float(psutil.virtual_memory().total))
 
     remote: Any = ray.remote(ask)
     try:
-        found: Machine = ray.get(remote.options(num_gpus=1, num_cpus=0).remote(), timeout=60)
+        machine: Machine = ray.get(remote.options(num_gpus=1, num_cpus=0).remote(), timeout=60)
     except (GetTimeoutError, RayError) as e:
-        raise PlatformError(f"no GPU of the cluster tells its memory: {str(e).strip()[-300:]}") from None
-    return found
+        raise PlatformError(f"no GPU of the cluster reports its memory: {str(e).strip()[-300:]}") from None
+    return machine
 
 
 def _load(
@@ -327,7 +327,7 @@ def _load(
 
 
 def _resident(ufm: UFMSettings, a: Architecture) -> dict[str, float]:
-    """What the trainer keeps on the GPU all the time."""
+    """What the trainer keeps on the GPU in every phase."""
     return {
         "weights": float(a.parameters * _width(ufm)),
         "masters, Adam": 12.0 * a.parameters / ufm.workers.count,
@@ -348,7 +348,7 @@ def _backward(ufm: UFMSettings, a: Architecture, load: Load, engine: Mapping[str
 
 
 def _optimizer(ufm: UFMSettings, a: Architecture, engine: Mapping[str, float]) -> Phase:
-    """The step itself: gradients once more in float32, and one temporary of Adam's of that size."""
+    """The optimizer's step: gradients once more in float32, and one temporary of Adam of that size."""
     shard = a.parameters / ufm.workers.count
     parts = {"gradients": shard * _width(ufm), "gradients, float32": 4.0 * shard, "Adam's temporary": 4.0 * shard}
     return Phase("optimizer", {**_resident(ufm, a), **parts, **engine})
@@ -395,11 +395,11 @@ def _engine(ufm: UFMSettings, a: Architecture, load: Load, share: float) -> tupl
     weights, token = a.parameters * width, a.kv_bytes(width)
     flight = min(load.sequences, ufm.rollout.max_num_seqs) * load.longest
     room = share - weights - _ENGINE_ROOM
-    said = f"the engine's share {_size(share)} - weights {_size(weights)} - {_size(_ENGINE_ROOM)} of its own"
+    left = f"the engine's share {_size(share)} - weights {_size(weights)} - {_size(_ENGINE_ROOM)} of its own"
     if room < load.longest * token:
         need = f"one answer needs {_size(load.longest * token)} ({load.longest:,} tokens x {token / 1000:.3g} KB)"
-        return [f"{said} leaves {_size(max(0.0, room))} of cache, {need}: raise ufm.rollout.gpu_memory"], ()
-    note = f"{said} leaves {_size(room)} = {room / token:,.0f} tokens of cache at {token / 1000:.3g} KB"
+        return [f"{left} leaves {_size(max(0.0, room))} of cache, {need}: raise ufm.rollout.gpu_memory"], ()
+    note = f"{left} leaves {_size(room)} = {room / token:,.0f} tokens of cache at {token / 1000:.3g} KB"
     return [], (f"{note}; at most {flight:,} are in flight" + ("" if flight * token <= room else ": written in turns"),)
 
 
