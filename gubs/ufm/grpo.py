@@ -103,8 +103,8 @@ class GRPOWorker(TrainWorker):
             of_these_weights(responses, self.engine.sync)
             reuse = self.engine.reuse()
         with self.phases("reward"):
-            found = assign_rewards(plan.samples, responses, self.inputs.text, self.grpo)
-            figures = answer_figures(reduce_sums(answer_sums(plan, found), self.device))
+            result = assign_rewards(plan.samples, responses, self.inputs.text, self.grpo)
+            figures = answer_figures(reduce_sums(answer_sums(plan, result), self.device))
         self.monitor.samples(step, [s.to_json() for s in shown(plan, self.grpo.samples_every)])
         return figures | _shares(reduce_sums(reuse, self.device))
 
@@ -123,8 +123,8 @@ class GRPOWorker(TrainWorker):
         if self.reference is None:
             return batches, [None] * len(batches)
         with self.reference as reference, torch.no_grad():
-            found = [logprobs(reference, b.to(self.device), vision=self.vision) for b, _ in batches]
-        return batches, found
+            logps = [logprobs(reference, b.to(self.device), vision=self.vision) for b, _ in batches]
+        return batches, logps
 
     def _second_pass(self, samples: Sequence[Sample]) -> "dict[int, Tensor]":
         """See `health.second_pass`; by identity of the sample."""
@@ -170,8 +170,8 @@ class GRPOWorker(TrainWorker):
 
         grpo = self.grpo
         masks = [b.response for b, _ in batches]
-        mine = [Denominators.of(m) for m in masks]
-        counts = {"samples": float(sum(d.samples for d in mine)), "tokens": float(sum(d.tokens for d in mine))}
+        own = [Denominators.of(m) for m in masks]
+        counts = {"samples": float(sum(d.samples for d in own)), "tokens": float(sum(d.tokens for d in own))}
         total = reduce_sums(counts, self.device)
         if not total["tokens"]:  # all prompts too long: no gradient, and Adam's momentum must not move the weights
             return Update(skipped=False, grad_norm=0.0, learning_rate=0.0, sums={})
@@ -183,8 +183,8 @@ class GRPOWorker(TrainWorker):
             if first:
                 old.append(logp.detach())
             advantage = torch.tensor([s.advantage for s in samples] or [0.0], device=logp.device)
-            said = [p for s in samples for p in (s.response.logprobs if s.response else ())]
-            rollout = torch.tensor(said, device=logp.device)
+            sampled = [p for s in samples for p in (s.response.logprobs if s.response else ())]
+            rollout = torch.tensor(sampled, device=logp.device)
             return policy_loss(
                 _dense(logp, mask),
                 None if first else _dense(old[number], mask),

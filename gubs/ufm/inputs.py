@@ -235,8 +235,8 @@ class Inputs:
             ids[torch.tensor([p for place in places for p in place], dtype=torch.long)],
             vision,
             _branches(rows, places, size),
-            {k: torch.cat([self.pixels(c) for c in _clips(found)]) for k, found in kinds.items() if found},
-            {k: torch.tensor([e.grid for e in found]) for k, found in kinds.items() if found},
+            {k: torch.cat([self.pixels(c) for c in _clips(prompts)]) for k, prompts in kinds.items() if prompts},
+            {k: torch.tensor([e.grid for e in prompts]) for k, prompts in kinds.items() if prompts},
             clip_of,
         )
 
@@ -279,8 +279,8 @@ class Inputs:
 def _stops(folder: Path) -> list[int]:
     """Tokens at which engines end an answer by the checkpoint's settings: Qwen's end of a text beside its turn's."""
     path = folder / "generation_config.json"
-    found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-    return found if isinstance(found, list) else [found] if found is not None else []
+    ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    return ids if isinstance(ids, list) else [ids] if ids is not None else []
 
 
 def rows_of(encoded: Sequence[Encoded], share: bool) -> list[list[int]]:

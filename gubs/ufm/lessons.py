@@ -58,7 +58,7 @@ def corpus() -> Iterator[str]:
         video = pool.videos[int(rng.integers(len(pool.videos)))]
         for task in Task:
             yield user_prompt(task, person, video, style=_STYLES[i % 2])
-            think = script.facts(person, video).said()
+            think = script.facts(person, video).sentences()
             yield as_answer(think, TASK_OPTIONS[task][i % len(TASK_OPTIONS[task])])
         if i % 8 == 0:
             yield group_prompt(Task.SEQUENTIAL, "Viewers", f"likes {person.user.tags}", video, style=_STYLES[i % 2])
@@ -79,7 +79,7 @@ def teach(
         inputs: of its checkpoint.
         steps: optimiser steps of `BATCH` lessons.
         seed: of the lessons.
-        on_progress: told (steps done, steps in all).
+        on_progress: called with (steps done, steps in all).
     """
     import torch
 
@@ -139,12 +139,13 @@ def lesson(pool: LessonPool, rng: np.random.Generator) -> tuple[Prompt, str]:
         clip = Clip(f"{clip.key}-cover", clip.frames[:1])
     text = user_prompt(task, person, video, vision=VISION_MARK if shown else "", style="brief")
     remark = script.REMARKS.get(flaw, "") if shown or flaw != "unpleasant" else ""
-    found = script.facts(person, video)
-    option = _guess(task, found, remark, rng)
-    return Prompt(text, clip if shown else None), as_answer(script.concluded(found.said(remark), task, option), option)
+    facts = script.facts(person, video)
+    option = _guess(task, facts, remark, rng)
+    think = script.concluded(facts.sentences(remark), task, option)
+    return Prompt(text, clip if shown else None), as_answer(think, option)
 
 
-def _guess(task: Task, found: script.Facts, remark: str, rng: np.random.Generator) -> Option:
+def _guess(task: Task, facts: script.Facts, remark: str, rng: np.random.Generator) -> Option:
     """What the facts may speak for, by common sense: one of those that speak at even odds, else that nothing is wrong.
 
     Whether a remark, a length or a topic really drives somebody away is what the logs have to tell.
@@ -153,9 +154,9 @@ def _guess(task: Task, found: script.Facts, remark: str, rng: np.random.Generato
     if rng.random() < _TENTH:
         return options[int(rng.integers(len(options)))]
     if task == Task.CLICK:
-        return Option.A if found.fits and rng.random() < _HALF else options[int(rng.integers(len(options)))]
-    said = {Option.B: bool(remark), Option.C: found.fits is False, Option.D: found.long}
-    open_ = [o for o, speaks in said.items() if speaks] or [Option.A]
+        return Option.A if facts.fits and rng.random() < _HALF else options[int(rng.integers(len(options)))]
+    supported = {Option.B: bool(remark), Option.C: facts.fits is False, Option.D: facts.long}
+    open_ = [o for o, holds in supported.items() if holds] or [Option.A]
     return open_[int(rng.integers(len(open_)))]
 
 

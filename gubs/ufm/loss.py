@@ -168,11 +168,11 @@ def _objective(ratio: Tensor, advantage: Tensor, clip: float | None) -> tuple[Te
     return torch.minimum(free, bound), bound < free
 
 
-def _engine(said: Tensor, old: Tensor, cap: float) -> tuple[Tensor, dict[str, Tensor]]:
+def _engine(sampled: Tensor, old: Tensor, cap: float) -> tuple[Tensor, dict[str, Tensor]]:
     """The importance weight of what the engine sampled, and how far engine and trainer are apart, [B, L] each."""
-    importance = torch.exp(old - said)
+    importance = torch.exp(old - sampled)
     capped = (importance > cap).to(importance.dtype)
-    return importance, {"mismatch": torch.exp((old - said).abs()), "drift": k3(said, old), "capped": capped}
+    return importance, {"mismatch": torch.exp((old - sampled).abs()), "drift": k3(sampled, old), "capped": capped}
 
 
 def _reduce(per_token: Tensor, mask: Tensor, denominators: Denominators, level: Level) -> Tensor:

@@ -45,12 +45,12 @@ def _vision(core: Any, batch: Batch) -> Any:
     """Embeddings for all vision places, in the order of the sequences."""
     import torch
 
-    found: dict[str, Any] = {}
+    features: dict[str, Any] = {}
     if "image" in batch.pixels:
-        found["image"] = core.get_image_features(batch.pixels["image"], batch.grids["image"]).pooler_output
+        features["image"] = core.get_image_features(batch.pixels["image"], batch.grids["image"]).pooler_output
     if "video" in batch.pixels:
-        found["video"] = core.get_video_features(batch.pixels["video"], batch.grids["video"]).pooler_output
-    return torch.cat([found[place[0]][place[1]] for place in batch.clip_of if place])
+        features["video"] = core.get_video_features(batch.pixels["video"], batch.grids["video"]).pooler_output
+    return torch.cat([features[place[0]][place[1]] for place in batch.clip_of if place])
 
 
 def _nothing(core: Any) -> Any:

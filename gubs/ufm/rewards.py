@@ -52,6 +52,6 @@ def reward_answer(
     return parts, reading
 
 
-def skip_right(said: Option | None, gold: Option) -> bool:
+def skip_right(answer: Option | None, gold: Option) -> bool:
     """Right about skip or no skip: A against the rest. In the click task, with A and B only, right about the click."""
-    return said is not None and (said == Option.A) == (gold == Option.A)
+    return answer is not None and (answer == Option.A) == (gold == Option.A)

@@ -190,8 +190,8 @@ class Engine:
     def figures(self) -> dict[str, float]:
         """Totals since the start: prompt tokens asked of the prefix cache and found in it; the same for pictures."""
         metrics: Any = self._llm.get_metrics()
-        found = {m.name: float(m.value) for m in metrics if m.name in FIGURES.values()}  # histograms have no value
-        return {name: found.get(theirs, 0.0) for name, theirs in FIGURES.items()}
+        values = {m.name: float(m.value) for m in metrics if m.name in FIGURES.values()}  # histograms have no value
+        return {name: values.get(theirs, 0.0) for name, theirs in FIGURES.items()}
 
     def hang(self, seconds: float) -> None:
         """Does nothing for that long: a stand-in for an engine that hangs, for tests of the deadline."""

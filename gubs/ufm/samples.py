@@ -158,11 +158,11 @@ class Planner:
 def requests(inputs: Inputs, samples: Iterable[Sample]) -> list[Request]:
     """What the engine is asked. Samples of one prompt share one object, which then travels once."""
     made: dict[int, dict[str, Any]] = {}
-    found = []
+    batch = []
     for s in samples:
         prompt = made.setdefault(id(s.encoded), inputs.for_engine(s.encoded))
-        found.append(Request(prompt, s.seed))
-    return found
+        batch.append(Request(prompt, s.seed))
+    return batch
 
 
 def assign_rewards(
@@ -175,20 +175,20 @@ def assign_rewards(
         sample.text, sample.finished = text_of(response.ids)
         about = (sample.item.gold, sample.item.task, s.rewards, sample.finished)
         sample.parts, sample.reading = reward_answer(sample.text, *about)
-    found = advantages(
+    result = advantages(
         [x.parts.total if x.parts else 0.0 for x in samples],
         [x.role for x in samples],
         [x.group for x in samples],
         s.advantage,
         right=[bool(x.reading and x.reading.option == x.item.gold) for x in samples],
     )
-    for sample, value in zip(samples, found.values.tolist(), strict=True):
+    for sample, value in zip(samples, result.values.tolist(), strict=True):
         sample.advantage = value
-    return found
+    return result
 
 
 def shown(plan: StepPlan, every: int) -> list[Sample]:
-    """Samples for people to read, one a role: of each n-th step of a task, another record of the step each time; none
+    """Samples for people to read, one per role: of each n-th step of a task, another record of the step each time; none
     on the workers that do not have it.
     """
     if not every or plan.turn % every:
@@ -201,7 +201,7 @@ def shown(plan: StepPlan, every: int) -> list[Sample]:
     return list(first.values())
 
 
-def answer_sums(plan: StepPlan, found: Advantages) -> dict[str, float]:
+def answer_sums(plan: StepPlan, result: Advantages) -> dict[str, float]:
     """Counts and sums over this worker's samples, to be added over all workers; `answer_figures` divides."""
     samples = plan.samples
     sums: dict[str, float] = collections.defaultdict(float)
@@ -231,10 +231,10 @@ def answer_sums(plan: StepPlan, found: Advantages) -> dict[str, float]:
         sums["response_tokens"] += len(s.response.ids)
         if s.reading.failure:
             sums[f"unparsed/{s.reading.failure}"] += 1
-    for role, value in found.reward_weighted.items():
+    for role, value in result.reward_weighted.items():
         sums[f"reward_weighted/{role}"] += value * sums[f"count/{role}"]
     groups = len({s.group for s in samples})
-    sums |= {"groups": float(groups), "zero_variance": found.frac_zero_variance * groups}
+    sums |= {"groups": float(groups), "zero_variance": result.frac_zero_variance * groups}
     return {**sums, "dropped_too_long": float(plan.dropped), "without_peer": float(plan.alone)}
 
 
