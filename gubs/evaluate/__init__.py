@@ -1,1 +1,1 @@
-"""Evaluation: metrics with their contract, baselines beside them, protocols and audits."""
+"""Evaluation: metrics with their contracts, baselines, and the comparison of policies."""

@@ -1,23 +1,26 @@
-"""Judged policies side by side: the first against the last, with what needs no model beside them.
+"""Compares judged policies, beside baselines that need no model.
 
-A block is one task on one mix of options; its rows are metrics, its columns the policies, greedy and sampled. Figures
-come with the 95 % interval over users and n; constants and base rates are never left out.
+A block is one task on one mix of options; its rows are metrics, its columns the policies, greedy and sampled. Each
+figure has its n and its 95 % interval over users; constants and base rates are always shown.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gubs import console
 from gubs.artifacts import Artifact, Run
 from gubs.errors import ArtifactError
-from gubs.evaluate.judge import BASE, MIXES, MODES
+from gubs.evaluate.judge import BASE, MIXES, MODES, STAGE_PREFIX
 from gubs.prompts.answers import as_answer
 from gubs.records import TASK_OPTIONS, Option, Task
 from gubs.ufm.rewards import reward_answer
 from gubs.ufm.settings import RewardSettings
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 REWARD = "reward"
 LABELS = {
@@ -45,17 +48,16 @@ LABELS = {
     "click_rate": "Click rate, kept",
     "users_without_video": "Users without a video",
 }
-"""The metrics shown, in order, in words."""
+"""Metrics in the order shown, with their labels."""
 
 CONSTANTS = {
     Task.SEQUENTIAL: ("always skip", "never skip", "coin"),
     Task.CLICK: ("always click", "never click", "coin"),
 }
 DROP = "random drop"
-"""Beside what the filter keeps: as many videos dropped at random as the last policy drops, expected."""
-_PREFIX = "eval-"
+"""Baseline of the filter: the expected values when as many videos as the last policy drops are dropped at random."""
 _LOG_WIDTH = 152
-"""Columns of the tables where there is no terminal."""
+"""Width of the tables, in characters, when the output is not a terminal."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,14 @@ class Figure:
     """One measured value."""
 
     value: float | None
-    """None where it is undefined."""
+    """None if undefined."""
     low: float | None
     high: float | None
     n: int
 
     @property
     def text(self) -> str:
-        """The value, and its interval where there is one."""
+        """The value, with its interval if there is one."""
         if self.value is None:
             return "–"
         if self.low is None or self.high is None:
@@ -80,7 +82,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of all policies."""
+    """One metric for all policies."""
 
     name: str
     label: str
@@ -102,45 +104,45 @@ class Block:
     users: int
     golds: Mapping[str, int]
     unanswered: Mapping[str, Mapping[str, int]]
-    """policy -> mode -> answers that could not be read."""
+    """policy -> mode -> number of unreadable answers."""
     rows: tuple[Row, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """For scripts."""
+        """The block as plain JSON."""
         return asdict(self)
 
 
 def judged_policies(run: Run) -> list[str]:
-    """The policies that were judged: the base, then in the order in which they were trained."""
-    there = run.stages()
-    names = [s.removeprefix(_PREFIX) for s in there if s.startswith(_PREFIX)]
+    """Names of the judged policies: the base first, then in order of training."""
+    stages = run.stages()
+    names = [s.removeprefix(STAGE_PREFIX) for s in stages if s.startswith(STAGE_PREFIX)]
 
-    def made(name: str) -> str:
-        return "" if name == BASE or name not in there else run.artifact(name).manifest.created
+    def created(name: str) -> str:
+        return "" if name == BASE or name not in stages else run.artifact(name).manifest.created
 
-    return sorted(names, key=lambda n: (made(n), n))
+    return sorted(names, key=lambda n: (created(n), n))
 
 
 def compare(run: Run, policies: Sequence[str] = ()) -> list[Block]:
-    """A block for each task and mix.
+    """One block per task and mix.
 
     Args:
-        run: with `eval-<policy>` of each.
-        policies: in the order to be shown; empty = all that were judged.
+        run: has the artifact `eval-<policy>` of each policy.
+        policies: in display order; empty = all judged policies.
 
     Raises:
-        ArtifactError: a policy was not judged, none was, or they were not asked the same.
+        ArtifactError: a policy was not judged, none was, or they were judged on different targets.
     """
     names = list(policies) or judged_policies(run)
     if not names:
         raise ArtifactError(f"{run.uri} has no judged policy: run `gubs judge sft_model grpo` first")
-    found = [_Judged(run.artifact(_PREFIX + n), n) for n in names]
-    for other in found[1:]:
-        if other.asked != found[0].asked:
+    judged = [_Judged(run.artifact(STAGE_PREFIX + n), n) for n in names]
+    for other in judged[1:]:
+        if other.targets != judged[0].targets:
             raise ArtifactError(
-                f"{other.name} and {found[0].name} were judged on different targets: judge both with the same settings"
+                f"{other.name} and {judged[0].name} were judged on different targets: judge both with the same settings"
             )
-    return [b for task in Task for mix in MIXES if (b := _block(found, task, mix))]
+    return [b for task in Task for mix in MIXES if (b := _block(judged, task, mix))]
 
 
 class _Judged:
@@ -149,7 +151,7 @@ class _Judged:
     def __init__(self, artifact: Artifact, name: str):
         self.name = name
         self.rows = artifact.table("predictions").to_pylist()
-        self.asked = {(r["interaction_id"], r["natural"], r["balanced"], r["gold"]) for r in self.rows}
+        self.targets = {(r["interaction_id"], r["natural"], r["balanced"], r["gold"]) for r in self.rows}
         metrics = artifact.table("metrics").to_pylist()
         self.metrics = {(m["task"], m["mix"], m["mode"], m["method"], m["name"]): m for m in metrics}
         settings = artifact.manifest.settings
@@ -161,9 +163,9 @@ class _Judged:
     def reward(self, task: Task, mix: str, mode: str) -> Figure:
         """Mean R of Eq. 4; the interval is over users."""
         rows = [r for r in self.of(task, mix, mode) if r["reward"] is not None]
-        users, place = np.unique([r["user_id"] for r in rows], return_inverse=True)
+        users, user_codes = np.unique([r["user_id"] for r in rows], return_inverse=True)
         rewards = np.array([r["reward"] for r in rows])
-        sums, counts = np.bincount(place, rewards), np.bincount(place)
+        sums, counts = np.bincount(user_codes, rewards), np.bincount(user_codes)
         low = high = None
         if len(users) > 1 and self.resamples:
             drawn = np.random.default_rng(self.seed).integers(len(users), size=(self.resamples, len(users)))
@@ -172,46 +174,46 @@ class _Judged:
         return Figure(float(rewards.mean()), low, high, len(rows))
 
 
-def _block(found: Sequence[_Judged], task: Task, mix: str) -> Block | None:
-    rows = found[0].of(task, mix, MODES[0])
+def _block(judged: Sequence[_Judged], task: Task, mix: str) -> Block | None:
+    rows = judged[0].of(task, mix, MODES[0])
     if not rows:
         return None
     return Block(
         task=str(task),
         mix=mix,
-        policies=tuple(f.name for f in found),
+        policies=tuple(p.name for p in judged),
         items=len(rows),
         users=len({r["user_id"] for r in rows}),
         golds={str(o): sum(r["gold"] == o for r in rows) for o in TASK_OPTIONS[task]},
-        unanswered={f.name: {m: sum(not r["predicted"] for r in f.of(task, mix, m)) for m in MODES} for f in found},
-        rows=(_reward_row(found, task, mix, rows), *_metric_rows(found, task, mix)),
+        unanswered={p.name: {m: sum(not r["predicted"] for r in p.of(task, mix, m)) for m in MODES} for p in judged},
+        rows=(_reward_row(judged, task, mix, rows), *_metric_rows(judged, task, mix)),
     )
 
 
-def _metric_rows(found: Sequence[_Judged], task: Task, mix: str) -> list[Row]:
+def _metric_rows(judged: Sequence[_Judged], task: Task, mix: str) -> list[Row]:
     rows = []
     for name, label in LABELS.items():
-        first = found[0].metrics.get((task, mix, MODES[0], "model", name))
+        first = judged[0].metrics.get((task, mix, MODES[0], "model", name))
         if first is None:
             continue
-        constants = {c: found[0].metrics.get((task, mix, MODES[0], c, name)) for c in CONSTANTS[task]}
-        figures = {f.name: {m: _figure(f.metrics[task, mix, m, "model", name]) for m in MODES} for f in found}
-        values = {c: _known(m["value"]) for c, m in constants.items() if m}
-        if drop := found[-1].metrics.get((task, mix, MODES[0], f"{DROP}, expected", name)):
-            values[DROP] = _known(drop["value"])
-        rows.append(Row(name, label, first["n"], _known(first["base_rate"]), values, figures))
+        constants = {c: judged[0].metrics.get((task, mix, MODES[0], c, name)) for c in CONSTANTS[task]}
+        figures = {p.name: {m: _figure(p.metrics[task, mix, m, "model", name]) for m in MODES} for p in judged}
+        values = {c: _defined(m["value"]) for c, m in constants.items() if m}
+        if drop := judged[-1].metrics.get((task, mix, MODES[0], f"{DROP}, expected", name)):
+            values[DROP] = _defined(drop["value"])
+        rows.append(Row(name, label, first["n"], _defined(first["base_rate"]), values, figures))
     return rows
 
 
-def _reward_row(found: Sequence[_Judged], task: Task, mix: str, rows: Sequence[dict[str, Any]]) -> Row:
-    """The mean reward; of constants, that of a well-formed answer which always says the same."""
+def _reward_row(judged: Sequence[_Judged], task: Task, mix: str, rows: Sequence[dict[str, Any]]) -> Row:
+    """The mean reward; a constant's is that of a well-formed answer that always names the same option."""
     golds = [Option(r["gold"]) for r in rows if r["gold"]]
     skips = [g for g in golds if g != Option.A]
-    most = max(set(skips), key=skips.count) if skips else Option.B
-    yes, no = (Option.A, Option.B) if task == Task.CLICK else (most, Option.A)
+    commonest = max(set(skips), key=skips.count) if skips else Option.B
+    yes, no = (Option.A, Option.B) if task == Task.CLICK else (commonest, Option.A)
     names = CONSTANTS[task]
     constants = {name: _constant_reward(o, golds, task) for name, o in zip(names, (yes, no), strict=False)}
-    figures = {f.name: {m: f.reward(task, mix, m) for m in MODES} for f in found}
+    figures = {p.name: {m: p.reward(task, mix, m) for m in MODES} for p in judged}
     return Row(REWARD, LABELS[REWARD], len(golds), None, constants, figures)
 
 
@@ -222,15 +224,15 @@ def _constant_reward(option: Option, golds: Sequence[Option], task: Task) -> flo
 
 
 def _figure(metric: Mapping[str, Any]) -> Figure:
-    return Figure(_known(metric["value"]), _known(metric["low"]), _known(metric["high"]), metric["n"])
+    return Figure(_defined(metric["value"]), _defined(metric["low"]), _defined(metric["high"]), metric["n"])
 
 
-def _known(value: float | None) -> float | None:
+def _defined(value: float | None) -> float | None:
     return None if value is None or value != value else float(value)
 
 
 def print_blocks(blocks: Sequence[Block]) -> None:
-    """The first and the last policy of each block as a table on stdout."""
+    """Prints one table per block with its first and last policy on stdout."""
     from rich.console import Console
 
     screen = console.out if console.out.is_terminal else Console(width=_LOG_WIDTH, highlight=False)
@@ -238,30 +240,32 @@ def print_blocks(blocks: Sequence[Block]) -> None:
         screen.print(_as_table(block))
 
 
-def _as_table(block: Block) -> Any:
+def _as_table(block: Block) -> "Table":
     from rich import box
     from rich.table import Table
 
     title = f"{block.task.capitalize()} task, {block.mix} mix: {block.items:,} targets of {block.users:,} users"
     title += f" ({', '.join(f'{n:,} {o}' for o, n in block.golds.items())})"
-    silent = [f"{block.unanswered[p][m]:,} {p}, {m}" for p in block.policies for m in MODES if block.unanswered[p][m]]
-    title += f"; without a readable answer: {'; '.join(silent)}" if silent else ""
+    unanswered = [
+        f"{block.unanswered[p][m]:,} {p}, {m}" for p in block.policies for m in MODES if block.unanswered[p][m]
+    ]
+    title += f"; without a readable answer: {'; '.join(unanswered)}" if unanswered else ""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric (95 % interval)", no_wrap=True)
     table.add_column("n", justify="right")
-    shown = list(dict.fromkeys((block.policies[0], block.policies[-1])))
+    policies = list(dict.fromkeys((block.policies[0], block.policies[-1])))
     for mode in MODES:
-        for policy in shown:
+        for policy in policies:
             table.add_column(f"{policy}\n{mode}", justify="right")
     constants = (*CONSTANTS[Task(block.task)], DROP)
     for name in ("base rate", *constants):
         table.add_column(name.replace(" ", "\n"), justify="right")
     for row in block.rows:
-        table.add_row(*_cells(row, shown, constants))
+        table.add_row(*_cells(row, policies, constants))
     return table
 
 
 def _cells(row: Row, policies: Sequence[str], constants: Sequence[str]) -> list[str]:
     figures = [row.figures[p][m].text for m in MODES for p in policies]
-    plain = [row.base_rate, *(row.constants.get(c) for c in constants)]
-    return [row.label, f"{row.n:,}", *figures, *("–" if v is None else f"{v:.3f}" for v in plain)]
+    baselines = [row.base_rate, *(row.constants.get(c) for c in constants)]
+    return [row.label, f"{row.n:,}", *figures, *("–" if v is None else f"{v:.3f}" for v in baselines)]

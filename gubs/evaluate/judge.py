@@ -1,9 +1,10 @@
-"""The stage `eval-<policy>`: a policy's answers about the test users' targets, and the metrics of them.
+"""The stage `eval-<policy>`: a policy's answers about the test users' targets, and their metrics.
 
-Each target is asked twice, greedy and sampled, from the user's own prompt (as in use); the metrics are taken on the
-natural mix of options and on a balanced one, since a policy trained on balanced batches may do well on either alone.
+Each target is asked twice, greedy and sampled, with the user's own prompt (as in use); the metrics are computed on the
+natural mix of options and on a balanced one, since a policy trained on balanced batches may do well on only one.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,9 +28,13 @@ from gubs.ufm.settings import RewardSettings, UFMSettings
 from gubs.ufm.stage import base_model, policy_folder, use_gpu
 
 OnProgress = Callable[[int, int], None]
+Row = dict[str, Any]
+_Target = tuple[Item, dict[str, bool]]
+"""An item, and whether it is in each mix."""
 BASE = "base"
-"""Name of the policy before any training."""
+"""Name of the untrained policy."""
 
+STAGE_PREFIX = "eval-"
 MODES = ("greedy", "sampled")
 MIXES = ("natural", "balanced")
 
@@ -50,23 +55,23 @@ PREDICTIONS = pa.schema(
         ("answer", pa.string()),
     ]
 )
-"""One row a target and mode. `natural`, `balanced`: the mixes that it belongs to; `reward`: R of Eq. 4, with all of its
-parts, whatever training used; no gold and no reward: a skip whose reason nobody knows."""
+"""One row per target and mode. `natural`, `balanced`: the mixes that it belongs to; `reward`: R of Eq. 4 with all its
+parts, whatever training used. A skip whose reason is unknown has neither gold nor reward."""
 
 _TEMPERATURE = {"greedy": 0.0, "sampled": 1.0}
-_CHUNK = 64
-"""Answers between two looks at the progress."""
-_SHARE = 512
-"""Answers that are worth an engine of their own."""
+_REPORT_EVERY = 64
+"""Answers between two progress reports."""
+_ANSWERS_PER_ENGINE = 512
+"""Another engine is started only for this many more answers."""
 
 
 def make(job: StageJob, ufm: UFMSettings, evaluate: EvalSettings, seed: int) -> str:
-    """Asks a policy about the test users and measures (tables predictions, metrics).
+    """Asks a policy about the test users' targets and writes the tables `predictions` and `metrics`.
 
     Raises:
         ArtifactError: there is no labelled target of a test user.
     """
-    policy = job.stage.removeprefix("eval-")
+    policy = job.stage.removeprefix(STAGE_PREFIX)
     folder = base_model(ufm.model) if policy == BASE else policy_folder(job.run, policy)
     questions = Questions(job.run, ufm.inputs, tastes=job.reads(PROFILES))
     items = test_items(questions, evaluate.items, seed)
@@ -81,82 +86,80 @@ def make(job: StageJob, ufm: UFMSettings, evaluate: EvalSettings, seed: int) -> 
     return out.summary
 
 
-def test_items(questions: Questions, count: int, seed: int) -> list[tuple[Item, dict[str, bool]]]:
-    """The targets to be judged, of all tasks, and which mixes each is in.
+def test_items(questions: Questions, count: int, seed: int) -> list[_Target]:
+    """The targets to judge, of all tasks, and the mixes each is in.
 
-    The natural mix is `count` targets drawn at random (0 = all) a task, those among them whose reason nobody knows; the
-    balanced one has as many of every option, at most `count` in all, drawn from all test targets. So the union of both
-    is judged.
+    Per task, the natural mix is `count` targets drawn at random (0 = all), with those whose reason is unknown; the
+    balanced mix has equally many of each option, at most `count` in all, drawn from all test targets.
     """
-    found = []
+    targets: list[_Target] = []
     for number, task in enumerate(Task):
         items = questions.items(task, Split.TEST, unexplained=True)
         order = np.random.default_rng([seed, 41, number]).permutation(len(items))
         natural = set(order[: count or len(items)].tolist())
         balanced = _balanced(items, order.tolist(), count, task)
-        found += [(items[i], {"natural": i in natural, "balanced": i in balanced}) for i in sorted(natural | balanced)]
-    if not found:
+        targets += [
+            (items[i], {"natural": i in natural, "balanced": i in balanced}) for i in sorted(natural | balanced)
+        ]
+    if not targets:
         raise ArtifactError(f"{questions.ifvr.uri} has no labelled targets of test users: see splits.test_users")
-    return found
+    return targets
 
 
 def predictions(
-    items: Sequence[tuple[Item, dict[str, bool]]],
+    items: Sequence[_Target],
     questions: Questions,
     folder: Path,
     ufm: UFMSettings,
     seed: int,
     on_progress: OnProgress | None = None,
-) -> list[dict[str, Any]]:
-    """Rows of `PREDICTIONS`: what the policy in a folder says about the items, by mode and item."""
+) -> list[Row]:
+    """The answers of the policy in `folder` as rows of `PREDICTIONS`, ordered by mode and item."""
     total, rows = len(MODES) * len(items), {}
     gpu = use_gpu(ufm.workers)
-    engines = min(ufm.workers.count, math.ceil(total / _SHARE)) if gpu else 1
+    engines = min(ufm.workers.count, math.ceil(total / _ANSWERS_PER_ENGINE)) if gpu else 1
     pictures = ufm.inputs.vision and questions.pictures
     with Predictor(folder, ufm, pictures=pictures, engines=engines, gpu=gpu) as predictor:
         for prediction in predictor.stream(_queries(items, questions, seed)):
             mode, number = prediction.key
             rows[prediction.key] = _row(items[number], MODES[mode], prediction)
-            if on_progress and (len(rows) % _CHUNK == 0 or len(rows) == total):
+            if on_progress and (len(rows) % _REPORT_EVERY == 0 or len(rows) == total):
                 on_progress(len(rows), total)
     return [rows[key] for key in sorted(rows)]
 
 
-def measure(rows: Sequence[dict[str, Any]], resamples: int, seed: int) -> list[dict[str, Any]]:
-    """The metrics with all baselines beside them, by task, mix and mode."""
-    found = []
-    for task in Task:
-        for mix in MIXES:
-            for mode in MODES:
-                mine = [r for r in rows if r["task"] == task and r["mode"] == mode and r[mix]]
-                if mine:
-                    said = as_predictions(mine, task)
-                    found += [
-                        {"task": str(task), "mix": mix, "mode": mode, **m}
-                        for m in table(said, "model", resamples=resamples, seed=seed)
-                    ]
-    return found
+def measure(rows: Sequence[Row], resamples: int, seed: int) -> list[Row]:
+    """The metrics and all baselines, by task, mix and mode."""
+    return [
+        {"task": str(task), "mix": mix, "mode": mode, **metric}
+        for task, mix, mode, part in _parts(rows)
+        for metric in table(as_predictions(part, task), "model", resamples=resamples, seed=seed)
+    ]
 
 
-def summary(rows: Sequence[dict[str, Any]], metrics: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The figures that one looks at first, `task/mix/mode/name`; the mean raw reward among them."""
+def summary(rows: Sequence[Row], metrics: Sequence[Row]) -> dict[str, float]:
+    """The main metrics and the mean reward, by `task/mix/mode/name`."""
     wanted = ("judge_f1", "judge_acc", "judge_balanced_acc", "reason_f1", "reason_f1_B", "reason_acc", "click_f1")
-    found = {
+    figures = {
         f"{m['task']}/{m['mix']}/{m['mode']}/{m['name']}": m["value"]
         for m in metrics
         if m["method"] == "model" and m["name"] in (*wanted, "click_balanced_acc", "share_kept", "total_play_rate")
     }
-    for task in Task:
-        for mix in MIXES:
-            for mode in MODES:
-                mine = [r["reward"] for r in rows if r["task"] == task and r["mode"] == mode and r[mix]]
-                if rewards := [r for r in mine if r is not None]:
-                    found[f"{task}/{mix}/{mode}/reward"] = float(np.mean(rewards))
-    return found
+    for task, mix, mode, part in _parts(rows):
+        if rewards := [r["reward"] for r in part if r["reward"] is not None]:
+            figures[f"{task}/{mix}/{mode}/reward"] = float(np.mean(rewards))
+    return figures
 
 
-def as_predictions(rows: Sequence[dict[str, Any]], task: Task) -> Predictions:
-    """Rows of one task as the metrics take them."""
+def _parts(rows: Sequence[Row]) -> Iterator[tuple[Task, str, str, list[Row]]]:
+    """The rows by task, mix and mode, without the empty parts."""
+    for task, mix, mode in itertools.product(Task, MIXES, MODES):
+        if part := [r for r in rows if r["task"] == task and r["mode"] == mode and r[mix]]:
+            yield task, mix, mode, part
+
+
+def as_predictions(rows: Sequence[Row], task: Task) -> Predictions:
+    """Rows of one task in the form that the metrics read."""
     return Predictions(
         user=[r["user_id"] for r in rows],
         gold=[r["gold"] for r in rows],
@@ -167,7 +170,7 @@ def as_predictions(rows: Sequence[dict[str, Any]], task: Task) -> Predictions:
     )
 
 
-def _queries(items: Sequence[tuple[Item, dict[str, bool]]], questions: Questions, seed: int) -> Iterator[Query]:
+def _queries(items: Sequence[_Target], questions: Questions, seed: int) -> Iterator[Query]:
     """Each item's question in each mode; the key is (number of the mode, number of the item)."""
     for m, mode in enumerate(MODES):
         for k, (item, _) in enumerate(items):
@@ -177,20 +180,20 @@ def _queries(items: Sequence[tuple[Item, dict[str, bool]]], questions: Questions
 
 def _balanced(items: Sequence[Item], order: Sequence[int], count: int, task: Task) -> set[int]:
     by_option = {o: [i for i in order if items[i].gold == o] for o in TASK_OPTIONS[task]}
-    there = [found for found in by_option.values() if found]
-    if not there:
+    options = [numbers for numbers in by_option.values() if numbers]
+    if not options:
         return set()
-    size = min(map(len, there))
+    size = min(map(len, options))
     if count:
-        size = min(size, math.ceil(count / len(there)))
-    return {i for found in there for i in found[:size]}
+        size = min(size, math.ceil(count / len(options)))
+    return {i for numbers in options for i in numbers[:size]}
 
 
-def _row(asked: tuple[Item, dict[str, bool]], mode: str, prediction: Prediction) -> dict[str, Any]:
-    item, mixes = asked
-    answer: dict[str, Any] = {"predicted": None, "failure": "too_long", "reward": 0.0 if item.gold else None}
+def _row(target: _Target, mode: str, prediction: Prediction) -> Row:
+    item, mixes = target
+    answer: Row = {"predicted": None, "failure": "too_long", "reward": 0.0 if item.gold else None}
     if prediction.text is not None:
-        gold = item.gold or Option.B  # an unexplained skip: what is rewarded is not kept
+        gold = item.gold or Option.B  # an unexplained skip: its reward is dropped below
         parts, reading = reward_answer(prediction.text, gold, item.task, RewardSettings(), prediction.finished)
         answer = {
             "predicted": str(reading.option) if reading.option else None,

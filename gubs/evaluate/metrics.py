@@ -1,9 +1,9 @@
 """The metrics of IF-VR, each with its contract: what is positive, how it is averaged, what 0/0 and no answer count as.
 
-Every metric is a function of sums over items, added up user by user. So a bootstrap over users only reweighs the users'
-sums: 1,000 resamples of all metrics together are one matrix product.
+Every metric is a function of sums over items, kept per user. So a bootstrap over users only reweighs the users' sums:
+1,000 resamples of all metrics together are one matrix product.
 
-Rules that hold everywhere:
+Rules for all metrics:
 
 - Sequential task: positive is a fast skip (gold is not A; play_rate < 0.3 where there is no gold option). Click task:
   positive is a click (gold A).
@@ -34,7 +34,7 @@ ZERO, UNDEFINED = "0/0 = 0", "0/0 undefined (NaN)"
 REASONS = (Option.B, Option.C, Option.D)
 _INTERVAL = (2.5, 97.5)
 _BLOCK = 4_000_000
-"""Resample weights that are alive at one time."""
+"""Most resample weights held in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Predictions:
 
     user: Sequence[str]
     gold: Sequence[str | None]
-    """Gold option; None where nobody has said why a video was skipped (it counts for the judge, not for the reason)."""
+    """Gold option; None if the reason of a skip is unknown (such items count for the judge, not for the reason)."""
     predicted: Sequence[str | None]
-    """Predicted option; None: unanswered (no answer, or none that can be read)."""
+    """Predicted option; None if unanswered (no answer, or an unreadable one)."""
     task: Task = Task.SEQUENTIAL
     play_rate: Sequence[float | None] | None = None
-    """Watched share, 0-1; None where it is not known (such items are left out of the play-rate metrics)."""
+    """Watched share, 0-1; None if unknown (such items are left out of the play-rate metrics)."""
     clicked: Sequence[bool | None] | None = None
     """Click task: what the user did; gold A means the same."""
 
@@ -62,7 +62,7 @@ class Predictions:
             values = getattr(self, name)
             if values is not None and len(values) != len(self.user):
                 raise ValueError(f"{name} has {len(values)} items, user has {len(self.user)}")
-        _ = self.positive, self.kept  # what contradicts itself is refused when it is made, not when it is read
+        _ = self.positive, self.kept  # refuses contradictory items at once
 
     def __len__(self) -> int:
         return len(self.user)
@@ -79,7 +79,7 @@ class Predictions:
 
     @functools.cached_property
     def rate(self) -> Floats:
-        """Play rate, NaN where it is not known."""
+        """Play rate, NaN if unknown."""
         return _floats(self.play_rate, len(self))
 
     @functools.cached_property
@@ -105,7 +105,7 @@ class Predictions:
 
     @functools.cached_property
     def kept(self) -> Bools:
-        """What the filter lets through."""
+        """Items that the filter keeps."""
         passes = self.said_positive if self.task is Task.CLICK else ~self.said_positive
         return passes | ~self.answered
 
@@ -116,11 +116,11 @@ class Metric:
 
     name: str
     value: float
-    """NaN where it is undefined."""
+    """NaN if undefined."""
     n: int
-    """Items (users, for metrics per user) that it is over."""
+    """Number of items (for metrics per user: users)."""
     base_rate: float
-    """What needs no model: the share of positives; the most frequent reason's share; the unfiltered value."""
+    """The value without a model: the share of positives, of the most frequent reason, or the unfiltered value."""
     low: float
     high: float
     """95 % percentile bootstrap interval over users; NaN with fewer than two users."""
@@ -133,7 +133,7 @@ class Metric:
     unanswered: str
     """What an unanswered item counts as: `wrong` or `kept`."""
     n_unanswered: int
-    """Unanswered items among those that the metric looks at."""
+    """Number of unanswered items that the metric covers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +159,12 @@ def judge_metrics(predictions: Predictions, *, resamples: int = 1000, seed: int 
 
 
 def reason_metrics(predictions: Predictions, *, resamples: int = 1000, seed: int = 0) -> list[Metric]:
-    """Right letter among gold skips whose reason is known: accuracy, macro F1 and F1 of B, C, D. Sequential only."""
+    """Right option among gold skips with a known reason: accuracy, macro F1 and F1 of B, C, D. Sequential only."""
     return _evaluate(predictions, _reason_specs(), resamples, seed) if predictions.task is Task.SEQUENTIAL else []
 
 
 def filter_metrics(predictions: Predictions, *, resamples: int = 1000, seed: int = 0) -> list[Metric]:
-    """What users see of the videos that the filter keeps, with the share kept and the share of good videos lost."""
+    """Play and click rates of the videos that the filter keeps, the share kept and the share of good videos lost."""
     return _evaluate(predictions, _filter_specs(predictions.task), resamples, seed)
 
 
@@ -182,7 +182,7 @@ def evaluate(predictions: Predictions, *, resamples: int = 1000, seed: int = 0) 
 
 
 def baselines(predictions: Predictions, *, resamples: int = 1000, seed: int = 0) -> dict[str, list[Metric]]:
-    """What needs no model, through the same functions: both constants, a coin of the base rate, and random drops.
+    """Metrics of predictions without a model: both constants, a coin with the base rate, and random drops.
 
     The constant skip names the most frequent reason, the coin draws reasons as they are distributed. `random drop`
     keeps as many videos as the predictions do, drawn with the seed; `random drop, expected` is its expectation (each
@@ -190,7 +190,7 @@ def baselines(predictions: Predictions, *, resamples: int = 1000, seed: int = 0)
     """
     rng = np.random.default_rng(seed)
     rows = {
-        name: evaluate(_saying(predictions, codes), resamples=resamples, seed=seed)
+        name: evaluate(_with_answers(predictions, codes), resamples=resamples, seed=seed)
         for name, codes in _constant_answers(predictions, rng).items()
     }
     drop = _random_drop(predictions, rng)
@@ -203,7 +203,7 @@ def baselines(predictions: Predictions, *, resamples: int = 1000, seed: int = 0)
 def table(
     predictions: Predictions, name: str = "model", *, resamples: int = 1000, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """The predictions' metrics and all baselines, a row each: `method` and the fields of `Metric`."""
+    """The predictions' metrics and all baselines, one row per metric: `method` and the fields of `Metric`."""
     methods = {name: evaluate(predictions, resamples=resamples, seed=seed)}
     methods |= baselines(predictions, resamples=resamples, seed=seed)
     return [{"method": method, **asdict(metric)} for method, metrics in methods.items() for metric in metrics]
@@ -213,31 +213,31 @@ def table(
 class Confusion:
     """The judge's 2x2 table: counts or shares, of any shape."""
 
-    tp: Any
-    fp: Any
-    fn: Any
-    tn: Any
+    tp: Floats | float
+    fp: Floats | float
+    fn: Floats | float
+    tn: Floats | float
 
     @property
-    def accuracy(self) -> Any:
+    def accuracy(self) -> Floats:
         """Share of right judgements."""
         return _ratio(self.tp + self.tn, self.tp + self.tn + self.fp + self.fn)
 
     @property
-    def f1(self) -> Any:
+    def f1(self) -> Floats:
         """F1 of the positive class; 0/0 = 0."""
         return _ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn, 0.0)
 
     @property
-    def balanced_accuracy(self) -> Any:
+    def balanced_accuracy(self) -> Floats:
         """Mean of the two classes' recalls; NaN where a class has no items."""
         return (_ratio(self.tp, self.tp + self.fn) + _ratio(self.tn, self.tn + self.fp)) / 2
 
     @property
-    def mcc(self) -> Any:
+    def mcc(self) -> Floats:
         """Matthews correlation; 0/0 = 0."""
-        under = (self.tp + self.fp) * (self.tp + self.fn) * (self.tn + self.fp) * (self.tn + self.fn)
-        return _ratio(self.tp * self.tn - self.fp * self.fn, np.sqrt(under), 0.0)
+        product = (self.tp + self.fp) * (self.tp + self.fn) * (self.tn + self.fp) * (self.tn + self.fn)
+        return _ratio(self.tp * self.tn - self.fp * self.fn, np.sqrt(product), 0.0)
 
 
 def published_confusion(accuracy: float, play_rate_above_30: float, skip_rate: float) -> Confusion:
@@ -257,7 +257,7 @@ def published_confusion(accuracy: float, play_rate_above_30: float, skip_rate: f
     return Confusion(tp=tp, fp=1 - kept - tp, fn=fn, tn=kept - fn)
 
 
-# --- what the metrics are ---------------------------------------------------------------------------------------------
+# --- definitions of the metrics ---------------------------------------------------------------------------------------
 
 
 def _judge_specs(task: Task) -> list[_Spec]:
@@ -324,31 +324,31 @@ def _filter_specs(task: Task) -> list[_Spec]:
 
 
 def _rate_spec(
-    name: str, over: str, under: str, positive: str, averaging: str = "pooled", blank: str = "rated_unanswered"
+    name: str, total: str, count: str, positive: str, averaging: str = "pooled", blank: str = "rated_unanswered"
 ) -> _Spec:
-    """A mean over what is kept; without the filter it is the same over everything (`all_`)."""
+    """A mean over kept items; its base rate is the mean over all items (`all_`)."""
 
     def value(s: Sums) -> Floats:
-        return _ratio(s[over], s[under])
+        return _ratio(s[total], s[count])
 
     def unfiltered(s: Sums) -> Floats:
-        return _ratio(s[f"all_{over}"], s[f"all_{under}"])
+        return _ratio(s[f"all_{total}"], s[f"all_{count}"])
 
-    return _Spec(name, value, under, unfiltered, positive, averaging, unanswered=UNANSWERED_KEPT, blank=blank)
+    return _Spec(name, value, count, unfiltered, positive, averaging, unanswered=UNANSWERED_KEPT, blank=blank)
 
 
 def _kept_spec(
-    name: str, over: str, under: str, positive: str, averaging: str = "pooled", unfiltered: float = 0.0
+    name: str, total: str, count: str, positive: str, averaging: str = "pooled", unfiltered: float = 0.0
 ) -> _Spec:
-    """How much the filter keeps or drops: a share, or a plain count."""
+    """How much the filter keeps or drops: a share or a count."""
 
     def value(s: Sums) -> Floats:
-        return s[over] if averaging == "count" else _ratio(s[over], s[under])
+        return s[total] if averaging == "count" else _ratio(s[total], s[count])
 
     def base(s: Sums) -> Floats:
-        return np.full(np.shape(s[over]), unfiltered)
+        return np.full(np.shape(s[total]), unfiltered)
 
-    return _Spec(name, value, under, base, positive, averaging, unanswered=UNANSWERED_KEPT)
+    return _Spec(name, value, count, base, positive, averaging, unanswered=UNANSWERED_KEPT)
 
 
 def _share_positive(s: Sums) -> Floats:
@@ -363,11 +363,10 @@ def _confusion(s: Sums) -> Confusion:
 
 
 def _item_columns(p: Predictions) -> dict[str, Bools | Floats]:
-    """What is added up over items, [N] each."""
+    """The columns that are summed over items, [N] each."""
     good = p.positive if p.task is Task.CLICK else ~p.positive
     rated = ~np.isnan(p.rate)
     rate = np.where(rated, p.rate, 0.0)
-    seen = p.kept & rated
     columns: dict[str, Bools | Floats] = {
         "items": np.ones(len(p), dtype=bool),
         "unanswered": ~p.answered,
@@ -381,7 +380,7 @@ def _item_columns(p: Predictions) -> dict[str, Bools | Floats]:
         "all_kept": np.ones(len(p), dtype=bool),
         "all_good": good,
     }
-    for prefix, among in (("", seen), ("all_", rated)):
+    for prefix, among in (("", p.kept & rated), ("all_", rated)):
         columns[f"{prefix}rated"] = among
         columns[f"{prefix}rate"] = np.where(among, rate, 0.0)
         columns[f"{prefix}finished"] = among & (rate > FINISH_ABOVE)
@@ -401,9 +400,9 @@ def _reason_columns(p: Predictions) -> dict[str, Bools | Floats]:
 
 def _user_sums(p: Predictions) -> dict[str, Floats]:
     """Sums by user, [U] each, users in sorted order."""
-    users, of = np.unique(np.asarray(p.user, dtype=np.str_), return_inverse=True)
+    users, codes = np.unique(np.asarray(p.user, dtype=np.str_), return_inverse=True)
     sums: dict[str, Floats] = {
-        name: np.bincount(of, values, minlength=len(users)).astype(np.float64)
+        name: np.bincount(codes, values, minlength=len(users)).astype(np.float64)
         for name, values in _item_columns(p).items()
     }
     for prefix in ("", "all_"):
@@ -439,7 +438,7 @@ def _metric(spec: _Spec, total: Sums, drawn: Sums) -> Metric:
 
 
 def _bootstrap(by_user: Mapping[str, Floats], resamples: int, seed: int) -> dict[str, Floats]:
-    """The sums of each resample of users, [R] each; nothing with fewer than two users."""
+    """The sums of each resample of users, [R] each; empty with fewer than two users."""
     users = len(by_user["users"])
     if users < 2 or resamples < 1:
         return {}
@@ -469,7 +468,7 @@ def _interval(values: Floats) -> tuple[float, float]:
 
 
 def _constant_answers(p: Predictions, rng: np.random.Generator) -> dict[str, npt.NDArray[np.int64]]:
-    """Codes of options that the baselines say, [N] each."""
+    """Codes of the options that each baseline answers, [N] each."""
     coin = rng.random(len(p)) < (p.positive.mean() if len(p) else 0.0)
     if p.task is Task.CLICK:
         answers = {"always click": np.zeros(len(p)), "never click": np.ones(len(p)), "coin": np.where(coin, 0, 1)}
@@ -484,44 +483,44 @@ def _constant_answers(p: Predictions, rng: np.random.Generator) -> dict[str, npt
     }
 
 
-def _saying(p: Predictions, codes: npt.NDArray[np.int64]) -> Predictions:
-    """The same items with other answers."""
+def _with_answers(p: Predictions, codes: npt.NDArray[np.int64]) -> Predictions:
+    """The same items with the answers `codes`."""
     options = TASK_OPTIONS[p.task]
     return Predictions(p.user, p.gold, [options[c] for c in codes], p.task, p.play_rate, p.clicked)
 
 
 def _random_drop(p: Predictions, rng: np.random.Generator) -> Predictions:
-    """Predictions that drop as many items, chosen at random."""
+    """Predictions that drop equally many items, chosen at random."""
     dropped = np.zeros(len(p), dtype=bool)
     dropped[rng.permutation(len(p))[: int((~p.kept).sum())]] = True
-    return _saying(p, dropped.astype(np.int64))  # click: B is dropped; sequential: B stands for any skip
+    return _with_answers(p, dropped.astype(np.int64))  # click: B is dropped; sequential: B is any skip
 
 
 def _expected_drop(p: Predictions) -> list[Metric]:
-    """Filter metrics expected when each item is dropped independently, as often as the predictions drop.
+    """Filter metrics expected when each item is dropped independently, at the drop rate d of the predictions.
 
-    Means over kept items expect the unfiltered value. Of a user with m items, all are dropped with chance d ** m; the
-    Person Play Rate is the ratio of the expected sum of users' means to the expected number of users left.
+    The expectation of a mean over kept items is the unfiltered value. All m items of a user are dropped
+    with probability d ** m; Person Play Rate is the expected sum of users' means over that of remaining users.
     """
-    by_user = _user_sums(_saying(p, np.full(len(p), 0)))
+    by_user = _user_sums(_with_answers(p, np.full(len(p), 0)))
     drop = float((~p.kept).mean()) if len(p) else 0.0
-    left = 1 - drop ** by_user["all_rated"]
+    remaining = 1 - drop ** by_user["all_rated"]
     total = {name: values.sum() for name, values in by_user.items()}
     expected = dict(total)
     for name in ("rate", "rated", "finished", "not_skipped", "good", "kept"):
         expected[name] = total[f"all_{name}"] * (1 - drop)
     expected |= {"lost": total["all_good"] * drop, "users_emptied": (drop ** by_user["items"]).sum()}
-    expected |= {"persons": left.sum(), "person_rate": (left * by_user["all_person_rate"]).sum()}
+    expected |= {"persons": remaining.sum(), "person_rate": (remaining * by_user["all_person_rate"]).sum()}
     return [_metric(spec, expected, {}) for spec in _filter_specs(p.task)]
 
 
-# --- small things -----------------------------------------------------------------------------------------------------
+# --- helpers ----------------------------------------------------------------------------------------------------------
 
 
 def _codes(name: str, values: Sequence[str | None], task: Task) -> npt.NDArray[np.int8]:
-    known: dict[str | None, int] = {o.value: i for i, o in enumerate(TASK_OPTIONS[task])} | {None: -1}
+    codes: dict[str | None, int] = {o.value: i for i, o in enumerate(TASK_OPTIONS[task])} | {None: -1}
     try:
-        return np.fromiter((known[v] for v in values), dtype=np.int8, count=len(values))
+        return np.fromiter((codes[v] for v in values), dtype=np.int8, count=len(values))
     except KeyError as e:
         raise ValueError(f"{name}: {e.args[0]!r} is no option of the {task} task; use None for no answer") from None
 
@@ -531,20 +530,22 @@ def _floats(values: Sequence[float | None] | None, n: int) -> Floats:
 
 
 def _truth(known: Bools, by_gold: Bools, happened: Floats, user: Sequence[str]) -> Bools:
-    """By the gold option where there is one, by what happened elsewhere; both must agree."""
-    seen = ~np.isnan(happened)
-    wrong = np.flatnonzero(known & seen & (by_gold != (happened == 1)))
+    """The truth by the gold option if known, otherwise by what happened; both must agree."""
+    observed = ~np.isnan(happened)
+    wrong = np.flatnonzero(known & observed & (by_gold != (happened == 1)))
     if len(wrong):
         raise ValueError(
             f"{len(wrong)} gold options contradict what happened, first item {wrong[0]} (user {user[wrong[0]]!r})"
         )
-    if not (known | seen).all():
-        blind = np.flatnonzero(~(known | seen))
-        raise ValueError(f"{len(blind)} items have neither a gold option nor a known outcome, first item {blind[0]}")
+    missing = np.flatnonzero(~(known | observed))
+    if len(missing):
+        raise ValueError(
+            f"{len(missing)} items have neither a gold option nor a known outcome, first item {missing[0]}"
+        )
     return np.where(known, by_gold, happened == 1)
 
 
-def _ratio(over: Any, under: Any, empty: float = float("nan")) -> Any:
-    """Quotient over / under, `empty` where under is 0."""
-    over, under = np.asarray(over, dtype=np.float64), np.asarray(under, dtype=np.float64)
-    return np.divide(over, under, out=np.full(np.broadcast(over, under).shape, empty), where=under != 0)
+def _ratio(numerator: npt.ArrayLike, denominator: npt.ArrayLike, empty: float = float("nan")) -> Floats:
+    """Quotient, `empty` where the denominator is 0."""
+    above, below = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
+    return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, empty), where=below != 0)

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 INK, FAINT, ACCENT = "#010203", "#040506", "#070809"
 SERIES = tuple(f"#0a0b{i:02x}" for i in range(1, 7))
 _VARIABLES = {INK: "--muted", FAINT: "--line", ACCENT: "--accent"} | {c: f"--c{i}" for i, c in enumerate(SERIES, 1)}
-"""Colours that are drawn with, and the page's variables that replace them."""
+"""Placeholder colours and the page's CSS variables that replace them."""
 
 
 class Drawing:
-    """A chart in the making: `axes` to draw on, and `svg` when the context is left."""
+    """A chart: draw on `axes`; `svg` is filled when the context ends."""
 
     def __init__(self, axes: "Axes"):
         self.axes, self.svg = axes, Markup("")
@@ -26,34 +26,37 @@ class Drawing:
 
 @contextmanager
 def drawing(name: str, size: tuple[float, float]) -> Iterator[Drawing]:
-    """A chart of a size in inches. Labels must be ours: they are not escaped. Equal charts give equal bytes."""
+    """A chart of the given size in inches; equal charts give equal bytes.
+
+    Labels are not escaped: pass only our own text.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 11, "text.parse_math": False}
     with mpl.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
-        made = Drawing(figure.subplots())
-        yield made
-        _plain(made.axes)
+        chart = Drawing(figure.subplots())
+        yield chart
+        _plain(chart.axes)
         buffer = io.StringIO()
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     svg = buffer.getvalue()
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
-    made.svg = Markup(svg[svg.index("<svg") :])
+    chart.svg = Markup(svg[svg.index("<svg") :])
 
 
 def whole_ticks(axis: "Axis", most: int) -> None:
-    """At most so many ticks, at whole numbers."""
+    """Puts ticks at whole numbers, at most `most` of them."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(integer=True, nbins=most))
 
 
 def _plain(axes: "Axes") -> None:
-    """Pale horizontal lines behind the data, no frame, labels in the page's muted ink."""
+    """Styles the axes: pale horizontal lines behind the data, no frame, muted labels."""
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, length=0)

@@ -1,8 +1,7 @@
-"""A look at the data of a run: counts and rates as plain JSON, and one HTML page for a person who opens it.
+"""`gubs show`: the data of a run, as plain JSON and as an HTML page.
 
-`describe` reads the run's tables once and says what is in them; `render_page` draws that, with sample pictures;
-`write_page` puts the page beside the artifacts. The numbers describe the stage `ifvr`, or `raw` where the filters have
-not run. Titles, tags and names come from outside: the template escapes them and no script runs on the page.
+`describe` reads the run's tables and counts; `render_page` draws the counts and sample pictures; `write_page` puts the
+page into the run's folder. The numbers describe the stage `ifvr`, or `raw` if the filters have not run.
 """
 
 import base64
@@ -46,12 +45,12 @@ SAMPLES = 12
 """Videos shown with pictures."""
 
 TOP = 12
-"""Rows of a list of tags or occupations."""
+"""Length of a list of tags or occupations."""
 
 MAX_BINS = 14
-"""Bars of a histogram; the last one takes everything above."""
+"""Bars of a histogram; the last one holds everything above."""
 
-_SAMPLE_LEAST_VIEWS = 10
+_SAMPLE_MIN_VIEWS = 10
 _PICTURE_PX = 224
 _MAX_FILE_BYTES = 256 * 2**20
 _DECODE_TIMEOUT_S = 10.0
@@ -65,7 +64,7 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Part:
-    """How much of the data stands in one place: a task, or one side and role of it."""
+    """Size of one part of the data: a task, or a split and role of it."""
 
     task: str
     split: str | None
@@ -78,22 +77,22 @@ class Part:
 
 @dataclass(frozen=True)
 class Rate:
-    """A mean over the rows in which the value is known."""
+    """A mean over the rows whose value is known."""
 
     name: str
     value: float | None
-    """Null where no row knows."""
+    """Null if no value is known."""
     n: int
-    """Rows that know."""
+    """Rows with a value."""
     unknown: int
-    """Rows of the base that do not."""
+    """Rows of the base without a value."""
     base: str
     """What a row is."""
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts in bins of equal width; a bin holds its lower end and not its upper."""
+    """Counts in bins of equal width; a bin includes its lower end but not its upper."""
 
     lower: list[float]
     """Lower end of each bin."""
@@ -120,7 +119,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Share:
-    """How many have this label."""
+    """A label and how often it occurs."""
 
     label: str
     count: int
@@ -137,12 +136,12 @@ class Shares:
     n: int
     """Users (or videos) with at least one label."""
     unknown: int
-    """Those without."""
+    """Users (or videos) without any."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What the source is, and what it lacks."""
+    """The kind of source, and what it lacks."""
 
     kind: str
     notes: list[str]
@@ -157,7 +156,7 @@ class SimulationOnly:
     """True causes of the fast skips: for people, never for models."""
 
     skips: int
-    """Fast skips of the data shown whose cause is known."""
+    """Fast skips in the described data whose cause is known."""
     causes: list[Share]
     """By option B, C, D."""
     mechanisms: list[Share]
@@ -165,7 +164,7 @@ class SimulationOnly:
 
 @dataclass(frozen=True)
 class SampleVideo:
-    """One video to look at."""
+    """One video of the samples."""
 
     video_id: str
     title: str | None
@@ -178,7 +177,7 @@ class SampleVideo:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """All that the page says, without the pictures."""
+    """The content of the page, without the pictures."""
 
     run: str
     stage: str
@@ -206,11 +205,11 @@ class DataSummary:
     untitled_videos: int
     source: Source
     frames: list[Share] | None
-    """Videos by the decoder's verdict; null where the stage `frames` has not run."""
+    """Videos by the decoder's verdict; null if the stage `frames` has not run."""
     simulation_only: SimulationOnly | None
     samples: list[SampleVideo]
     samples_by: str
-    """What the samples are spread by, from least to most: skipped, clicked or viewed."""
+    """What the samples are ordered by, from least to most: skipped, clicked or viewed."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON: numbers, texts, lists and nulls only."""
@@ -218,27 +217,27 @@ class DataSummary:
 
 
 def describe(run: Run) -> DataSummary:
-    """Counts what is in the run's data.
+    """Describes the run's data in numbers.
 
     Raises:
         ArtifactError: the run has neither `ifvr` nor `raw`.
     """
     stages = run.stages()
-    shown = run.artifact("ifvr" if "ifvr" in stages else "raw")
-    users, videos = shown.table("users"), shown.table("videos")
-    log = _Log.of(shown)
-    info = shown.manifest.info
+    data = run.artifact("ifvr" if "ifvr" in stages else "raw")
+    users, videos = data.table("users"), data.table("videos")
+    log = _Log.of(data)
+    info = data.manifest.info
     samples, samples_by = _samples(videos, log, _pictured(run, videos))
     return DataSummary(
         run=run.name,
-        stage=shown.stage,
-        created=shown.manifest.created,
-        code_version=shown.manifest.code_version,
+        stage=data.stage,
+        created=data.manifest.created,
+        code_version=data.manifest.code_version,
         users=users.num_rows,
         videos=videos.num_rows,
         interactions=log.table.num_rows,
         tasks=_parts(log.table, ["task"]),
-        parts=_parts(log.table, ["task", "split", "role"]) if shown.stage == "ifvr" else [],
+        parts=_parts(log.table, ["task", "split", "role"]) if data.stage == "ifvr" else [],
         filter_steps=info.get("filter_steps", []),
         splits=info.get("splits", {}),
         rates=_rates(log),
@@ -254,7 +253,7 @@ def describe(run: Run) -> DataSummary:
         untitled_videos=videos["title"].null_count,
         source=_source(run, stages),
         frames=_verdicts(run) if "frames" in stages else None,
-        simulation_only=_simulation_only(run, shown) if "truth" in stages else None,
+        simulation_only=_simulation_only(run, data) if "truth" in stages else None,
         samples=samples,
         samples_by=samples_by,
     )
@@ -264,7 +263,7 @@ def write_page(run: Run) -> str:
     """Writes the page `show.html` into the run's folder.
 
     Returns:
-        Where it is, with the scheme.
+        The full path of the page, with the scheme.
 
     Raises:
         ArtifactError: the run has neither `ifvr` nor `raw`.
@@ -274,7 +273,7 @@ def write_page(run: Run) -> str:
 
 @dataclass(frozen=True)
 class _Log:
-    """The interactions as arrays: one entry a row, NaN where the source does not know."""
+    """The interactions as arrays, one entry per row, NaN if unknown."""
 
     table: pa.Table
     user: Ints
@@ -349,10 +348,9 @@ def _is_skip(play: Floats) -> Floats:
 
 
 def _rate(name: str, values: Floats, base: str) -> Rate:
-    """Mean of the values that are known."""
-    known = values[~np.isnan(values)]
-    mean = float(known.mean()) if known.size else None
-    return Rate(name, mean, int(known.size), int(values.size - known.size), base)
+    present = values[~np.isnan(values)]
+    mean = float(present.mean()) if present.size else None
+    return Rate(name, mean, int(present.size), int(values.size - present.size), base)
 
 
 def _person_play_rate(log: _Log) -> Rate:
@@ -367,25 +365,25 @@ def _person_play_rate(log: _Log) -> Rate:
 
 
 def _counts(codes: Ints) -> Ints:
-    """How often each code occurs, for those that do."""
+    """How often each code occurs, without zeros."""
     counts = np.bincount(codes)
     return counts[counts > 0]
 
 
-def _steps() -> Iterator[int]:
-    """Bin widths: 1, 2, 10, 20, 50, 100, 200, 500 ... (5 would cut where the paper's panels have tens)."""
+def _bin_widths() -> Iterator[int]:
+    """1, 2, 10, 20, 50, 100, 200, 500 ... (no 5: the paper's panels have bins of ten)."""
     yield from (1, 2)
     for power in itertools.count(1):
         yield from (m * 10**power for m in (1, 2, 5))
 
 
-def _histogram(values: npt.NDArray[Any]) -> Histogram | None:
-    """Bins of the smallest round width with which 95 % of the values fit into `MAX_BINS`; None without values."""
+def _histogram(values: Floats | Ints) -> Histogram | None:
+    """Uses the smallest round width with which 95 % of the values fit into `MAX_BINS`; None without values."""
     known = values[np.isfinite(values) & (values >= 0)]
     if not known.size:
         return None
     top = float(np.quantile(known, 0.95))
-    step = next(s for s in _steps() if top < s * MAX_BINS)
+    step = next(s for s in _bin_widths() if top < s * MAX_BINS)
     bins = np.minimum(known // step, MAX_BINS - 1).astype(np.int64)
     first = int(bins.min())
     counts = np.bincount(bins - first)
@@ -401,13 +399,13 @@ def _histogram(values: npt.NDArray[Any]) -> Histogram | None:
 
 
 def _watched(videos: pa.Table, log: _Log) -> pa.Table:
-    """The videos that somebody viewed."""
-    seen = [log.video_ids[i] for i in np.unique(log.video[log.view])]
-    return videos.filter(pc.is_in(videos["video_id"], value_set=pa.array(seen, pa.string())))
+    """The videos with at least one view."""
+    viewed = [log.video_ids[i] for i in np.unique(log.video[log.view])]
+    return videos.filter(pc.is_in(videos["video_id"], value_set=pa.array(viewed, pa.string())))
 
 
 def _shares(labels: pa.ChunkedArray, n: int | None = None, unknown: int | None = None) -> Shares:
-    """The most frequent labels; ties in order of the label, so that the page does not depend on the rows' order."""
+    """The most frequent labels; ties are sorted by label, so the page does not depend on the order of rows."""
     counts = {v["values"]: v["counts"] for v in pc.value_counts(labels.drop_null()).to_pylist()}
     ranked = sorted(counts.items(), key=lambda kv: (-kv[1], kv[0]))
     return Shares(
@@ -425,14 +423,14 @@ def _tag_shares(tags: pa.ChunkedArray) -> Shares:
 
 
 def _fact_names(other: pa.ChunkedArray) -> Shares:
-    """Names of the further facts, and how many users have each."""
+    """Names of the other facts, and how many users have each."""
     pairs = other.cast(pa.list_(pa.struct([("key", pa.string()), ("value", pa.string())])))
     empty = _empty(pairs)
     return _shares(pc.struct_field(pc.list_flatten(pairs), "key"), len(other) - empty, empty)
 
 
 def _empty(lists: pa.ChunkedArray) -> int:
-    """How many are null or have nothing in them."""
+    """Number of null or empty lists."""
     return pc.sum(pc.equal(pc.fill_null(pc.list_value_length(lists), 0), 0)).as_py() or 0
 
 
@@ -450,40 +448,40 @@ def _source(run: Run, stages: list[str]) -> Source:
 
 
 def _simulation_only(run: Run, data: Artifact) -> SimulationOnly:
-    """True causes of the fast skips that are in the data shown; the filters have taken out the others."""
+    """True causes of the fast skips in `data`; the filters removed the others."""
     skips = run.artifact("truth").table("skips")
-    shown = data.table("interactions", ["interaction_id"])["interaction_id"].combine_chunks()
-    skips = skips.filter(pc.is_in(skips["interaction_id"], value_set=shown))
+    ids = data.table("interactions", ["interaction_id"])["interaction_id"].combine_chunks()
+    skips = skips.filter(pc.is_in(skips["interaction_id"], value_set=ids))
     return SimulationOnly(skips.num_rows, _shares(skips["cause"]).top, _shares(skips["mechanism"]).top)
 
 
 def _samples(videos: pa.Table, log: _Log, pictured: set[str]) -> tuple[list[SampleVideo], str]:
-    """Up to `SAMPLES` videos, evenly spaced from the least to the most skipped, and by what they are ordered.
+    """Up to `SAMPLES` videos, evenly spaced from the least to the most skipped, and the name of that order.
 
-    Where no skip is known it is by clicks, or by views.
+    If skip rates are unknown or all equal, the order is by click rate, else by views.
     """
     n = len(log.video_ids)
     views = np.bincount(log.video[log.view], minlength=n)
     skips = _is_skip(np.where(log.sequential, log.play_rate, _NO_RATE))
-    ways = {"skipped": _means(log.video, skips, n), "clicked": _means(log.video, log.clicked, n)}
-    by = next((way for way, rates in ways.items() if _varies(rates)), "viewed")
-    order = ways.get(by, views.astype(np.float64))
+    orders = {"skipped": _means(log.video, skips, n), "clicked": _means(log.video, log.clicked, n)}
+    by = next((name for name, rates in orders.items() if _varies(rates)), "viewed")
+    order = orders.get(by, views.astype(np.float64))
     pool = sorted(_pool(log, order, views, pictured).tolist(), key=lambda i: (order[i], log.video_ids[i]))
     return _describe(videos, log, [pool[p] for p in _spread(len(pool), SAMPLES)], skips, views), by
 
 
 def _spread(n: int, most: int) -> list[int]:
-    """Up to `most` of the places 0 ... n - 1, evenly spaced, first and last included."""
-    places: list[int] = np.linspace(0, n - 1, min(most, n)).round().astype(int).tolist()
-    return places
+    """Up to `most` of the numbers 0 ... n - 1, evenly spaced, first and last included."""
+    numbers: list[int] = np.linspace(0, n - 1, min(most, n)).round().astype(int).tolist()
+    return numbers
 
 
 def _pool(log: _Log, order: Floats, views: Ints, pictured: set[str]) -> Ints:
-    """Codes of the videos worth showing: with pictures and, since a rate over three views says little, enough views."""
+    """Codes of the videos to choose from: if possible with pictures, and with enough views for a rate to mean much."""
     known = ~np.isnan(order)
-    seen = known & (views >= _SAMPLE_LEAST_VIEWS)
-    shown = np.array([v in pictured for v in log.video_ids], bool)
-    choices = (shown & seen, shown & known, seen, known)
+    frequent = known & (views >= _SAMPLE_MIN_VIEWS)
+    visible = np.array([v in pictured for v in log.video_ids], bool)
+    choices = (visible & frequent, visible & known, frequent, known)
     return np.flatnonzero(next((c for c in choices if c.any()), known))
 
 
@@ -493,7 +491,7 @@ def _varies(rates: Floats) -> bool:
 
 
 def _means(codes: Ints, values: Floats, n: int) -> Floats:
-    """Mean value of each code; NaN where no value is known."""
+    """Mean value per code; NaN if no value is known."""
     known = ~np.isnan(values)
     counts = np.bincount(codes[known], minlength=n)
     sums = np.bincount(codes[known], weights=values[known], minlength=n)
@@ -502,11 +500,11 @@ def _means(codes: Ints, values: Floats, n: int) -> Floats:
 
 def _describe(videos: pa.Table, log: _Log, chosen: list[int], skips: Floats, views: Ints) -> list[SampleVideo]:
     ids = [log.video_ids[i] for i in chosen]
-    found = videos.filter(pc.is_in(videos["video_id"], value_set=pa.array(ids, pa.string())))
-    rows = {row["video_id"]: row for row in found.to_pylist()}
+    selected = videos.filter(pc.is_in(videos["video_id"], value_set=pa.array(ids, pa.string())))
+    rows = {row["video_id"]: row for row in selected.to_pylist()}
     samples = []
     for code, video_id in zip(chosen, ids, strict=True):
-        here = log.video == code
+        of_video = log.video == code
         row = rows.get(video_id, {})
         duration = row.get("duration_s")
         samples.append(
@@ -516,8 +514,8 @@ def _describe(videos: pa.Table, log: _Log, chosen: list[int], skips: Floats, vie
                 duration_s=duration if duration is not None and math.isfinite(duration) else None,
                 tags=list(row.get("tags") or []),
                 views=int(views[code]),
-                skip=_rate("Fast skips", skips[here & log.sequential], "sequential views"),
-                click=_rate("Clicks", log.clicked[here & ~log.sequential], "records of the click task"),
+                skip=_rate("Fast skips", skips[of_video & log.sequential], "sequential views"),
+                click=_rate("Clicks", log.clicked[of_video & ~log.sequential], "records of the click task"),
             )
         )
     return samples
@@ -528,94 +526,92 @@ def _verdicts(run: Run) -> list[Share]:
 
 
 def _pictured(run: Run, videos: pa.Table) -> set[str]:
-    """Ids of the videos of which there may be pictures."""
+    """Ids of the videos that may have pictures."""
     return set(StoredFrames(run).hashes or _video_files(run, videos))
 
 
 @dataclass
 class _Gallery:
-    """Pictures of the samples as data URIs, and a sentence on where they come from."""
+    """Pictures of the samples as data URIs, and a note on where they come from."""
 
     note: str
     covers: dict[str, str] = field(default_factory=dict)
     frames: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, video_id: str, cover: bytes | None, frames: list[bytes]) -> None:
-        """Takes in a video's pictures, a few of its frames, evenly spaced."""
+        """Adds a video's cover and a few of its frames, evenly spaced."""
         if cover:
             self.covers[video_id] = _data_uri(cover)
         self.frames[video_id] = [_data_uri(frames[p]) for p in _spread(len(frames), _SAMPLE_FRAMES)]
 
 
 def _gallery(run: Run, stage: str, samples: list[SampleVideo]) -> _Gallery:
-    """Pictures from the frame store; else the samples are decoded now; else a sentence."""
+    """Pictures from the frame store, else decoded now, else only a note."""
     ids = [s.video_id for s in samples]
     stored = StoredFrames(run)
     if stored.hashes:
         return _stored_gallery(stored, {v: stored.hashes[v] for v in ids if v in stored.hashes})
     files = _video_files(run, run.artifact(stage).table("videos", ["video_id", "uri"]))
-    if wanted := {v: files[v] for v in ids if v in files}:
-        return _decoded_gallery(wanted)
-    return _Gallery(
-        "This run has no frames and no video files that can be read here: titles and tags are all there is."
-    )
+    if sample_files := {v: files[v] for v in ids if v in files}:
+        return _decoded_gallery(sample_files)
+    return _Gallery("This run has no frames and no video files that can be read here: only titles and tags are shown.")
 
 
 def _stored_gallery(stored: StoredFrames, hashes: dict[str, str]) -> _Gallery:
     try:
         rows = stored.store.lookup(hashes.values(), ["cover", "frames"]).to_pylist()
-    except ArtifactError as e:  # a run that was copied without its store still has numbers to show
+    except ArtifactError as e:  # a run copied without its store still has numbers to show
         return _Gallery(f"There are no pictures: {e}")
-    gallery = _Gallery("Cover and frames are what a model sees of a video, from the frame store.")
+    gallery = _Gallery("Cover and frames are what a model sees of a video; they come from the frame store.")
     for video_id, row in zip(hashes, rows, strict=True):
         gallery.add(video_id, row["cover"], row["frames"])
     return gallery
 
 
 _Place = tuple[fsspec.AbstractFileSystem, str]
-"""A file: its file system, and its path in there."""
+"""A file: its file system and its path in it."""
 
 
 def _video_files(run: Run, videos: pa.Table) -> dict[str, _Place]:
-    """Where each video's file is: in the artifact `videos`, or a local path of the source."""
+    """Each video's file: in the artifact `videos`, or a local path of the source."""
     if "videos" in run.stages():
         files = run.artifact("videos").table("files", ["video_id", "file"]).to_pydict()
         places = zip(files["video_id"], files["file"], strict=True)
         return {video_id: (run.fs, run.path("videos", file)) for video_id, file in places}
-    known = videos.filter(videos["uri"].is_valid())
+    with_uri = videos.filter(videos["uri"].is_valid())
     local = LocalFileSystem()
     return {
         video_id: (local, local._strip_protocol(uri))
-        for video_id, uri in zip(known["video_id"].to_pylist(), known["uri"].to_pylist(), strict=True)
+        for video_id, uri in zip(with_uri["video_id"].to_pylist(), with_uri["uri"].to_pylist(), strict=True)
         if uri.startswith(("/", "file://"))
     }
 
 
 def _decoded_gallery(files: dict[str, _Place]) -> _Gallery:
-    """Decodes the samples here and now; in a process of its own, since a broken file may take the decoder down."""
+    """Decodes the samples now, in a separate process, since a broken file may crash the decoder."""
     gallery = _Gallery("")
     options = DecodeOptions(count=_SAMPLE_FRAMES, max_file_mb=_MAX_FILE_BYTES / 2**20)
     decoder = DecoderProcess(options, timeout_s=_DECODE_TIMEOUT_S)
     try:
         for video_id, place in files.items():
             with _local(*place) as local:
-                done = decoder.decode(local)
-            gallery.add(video_id, done.cover, done.frames)
+                decoded = decoder.decode(local)
+            gallery.add(video_id, decoded.cover, decoded.frames)
     finally:
         decoder.close()
-    found = f"{len(gallery.covers)} of these {len(files)} videos"
-    gallery.note = f"The stage that extracts frames has not run; for this page {found} were decoded."
+    count = f"{len(gallery.covers)} of these {len(files)} videos"
+    gallery.note = f"The stage that extracts frames has not run; for this page {count} were decoded."
     return gallery
 
 
 @contextmanager
 def _local(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
-    """A local path of a file, which is copied where it is elsewhere."""
+    """A local path of the file; a remote file is copied."""
     if isinstance(fs, LocalFileSystem):
         yield path
         return
     with tempfile.NamedTemporaryFile(suffix=Path(path).suffix) as copy:
-        if fs.size(path) <= _MAX_FILE_BYTES:  # else the copy stays empty, which the decoder finds and says
+        if fs.size(path) <= _MAX_FILE_BYTES:  # else the copy stays empty, which the decoder reports
             with fs.open(path, "rb") as f:
                 shutil.copyfileobj(f, copy)
             copy.flush()
@@ -623,7 +619,7 @@ def _local(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
 
 
 def _data_uri(jpeg: bytes) -> str:
-    """A picture small enough for a page."""
+    """The picture as a data URI, scaled down for the page."""
     with Image.open(io.BytesIO(jpeg)) as image:
         if max(image.size) > _PICTURE_PX:
             image.thumbnail((_PICTURE_PX, _PICTURE_PX))
@@ -634,7 +630,7 @@ def _data_uri(jpeg: bytes) -> str:
 
 
 def render_page(run: Run, summary: DataSummary) -> str:
-    """One HTML page without outside resources."""
+    """The page as self-contained HTML."""
     return pages.render(
         "data",
         s=summary,
@@ -661,25 +657,24 @@ def _panels(s: DataSummary) -> dict[str, tuple[Histogram | None, str, str]]:
 
 
 def _figure(h: Histogram, x: str, y: str) -> Markup:
-    """Draws a histogram as SVG. Labels are ours and numbers only: nothing from outside gets in."""
-    with drawing(f"{x} {y}", (4.4, 2.7)) as made:
-        _draw_bars(made.axes, h)
-        made.axes.set_xlabel(x)
-        made.axes.set_ylabel(y)
-    return made.svg
+    with drawing(f"{x} {y}", (4.4, 2.7)) as chart:
+        _draw_bars(chart.axes, h)
+        chart.axes.set_xlabel(x)
+        chart.axes.set_ylabel(y)
+    return chart.svg
 
 
 def _draw_bars(axes: "Axes", h: Histogram) -> None:
-    places = np.arange(len(h.counts))
-    bars = axes.bar(places, h.counts, width=0.86, color=ACCENT)
+    positions = np.arange(len(h.counts))
+    bars = axes.bar(positions, h.counts, width=0.86, color=ACCENT)
     if h.open_end:
         bars[-1].set_alpha(0.45)
     highest = h.counts[h.peak]
     axes.annotate(f"{highest:,}", (h.peak, highest), (0, 2), textcoords="offset points", ha="center", color=INK)
     ends = [*h.lower, *([] if h.open_end else [h.lower[-1] + h.step])]
     every = 1 if len(ends) <= 8 else 2
-    at = places[: len(ends)] if h.step == 1 else np.arange(len(ends)) - 0.5
-    axes.set_xticks(at[::every], [f"{e:,.0f}" for e in ends[: len(at)]][::every])
+    ticks = positions[: len(ends)] if h.step == 1 else np.arange(len(ends)) - 0.5
+    axes.set_xticks(ticks[::every], [f"{e:,.0f}" for e in ends[: len(ticks)]][::every])
     axes.yaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
     whole_ticks(axes.yaxis, 5)
     axes.margins(y=0.14)

@@ -1,4 +1,4 @@
-"""`gubs groups show`: the group profiles as a page, with what reflection changed in each and who was left out."""
+"""`gubs groups show`: the group profiles as a page, with what reflection changed and which members were refused."""
 
 import difflib
 from collections import Counter
@@ -31,28 +31,28 @@ class GroupView:
     lines: list[Line]
     """Diff of the initial against the final profile; all `same` where there is one profile only."""
     assigned: int
-    """Users placed in it who were not among those it was made from."""
+    """Users assigned to the group who are not among its founding members."""
 
     @property
     def matched(self) -> int:
-        """Members of whom the matcher said Yes."""
+        """Number of members that the matcher accepted."""
         return sum(m.matched is True for m in self.members)
 
     @property
     def shown(self) -> list[GroupMember]:
-        """Members with a verdict that is worth reading: the refused ones first, then the most similar."""
+        """The members on the page: refused ones first, then the most similar."""
         return sorted(self.members, key=lambda m: m.matched is True)[:_SHOWN_MEMBERS]
 
 
 def view_groups(ugm: Artifact) -> list[GroupView]:
     """All groups, those with a profile first, in the order of their ids."""
-    places = Counter(r["group_id"] for r in ugm.table("memberships").to_pylist() if r["how"] == "assigned")
-    views = [_view(row, places[row["group_id"]]) for row in ugm.table("groups").to_pylist()]
+    assigned = Counter(r["group_id"] for r in ugm.table("memberships").to_pylist() if r["how"] == "assigned")
+    views = [_view(row, assigned[row["group_id"]]) for row in ugm.table("groups").to_pylist()]
     return sorted(views, key=lambda v: (v.row["dropped"] is not None, v.row["group_id"]))
 
 
 def diff(initial: str | None, final: str | None) -> list[Line]:
-    """Line by line what became of the initial profile in the final one."""
+    """Compares the initial with the final profile, line by line."""
     old, new = (initial or "").splitlines(), (final or "").splitlines()
     if not old or not new:
         return [Line("same", text) for text in old or new if text.strip()]
@@ -62,7 +62,7 @@ def diff(initial: str | None, final: str | None) -> list[Line]:
 
 
 def render(run: Run) -> str:
-    """The page as HTML, complete in itself.
+    """The page as self-contained HTML.
 
     Raises:
         ArtifactError: the run has no finished stage `ugm`.

@@ -1,6 +1,6 @@
-"""What all pages share: one Jinja environment, one style, one way to write a page into a run's folder.
+"""What all pages share: the Jinja environment, the style, and writing a page into the run's folder.
 
-A page is complete in itself: no script, no outside resource. All that comes from models and users is escaped.
+Pages are self-contained: no script, no outside resource. Text from models and users is escaped.
 """
 
 from functools import cache
@@ -12,12 +12,12 @@ from gubs.artifacts import Run, write_atomically
 
 
 def render(template: str, **values: Any) -> str:
-    """A page as HTML; a name that the template gets wrong is an error."""
+    """A page as HTML; an undefined name in the template is an error."""
     return _environment().get_template(f"{template}.html.j2").render(**values)
 
 
 def write(run: Run, name: str, page: str) -> str:
-    """Writes a page into the run's folder; returns where it is, with the scheme."""
+    """Writes a page into the run's folder and returns its full path, with the scheme."""
     write_atomically(run.fs, run.path(name), page.encode())
     return run.full(name)
 

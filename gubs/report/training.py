@@ -1,7 +1,6 @@
-"""The page about training: curves of SFT and GA-GRPO, judged policies before and after, answers to read.
+"""The page about training: curves of SFT and GA-GRPO, judged policies before and after training, sample answers.
 
-`write_page` puts `training.html` into the run's folder. It is complete in itself: figures are SVG, there is no script,
-and all that comes from models and users is escaped.
+`write_page` puts `training.html` into the run's folder.
 """
 
 import json
@@ -16,6 +15,7 @@ from markupsafe import Markup
 from gubs.artifacts import Artifact, Manifest, Run
 from gubs.evaluate.compare import CONSTANTS, DROP, Block
 from gubs.evaluate.judge import MODES
+from gubs.prompts.answers import Failure
 from gubs.records import Task
 from gubs.report import pages
 from gubs.report.charts import INK, SERIES, drawing, whole_ticks
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PAGE = "training.html"
-_SHOWN_STEPS = (0.0, 0.5, 1.0)
-"""Of the steps with samples: the first, the middle, the last."""
+_SAMPLE_STEPS = (0.0, 0.5, 1.0)
+"""Which of the steps with samples are shown: the first, the middle, the last."""
 _SMOOTH = 20
-"""A curve is the mean over about the steps divided by this, around each step; single steps are pale behind it."""
+"""The moving mean of a curve spans about one part in this many of all steps; single steps are pale behind it."""
 
 Floats = npt.NDArray[np.float64]
 Columns = dict[str, Floats]
@@ -41,21 +41,21 @@ class Curve:
     column: str
     label: str
     whole: bool = False
-    """In a stack: what the layers are parts of, drawn as a line."""
+    """In a stack: the total of the layers, drawn as a line."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture: some columns of the table `steps` against the step."""
+    """One chart: columns of the table `steps` against the step."""
 
     title: str
     caption: str
     curves: tuple[Curve, ...]
     unit: str = ""
     draw: str = "lines"
-    """`lines`, or `stack`: one above the other."""
+    """`lines` or `stack`."""
     sparse: bool = False
-    """Leave out curves that are 0 all the time."""
+    """Leave out curves that are always 0."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Training:
     figures: list[tuple[Panel, Markup]]
     samples: list[dict[str, Any]]
     seconds: float
-    """Of all steps."""
+    """Duration of all steps."""
 
 
 def _roles(name: str) -> tuple[Curve, ...]:
@@ -77,23 +77,23 @@ def _roles(name: str) -> tuple[Curve, ...]:
 
 _PHASES = ("rollout", "reward", "reference", "check", "train", "sync", "checkpoint", "waiting_for_data")
 _SECONDS = Panel(
-    "Seconds a step, by phase",
-    "stacked; the line is the whole step, a checkpoint's seconds stand with the step after it",
+    "Seconds per step, by phase",
+    "stacked; the line is the whole step; a checkpoint's seconds count towards the step after it",
     (*(Curve(f"seconds/{p}", p.replace("_", " ")) for p in _PHASES), Curve("seconds/step", "step", whole=True)),
     "s",
     "stack",
     sparse=True,
 )
 _TOKENS = Panel(
-    "Tokens a second",
-    "of all workers: answer tokens while the engine writes; all tokens, padding too, while the trainer trains",
+    "Tokens per second",
+    "of all workers: answer tokens during rollout; all tokens, padding included, during training",
     (Curve("tokens_per_second/rollout", "rollout"), Curve("tokens_per_second/train", "train")),
 )
 _GRAD = Panel("Gradient norm", "before clipping", (Curve("grad_norm", "norm"),))
 _SFT_PANELS = (
     Panel("Loss", "mean negative log-likelihood of the teacher's tokens", (Curve("loss", "loss"),)),
     Panel(
-        "Tokens foretold",
+        "Tokens predicted",
         "share of the teacher's tokens with a probability above one half",
         (Curve("accuracy", "share"),),
     ),
@@ -103,7 +103,7 @@ _SFT_PANELS = (
 )
 _GRPO_PANELS = (
     Panel(
-        "Raw reward by role", "R = format + skip + choice, 0 to 3, by whose prompt was answered", _roles("reward_raw")
+        "Raw reward by role", "R = format + skip + choice, 0 to 3, by whose prompt is answered", _roles("reward_raw")
     ),
     Panel(
         "Parts of the reward",
@@ -116,43 +116,29 @@ _GRPO_PANELS = (
         "mean exp|log p of vLLM - log p of the trainer|; 1 = they agree; below 1.02 (bfloat16: 1.12) is healthy",
         (Curve("health/mismatch", "mismatch"),),
     ),
-    Panel("Response length", "tokens an answer", (Curve("response_tokens", "tokens"),)),
+    Panel("Response length", "tokens per answer", (Curve("response_tokens", "tokens"),)),
     Panel(
-        "Answers that cannot be read",
-        "share by cause; causes that never came are left out",
-        tuple(
-            Curve(f"unparsed/{c}", c.replace("_", " "))
-            for c in (
-                "empty",
-                "truncated",
-                "no_think",
-                "no_answer",
-                "out_of_order",
-                "repeated_tag",
-                "text_before_think",
-                "text_between",
-                "text_after_answer",
-                "bad_option",
-            )
-        ),
+        "Unreadable answers",
+        "share by cause; causes that never occurred are left out",
+        tuple(Curve(f"unparsed/{c}", c.replace("_", " ")) for c in Failure),
         sparse=True,
     ),
-    Panel("Advantage by role", "mean of a step", _roles("advantage")),
+    Panel("Advantage by role", "mean per step", _roles("advantage")),
     Panel(
         "What the advantage does",
-        "right answers that are made less likely, wrong ones more likely, groups without any difference",
+        "right answers made less likely, wrong ones made more likely, groups with equal rewards",
         (
             Curve("frac_right_pushed_down", "right, pushed down"),
             Curve("frac_wrong_pushed_up", "wrong, pushed up"),
-            Curve("frac_zero_variance", "groups all alike"),
+            Curve("frac_zero_variance", "equal rewards"),
         ),
     ),
     _GRAD,
     _SECONDS,
     _TOKENS,
     Panel(
-        "Memory of a GPU",
-        "of the trainer: peak of a step, and with torch's reserve; of all processes, after a step",
+        "GPU memory",
+        "of the trainer: peak per step, allocated and reserved by torch; of all processes: after each step",
         tuple(Curve(f"gpu_gib/{n}", n) for n in ("peak", "reserved", "all")),
         "GiB",
     ),
@@ -168,8 +154,8 @@ def render(run: Run, blocks: Sequence[Block] = ()) -> str:
     """The page as HTML.
 
     Args:
-        run: with trainings (artifacts that have a table `steps`).
-        blocks: judged policies, see `compare`.
+        run: its artifacts with a table `steps` are the trainings shown.
+        blocks: the judged policies, from `gubs.evaluate.compare.compare`.
     """
     trainings = [training(run.artifact(s)) for s in run.stages() if "steps" in run.artifact(s).manifest.tables]
     trainings.sort(key=lambda t: t.manifest.created)
@@ -196,41 +182,41 @@ def training(artifact: Artifact) -> Training:
 
 
 def samples(artifact: Artifact) -> list[dict[str, Any]]:
-    """Answers of the first, the middle and the last step that has some, one a role."""
+    """Answers of the first, the middle and the last step with samples, one per role."""
     path = artifact.run.path(artifact.stage, SAMPLES)
     if not artifact.run.fs.exists(path):
         return []
     lines = artifact.run.fs.cat_file(path).decode(errors="replace").splitlines()
     rows = [json.loads(line) for line in lines if line.strip()]
     steps = sorted({r["step"] for r in rows})
-    shown = {steps[round(at * (len(steps) - 1))] for at in _SHOWN_STEPS} if steps else set()
-    return sorted((r for r in rows if r["step"] in shown), key=lambda r: (r["step"], "TSG".find(r["role"])))
+    chosen = {steps[round(at * (len(steps) - 1))] for at in _SAMPLE_STEPS} if steps else set()
+    return sorted((r for r in rows if r["step"] in chosen), key=lambda r: (r["step"], "TSG".find(r["role"])))
 
 
 def draw(panel: Panel, columns: Columns, turns: int = 1) -> Markup | None:
-    """A panel as SVG; None where there is nothing to draw.
+    """A panel as SVG; None if there is nothing to draw.
 
     Args:
         panel: what to draw.
-        columns: of the table `steps`.
-        turns: steps after which the tasks come round again; means are taken over whole rounds, since tasks differ.
+        columns: columns of the table `steps`.
+        turns: number of tasks that take turns; means span whole rounds, since tasks differ.
     """
     curves = [c for c in panel.curves if c.column in columns and not np.isnan(columns[c.column]).all()]
     curves = [c for c in curves if not panel.sparse or np.nansum(columns[c.column]) > 0]
     if not curves:
         return None
     window = turns * max(1, len(columns["step"]) // _SMOOTH // turns)
-    with drawing(panel.title, (5.2, 3.1)) as made:
-        _DRAW[panel.draw](made.axes, curves, columns, window)
-        _label(made.axes, panel, len(curves))
-    return made.svg
+    with drawing(panel.title, (5.2, 3.1)) as chart:
+        _DRAW[panel.draw](chart.axes, curves, columns, window)
+        _label(chart.axes, panel, len(curves))
+    return chart.svg
 
 
 def _lines(axes: "Axes", curves: Sequence[Curve], columns: Columns, window: int) -> None:
     for i, curve in enumerate(curves):
         steps, values = columns["step"] + 1, columns[curve.column]
-        known = ~np.isnan(values)
-        steps, values = steps[known], values[known]
+        defined = ~np.isnan(values)
+        steps, values = steps[defined], values[defined]
         colour, dash = SERIES[i % len(SERIES)], "-" if i < len(SERIES) else "--"
         if window > 1:
             axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
@@ -244,22 +230,22 @@ def _stack(axes: "Axes", curves: Sequence[Curve], columns: Columns, window: int)
     colours = [SERIES[i % len(SERIES)] for i in range(len(layers))]
     labels = [label for label, _ in layers]
     axes.stackplot(steps, *(values for _, values in layers), labels=labels, colors=colours, alpha=0.8, linewidth=0)
-    for whole, values in drawn:
-        if whole.whole:
-            axes.plot(steps, values, color=INK, linewidth=1.2, label=whole.label)
+    for curve, values in drawn:
+        if curve.whole:
+            axes.plot(steps, values, color=INK, linewidth=1.2, label=curve.label)
 
 
 _DRAW: dict[str, Callable[["Axes", Sequence[Curve], Columns, int], None]] = {"lines": _lines, "stack": _stack}
 
 
 def smooth(values: Floats, window: int) -> Floats:
-    """Mean over `window` neighbours around each value; at the ends over those that are there."""
+    """Moving mean over `window` values around each; fewer at the ends."""
     kernel = np.ones(min(window, len(values)))
     if len(kernel) < 2:
         return values
     counts = np.convolve(np.ones(len(values)), kernel, "same")
-    found: Floats = np.convolve(values, kernel, "same") / counts
-    return found
+    means: Floats = np.convolve(values, kernel, "same") / counts
+    return means
 
 
 def _label(axes: "Axes", panel: Panel, curves: int) -> None:
@@ -268,6 +254,6 @@ def _label(axes: "Axes", panel: Panel, curves: int) -> None:
     whole_ticks(axes.xaxis, 6)
     axes.margins(x=0.01)
     if curves > 1:
-        place: Any = {"loc": "outside upper left", "ncols": 3}
+        layout: Any = {"loc": "outside upper left", "ncols": 3}
         legend = {"frameon": False, "labelcolor": INK, "fontsize": 9.5, "handlelength": 1.2, "columnspacing": 1.2}
-        axes.figure.legend(**legend, **place)
+        axes.figure.legend(**legend, **layout)

@@ -269,7 +269,12 @@ def test_no_more_engines_judge_than_there_is_work_for(monkeypatch):
     ufm, questions = UFMSettings(workers={"count": 4}), SimpleNamespace(pictures=True)
     for gpu in (True, False):
         monkeypatch.setattr(judge, "use_gpu", lambda _, gpu=gpu: gpu)
-        for items in (1, judge._SHARE // 2, judge._SHARE // 2 + 1, 50 * judge._SHARE):
+        for items in (
+            1,
+            judge._ANSWERS_PER_ENGINE // 2,
+            judge._ANSWERS_PER_ENGINE // 2 + 1,
+            50 * judge._ANSWERS_PER_ENGINE,
+        ):
             judge.predictions([()] * items, questions, Path(), ufm, 0)
     assert asked == [1, 1, 2, 4, 1, 1, 1, 1]
 
