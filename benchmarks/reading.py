@@ -75,7 +75,7 @@ def new_names(rng: np.random.Generator) -> tuple[Prompt, str]:
     tags = [listed[-1] if rng.random() < 1 / 2 else names[-1]]
     person = Person(User("u", tags=listed), ())
     video = Video("v", None, float(rng.integers(3, 150)), tags=tags)
-    answer = as_answer(script.facts(person, video).said(), Option.A)
+    answer = as_answer(script.facts(person, video).sentences(), Option.A)
     return Prompt(user_prompt(Task.SEQUENTIAL, person, video, tags=True, style="brief"), None), answer
 
 

@@ -1,1 +1,1 @@
-"""Teachers: the jobs in which a text LLM, and where it fails a person, says what the UFM is to learn."""
+"""Teachers: the jobs in which a text LLM, or a person where it fails, decides what the UFM is to learn."""

@@ -1,17 +1,16 @@
-"""What people answered: the artifact `annotations`, and the labels of a run with these answers in their place.
+"""People's answers: the artifact `annotations`, and the labels of a run including them.
 
-Answers keep who gave them, when, and from which file. Several people may answer one item: most votes decide, a tie
-leaves the item open. Imports add up; a person's later answer to an item replaces the earlier one.
+Each answer records its author, time and file. Several people may answer one item: most votes decide, and a tie leaves
+the item open. Imports accumulate; a person's later answer to an item replaces the earlier one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gubs.artifacts import Artifact, Recipe, Run, fingerprint, writing
+from gubs.artifacts import Artifact, JsonObject, Recipe, Run, fingerprint, writing
 from gubs.errors import ArtifactError
 from gubs.records import Record
 from gubs.teachers import reasons
@@ -31,7 +30,7 @@ ANSWERS = pa.schema(
         ("source", pa.string()),
     ]
 )
-"""Every person's answer. time: UTC, ISO 8601; source: name of the file it was read from."""
+"""The answers. time: UTC, ISO 8601; source: name of the file from which the answer was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +45,8 @@ class HumanAnswer(Record):
     source: str | None = None
 
 
-def add_answers(run: Run, settings: Mapping[str, Any], answers: Iterable[HumanAnswer]) -> Artifact:
-    """Adds answers to the artifact `annotations`, which is replaced as a whole; `settings` are for its manifest.
+def add_answers(run: Run, settings: JsonObject, answers: Iterable[HumanAnswer]) -> Artifact:
+    """Adds answers to the artifact `annotations`, which is replaced as a whole; its manifest records `settings`.
 
     Raises:
         ArtifactError: there are no labels, or the earlier answers belong to other labels (see `earlier_answers`).
@@ -55,34 +54,34 @@ def add_answers(run: Run, settings: Mapping[str, Any], answers: Iterable[HumanAn
     labels = run.artifact(reasons.STAGE)
     merged = {(a.interaction_id, a.annotator): a for a in earlier_answers(run)}
     for answer in answers:
-        known = merged.get((answer.interaction_id, answer.annotator))
-        if known is None or answer.time >= known.time:
+        earlier = merged.get((answer.interaction_id, answer.annotator))
+        if earlier is None or answer.time >= earlier.time:
             merged[answer.interaction_id, answer.annotator] = answer
     rows = [asdict(a) for _, a in sorted(merged.items())]
     recipe = Recipe(inputs={reasons.STAGE: labels.content}, outside={"answers": fingerprint(STAGE, rows)})
-    votes = votes_of(merged.values())
+    report = _report(run, labels, votes_of(merged.values()))
     with writing(run, STAGE, recipe=recipe, settings=settings) as out:
         out.write_table("answers", pa.Table.from_pylist(rows, schema=ANSWERS))
-        out.info = _report(run, labels, votes)
-        out.summary = f"{len(rows):,} answers of people, {out.info['decided']:,} skips decided"
+        out.info = report
+        out.summary = f"{len(rows):,} answers from people, {report['decided']:,} skips decided"
     return run.artifact(STAGE)
 
 
 def earlier_answers(run: Run) -> list[HumanAnswer]:
-    """The answers that the run has already.
+    """The answers that the run already has.
 
     Raises:
-        ArtifactError: they are answers to the queue of labels that have been made anew since.
+        ArtifactError: the labels whose queue they answer have been made again since.
     """
     if not run.has(STAGE):
         return []
-    found = run.artifact(STAGE)
-    if found.manifest.recipe.inputs.get(reasons.STAGE) != run.artifact(reasons.STAGE).content:
+    annotations = run.artifact(STAGE)
+    if annotations.manifest.recipe.inputs.get(reasons.STAGE) != run.artifact(reasons.STAGE).content:
         raise ArtifactError(
-            f"{found.uri} answers the queue of other labels than {run.full(reasons.STAGE)} holds now: "
-            "move it away, or make the labels with the earlier settings"
+            f"{annotations.uri} answers the queue of other labels than those now in {run.full(reasons.STAGE)}: "
+            "move it away, or make the labels again with the earlier settings"
         )
-    return list(HumanAnswer.from_table(found.table("answers")))
+    return list(HumanAnswer.from_table(annotations.table("answers")))
 
 
 def votes_of(answers: Iterable[HumanAnswer]) -> dict[str, dict[str, str]]:
@@ -94,43 +93,41 @@ def votes_of(answers: Iterable[HumanAnswer]) -> dict[str, dict[str, str]]:
 
 
 def all_labels(run: Run) -> pa.Table:
-    """The labels of a run (schema `reasons.LABELS`): by rule, by teacher, and what people decided.
+    """The labels of a run (schema `reasons.LABELS`): by rule, by a teacher, and by people.
 
     Raises:
         ArtifactError: there are no labels.
     """
     labels = run.artifact(reasons.STAGE)
-    decided = {item: option for item, v in votes_of(earlier_answers(run)).items() if (option := majority(v))}
+    decided = _decided(votes_of(earlier_answers(run)))
     table = labels.table("labels")
     if not decided:
         return table
-    rows = [_human_row(r, decided[r["interaction_id"]]) for r in labels.table("queue").to_pylist() if _in(r, decided)]
+    queue = labels.table("queue").to_pylist()
+    rows = [_human_row(row, decided[row["interaction_id"]]) for row in queue if row["interaction_id"] in decided]
     return pa.concat_tables([table, pa.Table.from_pylist(rows, schema=reasons.LABELS)])
 
 
 def open_items(run: Run, annotator: str = "") -> pa.Table:
-    """The queue without what is decided, or, for an annotator, without what this person has answered."""
+    """The items of the queue that are not decided or, for an annotator, that this person has not answered."""
     queue = run.artifact(reasons.STAGE).table("queue")
     votes = votes_of(earlier_answers(run))
-    if annotator:
-        done = [item for item, v in votes.items() if annotator in v]
-    else:
-        done = [item for item, v in votes.items() if majority(v)]
+    done = [item for item, by in votes.items() if annotator in by] if annotator else list(_decided(votes))
     return queue.filter(pc.invert(pc.is_in(queue["interaction_id"], value_set=pa.array(done, pa.string()))))
 
 
-def _in(row: dict[str, Any], decided: dict[str, str]) -> bool:
-    return row["interaction_id"] in decided
+def _decided(votes: Votes) -> dict[str, str]:
+    return {item: option for item, by in votes.items() if (option := majority(by))}
 
 
-def _human_row(row: dict[str, Any], option: str) -> dict[str, Any]:
+def _human_row(row: JsonObject, option: str) -> JsonObject:
     ids = {f.name: row[f.name] for f in reasons.IDS}
     rounds = len(row["attempts"] or [])
     return {**ids, "option": option, "rounds": rounds, "label_source": HUMAN, "verdicts": row["attempts"]}
 
 
-def _report(run: Run, labels: Artifact, votes: Votes) -> dict[str, Any]:
-    decided = {item: option for item, v in votes.items() if (option := majority(v))}
+def _report(run: Run, labels: Artifact, votes: Votes) -> JsonObject:
+    decided = _decided(votes)
     return {
         "agreement": agreement(votes),
         "decided": len(decided),

@@ -1,4 +1,4 @@
-"""The annotator: a language model in the role `annotator`, asked by every job of the teachers; and its failures."""
+"""The annotator: the language model in the role `annotator`, which all teacher jobs ask; and its failures."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
@@ -8,17 +8,18 @@ from typing import Self
 
 import pyarrow as pa
 
-from gubs.artifacts import Run
+from gubs.artifacts import JsonObject, Run
 from gubs.llm.budget import CostEstimate
-from gubs.llm.calls import Answer, LLMRequest
+from gubs.llm.calls import Answer, LLMRequest, question
 from gubs.llm.client import LLMClient
 from gubs.llm.journal import journal_folder
 from gubs.llm.progress import OnProgress, llm_progress
 from gubs.llm.settings import LLMSettings
+from gubs.teachers.forms import PARSER
 
 ROLE = "annotator"
 Ask = Callable[[list[LLMRequest]], list[Answer]]
-"""Answers in the order of the requests, as `LLMClient.ask` gives them."""
+"""Returns answers in the order of the requests, as `LLMClient.ask` does."""
 
 FAILURES = pa.schema(
     [
@@ -29,11 +30,11 @@ FAILURES = pa.schema(
         ("text", pa.string()),
     ]
 )
-"""Requests without a usable answer: interaction or user id, the request's label, cause, error, the last answer."""
+"""Requests without a usable answer. item: interaction or user id; label: the request's; text: the last answer."""
 
 
 class Annotator:
-    """A context manager. The client opens when it is needed; Ray has to be running once a call is made."""
+    """A context manager. The client opens on first use; calls need a running Ray."""
 
     def __init__(self, run: Run, llm: LLMSettings, on_progress: OnProgress | None = None):
         self._run, self._settings, self._on_progress = run, llm, on_progress
@@ -60,23 +61,28 @@ class Annotator:
         return self._client
 
     def ask(self, requests: list[LLMRequest]) -> list[Answer]:
-        """Asks; no request, no client. Errors: see `LLMClient.stream`."""
+        """Answers the requests; opens no client if there are none. Errors: see `LLMClient.stream`."""
         return self.client.ask(requests) if requests else []
 
     def estimate(self, requests: Iterable[LLMRequest]) -> CostEstimate:
-        """What the requests would cost, without those that the journal answers."""
+        """What the requests would cost; those that the journal answers are free."""
         return self.client.dry_run(requests)
 
 
 @contextmanager
 def annotator(run: Run, llm: LLMSettings) -> Iterator[Annotator]:
     """An annotator that shows its progress."""
-    with llm_progress() as on_progress, Annotator(run, llm, on_progress) as asked:
-        yield asked
+    with llm_progress() as on_progress, Annotator(run, llm, on_progress) as opened:
+        yield opened
+
+
+def request_about(item: str, step: str, prompt: str, form: JsonObject) -> LLMRequest:
+    """A request about an interaction or user (`item`), to be answered in one of `gubs.teachers.forms`."""
+    return question(ROLE, f"{step}/{item}", prompt, schema=form, parser=PARSER, metadata={"item": item})
 
 
 def failures(answers: Iterable[Answer]) -> pa.Table:
-    """The answers that cannot be used, as rows of `FAILURES`. Requests carry the item in their metadata."""
+    """The answers that cannot be used, as rows of `FAILURES`; for requests made by `request_about`."""
     rows = [
         {"item": a.metadata["item"], "label": a.label, "cause": a.failure, "error": a.error, "text": a.text}
         for a in answers

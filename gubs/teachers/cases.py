@@ -1,12 +1,11 @@
-"""Cases: single targets with all that may be shown around them, and nothing else.
+"""Cases: single targets with everything that a prompt about them may show.
 
-A prompt about a target may show the user's profile, the user's history in the same task (the split makes sure that it
-ends before the first target), and the video. Other targets, and later records of another task, are never read.
+That is the user's profile, the user's history in the same task (the split ensures that it ends before the first
+target), and the video. Other targets, and later records of another task, are never read.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,10 +23,10 @@ class Case:
     target: Interaction
     split: str
     person: Person
-    """With the views of the history that are shown."""
+    """With those views of the history that are shown."""
     video: Video
 
-    def shown(self, limit: int) -> dict[str, Any]:
+    def prompt_fields(self, limit: int) -> dict[str, object]:
         """The fields that every question about the case shows."""
         return {
             "task": self.target.task,
@@ -36,15 +35,24 @@ class Case:
             "video": video_line(self.video, tags=True, limit=limit),
         }
 
-    def ids(self) -> dict[str, Any]:
-        """The columns that say which target it is."""
-        t = self.target
-        names = {"interaction_id": t.interaction_id, "user_id": t.user_id, "video_id": t.video_id}
-        return {**names, "task": t.task, "split": self.split}
+    def ids(self) -> dict[str, str]:
+        """The columns that identify the target."""
+        return target_ids(self.target, self.split)
+
+
+def target_ids(target: Interaction, split: str) -> dict[str, str]:
+    """The columns that identify a target."""
+    ids = {"interaction_id": target.interaction_id, "user_id": target.user_id, "video_id": target.video_id}
+    return {**ids, "task": target.task, "split": split}
+
+
+def with_split(rows: pa.Table) -> Iterator[tuple[Interaction, str]]:
+    """Each target (columns of schema `ifvr`) with its split."""
+    return zip(Interaction.from_table(rows), rows["split"].to_pylist(), strict=True)
 
 
 def draw(table: pa.Table, count: int, seed: Sequence[int]) -> pa.Table:
-    """`count` random rows in the table's order; all of them for 0."""
+    """`count` random rows in the table's order; 0 = all rows."""
     if not count or table.num_rows <= count:
         return table
     picks = np.random.default_rng(seed).permutation(table.num_rows)[:count]
@@ -52,26 +60,23 @@ def draw(table: pa.Table, count: int, seed: Sequence[int]) -> pa.Table:
 
 
 def load_cases(ifvr: IFVR, rows: pa.Table, history_items: int, *, tastes: bool = False) -> list[Case]:
-    """The cases of target rows of one task (columns of schema `ifvr`), in their order.
+    """The cases of targets, in the order of the rows.
 
     Args:
         ifvr: the data set.
-        rows: targets.
+        rows: targets of one task (columns of schema `ifvr`).
         history_items: latest views to show; 0 = all.
         tastes: see `IFVR.people`.
     """
     if not rows.num_rows:
         return []
     people = ifvr.people(rows["user_id"].to_pylist(), Task(rows["task"][0].as_py()), tastes=tastes)
-    shown = {user: person.latest(history_items) for user, person in people.items()}
-    return [
-        Case(t, split, shown[t.user_id], ifvr.videos[t.video_id])
-        for t, split in zip(Interaction.from_table(rows), rows["split"].to_pylist(), strict=True)
-    ]
+    recent = {user: person.latest(history_items) for user, person in people.items()}
+    return [Case(t, split, recent[t.user_id], ifvr.videos[t.video_id]) for t, split in with_split(rows)]
 
 
 def clicked(row: Interaction) -> bool | None:
-    """The outcome of a click target. Rated items (A.7): liked or disliked; None for what is neither or unknown."""
+    """The outcome of a click target; None if unknown. Rated items (A.7): liked or disliked; None for neither."""
     if row.rating is not None:
         return True if row.liked else False if row.disliked else None
     return row.clicked
@@ -79,5 +84,5 @@ def clicked(row: Interaction) -> bool | None:
 
 def by_id(table: pa.Table, ids: Iterable[str]) -> pa.Table:
     """The rows with these interaction ids, in the order of the ids; unknown ids are left out."""
-    place = {key: i for i, key in enumerate(table["interaction_id"].to_pylist())}
-    return table.take(pa.array([place[i] for i in ids if i in place], pa.int64()))
+    position = {key: i for i, key in enumerate(table["interaction_id"].to_pylist())}
+    return table.take(pa.array([position[i] for i in ids if i in position], pa.int64()))

@@ -1,13 +1,13 @@
-"""The forms in which teachers answer: JSON schemas, and what is checked beyond them.
+"""The forms in which teachers answer: JSON schemas, and checks beyond them.
 
-The paper's annotator answers in the UFM's own form. Here it gives the same two parts as JSON, since a `<think>` part at
-the head of an answer is also how reasoning models mark what is not meant to be read, and endpoints keep that apart;
-the UFM's form is written from the two parts afterwards (`gubs.prompts.answers.as_answer`).
+The paper's annotator answers in the UFM's own form. Here it gives the same two parts as JSON: reasoning models also put
+their hidden reasoning in a leading `<think>` part, which endpoints separate from the answer. The UFM's form is composed
+of the two parts afterwards (`gubs.prompts.answers.as_answer`).
 """
 
 from collections.abc import Sequence
-from typing import Any
 
+from gubs.artifacts import JsonObject
 from gubs.prompts.fields import plain
 from gubs.records import Option
 
@@ -23,60 +23,59 @@ class BlankTextError(ValueError):
         self.cause = f"no_{name}"
 
 
-def thought_form(options: Sequence[Option], max_chars: int) -> dict[str, Any]:
+def thought_form(options: Sequence[Option], max_chars: int) -> JsonObject:
     """Chain of thought, then the option."""
     return _object(think=_text(max_chars), answer={"type": "string", "enum": [o.value for o in options]})
 
 
-def label_form(options: Sequence[Option], max_chars: int) -> dict[str, Any]:
+def label_form(options: Sequence[Option], max_chars: int) -> JsonObject:
     """Rationale, then the option."""
     return _object(rationale=_text(max_chars), option={"type": "string", "enum": [o.value for o in options]})
 
 
-def verdict_form(max_chars: int) -> dict[str, Any]:
+def verdict_form(max_chars: int) -> JsonObject:
     """Criticism, then yes or no."""
     return _object(criticism=_text(max_chars), valid={"type": "string", "enum": ["yes", "no"]})
 
 
-def profile_form(max_chars: int) -> dict[str, Any]:
+def profile_form(max_chars: int) -> JsonObject:
     """A user's profile and interest tags."""
     tags = {"type": "array", "items": _text(_TAG_CHARS), "minItems": 1, "maxItems": 8}
     return _object(profile=_text(max_chars), tags=tags)
 
 
-def checked(value: dict[str, Any]) -> dict[str, Any]:
-    """The parser of all forms: texts are stripped and may not be blank, tags become plain and lose their doubles.
+def checked(value: JsonObject) -> JsonObject:
+    """The parser of all forms: texts are stripped and may not be blank, tags become plain and unique.
 
     Raises:
         BlankTextError: a text is blank.
     """
-    clean = {k: v.strip() if isinstance(v, str) else v for k, v in value.items()}
+    clean = {name: part.strip() if isinstance(part, str) else part for name, part in value.items()}
     if "tags" in clean:
-        tags = (plain(t, _TAG_CHARS) for t in clean["tags"])
-        clean["tags"] = list(dict.fromkeys(t for t in tags if t))
-    for name, text in clean.items():
-        if not text or (isinstance(text, str) and not plain(text)):
+        clean["tags"] = list(dict.fromkeys(filter(None, (plain(t, _TAG_CHARS) for t in clean["tags"]))))
+    for name, part in clean.items():
+        if not part or (isinstance(part, str) and not plain(part)):
             raise BlankTextError(name)
     return clean
 
 
 PARSER = f"{__name__}:{checked.__name__}"
-"""`checked`, as requests name it."""
+"""The name of `checked` in requests."""
 
 
 def words(max_chars: int) -> int:
-    """Words to ask for, so that a text stays within a number of characters."""
+    """Number of words to ask for, so that a text stays within `max_chars` characters."""
     return max(10, max_chars // _CHARS_PER_WORD // 10 * 10)
 
 
-def _text(max_chars: int) -> dict[str, Any]:
+def _text(max_chars: int) -> JsonObject:
     return {"type": "string", "minLength": 1, "maxLength": max_chars}
 
 
-def _object(**properties: dict[str, Any]) -> dict[str, Any]:
+def _object(**properties: JsonObject) -> JsonObject:
     return {
         "type": "object",
-        "properties": properties,  # in this order: the reasons come before the verdict
+        "properties": properties,  # in this order: a model has to reason before it decides
         "required": list(properties),
         "additionalProperties": False,
     }

@@ -1,14 +1,13 @@
-"""The human queue as files: written for a person (CSV or JSONL), and read back, with every wrong row named."""
+"""The human queue as files: written for people (CSV or JSONL) and read back; errors name every wrong row."""
 
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from gubs.artifacts import Run
+from gubs.artifacts import JsonObject, Run
 from gubs.data.ifvr import IFVR, PROFILES
 from gubs.errors import InputError
 from gubs.prompts.answers import read_option
@@ -36,14 +35,14 @@ COLUMNS = (
     "annotator",
     "time",
 )
-"""A person fills in answer (the letter), and if wanted comment, annotator and time (ISO 8601)."""
+"""A person fills in answer (the letter) and, optionally, comment, annotator and time (ISO 8601)."""
 
 _OPTIONS = TASK_OPTIONS[Task.SEQUENTIAL]
-_SHOWN_PROBLEMS = 10
+_LISTED_PROBLEMS = 10
 
 
 def queue_items(run: Run, settings: TeacherSettings, annotator: str = "") -> list[dict[str, str]]:
-    """What is open, with all a person needs to decide it: one text per column."""
+    """The open items with everything a person needs to decide them: one text per column."""
     ifvr = IFVR(run)
     queue = {row["interaction_id"]: row for row in open_items(run, annotator).to_pylist()}
     rows = by_id(ifvr.targets(Task.SEQUENTIAL), queue)
@@ -53,10 +52,10 @@ def queue_items(run: Run, settings: TeacherSettings, annotator: str = "") -> lis
 
 
 def export_queue(run: Run, settings: TeacherSettings, file: Path, annotator: str = "") -> int:
-    """Writes what is open to a .csv or .jsonl file; returns the number of items.
+    """Writes the open items to a .csv or .jsonl file; returns their number.
 
     Raises:
-        InputError: another kind of file. ArtifactError: there are no labels.
+        InputError: the file has another ending. ArtifactError: there are no labels.
     """
     kind = _kind(file)
     items = queue_items(run, settings, annotator)
@@ -73,36 +72,36 @@ def export_queue(run: Run, settings: TeacherSettings, file: Path, annotator: str
 
 
 def read_answers(run: Run, file: Path, annotator: str = "") -> tuple[list[HumanAnswer], int]:
-    """The answers in a file that `export_queue` wrote and people filled in, and the number of rows left open.
+    """The answers in a file that `export_queue` wrote and people filled in, and the number of rows without an answer.
 
     Args:
-        run: its queue says which items there are.
+        run: the run, with the queue.
         file: .csv (comma, semicolon or tab) or .jsonl.
-        annotator: who answered, for rows that do not say.
+        annotator: who answered, for rows that name nobody.
 
     Raises:
-        InputError: a row names an item that is not in the queue, an answer that is no option, or nobody; all such rows
-            are listed, and none of the file is taken.
+        InputError: the file cannot be read, or a row has an item that is not in the queue, an answer that is no option,
+            a malformed time, or no annotator; the message lists such rows, and nothing is imported.
     """
-    known = set(run.artifact(reasons.STAGE).table("queue")["interaction_id"].to_pylist())
+    queued = set(run.artifact(reasons.STAGE).table("queue")["interaction_id"].to_pylist())
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    answers, problems, left_open = [], [], 0
+    answers, problems, unanswered = [], [], 0
     for line, row in _rows(file):
         if not (row.get("answer") or "").strip():
-            left_open += 1
+            unanswered += 1
             continue
-        if problem := _problem(row, known, annotator):
+        if problem := _problem(row, queued, annotator):
             problems.append(f"  line {line}: {problem}")
         else:
             answers.append(_answer(row, annotator, row.get("time") or now, file.name))
     if problems:
-        more = f"\n  and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-        shown = "\n".join(problems[:_SHOWN_PROBLEMS])
-        raise InputError(f"{file}: {len(problems)} rows cannot be taken (nothing was imported):\n{shown}{more}")
-    return answers, left_open
+        more = f"\n  and {len(problems) - _LISTED_PROBLEMS} more" if len(problems) > _LISTED_PROBLEMS else ""
+        listed = "\n".join(problems[:_LISTED_PROBLEMS])
+        raise InputError(f"{file}: {len(problems)} rows are wrong (nothing was imported):\n{listed}{more}")
+    return answers, unanswered
 
 
-def _item(case: Case, row: dict[str, Any], files: dict[str, str], limit: int) -> dict[str, str]:
+def _item(case: Case, row: JsonObject, files: dict[str, str], limit: int) -> dict[str, str]:
     video = case.video
     return {
         "interaction_id": case.target.interaction_id,
@@ -122,14 +121,14 @@ def _item(case: Case, row: dict[str, Any], files: dict[str, str], limit: int) ->
     }
 
 
-def _attempt(number: int, attempt: dict[str, Any]) -> str:
+def _attempt(number: int, attempt: JsonObject) -> str:
     verdict = {True: "sound", False: "not sound", None: "not judged"}[attempt["valid"]]
-    said = f"{number}. {attempt['option']}: {plain(attempt['rationale'], 2000)} [{verdict}]"
-    return said + (f" {plain(attempt['criticism'], 2000)}" if attempt["criticism"] else "")
+    criticism = f" {plain(attempt['criticism'], 2000)}" if attempt["criticism"] else ""
+    return f"{number}. {attempt['option']}: {plain(attempt['rationale'], 2000)} [{verdict}]{criticism}"
 
 
 def _video_files(ifvr: IFVR) -> dict[str, str]:
-    """Video id -> the file to look at; the frames' table knows where files were found."""
+    """Video id -> the file to look at; the table of the frames, if there is one, has the files that were found."""
     if not ifvr.run.has("frames"):
         return ifvr.video_files
     table = ifvr.run.artifact("frames").table("frames", ["video_id", "uri"])
@@ -144,7 +143,7 @@ def _kind(file: Path) -> str:
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line or row number as a person counts, row) of a file."""
+    """The rows of a file with their line numbers, from 1."""
     kind = _kind(file)
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -167,11 +166,9 @@ def _json_rows(file: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _csv_rows(file: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    header = text.split("\n", 1)[0]
-    mark = max(",;\t", key=header.count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)
-    missing = {"interaction_id", "answer"} - set(reader.fieldnames or [])
-    if missing:
+    delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    if missing := {"interaction_id", "answer"} - set(reader.fieldnames or []):
         raise InputError(f"{file}: lacks the column {' and '.join(sorted(missing))}")
     try:
         for row in reader:
@@ -180,15 +177,18 @@ def _csv_rows(file: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
         raise InputError(f"{file}, line {reader.line_num}: {e}") from None
 
 
-def _problem(row: dict[str, str], known: Iterable[str], annotator: str) -> str:
+def _problem(row: dict[str, str], queued: Collection[str], annotator: str) -> str:
     key = (row.get("interaction_id") or "").strip()
-    if key not in known:
+    if key not in queued:
         return f"interaction_id {key!r} is not in the queue of this run"
     if read_option(row["answer"], _OPTIONS) is None:
         return f"answer {row['answer'].strip()!r} is none of {', '.join(_OPTIONS)}"
     if not ((row.get("annotator") or "").strip() or annotator):
         return "nobody is named in the column annotator: fill it in, or pass --name"
-    if row.get("time") and not _is_time(row["time"]):
+    try:
+        if row.get("time"):
+            datetime.fromisoformat(row["time"].strip())
+    except ValueError:
         return f"time {row['time']!r} is not of the form 2025-01-31T12:00:00+00:00"
     return ""
 
@@ -202,11 +202,3 @@ def _answer(row: dict[str, str], annotator: str, time: str, source: str) -> Huma
         comment=(row.get("comment") or "").strip() or None,
         source=source,
     )
-
-
-def _is_time(text: str) -> bool:
-    try:
-        datetime.fromisoformat(text.strip())
-    except ValueError:
-        return False
-    return True

@@ -1,31 +1,30 @@
 """Reasons of skips (A.3): the annotator labels, judges its own rationale, and labels again, up to three rounds.
 
-Every fast skip among the targets gets a cause (B, C, D) with a rationale. The annotator is then shown the rationale and
-asks itself whether it is sound; if not, it labels again, with the criticism. What is still not sound after the last
-round, or had no usable answer, goes to the queue for a person. What was not skipped is A by rule, and clicks are
-labelled by what was clicked: the tables labels and queue hold every target whose outcome is known, but for the skips
-that a limit left out.
+Every fast skip among the targets gets a cause (B, C, D) with a rationale. The annotator then judges whether its
+rationale is sound; if not, it labels again, given the criticism. A skip without a sound rationale after the last round,
+or without a usable answer, goes to the queue for people. Targets that were not skipped are A by rule, and click targets
+are labelled by the log. The tables labels and queue hold every target whose outcome is known, except skips beyond a
+limit.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import pyarrow as pa
 
-from gubs.artifacts import Run, StageJob
+from gubs.artifacts import JsonObject, Run, StageJob
 from gubs.console import say
 from gubs.data.ifvr import IFVR, PROFILES, fast_skips
-from gubs.llm.calls import Answer, LLMRequest, question
+from gubs.llm.calls import Answer, LLMRequest
 from gubs.llm.settings import LLMSettings
 from gubs.prompts import fill
 from gubs.prompts.options import SKIP_CAUSES, option_lines
 from gubs.records import FAST_SKIP_BELOW, Interaction, Option, Split, Task
 from gubs.teachers import script
-from gubs.teachers.annotator import ROLE, Ask, annotator, by_cause, failures
-from gubs.teachers.cases import Case, clicked, draw, load_cases
-from gubs.teachers.forms import PARSER, label_form, verdict_form, words
+from gubs.teachers.annotator import Ask, annotator, by_cause, failures, request_about
+from gubs.teachers.cases import Case, clicked, draw, load_cases, target_ids, with_split
+from gubs.teachers.forms import label_form, verdict_form, words
 from gubs.teachers.score import score, true_causes
 from gubs.teachers.settings import TeacherSettings
 
@@ -34,7 +33,7 @@ RULE = "rule"
 TRUE = "truth"
 """`label_source` of true causes, which only simulated sources know."""
 INVALID = "invalid"
-"""Why an item is in the queue: no round brought a rationale that its own author found sound."""
+"""Why an item is in the queue: the annotator found none of its own rationales sound."""
 
 _ATTEMPTS = pa.list_(
     pa.struct(
@@ -53,7 +52,7 @@ IDS = [
     pa.field("task", pa.string(), nullable=False),
     pa.field("split", pa.string(), nullable=False),
 ]
-"""The columns that say which target a row is about."""
+"""The columns that identify the target of a row."""
 
 LABELS = pa.schema(
     [
@@ -65,7 +64,7 @@ LABELS = pa.schema(
         ("verdicts", _ATTEMPTS),
     ]
 )
-"""One row a labelled target. label_source: rule, teacher-1 ... teacher-3 (the round), script, truth, human. rounds: 0
+"""One row per labelled target. label_source: rule, teacher-1 ... teacher-3 (the round), script, truth, human. rounds: 0
 for rule."""
 
 QUEUE = pa.schema([*IDS, ("play_rate", pa.float64()), pa.field("cause", pa.string(), nullable=False)]).append(
@@ -76,7 +75,7 @@ QUEUE = pa.schema([*IDS, ("play_rate", pa.float64()), pa.field("cause", pa.strin
 
 @dataclass
 class Attempt:
-    """One round: what was said, and what its author thought of it (valid is None before, or if that call failed)."""
+    """One round: the label and the verdict on it (valid is None before the verdict, or if that call failed)."""
 
     option: str
     rationale: str
@@ -86,17 +85,17 @@ class Attempt:
 
 @dataclass
 class Skip:
-    """A fast skip on its way to a reason."""
+    """A fast skip that is to get a reason."""
 
     case: Case
     attempts: list[Attempt] = field(default_factory=list)
     failed: Answer | None = None
     author: str = ""
-    """Who gave the reason, where it was not the annotator."""
+    """Who gave the reason, if not the annotator."""
 
     @property
     def source(self) -> str:
-        """Who said so: `label_source` of `LABELS`."""
+        """The author of the label: `label_source` of `LABELS`."""
         return self.author or f"teacher-{len(self.attempts)}"
 
     @property
@@ -108,22 +107,22 @@ class Skip:
 def make(job: StageJob, teachers: TeacherSettings, llm: LLMSettings, seed: int) -> str:
     """Labels every target whose outcome is known (tables labels, queue, failures).
 
-    On simulated sources its info tells how many labels are true.
+    On simulated sources the artifact's info says how many labels are true.
 
-    Errors: see `LLMClient.stream`; what was finished is kept in the journal.
+    Errors: see `LLMClient.stream`; the journal keeps the answers received so far.
     """
     ifvr, truth = IFVR(job.run), true_causes(job.run)
     skips = open_skips(ifvr, teachers, seed, tastes=job.reads(PROFILES))
-    with annotator(job.run, llm) as asked:
-        _find_reasons(skips, teachers, truth if teachers.truth else {}, asked.ask)
-    told = [_label_row(s, s.sound) for s in skips if s.sound]
+    with annotator(job.run, llm) as opened:
+        _find_reasons(skips, teachers, truth if teachers.truth else {}, opened.ask)
+    rows = [_label_row(s, s.sound) for s in skips if s.sound]
     rules, unknown = rule_labels(ifvr)
     with job.writing() as out:
-        out.write_table("labels", pa.concat_tables([rules, pa.Table.from_pylist(told, schema=LABELS)]))
+        out.write_table("labels", pa.concat_tables([rules, pa.Table.from_pylist(rows, schema=LABELS)]))
         out.write_table("queue", queue := queue_table(skips))
         out.write_table("failures", failures(s.failed for s in skips if s.failed))
         out.info = _report(skips, rules, queue, unknown)
-        out.info["skips_left_out"] = _count_skips(ifvr) - len(skips)
+        out.info["skips_left_out"] = fast_skips(ifvr.targets(Task.SEQUENTIAL)).num_rows - len(skips)
         out.info["truth"] = _score(skips, truth)
         out.summary = f"{out.tables['labels'].rows:,} labels, {queue.num_rows:,} skips for people to decide"
     for note in out.info["notes"]:
@@ -132,7 +131,7 @@ def make(job: StageJob, teachers: TeacherSettings, llm: LLMSettings, seed: int) 
 
 
 def _find_reasons(skips: list[Skip], teachers: TeacherSettings, truth: Mapping[str, str], ask: Ask) -> None:
-    """Gives the skips their reasons: the true causes where they are given, else the teacher's."""
+    """Gives the skips their reasons: the true causes if `truth` has them, else the teacher's."""
     if not truth and teachers.author == "annotator":
         label(skips, ask, teachers)
         return
@@ -153,7 +152,7 @@ def requests(run: Run, teachers: TeacherSettings, seed: int) -> list[LLMRequest]
 
 
 def open_skips(ifvr: IFVR, settings: TeacherSettings, seed: int, *, tastes: bool = False) -> list[Skip]:
-    """The fast skips that get a reason, train then test."""
+    """The fast skips that get a reason, training users first."""
     cases = []
     for number, (split, count) in enumerate([(Split.TRAIN, settings.train_skips), (Split.TEST, settings.test_skips)]):
         rows = draw(fast_skips(ifvr.targets(Task.SEQUENTIAL, [split])), count, [seed, 21, number])
@@ -162,7 +161,7 @@ def open_skips(ifvr: IFVR, settings: TeacherSettings, seed: int, *, tastes: bool
 
 
 def label(skips: Collection[Skip], ask: Ask, settings: TeacherSettings) -> None:
-    """The rounds of A.3, over all skips at once; each skip is left sound, failed, or with its last attempt invalid."""
+    """The rounds of A.3, over all skips at once; each skip ends up sound, failed, or with an invalid last attempt."""
     still_open = list(skips)
     for _ in range(settings.rounds):
         labelled = _label(still_open, ask, settings)
@@ -170,29 +169,33 @@ def label(skips: Collection[Skip], ask: Ask, settings: TeacherSettings) -> None:
 
 
 def label_request(skip: Skip, settings: TeacherSettings) -> LLMRequest:
-    """Asks for the cause of a skip; shows what was said before and why it was found wanting."""
-    prompt = fill("teachers/label", **_shown(skip, settings), attempts=skip.attempts)
+    """Asks for the cause of a skip; shows the earlier attempts and their criticism."""
+    prompt = fill("teachers/label", **_prompt_fields(skip, settings), attempts=skip.attempts)
     form = label_form(SKIP_CAUSES, settings.reason_chars)
-    return _request(skip, f"label{len(skip.attempts) + 1}", prompt, form)
+    return request_about(skip.case.target.interaction_id, f"label{len(skip.attempts) + 1}", prompt, form)
 
 
 def verdict_request(skip: Skip, settings: TeacherSettings) -> LLMRequest:
     """Asks whether the last attempt is sound."""
-    prompt = fill("teachers/judge", **_shown(skip, settings), attempt=skip.attempts[-1])
-    return _request(skip, f"verdict{len(skip.attempts)}", prompt, verdict_form(settings.reason_chars))
+    prompt = fill("teachers/judge", **_prompt_fields(skip, settings), attempt=skip.attempts[-1])
+    form = verdict_form(settings.reason_chars)
+    return request_about(skip.case.target.interaction_id, f"verdict{len(skip.attempts)}", prompt, form)
 
 
 def rule_labels(ifvr: IFVR) -> tuple[pa.Table, int]:
-    """Labels that need no teacher, and the number of targets for which the log does not tell the outcome."""
-    rows = [row for task in Task for row in _with_split(ifvr.targets(task))]
-    known = [(r, split, option) for r, split in rows if (option := _by_rule(r)) is not None]
-    unknown = sum(_unknown(r) for r, _ in rows)
-    told = [{**_ids(r, split), "option": option.value, "rounds": 0} for r, split, option in known]
-    return pa.Table.from_pylist([{**t, "label_source": RULE, "verdicts": []} for t in told], schema=LABELS), unknown
+    """Labels that need no teacher, and the number of targets whose outcome the log does not have."""
+    targets = [pair for task in Task for pair in with_split(ifvr.targets(task))]
+    common = {"rounds": 0, "label_source": RULE, "verdicts": []}
+    rows = [
+        {**target_ids(target, split), "option": option.value, **common}
+        for target, split in targets
+        if (option := _by_rule(target)) is not None
+    ]
+    return pa.Table.from_pylist(rows, schema=LABELS), sum(_unknown(target) for target, _ in targets)
 
 
 def queue_table(skips: Iterable[Skip]) -> pa.Table:
-    """The skips that need a person."""
+    """The skips that a person has to label."""
     rows = [
         {
             **s.case.ids(),
@@ -207,7 +210,7 @@ def queue_table(skips: Iterable[Skip]) -> pa.Table:
 
 
 def _label(skips: list[Skip], ask: Ask, settings: TeacherSettings) -> list[Skip]:
-    """Adds an attempt to each; returns those that got one."""
+    """Adds an attempt to each skip; returns those that got one."""
     answers = ask([label_request(s, settings) for s in skips])
     for skip, answer in zip(skips, answers, strict=True):
         if answer.ok:
@@ -218,7 +221,7 @@ def _label(skips: list[Skip], ask: Ask, settings: TeacherSettings) -> list[Skip]
 
 
 def _judge(skips: list[Skip], ask: Ask, settings: TeacherSettings) -> list[Skip]:
-    """Judges the last attempt of each; returns those that need another."""
+    """Judges the last attempt of each skip; returns those that need another."""
     answers = ask([verdict_request(s, settings) for s in skips])
     for skip, answer in zip(skips, answers, strict=True):
         if answer.ok:
@@ -229,9 +232,9 @@ def _judge(skips: list[Skip], ask: Ask, settings: TeacherSettings) -> list[Skip]
     return [s for s in skips if not s.failed and not s.sound]
 
 
-def _shown(skip: Skip, settings: TeacherSettings) -> dict[str, Any]:
+def _prompt_fields(skip: Skip, settings: TeacherSettings) -> dict[str, object]:
     return {
-        **skip.case.shown(settings.max_text),
+        **skip.case.prompt_fields(settings.max_text),
         "played": f"{skip.case.target.play_rate:.0%}",
         "options": option_lines(Task.SEQUENTIAL, SKIP_CAUSES),
         "limit": settings.reason_chars,
@@ -239,12 +242,7 @@ def _shown(skip: Skip, settings: TeacherSettings) -> dict[str, Any]:
     }
 
 
-def _request(skip: Skip, step: str, prompt: str, form: dict[str, Any]) -> LLMRequest:
-    key = skip.case.target.interaction_id
-    return question(ROLE, f"{step}/{key}", prompt, schema=form, parser=PARSER, metadata={"item": key})
-
-
-def _label_row(skip: Skip, attempt: Attempt) -> dict[str, Any]:
+def _label_row(skip: Skip, attempt: Attempt) -> JsonObject:
     return {
         **skip.case.ids(),
         "option": attempt.option,
@@ -266,22 +264,9 @@ def _unknown(row: Interaction) -> bool:
     return clicked(row) is None if row.task == Task.CLICK else row.play_rate is None
 
 
-def _with_split(table: pa.Table) -> Iterator[tuple[Interaction, str]]:
-    return zip(Interaction.from_table(table), table["split"].to_pylist(), strict=True)
-
-
-def _ids(row: Interaction, split: str) -> dict[str, str]:
-    ids = {"interaction_id": row.interaction_id, "user_id": row.user_id, "video_id": row.video_id}
-    return {**ids, "task": row.task, "split": split}
-
-
-def _count_skips(ifvr: IFVR) -> int:
-    return int(fast_skips(ifvr.targets(Task.SEQUENTIAL)).num_rows)
-
-
-def _report(skips: list[Skip], rules: pa.Table, queue: pa.Table, unknown: int) -> dict[str, Any]:
+def _report(skips: list[Skip], rules: pa.Table, queue: pa.Table, unknown: int) -> JsonObject:
     by_rule = Counter(zip(rules["task"].to_pylist(), rules["option"].to_pylist(), strict=True))
-    notes = ["the annotator saw no pictures: a video is its title, length and tags"]
+    notes = ["the annotator saw no pictures, only titles, lengths and tags of videos"]
     if not skips:
         notes.append("there is no fast skip to explain: all labels are by rule")
     return {
@@ -296,14 +281,14 @@ def _report(skips: list[Skip], rules: pa.Table, queue: pa.Table, unknown: int) -
     }
 
 
-def _score(skips: Iterable[Skip], truth: dict[str, str]) -> dict[str, Any] | None:
-    """The labels against the truth, all of them and by the round that brought them; None where there is no truth."""
-    said: dict[str, dict[str, str]] = {}
+def _score(skips: Iterable[Skip], truth: dict[str, str]) -> JsonObject | None:
+    """The labels against the truth, overall and by source; None without a truth."""
+    by_source: dict[str, dict[str, str]] = {}
     for skip in skips:
         if skip.sound:
-            said.setdefault(skip.source, {})[skip.case.target.interaction_id] = skip.sound.option
-    overall = score({k: o for labels in said.values() for k, o in labels.items()}, truth)
+            by_source.setdefault(skip.source, {})[skip.case.target.interaction_id] = skip.sound.option
+    overall = score({item: option for labels in by_source.values() for item, option in labels.items()}, truth)
     if overall is None:
         return None
-    rounds = {source: score(labels, truth) for source, labels in sorted(said.items())}
-    return {**overall, "by_source": {s: {k: r[k] for k in ("judged", "accuracy")} for s, r in rounds.items() if r}}
+    scores = {source: score(labels, truth) for source, labels in sorted(by_source.items())}
+    return {**overall, "by_source": {s: {k: r[k] for k in ("judged", "accuracy")} for s, r in scores.items() if r}}

@@ -1,22 +1,21 @@
-"""`gubs annotate review`: the human queue in the terminal, an item at a time, to be left and taken up again at will.
+"""`gubs annotate review`: the human queue in the terminal, item by item; people can stop and resume at any time.
 
-Each answer is appended to a file and synced before the next item is shown, and the file is imported when the session
-ends, however it ends; a session that was killed is imported by the next one.
+Each answer is appended to a file and synced before the next item is shown. The file is imported when the session ends;
+if it is killed, the next session imports the file.
 """
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
 from rich.prompt import Prompt
 from rich.text import Text
 
-from gubs.artifacts import Run
+from gubs.artifacts import JsonObject, Run
 from gubs.console import err
 from gubs.errors import InputError
 from gubs.records import TASK_OPTIONS, Task
@@ -32,7 +31,7 @@ _FIELDS = ("profile", "views", "title", "length", "tags", "played", "video_file"
 
 def review(
     run: Run,
-    settings: Mapping[str, Any],
+    settings: JsonObject,
     teachers: TeacherSettings,
     name: str,
     *,
@@ -40,29 +39,29 @@ def review(
     console: Console = err,
     read_key: Callable[[], str] | None = None,
 ) -> tuple[int, int]:
-    """Shows what this person has not answered yet, and asks.
+    """Shows the items that this person has not answered yet, and asks for an answer to each.
 
     Args:
-        run: its labels have the queue.
-        settings: of the run, for the artifact's manifest.
-        teachers: how much of a history is shown.
-        name: who answers; kept with each answer.
-        file: where answers are kept first; default `human/NAME.jsonl` in the run's folder.
-        console: where to show.
+        run: the run, with labels and their queue.
+        settings: all settings of the run, for the artifact's manifest.
+        teachers: decides how much of a history is shown.
+        name: the person's name, recorded with each answer.
+        file: where answers are stored before the import; default `human/NAME.jsonl` in the run's folder.
+        console: where items are shown.
         read_key: asks for one of `KEYS`; for tests.
 
     Returns:
-        Answers given now, and items this person has left open.
+        The number of answers in this session, and of items that this person has left open.
 
     Raises:
-        InputError: the run is remote and `file` is not given, or the file holds something else.
+        InputError: the run is remote and `file` is not given, or the file does not hold answers.
     """
     file = file or default_file(run, name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    _mend(file)
+    _cut_half_line(file)
     _import(run, settings, file, name)
     items = queue_items(run, teachers, name)
-    given = 0
+    answered = 0
     try:
         for number, item in enumerate(items, 1):
             show(item, f"{number} of {len(items)}", console)
@@ -71,28 +70,28 @@ def review(
                 break
             if key != SKIP:
                 _append(file, item["interaction_id"], key, name)
-                given += 1
+                answered += 1
     finally:
-        if given:
+        if answered:
             _import(run, settings, file, name)
-    return given, len(items) - given
+    return answered, len(items) - answered
 
 
 def default_file(run: Run, name: str) -> Path:
     """The file of one person's answers.
 
     Raises:
-        InputError: the run is remote, or the name cannot be a file's name.
+        InputError: the run is remote, or the name cannot be a file name.
     """
     if "://" in run.uri:
-        raise InputError(f"{run.uri} is remote: say where your answers are to be kept with --file")
+        raise InputError(f"{run.uri} is remote: pass a local file for your answers with --file")
     if not name or not all(c.isalnum() or c in " -_." for c in name) or name.startswith("."):
-        raise InputError(f"the name {name!r} cannot be used: letters, digits, blanks, - and _ only")
+        raise InputError(f"the name {name!r} cannot be used: letters, digits, blanks, -, _ and . only, no dot in front")
     return Path(run.path("human", f"{name}.jsonl"))
 
 
 def show(item: dict[str, str], place: str, console: Console) -> None:
-    """One item; what comes from outside is shown as it is, never read as markup."""
+    """Prints one item; text from the data is never interpreted as markup."""
     text = Text()
     for field in _FIELDS:
         if item[field]:
@@ -119,15 +118,15 @@ def _append(file: Path, item: str, key: str, name: str) -> None:
         os.fsync(f.fileno())
 
 
-def _mend(file: Path) -> None:
-    """Cuts off a line that a power cut left half-written."""
+def _cut_half_line(file: Path) -> None:
+    """Cuts off a last line that a power cut left incomplete."""
     data = file.read_bytes() if file.exists() else b""
     end = data.rfind(b"\n") + 1
     if end < len(data):
         os.truncate(file, end)
 
 
-def _import(run: Run, settings: Mapping[str, Any], file: Path, name: str) -> None:
+def _import(run: Run, settings: JsonObject, file: Path, name: str) -> None:
     if file.exists():
         answers, _ = read_answers(run, file, name)
         add_answers(run, settings, answers)

@@ -1,8 +1,7 @@
-"""How good the teachers' reasons are where the truth is known: simulated sources only, and never part of a prompt."""
+"""The quality of the teachers' reasons where the truth is known: simulated sources only, and never part of a prompt."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from typing import Any
 
 from gubs.artifacts import Run
 from gubs.prompts.options import SKIP_CAUSES
@@ -11,27 +10,21 @@ TRUTH = "truth"
 
 
 def true_causes(run: Run) -> dict[str, str]:
-    """The true cause (option) of every skip, by interaction id; empty where the source does not know."""
-    if not run.has(TRUTH):
-        return {}
-    table = run.artifact(TRUTH).table("skips", ["interaction_id", "cause"])
-    return dict(zip(table["interaction_id"].to_pylist(), table["cause"].to_pylist(), strict=True))
+    """The true cause (option) of every skip, by interaction id; empty if the source does not know it."""
+    return _truth(run, "skips", "interaction_id", "cause")
 
 
 def true_flaws(run: Run) -> dict[str, str]:
-    """What is wrong with each video ("none" among it), by its id; empty where the source does not know."""
-    if not run.has(TRUTH):
-        return {}
-    table = run.artifact(TRUTH).table("videos", ["video_id", "flaw"])
-    return dict(zip(table["video_id"].to_pylist(), table["flaw"].to_pylist(), strict=True))
+    """The flaw of each video (possibly "none"), by video id; empty if the source does not know it."""
+    return _truth(run, "videos", "video_id", "flaw")
 
 
-def score(said: Mapping[str, str], truth: Mapping[str, str]) -> dict[str, Any] | None:
-    """Accuracy, confusion and recall per cause of labels (interaction id -> option); None where nothing can be judged.
+def score(labels: Mapping[str, str], truth: Mapping[str, str]) -> dict[str, object] | None:
+    """Accuracy, confusion and recall per cause of labels (interaction id -> option); None if no label has a truth.
 
-    `most_frequent` is what always naming the most frequent cause would reach.
+    `most_frequent` is the accuracy of always naming the most frequent cause.
     """
-    pairs = [(truth[key], option) for key, option in said.items() if key in truth]
+    pairs = [(truth[key], option) for key, option in labels.items() if key in truth]
     if not pairs:
         return None
     confusion: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -40,7 +33,7 @@ def score(said: Mapping[str, str], truth: Mapping[str, str]) -> dict[str, Any] |
     totals = {true: sum(row.values()) for true, row in confusion.items()}
     return {
         "judged": len(pairs),
-        "unknown": len(said) - len(pairs),
+        "unknown": len(labels) - len(pairs),
         "accuracy": sum(confusion[t][t] for t in confusion) / len(pairs),
         "most_frequent": max(totals.values()) / len(pairs),
         "per_cause": {
@@ -48,3 +41,10 @@ def score(said: Mapping[str, str], truth: Mapping[str, str]) -> dict[str, Any] |
         },
         "confusion": {true: dict(sorted(row.items())) for true, row in sorted(confusion.items())},
     }
+
+
+def _truth(run: Run, table: str, key: str, value: str) -> dict[str, str]:
+    if not run.has(TRUTH):
+        return {}
+    columns = run.artifact(TRUTH).table(table, [key, value])
+    return dict(zip(columns[key].to_pylist(), columns[value].to_pylist(), strict=True))

@@ -1,10 +1,10 @@
 """The scripted teacher: chains of thought and reasons by simple rules, without a language model.
 
-For small runs and for tests, where a real annotator would cost more than the training: it reads the same fields as the
+For small runs and tests, where a real annotator would cost more than the training. It reads the same fields as the
 annotator (title, length, tags, history, and the user's own words about a dislike), notes what it finds in one short
-sentence a field, and concludes. It looks at no pictures itself (on simulated sources it can be told what a look would
-show) and knows no causes, and where the words tell nothing it goes by the fields alone: like any teacher it makes
-mistakes, and `gubs status` tells how many where the truth is known.
+sentence per field, and concludes. It sees no pictures (on simulated sources it can be told of a video's flaw) and knows
+no causes; if the user's words say nothing, it decides by the fields alone. Like any teacher it makes mistakes;
+`gubs status` shows how many where the truth is known.
 """
 
 import hashlib
@@ -18,23 +18,23 @@ from gubs.records import Option, Task, Video
 from gubs.teachers.cases import Case, clicked
 
 SCRIPT = "script"
-"""`label_source` of what this teacher says."""
+"""`label_source` of this teacher's examples and labels."""
 
 LONG_S = 40.0
-"""Length from which a video asks for time, where the user's history does not say more."""
+"""Length in seconds above which a video is long, for users with too little history."""
 
 _INTERESTS = 4
-"""Listed interests that are gone through."""
+"""Interests of the user that are read."""
 
 _WATCHED_ON = 50
-"""Play rate, in per cent, above which a view tells how long the user stays."""
+"""Play rate, in percent, above which a view counts as watched."""
 
 REMARKS = {
     "clickbait": "the title promises too much",
     "unpleasant": "the picture is hard to bear",
     "vulgar": "the words are vulgar",
 }
-"""What is said about a video with a flaw, by the simulation's name of it."""
+"""The remark about a flawed video, by the simulation's name of the flaw."""
 
 _WORDS: tuple[tuple[str, Option, str], ...] = (
     (r"clickbait|promis|misleading|nothing of the title", Option.B, REMARKS["clickbait"]),
@@ -45,7 +45,7 @@ _WORDS: tuple[tuple[str, Option, str], ...] = (
     (r"too long|no time|watch that long", Option.D, "it takes too long"),
     (r"not now|just now|wrong moment|at the moment|accident|by mistake", Option.D, "the moment is wrong"),
 )
-"""What people write about a dislike: pattern, cause, and what it says about the video."""
+"""How people explain a dislike: pattern, cause, and remark about the video."""
 
 _CONCLUSIONS = {
     Task.SEQUENTIAL: {
@@ -63,20 +63,20 @@ class Facts:
     """What the fields of a case say."""
 
     topic: str
-    """The first of the video's topics that the user lists, else its first; empty where it has none."""
+    """The first of the video's topics that the user lists, else its first topic; empty if it has none."""
     interests: tuple[str, ...]
-    """As the user lists them, up to the topic where it is among them."""
+    """As the user lists them; if the topic is among them, up to the topic."""
     fits: bool | None
-    """The topic is among the interests; None where either is unknown."""
+    """Whether the topic is among the interests; None if either is unknown."""
     seconds: float | None
     long: bool
     repeated: bool
 
-    def said(self, remark: str = "") -> str:
-        """The facts, a short sentence each; `remark` is what is known about the content beyond the fields.
+    def sentences(self, remark: str = "") -> str:
+        """One short sentence per fact; `remark` is what is known about the content beyond the fields.
 
-        The interests are gone through until the topic is met, and the length repeated before it is judged: a small
-        model then compares like with like, one step a token, instead of all at once.
+        The interests are listed up to the topic, and the length is repeated before it is judged: a small model then
+        compares like with like, one token at a time, instead of everything at once.
         """
         parts = [f'Topic "{self.topic}".' if self.topic else "Topic unknown."]
         if self.fits is not None:
@@ -93,40 +93,71 @@ class Facts:
 
 
 def facts(person: Person, video: Video) -> Facts:
-    """Reads the fields."""
+    """The facts in the fields of a person and a video."""
     listed = person.tags[:_INTERESTS]
     common = [t for t in video.tags if t in listed]
     topic = (common or video.tags or [""])[0]
     fits = bool(common) if listed and video.tags else None
     interests = tuple(listed[: listed.index(topic) + 1] if common else listed)
     seconds = video.duration_s
-    return Facts(topic, interests, fits, seconds, bool(seconds and seconds > _patience(person)), _shown(person, video))
+    is_long = bool(seconds and seconds > _patience(person))
+    repeated = bool(video.title) and any(view.video.title == video.title for view in person.history)
+    return Facts(topic, interests, fits, seconds, is_long, repeated)
 
 
 def concluded(think: str, task: Task, option: Option) -> str:
-    """A chain of thought with its last sentence."""
+    """The chain of thought with its concluding sentence."""
     return f"{think} {_CONCLUSIONS[task][option]}"
 
 
 def dislike(case: Case, mistakes: float = 0.0, seen: str = "") -> tuple[str, Option]:
-    """Chain of thought and cause for an explicit dislike; the words decide, the fields where they say nothing.
+    """Chain of thought and cause for an explicit dislike; the user's words decide or, if they say nothing, the fields.
 
     Args:
         case: the disliked target.
-        mistakes: share of targets for which the content is never blamed, whatever the words say about it: a topic that
-            does not fit is (C), else the user's moment (D); which ones is drawn by their id.
-        seen: what a look at the video tells about it (of `REMARKS`), whether the user minds it or not.
+        mistakes: share of targets, drawn by their ids, for which the content is never blamed, whatever the words say:
+            the cause is (C) if the topic does not fit or the video was repeated, else the user's moment (D).
+        seen: the flaw that a look at the video shows (a value of `REMARKS`), whether or not the user minds it.
     """
-    found = facts(case.person, case.video)
-    option, remark = read_words(case.target.dislike_reason or "") or (by_fields(found), "")
+    fields = facts(case.person, case.video)
+    option, remark = read_words(case.target.dislike_reason or "") or (by_fields(fields), "")
     if _mistaken(case, mistakes):
-        option = Option.C if found.repeated or found.fits is False else Option.D
-    return concluded(found.said(seen or remark), Task(case.target.task), option), option
+        option = Option.C if fields.repeated or fields.fits is False else Option.D
+    return concluded(fields.sentences(seen or remark), Task(case.target.task), option), option
 
 
 def watched(case: Case, seen: str = "") -> tuple[str, Option]:
     """Chain of thought for a target that was no fast skip; `seen` as in `dislike`."""
-    return concluded(facts(case.person, case.video).said(seen), Task(case.target.task), Option.A), Option.A
+    return _explained(case, seen, Option.A)
+
+
+def click(case: Case, seen: str = "") -> tuple[str, Option]:
+    """Chain of thought for a click target whose outcome the log knows; `seen` as in `dislike`."""
+    return _explained(case, seen, Option.A if clicked(case.target) else Option.B)
+
+
+def skip_cause(case: Case) -> tuple[str, Option]:
+    """Rationale and cause for a fast skip, found as for a dislike."""
+    return dislike(case)
+
+
+def read_words(text: str) -> tuple[Option, str] | None:
+    """The cause and the remark that match a user's words; None if no pattern does."""
+    for pattern, option, remark in _WORDS:
+        if re.search(pattern, text, re.IGNORECASE):
+            return option, remark
+    return None
+
+
+def by_fields(fields: Facts) -> Option:
+    """The most likely cause by the fields alone."""
+    if fields.repeated or fields.fits is False:
+        return Option.C
+    return Option.D if fields.long else Option.B
+
+
+def _explained(case: Case, seen: str, option: Option) -> tuple[str, Option]:
+    return concluded(facts(case.person, case.video).sentences(seen), Task(case.target.task), option), option
 
 
 def _mistaken(case: Case, share: float) -> bool:
@@ -134,36 +165,8 @@ def _mistaken(case: Case, share: float) -> bool:
     return drawn < share * 16**8
 
 
-def click(case: Case, seen: str = "") -> tuple[str, Option]:
-    """Chain of thought for a click target whose outcome the log knows; `seen` as in `dislike`."""
-    option = Option.A if clicked(case.target) else Option.B
-    return concluded(facts(case.person, case.video).said(seen), Task(case.target.task), option), option
-
-
-def skip_cause(case: Case) -> tuple[str, Option]:
-    """Rationale and cause for a fast skip: the user's words if there are any, else the fields."""
-    return dislike(case)
-
-
-def read_words(text: str) -> tuple[Option, str] | None:
-    """Cause and remark that a user's words stand for; None where they tell nothing."""
-    for pattern, option, remark in _WORDS:
-        if re.search(pattern, text, re.IGNORECASE):
-            return option, remark
-    return None
-
-
-def by_fields(found: Facts) -> Option:
-    """The likeliest cause by the fields alone."""
-    if found.repeated or found.fits is False:
-        return Option.C
-    return Option.D if found.long else Option.B
-
-
 def _patience(person: Person) -> float:
-    """Twice the median length of what the user watched on, where three views tell it. Lengths in whole seconds, as
-    prompts show them.
-    """
+    """Twice the median length of the videos watched, if there are at least three; in whole seconds, as in prompts."""
     watched = [
         float(round(v.video.duration_s))
         for v in person.history
@@ -172,11 +175,7 @@ def _patience(person: Person) -> float:
     return 2 * statistics.median(watched) if len(watched) >= 3 else LONG_S
 
 
-def _shown(person: Person, video: Video) -> bool:
-    return bool(video.title) and any(view.video.title == video.title for view in person.history)
-
-
 def texts() -> Sequence[str]:
-    """Every sentence this teacher can say, for tokenizers trained on our own words."""
-    remarks = [r for _, _, r in _WORDS]
-    return [*(f"But {r}." for r in remarks), *(c for by in _CONCLUSIONS.values() for c in by.values())]
+    """The fixed sentences of this teacher, for tokenizers trained on our own words."""
+    conclusions = [text for by_option in _CONCLUSIONS.values() for text in by_option.values()]
+    return [*(f"But {remark}." for _, _, remark in _WORDS), *conclusions]

@@ -8,33 +8,33 @@ from gubs.section import Section
 
 
 class TeacherSettings(Section):
-    """SFT examples, reasons of skips, user profiles. The LLM sees no pictures: a video is title, length and tags."""
+    """SFT examples, reasons of skips, user profiles. The LLM sees no pictures, only titles, lengths and tags."""
 
     author: Literal["annotator", "script"] = "annotator"
     """Who writes SFT examples and reasons of skips: the LLM in the role `annotator`, or simple rules that need no LLM
     (see teachers/script.py) and fit small runs."""
     script_mistakes: float = Field(0.0, ge=0, le=1)
-    """Share of dislikes, drawn at random, in which the scripted teacher sees what the user complains about and still
-    does not blame the content: no teacher is perfect, and learning from what users did is there to mend that."""
+    """Share of dislikes, drawn at random, for which the scripted teacher does not blame the content whatever the user
+    complains about: no teacher is perfect, and learning from users' actions is meant to correct that."""
     truth: bool = False
-    """Simulated sources: skips are labelled with their true cause, in place of a person's check of every label, and the
-    scripted teacher is told which videos have a flaw, in place of eyes (not whether it drove somebody away)."""
+    """Simulated sources: label skips with their true cause, instead of having people check every label, and tell the
+    scripted teacher, which sees no pictures, which videos have a flaw (not whether a user minded it)."""
     sft_dislikes: int = Field(0, ge=0)
     """Explicit dislikes of training users that become SFT examples, drawn at random; 0 = all (paper: 50 K)."""
     sft_watched: float = Field(0, ge=0, le=10)
-    """Targets of training users that were no fast skip and become SFT examples of option A, for each dislike that
-    becomes one; drawn at random, by the scripted teacher only (paper: none). A small model forgets an option that no
-    example has, and what is never said GRPO cannot find."""
+    """Targets of training users that were no fast skip and become SFT examples of option A, per dislike that becomes
+    one; drawn at random, by the scripted teacher only (paper: none). A small model forgets an option that no example
+    has, and GRPO cannot reinforce an answer that is never sampled."""
     sft_click_users: int = Field(1000, ge=0)
     """Training users, drawn at random, whose clicks become SFT examples (paper: 1,000)."""
     sft_click_each: int = Field(1, ge=1)
-    """Targets of each kind, clicked and unclicked, that a drawn user gives at most."""
+    """Maximum number of targets of each kind, clicked and unclicked, per drawn user."""
     train_skips: int = Field(0, ge=0)
     """Fast skips of training users that get a reason, drawn at random; 0 = all."""
     test_skips: int = Field(0, ge=0)
     """The same for test users (paper: 72 K for both)."""
     rounds: int = Field(3, ge=1, le=10)
-    """Times a reason is given and judged before a person is asked (paper: 3)."""
+    """Rounds of giving and judging a reason before a person is asked (paper: 3)."""
     profiles: bool = True
     """Let the annotator write a profile of each user who lists no tags and has rated something (A.7), for prompts and
     groups."""
@@ -43,15 +43,15 @@ class TeacherSettings(Section):
     profile_users: int = Field(0, ge=0)
     """Users who get a profile: test users first, then the UGM's, then others; 0 = all."""
     history_items: int = Field(20, ge=0)
-    """Views of a user's history shown in a prompt, the latest; 0 = all."""
+    """Latest views of a user's history shown in a prompt; 0 = all."""
     max_text: int = Field(200, ge=20)
-    """Characters of a title, a tag or another single field that are shown."""
+    """Maximum characters shown of a title, a tag or another single field."""
     think_chars: int = Field(1500, ge=80)
-    """Longest chain of thought, in characters: the UFM has 512 tokens for its answer."""
+    """Maximum characters of a chain of thought; the UFM has 512 tokens for its answer."""
     reason_chars: int = Field(600, ge=40)
-    """Longest rationale or criticism, in characters."""
+    """Maximum characters of a rationale or criticism."""
     profile_chars: int = Field(800, ge=40)
-    """Longest user profile, in characters."""
+    """Maximum characters of a user profile."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "TeacherSettings":

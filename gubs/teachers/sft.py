@@ -1,23 +1,21 @@
 """SFT examples: a chain of thought and an option for explicit dislikes and for clicks (A.3, A.6, "Other Prompts").
 
 Sequential task: a training user disliked a target; the annotator reads profile, history, video and the user's own
-words, if there are any, and says which cause it is (B, C, D) and how one could have foreseen it. Click task: the
-annotator explains why a target was clicked (A) or not (B). What the annotator was told about the outcome stands in a
-column of its own and never in the UFM's prompt.
+words, if any, and names the cause (B, C, D) and how it could have been foreseen. Click task: the annotator explains why
+a target was clicked (A) or not (B). The user's own words have a separate column and are never part of the UFM's prompt.
 """
 
 import collections
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gubs.artifacts import Run, StageJob
+from gubs.artifacts import JsonObject, Run, StageJob
 from gubs.console import say
 from gubs.data.ifvr import IFVR, PROFILES, watched
-from gubs.llm.calls import LLMRequest, question
+from gubs.llm.calls import LLMRequest
 from gubs.llm.settings import LLMSettings
 from gubs.prompts import fill
 from gubs.prompts.answers import as_answer, quiet_tags
@@ -25,9 +23,9 @@ from gubs.prompts.fields import inline, plain
 from gubs.prompts.options import OPTION_TEXTS, SKIP_CAUSES, option_lines
 from gubs.records import SCHEMAS, TASK_OPTIONS, Interaction, Option, Split, Task
 from gubs.teachers import script
-from gubs.teachers.annotator import ROLE, Annotator, annotator, by_cause, failures
+from gubs.teachers.annotator import Annotator, annotator, by_cause, failures, request_about
 from gubs.teachers.cases import Case, by_id, clicked, draw, load_cases
-from gubs.teachers.forms import PARSER, thought_form, words
+from gubs.teachers.forms import thought_form, words
 from gubs.teachers.score import true_flaws
 from gubs.teachers.settings import TeacherSettings
 
@@ -40,17 +38,17 @@ SCHEMA = pa.schema(
         ("quotes_reason", pa.bool_()),
     ]
 )
-"""An `Example` with the chain of thought, the whole answer in the UFM's form, and apart from it the user's own words;
-`quotes_reason`: the chain of thought repeats them, which the UFM could not know."""
+"""An `Example` with the chain of thought, the whole answer in the UFM's form, and, separately, the user's own words.
+quotes_reason: the chain of thought repeats these words, which the UFM cannot know."""
 
 _QUOTE_FROM = 12
-"""Shorter reasons ("boring") are no quotation."""
+"""Characters from which a repeated reason is a quotation; shorter ones ("boring") are common words."""
 
 
 def make(job: StageJob, teachers: TeacherSettings, llm: LLMSettings, seed: int) -> str:
     """Writes the examples (tables examples, failures).
 
-    Errors: see `LLMClient.stream`; what was finished is kept in the journal.
+    Errors: see `LLMClient.stream`; the journal keeps the answers received so far.
     """
     cases = sft_cases(IFVR(job.run), teachers, seed, tastes=job.reads(PROFILES))
     scripted = teachers.author == "script"
@@ -58,21 +56,21 @@ def make(job: StageJob, teachers: TeacherSettings, llm: LLMSettings, seed: int) 
     if scripted:
         rows, failed = _scripted(cases, teachers, flaws), failures([])
     else:
-        with annotator(job.run, llm) as asked:
-            rows, failed = _annotated(cases, teachers, asked)
+        with annotator(job.run, llm) as opened:
+            rows, failed = _annotated(cases, teachers, opened)
     with job.writing() as out:
         out.write_table("examples", pa.Table.from_pylist(rows, schema=SCHEMA))
         out.write_table("failures", failed)
-        out.info = _report(rows, cases, failed, told=bool(flaws))
+        out.info = _report(rows, cases, failed, knows_flaws=bool(flaws))
         out.summary = f"{len(rows):,} examples, {failed.num_rows:,} failures"
     for note in out.info["notes"]:
         say(f"         note: {note}")
     return out.summary
 
 
-def _annotated(cases: list[Case], teachers: TeacherSettings, asked: Annotator) -> tuple[list[dict[str, Any]], pa.Table]:
+def _annotated(cases: list[Case], teachers: TeacherSettings, opened: Annotator) -> tuple[list[JsonObject], pa.Table]:
     """Examples written by the annotator, and its failures."""
-    answers = asked.ask([sft_request(c, teachers) for c in cases])
+    answers = opened.ask([sft_request(c, teachers) for c in cases])
     rows = [
         _example(c, Option(a.value["answer"]), a.value["think"], "teacher-1")
         for c, a in zip(cases, answers, strict=True)
@@ -81,8 +79,8 @@ def _annotated(cases: list[Case], teachers: TeacherSettings, asked: Annotator) -
     return rows, failures(answers)
 
 
-def _scripted(cases: list[Case], teachers: TeacherSettings, flaws: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Examples written by rules. `flaws` of videos are told to the rules, by video; empty: they do without."""
+def _scripted(cases: list[Case], teachers: TeacherSettings, flaws: Mapping[str, str]) -> list[JsonObject]:
+    """Examples written by rules, which are told the videos' flaws (by video id; may be empty)."""
     rows = []
     for case in cases:
         remark = script.REMARKS.get(flaws.get(case.target.video_id, ""), "")
@@ -108,16 +106,16 @@ def requests(run: Run, teachers: TeacherSettings, seed: int) -> list[LLMRequest]
 
 
 def sft_cases(ifvr: IFVR, settings: TeacherSettings, seed: int, *, tastes: bool = False) -> list[Case]:
-    """The targets that become examples: dislikes, some that were watched, then clicks; training users only."""
+    """The targets of training users that become examples: dislikes, then some watched ones, then clicks."""
     rows = ifvr.targets(Task.SEQUENTIAL, [Split.TRAIN])
-    minded = pc.fill_null(rows["disliked"], False)
-    disliked = draw(rows.filter(minded), settings.sft_dislikes, [seed, 11])
+    is_disliked = pc.fill_null(rows["disliked"], False)
+    disliked = draw(rows.filter(is_disliked), settings.sft_dislikes, [seed, 11])
     cases = load_cases(ifvr, disliked, settings.history_items, tastes=tastes)
     if count := round(settings.sft_watched * disliked.num_rows):
-        liked = draw(watched(rows.filter(pc.invert(minded))), count, [seed, 13])
-        cases += load_cases(ifvr, liked, settings.history_items, tastes=tastes)
-    picked = _balanced_clicks(ifvr.targets(Task.CLICK, [Split.TRAIN]), settings, seed)
-    return cases + load_cases(ifvr, picked, settings.history_items, tastes=tastes)
+        others = draw(watched(rows.filter(pc.invert(is_disliked))), count, [seed, 13])
+        cases += load_cases(ifvr, others, settings.history_items, tastes=tastes)
+    clicks = _balanced_clicks(ifvr.targets(Task.CLICK, [Split.TRAIN]), settings, seed)
+    return cases + load_cases(ifvr, clicks, settings.history_items, tastes=tastes)
 
 
 def sft_request(case: Case, settings: TeacherSettings) -> LLMRequest:
@@ -126,28 +124,20 @@ def sft_request(case: Case, settings: TeacherSettings) -> LLMRequest:
     options = SKIP_CAUSES if disliked else (_click_option(case),)
     prompt = fill(
         "teachers/dislike" if disliked else "teachers/click",
-        **case.shown(settings.max_text),
-        **(_told_dislike(case, settings) if disliked else _told_click(case)),
+        **case.prompt_fields(settings.max_text),
+        **(_dislike_fields(case, settings) if disliked else _click_fields(case)),
         words=words(settings.think_chars),
     )
-    key = case.target.interaction_id
-    return question(
-        ROLE,
-        f"sft/{key}",
-        prompt,
-        schema=thought_form(options, settings.think_chars),
-        parser=PARSER,
-        metadata={"item": key},
-    )
+    return request_about(case.target.interaction_id, "sft", prompt, thought_form(options, settings.think_chars))
 
 
-def _told_dislike(case: Case, settings: TeacherSettings) -> dict[str, Any]:
+def _dislike_fields(case: Case, settings: TeacherSettings) -> dict[str, str]:
     reason = case.target.dislike_reason
-    told = inline(reason, settings.max_text) if reason and plain(reason) else ""
-    return {"reason": told, "options": option_lines(Task.SEQUENTIAL, SKIP_CAUSES)}
+    quoted = inline(reason, settings.max_text) if reason and plain(reason) else ""
+    return {"reason": quoted, "options": option_lines(Task.SEQUENTIAL, SKIP_CAUSES)}
 
 
-def _told_click(case: Case) -> dict[str, Any]:
+def _click_fields(case: Case) -> dict[str, str]:
     outcome = _click_option(case)
     return {"outcome": OPTION_TEXTS[Task.CLICK][outcome], "answer": outcome.value}
 
@@ -157,25 +147,25 @@ def _click_option(case: Case) -> Option:
 
 
 def _balanced_clicks(rows: pa.Table, settings: TeacherSettings, seed: int) -> pa.Table:
-    """As many clicked as unclicked targets of random users."""
+    """Equal numbers of clicked and unclicked targets of random users."""
     rng = np.random.default_rng([seed, 12])
     users = np.array(sorted(set(rows["user_id"].to_pylist())), dtype=object)
     drawn = pa.array(rng.permutation(users)[: settings.sft_click_users].tolist(), pa.string())
-    mine = list(Interaction.from_table(rows.filter(pc.is_in(rows["user_id"], value_set=drawn))))
-    sides: dict[bool, list[str]] = {True: [], False: []}
-    given: collections.Counter[tuple[str, bool]] = collections.Counter()
-    for i in rng.permutation(len(mine)):
-        outcome, user = clicked(mine[i]), mine[i].user_id
-        if outcome is None or given[user, outcome] >= settings.sft_click_each:
+    targets = list(Interaction.from_table(rows.filter(pc.is_in(rows["user_id"], value_set=drawn))))
+    by_outcome: dict[bool, list[str]] = {True: [], False: []}
+    taken: collections.Counter[tuple[str, bool]] = collections.Counter()
+    for i in rng.permutation(len(targets)):
+        outcome, user = clicked(targets[i]), targets[i].user_id
+        if outcome is None or taken[user, outcome] >= settings.sft_click_each:
             continue
-        given[user, outcome] += 1
-        sides[outcome].append(mine[i].interaction_id)
-    size = min(map(len, sides.values()))
-    return by_id(rows, sorted(sides[True][:size] + sides[False][:size]))
+        taken[user, outcome] += 1
+        by_outcome[outcome].append(targets[i].interaction_id)
+    size = min(map(len, by_outcome.values()))
+    return by_id(rows, sorted(by_outcome[True][:size] + by_outcome[False][:size]))
 
 
-def _example(case: Case, option: Option, think: str, author: str) -> dict[str, Any]:
-    """A row of `SCHEMA`. Who said so: of dislikes the author of the chain of thought, of clicks the log."""
+def _example(case: Case, option: Option, think: str, author: str) -> JsonObject:
+    """A row of `SCHEMA`; the author of the chain of thought labels dislikes, the log labels clicks."""
     think = quiet_tags(think).strip()
     sequential = case.target.task == Task.SEQUENTIAL
     reason = case.target.dislike_reason
@@ -193,11 +183,11 @@ def _example(case: Case, option: Option, think: str, author: str) -> dict[str, A
 
 
 def _quotes(think: str, reason: str | None) -> bool:
-    said = plain(reason or "", 10_000).casefold().rstrip(".!?")
-    return len(said) >= _QUOTE_FROM and said in plain(think, 100_000).casefold()
+    quoted = plain(reason or "", 10_000).casefold().rstrip(".!?")
+    return len(quoted) >= _QUOTE_FROM and quoted in plain(think, 100_000).casefold()
 
 
-def _report(rows: list[dict[str, Any]], cases: list[Case], failed: pa.Table, told: bool) -> dict[str, Any]:
+def _report(rows: list[JsonObject], cases: list[Case], failed: pa.Table, knows_flaws: bool) -> JsonObject:
     golds = {
         str(task): {str(o): sum(r["task"] == task and r["gold"] == o for r in rows) for o in options}
         for task, options in TASK_OPTIONS.items()
@@ -207,19 +197,18 @@ def _report(rows: list[dict[str, Any]], cases: list[Case], failed: pa.Table, tol
         "golds": golds,
         "failures": by_cause(failed),
         "quotes_reason": sum(r["quotes_reason"] for r in rows),
-        "notes": _notes(cases, told),
+        "notes": _notes(cases, knows_flaws),
     }
 
 
-def _notes(cases: list[Case], told: bool) -> list[str]:
-    eyes = "; which videos have a flaw, the simulation told it" if told else ""
-    notes = [f"the annotator saw no pictures: a video is its title, length and tags{eyes}"]
+def _notes(cases: list[Case], knows_flaws: bool) -> list[str]:
+    flaws = "; the simulation told it which videos have a flaw" if knows_flaws else ""
+    notes = [f"the annotator saw no pictures, only titles, lengths and tags of videos{flaws}"]
     dislikes = [c for c in cases if c.target.task == Task.SEQUENTIAL]
     if not dislikes:
         notes.append("no training user disliked a target of the sequential task: there are only click examples")
-    mute = sum(not c.target.dislike_reason for c in dislikes)
-    if mute:
-        notes.append(f"{mute} of {len(dislikes)} dislikes come without the user's own words")
+    if wordless := sum(not c.target.dislike_reason for c in dislikes):
+        notes.append(f"{wordless} of {len(dislikes)} dislikes come without the user's own words")
     if len(dislikes) == len(cases):
         notes.append("the click task has no clicked or no unclicked targets: there are only dislike examples")
     return notes

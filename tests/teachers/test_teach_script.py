@@ -70,13 +70,13 @@ def test_every_reason_of_the_simulated_app_is_understood():
 
 def test_facts_are_what_the_fields_say():
     found = script.facts(Person(PETS, ()), Video("v", "Cats", 20.0, tags=["travel"]))
-    assert found.said() == 'Topic "travel". Likes "pets", "travel". It fits. Length 20 s, short.'
+    assert found.sentences() == 'Topic "travel". Likes "pets", "travel". It fits. Length 20 s, short.'
     first = script.facts(Person(PETS, ()), Video("v", "Cats", 20.0, tags=["news", "pets"]))
-    assert first.said().startswith('Topic "pets". Likes "pets". It fits.'), "the interests up to the one that is met"
+    assert first.sentences().startswith('Topic "pets". Likes "pets". It fits.'), "interests up to the topic"
     other = script.facts(Person(PETS, ()), Video("v", "Cats", 20.0, tags=["news"]))
-    assert other.said().startswith('Topic "news". Likes "pets", "travel". It does not fit.')
+    assert other.sentences().startswith('Topic "news". Likes "pets", "travel". It does not fit.')
     bare = script.facts(Person(User("u"), ()), Video("v"))
-    assert (bare.fits, bare.seconds, bare.long, bare.said()) == (None, None, False, "Topic unknown.")
+    assert (bare.fits, bare.seconds, bare.long, bare.sentences()) == (None, None, False, "Topic unknown.")
 
 
 def test_a_flaw_is_remarked_and_a_repetition_seen():
