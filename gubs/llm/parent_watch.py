@@ -14,6 +14,8 @@ import threading
 import time
 
 _GRACE_S = 10.0
+_ENDING = (signal.SIGTERM, signal.SIGINT)
+"""Signals that end the command. They are blocked until their handlers are in place, so that none is lost before."""
 
 
 def main(command: list[str]) -> int:
@@ -22,26 +24,30 @@ def main(command: list[str]) -> int:
     A forked process does the work: Ray kills (SIGKILL) the direct children of a worker that exits, and the process that
     has to end the command must survive that.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     keeper = os.fork()
     if not keeper:
         os._exit(_keep(command))
-    for name in (signal.SIGTERM, signal.SIGINT):
+    for name in _ENDING:
         signal.signal(name, lambda number, _: os.kill(keeper, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     return os.waitstatus_to_exitcode(os.waitpid(keeper, 0)[1])
 
 
 def _keep(command: list[str]) -> int:
     os.setsid()  # signals to the parent's process group must not end the keeper
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_keeper)
-    for name in (signal.SIGTERM, signal.SIGINT):
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_before_command)
+    for name in _ENDING:
         signal.signal(name, lambda *_: threading.Thread(target=_end, args=(process,), daemon=True).start())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     threading.Thread(target=_end_with_parent, args=(process,), daemon=True).start()
     code = process.wait()
     _kill(process.pid, signal.SIGKILL)  # any processes the command left behind
     return code if code >= 0 else 128 - code
 
 
-def _die_with_keeper() -> None:
+def _before_command() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a keeper killed with SIGKILL cannot end anything
 
 

@@ -16,14 +16,21 @@ from gubs.llm import embedded
 from gubs.llm.client import LLMClient
 from gubs.llm.settings import EmbeddedSettings, LLMSettings
 
-PARENT = """
+PARENT = '''
 import subprocess, sys, time
 stubborn = "trap '' TERM; sleep 600 & echo $! $$; wait; sleep 600"
-guard = "import sys; from gubs.llm import parent_watch as p; p._GRACE_S = 1.0; sys.exit(p.main(sys.argv[1:]))"
+guard = """
+import signal, sys, time
+from gubs.llm import parent_watch
+parent_watch._GRACE_S = 1.0
+install = signal.signal
+signal.signal = lambda *args: (time.sleep(0.3), install(*args))  # a busy machine: signals come before their handlers
+sys.exit(parent_watch.main(sys.argv[1:]))
+"""
 child = subprocess.Popen([sys.executable, "-c", guard, "sh", "-c", stubborn], stdin=subprocess.PIPE)
 print(child.pid, flush=True)
 time.sleep(600)
-"""
+'''
 
 
 def gone(pids, within_s):
