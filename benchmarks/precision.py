@@ -68,9 +68,9 @@ def _figures(one: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
 def _ours(folder: Path, dtype: Any, batch: Any) -> torch.Tensor:
     """The trainer's log-probabilities of the answers."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = models.load(folder, ModelSettings(dtype=dtype, gradient_checkpointing=False)).to(device)
+    model: Any = models.load(folder, ModelSettings(dtype=dtype, gradient_checkpointing=False))
     with torch.no_grad():
-        found: torch.Tensor = logprobs(model, batch.to(device), vision=True).float().cpu()
+        found: torch.Tensor = logprobs(model.to(device), batch.to(device), vision=True).float().cpu()
     return found
 
 

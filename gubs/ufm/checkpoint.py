@@ -1,30 +1,34 @@
-"""Checkpoints of a training run: written beside, renamed when whole, marker last; found again, checked, pruned.
+"""Checkpoints of a training run: written in full, then renamed, marked last; found again, checked, pruned.
 
 `<folder>/step-000050/` holds `policy/` (safetensors, tokenizer, processor: what transformers and vLLM load), the
 DeepSpeed state of every rank, `rng-<rank>.pt`, and `checkpoint.json`: the step, what it was trained on and with, and
-the size of every file. A folder without that marker is unfinished, whatever it holds. The folder
-is a path that all workers see (a shared disk where they are on several machines).
+the size of every file. A folder without that marker is unfinished, whatever it holds. All workers see the folder: it
+is on a shared disk if they are on several machines.
 """
 
 import contextlib
-import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from gubs.errors import ArtifactError, GubsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from gubs.ufm.inputs import Inputs
 
 MARKER = "checkpoint.json"
 POLICY = "policy"
 T = TypeVar("T")
 Agree = Callable[[str], str]
-"""Waits for all ranks, each of which says what went wrong on it ("" = nothing); gives the first problem of any."""
+"""Waits until every rank has said what went wrong on it ("" = nothing); returns the first problem of any rank."""
 _FULL = 1 << 20
-"""Bytes left on a disk that is taken for full."""
+"""A disk with fewer free bytes counts as full."""
 
 
 class SharedError(ArtifactError):
@@ -38,7 +42,7 @@ class Marker:
     step: int
     """Optimiser steps done."""
     world: int
-    """Ranks; DeepSpeed's state is dealt to them."""
+    """Number of ranks that DeepSpeed's state is split over."""
     recipe: dict[str, str]
     """Fingerprints of model, data and settings; another recipe is refused."""
     score: float | None = None
@@ -56,7 +60,7 @@ class Checkpoints:
         Args:
             folder: where they are.
             recipe: see `Marker`.
-            keep: newest ones to keep, beside the best.
+            keep: how many of the newest to keep, besides the best.
             rank: of this process.
             world: number of processes.
         """
@@ -66,22 +70,28 @@ class Checkpoints:
         """The newest finished checkpoint, checked; None if there is none.
 
         Raises:
-            ArtifactError: it is damaged, or of another model, other data or other settings.
+            ArtifactError: a file is missing or of another size than recorded; or it is of another model, other data,
+                other settings or another number of workers.
         """
         steps = self.steps()
         if not steps:
             return None
-        marker = self.read(steps[-1])
-        where = f"{self.folder}/{_name(marker.step)}"
+        marker, place = self._marker(steps[-1]), self.place(steps[-1])
+        for name, size in marker.files.items():
+            if not (place / name).exists() or (place / name).stat().st_size != size:
+                raise ArtifactError(
+                    f"checkpoint {place} is damaged: {name} is missing or not of the recorded size; remove that folder "
+                    "to resume from an earlier one"
+                )
         for name, mark in self.recipe.items():
             if marker.recipe.get(name) != mark:
                 raise ArtifactError(
-                    f"{where} was trained with another {name} ({marker.recipe.get(name)}, now {mark}): "
-                    "give the earlier settings, use another --run, or --force to start anew"
+                    f"{place} was trained with another {name} ({marker.recipe.get(name)}, now {mark}): "
+                    "give the earlier settings, use another --run, or --force to start over"
                 )
         if marker.world != self.world:
             raise ArtifactError(
-                f"{where} was written by {marker.world} workers and cannot go on with {self.world}: "
+                f"{place} was written by {marker.world} workers and cannot be resumed with {self.world}: "
                 f"set ufm.workers.count={marker.world}"
             )
         return marker
@@ -91,44 +101,21 @@ class Checkpoints:
         finished = (marker.parent.name for marker in self.folder.glob(f"step-*/{MARKER}"))
         return sorted(int(name.removeprefix("step-")) for name in finished if "." not in name)
 
-    def read(self, step: int) -> Marker:
-        """The marker of a finished checkpoint.
-
-        Raises:
-            ArtifactError: a file is missing or not of the recorded size.
-        """
-        marker = self._marker(step)
-        for name, size in marker.files.items():
-            path = self.place(step) / name
-            if not path.exists() or path.stat().st_size != size:
-                raise ArtifactError(
-                    f"checkpoint {self.folder}/{_name(step)} is damaged: {name} is missing or not of the recorded "
-                    "size; remove that folder to go on from an earlier one"
-                )
-        return marker
-
     def place(self, step: int) -> Path:
         """Folder of a checkpoint."""
-        return self.folder / _name(step)
+        return self.folder / f"step-{step:06d}"
 
-    def write(
-        self,
-        step: int,
-        save: Callable[[Path], None],
-        *,
-        agree: Agree = str,
-        score: float | None = None,
-    ) -> None:
-        """Writes a checkpoint; all ranks call it at the same step, and where one fails all of them do.
+    def write(self, step: int, save: Callable[[Path], None], *, agree: Agree = str, score: float | None = None) -> None:
+        """Writes a checkpoint. All ranks call it at the same step; if one fails, all do.
 
         Args:
             step: optimiser steps done.
-            save: puts this rank's files into the folder it is given, which all ranks share.
+            save: puts this rank's files into the folder it gets, which all ranks share.
             agree: see `Agree`.
             score: see `Marker`.
 
         Raises:
-            SharedError: the disk is full, or not to be written to; earlier checkpoints are as they were.
+            SharedError: the disk is full or cannot be written to; earlier checkpoints are as they were.
         """
         place = self.place(step)
         staged = place.with_suffix(".tmp")
@@ -149,31 +136,22 @@ class Checkpoints:
 
         try:
             for part in (prepare, fill, publish):
-                together(functools.partial(self._write, part, step, staged), agree)
+                together(disk_errors(f"the checkpoint {place}", staged)(part), agree)
         except Exception:
-            shutil.rmtree(staged, ignore_errors=True)  # what was written in vain would keep a full disk full
+            shutil.rmtree(staged, ignore_errors=True)  # files of a failed attempt would keep a full disk full
             with contextlib.suppress(OSError):
                 self._remove_unfinished()
             raise
 
-    def _write(self, part: Callable[[], None], step: int, staged: Path) -> None:
-        try:
-            part()
-        except Exception as e:
-            if not of_the_disk(e, staged):
-                raise
-            text = f"cannot write the checkpoint {self.folder}/{_name(step)}: {e}; earlier checkpoints are whole"
-            raise ArtifactError(text) from e
-
     def _publish(self, staged: Path, place: Path, marker: Marker) -> None:
         if place.exists():
-            shutil.rmtree(place)  # without a marker, or of an attempt that went on from an earlier step
+            shutil.rmtree(place)  # without a marker, or of an attempt that resumed from an earlier step
         staged.rename(place)
         _write_through(place / MARKER, json.dumps(asdict(marker), indent=1).encode())
         self._prune()
 
     def _remove_unfinished(self) -> None:
-        """What a kill or a full disk left: folders without a marker, whatever is in them, would fill the disk."""
+        """Folders without a marker, left by a kill or a full disk, would fill the disk."""
         if self.rank:
             return
         for path in self.folder.glob("step-*"):
@@ -181,7 +159,7 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def best(self) -> int | None:
-        """Step of the best finished checkpoint; the earlier one of two that are as good."""
+        """Step of the best finished checkpoint; the earlier of two equally good ones."""
         scores = {step: self._marker(step).score for step in self.steps()}
         scored = [step for step in scores if scores[step] is not None]
         return max(scored, key=lambda step: (scores[step], -step)) if scored else None
@@ -198,19 +176,19 @@ class Checkpoints:
 
 
 def together(action: Callable[[], T], agree: Agree) -> T:
-    """Does something on every rank; where it fails on one, all of them raise, and none waits for another.
+    """Does something on every rank; if it fails on one, all of them raise, and none waits for another.
 
     Args:
         action: what this rank does.
         agree: see `Agree`.
 
     Raises:
-        SharedError: it failed, for a reason a user can mend, here or on another rank.
-        Exception: what the action raised here, where that is a bug.
+        SharedError: it failed here or on another rank, for a reason that a user can fix.
+        Exception: what the action raised here, if that is a bug.
     """
     try:
         result, error = action(), None
-    except Exception as e:  # noqa: BLE001 - the others have to hear of it first
+    except Exception as e:  # noqa: BLE001 - the other ranks must learn of it first
         error = e
     try:
         problem = agree(str(error) or repr(error) if error else "")
@@ -223,8 +201,24 @@ def together(action: Callable[[], T], agree: Agree) -> T:
     return result
 
 
-def _name(step: int) -> str:
-    return f"step-{step:06d}"
+@contextlib.contextmanager
+def disk_errors(what: str, folder: Path) -> Iterator[None]:
+    """Turns errors of a full or broken disk into one that says what was not written.
+
+    Args:
+        what: named in the error.
+        folder: on the disk that is written to.
+
+    Raises:
+        ArtifactError: a disk is behind the error. Others are raised as they are.
+    """
+    try:
+        yield
+    except Exception as e:
+        from_disk = isinstance(e, OSError) or "os error" in str(e)  # torch and safetensors have their own errors
+        if not from_disk and not (folder.exists() and shutil.disk_usage(folder).free < _FULL):
+            raise
+        raise ArtifactError(f"cannot write {what}: {e}; earlier checkpoints are intact") from e
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -235,32 +229,26 @@ def _flush(folder: Path) -> None:
     """The files' contents reach the disk before their names do."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as f:
-                os.fsync(f.fileno())
-
-
-def of_the_disk(error: Exception, folder: Path) -> bool:
-    """Whether a disk that is full or broken is behind an error: torch and safetensors raise errors of their own."""
-    if isinstance(error, OSError) or "os error" in str(error):
-        return True
-    return folder.exists() and shutil.disk_usage(folder).free < _FULL
+            _sync(path)
 
 
 def _write_through(path: Path, data: bytes) -> None:
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
+    temporary.write_bytes(data)
+    _sync(temporary)
     temporary.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
-def save_policy(model: Any, inputs: Any, folder: Path) -> None:
+def save_policy(model: "PreTrainedModel", inputs: "Inputs", folder: Path) -> None:
     """The policy as a checkpoint that transformers and vLLM load."""
     model.save_pretrained(folder)
     inputs.processor.save_pretrained(folder)

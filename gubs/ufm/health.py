@@ -95,8 +95,8 @@ def compared(first: "Tensor", second: "Tensor") -> dict[str, float]:
     """
     from gubs.ufm.loss import k3
 
-    sums = {"ratio": (first - second).exp().sum(), "kl_old": k3(first, second).sum(), "tokens": float(len(first))}
-    total = reduce_sums(sums, first.device)
+    ratio, kl = (first - second).exp().sum(), k3(first, second).sum()
+    total = reduce_sums({"ratio": ratio, "kl_old": kl, "tokens": len(first)}, first.device)
     return {f"health/{name}": total[name] / max(1.0, total["tokens"]) for name in ("ratio", "kl_old")}
 
 

@@ -1,8 +1,8 @@
 """Model inputs: one module builds what vLLM and the trainer see, so that both see the same.
 
-A `Prompt` (text, pictures) is encoded once: `Encoded` has the token ids as the engine gets them (one placeholder a
-picture or video), the ids as the model computes with them (placeholders repeated), and the pixels. `for_engine` makes
-the engine's request, `collate` a padded batch for the trainer. Responses are token ids on both sides.
+A `Prompt` (text, pictures) is encoded once: `Encoded` has the token ids as the engine gets them (one placeholder per
+image or video) and as the model computes with them (placeholders repeated). `for_engine` makes the engine's request,
+`collate` a padded batch for the trainer. Responses are token ids on both sides.
 """
 
 import json
@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from gubs.artifacts import JsonObject
 from gubs.errors import SettingsError
 from gubs.prompts.fields import PICTURES
 from gubs.ufm.settings import InputSettings
 from gubs.video.clips import ByteCache, Clip
 
 if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
     from torch import Tensor
 
 VISION_MARK = PICTURES
-"""Stands for the pictures in a prompt's text; `fields` lets no text from outside bring one in its place."""
-
+"""Stands for the pictures in a prompt's text; `gubs.prompts.fields` removes it from any text from outside."""
 _PIXEL_CACHE_BYTES = 512 << 20
 
 
@@ -42,10 +44,10 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt in token ids. Its pictures stay as they are (uint8) until a batch needs their pixels."""
+    """A prompt in token ids. Its pictures stay uint8 until a batch needs their pixels."""
 
     engine_ids: list[int]
-    """With one placeholder for the pictures; vLLM repeats it itself."""
+    """With one placeholder for the pictures, which vLLM repeats itself."""
     ids: list[int]
     """With the placeholder repeated, one per merged patch: what the model computes with."""
     clip: Clip | None = None
@@ -55,28 +57,28 @@ class Encoded:
 
 @dataclass
 class Batch:
-    """Padded rows for the trainer: b rows of at most n tokens, v different clips, s sequences (prompt and response).
+    """Padded rows for the trainer: b rows of at most n tokens, s sequences (prompt and response).
 
-    A row is a prompt with one response, or with several that do not see each other: prompts are computed once then.
+    A row is a prompt with one response, or with several that do not see each other; then the prompt is computed once.
     """
 
-    ids: Any
+    ids: "Tensor"
     """(b, n) int64, padded on the right."""
-    positions: Any
+    positions: "Tensor"
     """(3, b, n) int64, mRoPE positions."""
-    response: Any
+    response: "Tensor"
     """(s, r) bool: which of r places hold a token of the sequence's response."""
-    predict: Any
+    predict: "Tensor"
     """(tokens,) int64: place in the flattened rows (b * n) that predicts each response token, sequence by sequence."""
-    targets: Any
+    targets: "Tensor"
     """(tokens,) int64: the response tokens."""
-    vision: Any
+    vision: "Tensor"
     """(b, n) bool: the embedding at this place comes from the vision tower."""
-    attention: Any = None
-    """(b, 1, n, n) bool: what sees what; None = each place sees all before it."""
-    pixels: dict[str, Any] = field(default_factory=dict)
+    attention: "Tensor | None" = None
+    """(b, 1, n, n) bool: what sees what; None = each place sees all places before it."""
+    pixels: "dict[str, Tensor]" = field(default_factory=dict)
     """Kind -> concatenated pixel values of the different clips of that kind."""
-    grids: dict[str, Any] = field(default_factory=dict)
+    grids: "dict[str, Tensor]" = field(default_factory=dict)
     """Kind -> (clips, 3) int64."""
     clip_of: list[tuple[str, int] | None] = field(default_factory=list)
     """For each row: kind and number of its clip."""
@@ -84,19 +86,19 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Tokens that are computed, padding included."""
-        return int(self.ids.numel())
+        return self.ids.numel()
 
-    def to(self, device: Any) -> "Batch":
+    def to(self, device: "torch.device | str") -> "Batch":
         """The batch on a device."""
-        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
-        pixels, grids = ({k: move(v) for k, v in kinds.items()} for kinds in (self.pixels, self.grids))
-        tensors: dict[str, Any] = {n: move(getattr(self, n)) for n in _TENSORS}
-        return replace(self, pixels=pixels, grids=grids, **tensors)
+
+        def moved(tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+            return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+        tensors: dict[str, Any] = moved({name: value for name, value in vars(self).items() if hasattr(value, "to")})
+        return replace(self, **tensors, pixels=moved(self.pixels), grids=moved(self.grids))
 
 
-_TENSORS = ("ids", "positions", "response", "predict", "targets", "vision", "attention")
-
-Answered = tuple["Encoded", Sequence[int]]
+Answered = tuple[Encoded, Sequence[int]]
 """A prompt and the tokens of a response to it."""
 
 
@@ -121,7 +123,7 @@ class Inputs:
         self._cache = ByteCache["Tensor"](_PIXEL_CACHE_BYTES, lambda values: values.nbytes)
 
     def encode(self, prompt: Prompt) -> Encoded:
-        """The prompt in token ids, as one turn of the user and the start of the model's.
+        """The prompt in token ids: the user's turn and the start of the model's.
 
         Raises:
             SettingsError: text and pictures do not belong together.
@@ -130,10 +132,10 @@ class Inputs:
         before, mark, after = prompt.text.partition(VISION_MARK)
         if bool(mark) != (clip is not None) or VISION_MARK in after:
             raise SettingsError("a prompt needs one mark for its pictures, and pictures for its mark")
-        text = [{"type": "text", "text": prompt.text}]
+        content = [{"type": "text", "text": before}]
         if clip:
-            text = [{"type": "text", "text": before}, {"type": clip.kind}, {"type": "text", "text": after}]
-        messages = [{"role": "user", "content": text}]
+            content += [{"type": clip.kind}, {"type": "text", "text": after}]
+        messages = [{"role": "user", "content": content}]
         chat = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(chat, add_special_tokens=False).input_ids
         if clip is None:
@@ -146,11 +148,11 @@ class Inputs:
         return Encoded(ids, ids[:at] + [pad] * count + ids[at + 1 :], clip, grid)
 
     def nothing(self) -> Encoded:
-        """A prompt that says nothing: what a rank computes, without response, where it has nothing else."""
+        """An empty prompt, for a rank that has nothing else to compute."""
         return Encoded([self.end] * 2, [self.end] * 2)
 
     def fits(self, encoded: Encoded) -> bool:
-        """Whether the prompt may be used; a longer one is dropped, never cut."""
+        """Whether the prompt may be used; longer ones are dropped, never cut."""
         return len(encoded.ids) <= self.settings.max_prompt_tokens
 
     def grid(self, clip: Clip) -> Grid:
@@ -159,10 +161,8 @@ class Inputs:
         return max(1, frames // self._temporal), height // self._patch, width // self._patch
 
     def pixels(self, clip: Clip) -> "Tensor":
-        """The clip as the vision tower takes it: (patches, channels x time x patch x patch), float32. Clips met lately
-        are not computed again.
-        """
-        return self._cache.get(clip.key, lambda: self._image(clip) if clip.kind == "image" else self._video(clip))
+        """The clip as the vision tower takes it: (patches, channels x time x patch x patch), float32; cached."""
+        return self._cache.get(clip.key, lambda: self._compute_pixels(clip))
 
     def compute_pixels(self, prompts: Iterable[Encoded]) -> None:
         """Computes pixels ahead of the batches that need them."""
@@ -170,16 +170,14 @@ class Inputs:
             if encoded.clip:
                 self.pixels(encoded.clip)
 
-    def for_engine(self, encoded: Encoded) -> dict[str, Any]:
+    def for_engine(self, encoded: Encoded) -> dict[str, object]:
         """The prompt as vLLM takes it."""
-        request: dict[str, Any] = {"prompt_token_ids": encoded.engine_ids}
-        clip = encoded.clip
-        if clip is None:
-            return request
-        data = _as_image(clip.frames[0]) if clip.kind == "image" else (clip.frames, _metadata(clip))
-        request["multi_modal_data"] = {clip.kind: [data]}
-        request["multi_modal_uuids"] = {clip.kind: [clip.key]}
-        request["mm_processor_kwargs"] = {"size": _size(clip)}
+        request: dict[str, object] = {"prompt_token_ids": encoded.engine_ids}
+        if clip := encoded.clip:
+            data = _as_image(clip) if clip.kind == "image" else (clip.frames, _metadata(clip))
+            request["multi_modal_data"] = {clip.kind: [data]}
+            request["multi_modal_uuids"] = {clip.kind: [clip.key]}
+            request["mm_processor_kwargs"] = {"size": _size(clip)}
         return request
 
     def answer_ids(self, text: str) -> list[int]:
@@ -197,99 +195,86 @@ class Inputs:
 
         Args:
             sequences: in the order in which the batch keeps them.
-            share: put responses to one and the same `Encoded` into one row. The attention must be able to take a mask.
+            share: put responses to one and the same `Encoded` into one row; needs an attention that takes a mask.
         """
         import torch
 
         rows = rows_of([e for e, _ in sequences], share)
         size, places = _lay_out(rows, sequences)
         ids = torch.full((len(rows) * size,), self.end, dtype=torch.long)
-        vision = torch.zeros((len(rows), size), dtype=torch.bool)
+        vision = np.zeros((len(rows), size), bool)
         positions = np.zeros((3, len(rows), size), np.int64)
-        clips: dict[tuple[str, str], int] = {}
-        kinds: dict[str, list[Encoded]] = {"image": [], "video": []}
+        clips: dict[str, dict[str, Clip]] = {"image": {}, "video": {}}
         clip_of: list[tuple[str, int] | None] = []
         predict: dict[int, list[int]] = {}
         for row, members in enumerate(rows):
             encoded = sequences[members[0]][0]
-            prompt, begin = len(encoded.ids), row * size
+            clip, prompt, begin = encoded.clip, len(encoded.ids), row * size
             ids[begin : begin + prompt] = torch.tensor(encoded.ids)
-            sees = np.zeros(size, bool)
-            sees[:prompt] = self._vision_places(encoded)
-            vision[row] = torch.from_numpy(sees)
-            seconds = self._seconds_per_step(encoded.clip)
-            known = mrope_positions(sees, encoded.grid, self._merge, seconds * self._per_second)
-            positions[:, row] = known
+            if clip:
+                vision[row, :prompt] = np.asarray(encoded.ids) == self._pads[clip.kind]
+                clips[clip.kind].setdefault(clip.key, clip)
+            clip_of.append((clip.kind, list(clips[clip.kind]).index(clip.key)) if clip else None)
+            per_step = self._seconds_per_step(clip) * self._per_second
+            alone = mrope_positions(vision[row], encoded.grid, self._merge, per_step)
+            positions[:, row] = alone
             for i in members:
                 place, answer = places[i], sequences[i][1]
                 ids[place.start : place.stop] = torch.tensor(answer, dtype=torch.long)
-                positions[:, row, place.start - begin : place.stop - begin] = known[:, prompt : prompt + len(answer)]
+                positions[:, row, place.start - begin : place.stop - begin] = alone[:, prompt : prompt + len(answer)]
                 # a response's first token is predicted where the prompt ends, every other one by the token before it
                 predict[i] = [begin + prompt - 1, *place[:-1]] if place else []
-            clip_of.append(_place(encoded, clips, kinds))
         return Batch(
-            ids.view(len(rows), size),
-            torch.from_numpy(positions),
-            _mask([len(place) for place in places]),
-            torch.tensor([p for i in range(len(places)) for p in predict[i]], dtype=torch.long),
-            ids[torch.tensor([p for place in places for p in place], dtype=torch.long)],
-            vision,
-            _branches(rows, places, size),
-            {k: torch.cat([self.pixels(c) for c in _clips(prompts)]) for k, prompts in kinds.items() if prompts},
-            {k: torch.tensor([e.grid for e in prompts]) for k, prompts in kinds.items() if prompts},
-            clip_of,
+            ids=ids.view(len(rows), size),
+            positions=torch.from_numpy(positions),
+            response=torch.arange(max([1, *map(len, places)])) < torch.tensor([len(p) for p in places]).unsqueeze(1),
+            predict=torch.tensor([p for i in range(len(places)) for p in predict[i]], dtype=torch.long),
+            targets=ids[torch.tensor([p for place in places for p in place], dtype=torch.long)],
+            vision=torch.from_numpy(vision),
+            attention=_branches(rows, places, size),
+            pixels={k: torch.cat([self.pixels(c) for c in by_key.values()]) for k, by_key in clips.items() if by_key},
+            grids={k: torch.tensor([self.grid(c) for c in by_key.values()]) for k, by_key in clips.items() if by_key},
+            clip_of=clip_of,
         )
 
-    def _vision_places(self, encoded: Encoded) -> npt.NDArray[np.bool_]:
-        if encoded.clip is None:
-            return np.zeros(len(encoded.ids), bool)
-        return np.asarray(encoded.ids) == self._pads[encoded.clip.kind]
-
-    def _video(self, clip: Clip) -> "Tensor":
+    def _compute_pixels(self, clip: Clip) -> "Tensor":
+        """The processor must not resize: placeholders were counted from the stored size."""
         import torch
 
-        frames = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
-        out = self.processor.video_processor(
-            videos=[frames], do_sample_frames=False, size=_size(clip), cap_pixels_per_frame=False, return_tensors="pt"
-        )
-        self._check_grid(clip, out["video_grid_thw"])
-        return out["pixel_values_videos"]
-
-    def _image(self, clip: Clip) -> "Tensor":
-        out = self.processor.image_processor(images=[_as_image(clip.frames[0])], size=_size(clip), return_tensors="pt")
-        self._check_grid(clip, out["image_grid_thw"])
-        return out["pixel_values"]
-
-    def _check_grid(self, clip: Clip, grids: "Tensor") -> None:
-        """The processor must not resize: placeholders were counted from the stored size."""
-        made = tuple(grids[0].tolist())
-        if made != self.grid(clip):
+        if clip.kind == "image":
+            out = self.processor.image_processor(images=[_as_image(clip)], size=_size(clip), return_tensors="pt")
+            pixels, grid = out["pixel_values"], out["image_grid_thw"]
+        else:
+            frames = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
+            how = {"do_sample_frames": False, "size": _size(clip), "cap_pixels_per_frame": False}
+            out = self.processor.video_processor(videos=[frames], return_tensors="pt", **how)
+            pixels, grid = out["pixel_values_videos"], out["video_grid_thw"]
+        if (made := tuple(grid[0].tolist())) != self.grid(clip):
             raise SettingsError(
                 f"the processor made a grid of {made} of a clip with {self.grid(clip)}: sides of stored "
                 "frames must be multiples of 28 pixels (frames.max_pixels)"
             )
+        return pixels
 
     def _seconds_per_step(self, clip: Clip | None) -> float:
-        """Seconds between two steps of a clip's grid in time; an image has one step, of one position."""
+        """Seconds between two steps of a clip's grid in time; an image has a single step, of one position."""
         if clip is None or clip.kind == "image":
             return 1.0 / self._per_second
         return float(np.float32(self._temporal / _metadata(clip)["fps"]))
 
 
 def _stops(folder: Path) -> list[int]:
-    """Tokens at which engines end an answer by the checkpoint's settings: Qwen's end of a text beside its turn's."""
+    """Tokens at which engines end an answer by the checkpoint's settings: in Qwen's, the end of a turn or a text."""
     path = folder / "generation_config.json"
     ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
     return ids if isinstance(ids, list) else [ids] if ids is not None else []
 
 
 def rows_of(encoded: Sequence[Encoded], share: bool) -> list[list[int]]:
-    """Numbers of the sequences that stand in one row: those of the same `Encoded` object, or each alone."""
-    if not share:
-        return [[i] for i in range(len(encoded))]
+    """Numbers of the sequences in each row: with `share` those of the same `Encoded` object, else one per row."""
     rows: dict[int, list[int]] = {}
     for i, e in enumerate(encoded):
-        rows.setdefault(id(e), []).append(i)
+        rows.setdefault(id(e) if share else i, []).append(i)
     return list(rows.values())
 
 
@@ -305,14 +290,7 @@ def _lay_out(rows: Sequence[Sequence[int]], sequences: Sequence[Answered]) -> tu
     return size, places
 
 
-def _mask(lengths: Sequence[int]) -> Any:
-    """(s, r): true for the first so many places of each sequence; one place wide at least."""
-    import torch
-
-    return torch.arange(max(1, *lengths, 1)) < torch.tensor(lengths).unsqueeze(1)
-
-
-def _branches(rows: Sequence[Sequence[int]], places: Sequence[range], size: int) -> Any:
+def _branches(rows: Sequence[Sequence[int]], places: Sequence[range], size: int) -> "Tensor | None":
     """The attention mask of rows with several responses: each sees its prompt and itself, not the others."""
     import torch
 
@@ -327,19 +305,19 @@ def _branches(rows: Sequence[Sequence[int]], places: Sequence[range], size: int)
     return mask.unsqueeze(1)
 
 
-def _as_image(frame: npt.NDArray[np.uint8]) -> Any:
+def _as_image(clip: Clip) -> "Image":
     from PIL import Image
 
-    return Image.fromarray(frame)
+    return Image.fromarray(clip.frames[0])
 
 
 def _size(clip: Clip) -> dict[str, int]:
-    """A pixel budget that leaves the stored frames as they are: they were brought to their size when decoded."""
+    """A pixel budget that leaves the stored frames as they are: they got their size when they were decoded."""
     pixels = int(clip.frames.shape[1] * clip.frames.shape[2])
     return {"shortest_edge": min(pixels, 28 * 28), "longest_edge": pixels}
 
 
-def _metadata(clip: Clip) -> dict[str, Any]:
+def _metadata(clip: Clip) -> JsonObject:
     count = len(clip.frames)
     return {
         "total_num_frames": count,
@@ -351,49 +329,28 @@ def _metadata(clip: Clip) -> dict[str, Any]:
     }
 
 
-def _clips(encoded: Sequence[Encoded]) -> list[Clip]:
-    return [e.clip for e in encoded if e.clip]
-
-
-def _place(
-    encoded: Encoded, clips: dict[tuple[str, str], int], kinds: dict[str, list[Encoded]]
-) -> tuple[str, int] | None:
-    """Kind and number of the sequence's clip among the different ones."""
-    if encoded.clip is None:
-        return None
-    kind = encoded.clip.kind
-    key = (kind, encoded.clip.key)
-    if key not in clips:
-        clips[key] = len(kinds[kind])
-        kinds[kind].append(encoded)
-    return kind, clips[key]
-
-
 def mrope_positions(
-    types: npt.NDArray[Any], grid: Grid | None, merge: int, positions_per_step: float
+    types: npt.NDArray[np.generic], grid: Grid | None, merge: int, positions_per_step: float
 ) -> npt.NDArray[np.int64]:
     """Positions (3, n) in time, height and width of one sequence with at most one clip.
 
     Text continues from the largest position so far, in whichever dimension, as in the released model and in vLLM.
-    (`get_rope_index` of transformers 5 continues from the largest spatial one, which differs for clips that last longer
-    than they are wide: log-probabilities of trainer and engine would differ.)
+    (`get_rope_index` of transformers 5 continues from the largest spatial one, so for clips that last longer than they
+    are wide, log-probabilities of trainer and engine would differ.)
 
     Args:
-        types: (n,) 0 text, otherwise vision.
-        grid: of the clip.
+        types: (n,) 0 = text, otherwise vision.
+        grid: of the clip, if there is one.
         merge: patches merged in each direction.
         positions_per_step: positions between two steps of the clip's grid in time.
     """
-    n = len(types)
-    where = np.flatnonzero(types)
-    if grid is None or not len(where):
-        return np.broadcast_to(np.arange(n), (3, n)).copy()
-    t, h, w = grid[0], grid[1] // merge, grid[2] // merge
-    at = where[0]
-    clip = np.indices((t, h, w))
+    positions = np.tile(np.arange(len(types)), (3, 1))
+    if grid is None:
+        return positions
+    clip = np.indices((grid[0], grid[1] // merge, grid[2] // merge))
     clip[0] = (clip[0] * positions_per_step).astype(np.int64)
-    clip = clip.reshape(3, -1) + at
-    before, after = np.arange(at), np.arange(n - at - clip.shape[1]) + clip.max() + 1
-    return np.concatenate(
-        [np.broadcast_to(before, (3, len(before))), clip, np.broadcast_to(after, (3, len(after)))], axis=1
-    )
+    begin = int(np.flatnonzero(types)[0])
+    end = begin + clip[0].size
+    positions[:, begin:end] = clip.reshape(3, -1) + begin
+    positions[:, end:] += begin + clip.max() + 1 - end
+    return positions

@@ -1,20 +1,20 @@
 """How the `tiny` model is taught to read before it sees any log: texts for its tokenizer, lessons for its weights.
 
-A lesson shows the fields and pictures of a prompt about a simulated app that no run uses, and asks only what is there:
-the topic, the user's interests, whether they fit, whether the video is long, what is wrong with title or picture; it
-ends with an option drawn from those that common sense leaves open. No lesson says what any user did. They stand in for
-what a model of 7 B parameters brings along: it reads, it keeps to a form, and it has an idea, though no knowledge, of
-why videos are skipped.
+A lesson shows the fields and pictures of a prompt about a simulated app that no run uses, and asks only what can be
+seen there: the topic, the user's interests, whether they fit, whether the video is long, what is wrong with title or
+picture. It ends with an option drawn from those that common sense leaves open. No lesson says what any user did. They
+replace what a model of 7 B parameters brings along: it reads, it keeps to a form, and it has an idea, though no
+knowledge, of why videos are skipped.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from gubs.console import OnProgress
 from gubs.prompts.answers import as_answer
 from gubs.prompts.people import Person, View
 from gubs.prompts.question import Style, group_prompt, user_prompt
@@ -23,7 +23,11 @@ from gubs.simulator.population import FLAWS, TOPICS, USER_TEXTS, make_archetypes
 from gubs.simulator.render import Scene, frames
 from gubs.simulator.settings import RenderSettings, SyntheticSettings
 from gubs.teachers import script
-from gubs.ufm.inputs import VISION_MARK, Clip, Encoded, Inputs, Prompt
+from gubs.ufm.inputs import VISION_MARK, Answered, Inputs, Prompt
+from gubs.video.clips import Clip
+
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLForConditionalGeneration
 
 _SEED = 20_250_519
 _PEOPLE = 400
@@ -33,16 +37,18 @@ _MICRO_TOKENS = 2048
 _SIZE = 56
 _STYLES: tuple[Style, ...] = ("full", "brief")
 BATCH = 8
-"""Few, and many steps: to look something up and to copy it are learned suddenly, after steps rather than examples."""
+"""Small, with many steps: looking up and copying are learned suddenly, after enough steps rather than examples."""
 LEARNING_RATE = 1.2e-3
 _LONGEST_S = 150
 _FLAW_RATE = 0.4
 """More than in the apps: what is to be learned must be seen."""
+_REPEATS = 4
+"""Times the tokenizer sees a word, so that it becomes one token."""
 
 
 @dataclass(frozen=True)
 class LessonPool:
-    """People with a short made-up history, and videos with their flaws and clips."""
+    """People with a short invented history, and videos with their flaws and clips."""
 
     people: list[Person]
     videos: list[Video]
@@ -51,7 +57,7 @@ class LessonPool:
 
 
 def corpus() -> Iterator[str]:
-    """Prompts of both styles and tasks with answers, all topics' words, numbers; always the same."""
+    """Prompts of both styles and tasks with answers, the words of all topics, and numbers; always the same."""
     rng = np.random.default_rng(_SEED)
     pool = simulated(rng, _PEOPLE)
     for i, person in enumerate(pool.people):
@@ -66,20 +72,24 @@ def corpus() -> Iterator[str]:
     yield " ".join(word for topic in TOPICS for word in (topic.name, *topic.nouns))
     yield " ".join(f"{n} s {n % 101}%" for n in range(600))
     words = [w for texts in USER_TEXTS.values() for w in texts]
-    yield from (f'["{word}", "yes", "no", "user"] user assistant' for word in words * _OFTEN)
+    yield from (f'["{word}", "yes", "no", "user"] user assistant' for word in words * _REPEATS)
 
 
 def teach(
-    model: Any, inputs: Inputs, steps: int, seed: int, on_progress: Callable[[int, int], None] | None = None
+    model: "Qwen2_5_VLForConditionalGeneration",
+    inputs: Inputs,
+    steps: int,
+    seed: int,
+    on_progress: OnProgress | None = None,
 ) -> float:
-    """Teaches a model in place, wherever it is; returns the mean loss of the last lessons (nats a token).
+    """Trains a model in place on its device; returns the mean loss of the last lessons (nats per token).
 
     Args:
-        model: a Qwen2.5-VL for conditional generation.
+        model: the model.
         inputs: of its checkpoint.
         steps: optimiser steps of `BATCH` lessons.
         seed: of the lessons.
-        on_progress: called with (steps done, steps in all).
+        on_progress: called with (finished steps, all steps).
     """
     import torch
 
@@ -90,10 +100,10 @@ def teach(
     losses = []
     for step in range(steps):
         for group in adam.param_groups:
-            group["lr"] = _rate(step, steps)
-        encoded = [(inputs.encode(p), inputs.answer_ids(a)) for p, a in (lesson(pool, rng) for _ in range(BATCH))]
+            group["lr"] = _learning_rate(step, steps)
+        lessons = [lesson(pool, rng) for _ in range(BATCH)]
         adam.zero_grad()
-        losses.append(_accumulate(model, inputs, encoded))
+        losses.append(_backward(model, inputs, [(inputs.encode(p), inputs.answer_ids(a)) for p, a in lessons]))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
         if on_progress:
@@ -101,8 +111,8 @@ def teach(
     return float(np.mean(losses[-50:]))
 
 
-def _accumulate(model: Any, inputs: Inputs, encoded: Sequence[tuple[Encoded, list[int]]]) -> float:
-    """Adds up the gradients of one step; sequences of about the same length go together."""
+def _backward(model: "Qwen2_5_VLForConditionalGeneration", inputs: Inputs, encoded: Sequence[Answered]) -> float:
+    """Adds up the gradients of one step, in micro-batches of sequences of similar length; returns the loss."""
     from gubs.ufm.trainer import logprobs, micro_batches
 
     tokens, total = sum(len(a) for _, a in encoded), 0.0
@@ -113,13 +123,13 @@ def _accumulate(model: Any, inputs: Inputs, encoded: Sequence[tuple[Encoded, lis
     return total
 
 
-def _rate(step: int, steps: int) -> float:
-    warm, left = min(1.0, (step + 1) / 50), 0.5 * (1 + math.cos(math.pi * step / steps))
-    return LEARNING_RATE * warm * max(0.02, left)
+def _learning_rate(step: int, steps: int) -> float:
+    """Rises for 50 steps and falls along a cosine."""
+    return LEARNING_RATE * min(1.0, (step + 1) / 50) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def lesson(pool: LessonPool, rng: np.random.Generator) -> tuple[Prompt, str]:
-    """One prompt and what is there to be read in it. Some show a history, some a cover only, some no picture.
+    """One prompt, and an answer about what it shows. Some show a history, some only a cover, some no picture.
 
     Interests are drawn anew each time: a list that comes back would be learned by heart instead of being read.
     """
@@ -127,41 +137,41 @@ def lesson(pool: LessonPool, rng: np.random.Generator) -> tuple[Prompt, str]:
     number = int(rng.integers(len(pool.videos)))
     video, flaw, clip = pool.videos[number], pool.flaws[number], pool.clips[number]
     topics = [TOPICS[t].name for t in rng.permutation(len(TOPICS))[: int(rng.integers(1, 5))]]
-    if rng.random() < _HALF and video.tags[0] not in topics:
+    if rng.random() < 0.5 and video.tags[0] not in topics:
         topics[int(rng.integers(len(topics)))] = video.tags[0]
-    shortest, longest = (3, int(script.LONG_S)) if rng.random() < _HALF else (int(script.LONG_S), _LONGEST_S)
+    shortest, longest = (3, int(script.LONG_S)) if rng.random() < 0.5 else (int(script.LONG_S), _LONGEST_S)
     video = replace(video, duration_s=float(rng.integers(shortest, longest)))
-    history = someone.history if rng.random() < _QUARTER else ()
+    history = someone.history if rng.random() < 0.25 else ()
     person = Person(replace(someone.user, tags=topics), history)
-    task = Task.CLICK if rng.random() < _QUARTER else Task.SEQUENTIAL
-    shown = rng.random() > _TENTH
+    task = Task.CLICK if rng.random() < 0.25 else Task.SEQUENTIAL
+    with_picture = rng.random() > 0.1
     if task == Task.CLICK:
         clip = Clip(f"{clip.key}-cover", clip.frames[:1])
-    text = user_prompt(task, person, video, vision=VISION_MARK if shown else "", style="brief")
-    remark = script.REMARKS.get(flaw, "") if shown or flaw != "unpleasant" else ""
+    text = user_prompt(task, person, video, vision=VISION_MARK if with_picture else "", style="brief")
+    remark = script.REMARKS.get(flaw, "") if with_picture or flaw != "unpleasant" else ""
     facts = script.facts(person, video)
     option = _guess(task, facts, remark, rng)
     think = script.concluded(facts.sentences(remark), task, option)
-    return Prompt(text, clip if shown else None), as_answer(think, option)
+    return Prompt(text, clip if with_picture else None), as_answer(think, option)
 
 
 def _guess(task: Task, facts: script.Facts, remark: str, rng: np.random.Generator) -> Option:
-    """What the facts may speak for, by common sense: one of those that speak at even odds, else that nothing is wrong.
+    """An option that the facts support by common sense; A where none does, and now and then any.
 
-    Whether a remark, a length or a topic really drives somebody away is what the logs have to tell.
+    Whether a remark, a length or a topic really drives somebody away is for the logs to say.
     """
     options = TASK_OPTIONS[task]
-    if rng.random() < _TENTH:
-        return options[int(rng.integers(len(options)))]
-    if task == Task.CLICK:
-        return Option.A if facts.fits and rng.random() < _HALF else options[int(rng.integers(len(options)))]
-    supported = {Option.B: bool(remark), Option.C: facts.fits is False, Option.D: facts.long}
-    open_ = [o for o, holds in supported.items() if holds] or [Option.A]
-    return open_[int(rng.integers(len(open_)))]
+    if rng.random() >= 0.1:
+        if task == Task.SEQUENTIAL:
+            supported = {Option.B: bool(remark), Option.C: facts.fits is False, Option.D: facts.long}
+            options = tuple(o for o, holds in supported.items() if holds) or (Option.A,)
+        elif facts.fits and rng.random() < 0.5:
+            return Option.A
+    return options[int(rng.integers(len(options)))]
 
 
 def simulated(rng: np.random.Generator, count: int, clips: bool = False) -> LessonPool:
-    """People and as many videos; with clips where they are wanted."""
+    """As many people as videos; the videos have clips only on request."""
     settings = SyntheticSettings(users=count, videos=count, flaw_rate=_FLAW_RATE)
     users = make_users(settings, make_archetypes(settings, rng), rng)
     drawn = make_videos(settings, rng)
@@ -169,29 +179,17 @@ def simulated(rng: np.random.Generator, count: int, clips: bool = False) -> Less
         Video(f"v{i}", title, float(drawn.duration_s[i]), tags=[TOPICS[drawn.title_topic[i]].name])
         for i, title in enumerate(drawn.titles)
     ]
-    people = [_person(i, users, videos, rng) for i in range(count)]
+    people = []
+    for i, listed in enumerate(users.listed):
+        user = User(f"u{i}", int(users.age[i]), "female", "teacher", {}, [TOPICS[t].name for t in listed if t >= 0])
+        views = [View(videos[int(rng.integers(count))], play_rate=float(rng.random())) for _ in range(3)]
+        people.append(Person(user, tuple(views)))
     flaws = [FLAWS[f] for f in drawn.flaw]
-    made = [_clip(i, int(drawn.topic[i]), flaws[i]) for i in range(count)] if clips else []
-    return LessonPool(people, videos, flaws, made)
-
-
-def _person(i: int, users: Any, videos: Sequence[Video], rng: np.random.Generator) -> Person:
-    tags = [TOPICS[t].name for t in users.listed[i] if t >= 0]
-    user = User(f"u{i}", int(users.age[i]), "female", "teacher", {}, tags)
-    return Person(user, tuple(_view(videos[int(rng.integers(len(videos)))], rng) for _ in range(3)))
-
-
-def _view(video: Video, rng: np.random.Generator) -> View:
-    return View(video, play_rate=float(rng.random()))
+    rendered = [_clip(i, int(drawn.topic[i]), flaws[i]) for i in range(count)] if clips else []
+    return LessonPool(people, videos, flaws, rendered)
 
 
 def _clip(number: int, topic: int, flaw: str) -> Clip:
-    settings = RenderSettings(size=_SIZE, fps=1)
     scene = Scene(f"v{number}", topic, flaw, float(_FRAMES), _SEED + number)
-    pictures: list[npt.NDArray[np.uint8]] = [np.asarray(f.convert("RGB")) for f in frames(scene, settings)]
-    return Clip(f"lesson-{number}", np.stack(pictures[:_FRAMES]), float(_FRAMES))
-
-
-_OFTEN = 4
-"""Times a word is shown to the tokenizer: then it becomes one token."""
-_HALF, _QUARTER, _TENTH = 0.5, 0.25, 0.1
+    pictures = [np.asarray(image) for image in frames(scene, RenderSettings(size=_SIZE, fps=1))]
+    return Clip(f"lesson-{number}", np.stack(pictures), float(_FRAMES))

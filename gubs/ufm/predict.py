@@ -3,26 +3,30 @@
     with Predictor(folder, ufm, engines=1) as predictor:
         for prediction in predictor.stream(queries): ...
 
-Queries are drawn and encoded in a thread while the engines answer. Each engine holds a window of at most twice the
-answers it writes at once, and is topped up as answers come back, so it never runs dry. Pictures stay uint8 frames on
-the way; only vLLM makes pixels of them.
+Queries are drawn and encoded in a thread while the engines answer. Each engine holds at most twice as many requests as
+it answers at the same time, and is topped up as answers come back, so it never runs dry. Pictures stay uint8 frames on
+the way; only vLLM turns them into pixel values.
 """
 
 import queue
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from gubs.errors import PlatformError
+from gubs.ray_runtime import Actor
 from gubs.ufm.inputs import Inputs, Prompt
-from gubs.ufm.rollout import Request, Response, Shape, start_rollout
+from gubs.ufm.rollout import Engine, Request, Response, Shape, start_rollout
 from gubs.ufm.settings import UFMSettings
 
 if TYPE_CHECKING:
     from ray import ObjectRef
+
+Key = Any
+"""Whatever the caller wants to find a prediction by."""
 
 _CHUNK = 32
 """Requests that are sent, and answers that are waited for, at a time."""
@@ -34,7 +38,7 @@ _READY_CHUNKS = 4
 class Query:
     """One question to the policy."""
 
-    key: Any
+    key: Key
     """Carried through to the prediction."""
     prompt: Prompt
     seed: int = 0
@@ -44,9 +48,9 @@ class Query:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the policy said."""
+    """What the policy answered."""
 
-    key: Any
+    key: Key
     text: str | None
     """None: the prompt is too long and was not asked."""
     finished: bool = False
@@ -55,24 +59,15 @@ class Prediction:
 
 
 @dataclass
-class _Chunk:
-    """Encoded requests, and their keys in the same order."""
-
-    keys: list[Any] = field(default_factory=list)
-    requests: list[Request] = field(default_factory=list)
-    too_long: list[Any] = field(default_factory=list)
-
-
-@dataclass
 class _Lane:
-    """One engine and what it is busy with."""
+    """One engine and the requests it is busy with."""
 
-    engine: Any
-    waiting: "ObjectRef[Any]"
-    keys: dict[int, Any] = field(default_factory=dict)
-    """Number of each request that is out, and its key."""
+    engine: Actor
+    waiting: "ObjectRef[list[tuple[int, Response]]]"
+    keys: dict[int, Key] = field(default_factory=dict)
+    """Keys of the requests without an answer so far, by number."""
     sent: "list[ObjectRef[None]]" = field(default_factory=list)
-    """Requests that were sent and not yet heard of: they tell if the engine refused some."""
+    """Calls that sent requests and were not checked yet; they fail if the engine refused some."""
 
 
 class Predictor:
@@ -85,9 +80,9 @@ class Predictor:
 
         Args:
             folder: checkpoint of the policy.
-            ufm: `model`, `inputs` and `rollout` say what an engine is, `workers` how long one may take.
-            pictures: some prompts have pictures; else no memory is set aside for them.
-            engines: how many; on a CPU one uses all cores.
+            ufm: `model`, `inputs` and `rollout` describe an engine, `workers` says how long one may take.
+            pictures: some prompts have pictures; otherwise no memory is set aside for them.
+            engines: how many; on CPUs one engine uses all cores.
             gpu: give each engine a GPU.
         """
         self._inputs = Inputs(folder, ufm.inputs)
@@ -100,9 +95,7 @@ class Predictor:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -114,11 +107,11 @@ class Predictor:
         self._engines = []
 
     def stream(self, queries: Iterable[Query]) -> Iterator[Prediction]:
-        """Yields predictions as they come, in no order; every query gets one.
+        """Yields predictions as they come, in no particular order; every query gets one.
 
         Raises:
-            PlatformError: an engine died, lost a request, or did not answer in time. Whatever `queries` raises, or an
-                engine that refuses a request.
+            PlatformError: an engine died, lost a request, or did not answer in time. Also whatever `queries` raises, or
+                an engine that refuses a request.
         """
         import ray
         from ray.exceptions import RayActorError
@@ -149,24 +142,29 @@ class Predictor:
             raise PlatformError(f"an engine lost {len(lane.keys)} requests")
         predictions = []
         for number, response in answers:
-            if number in lane.keys:  # else of a stream that was left early
+            if number in lane.keys:  # otherwise it belongs to a stream that was left early
                 text, finished = self._inputs.text(response.ids)
                 predictions.append(Prediction(lane.keys.pop(number), text, finished, response))
         return predictions
 
     def _top_up(self, lane: _Lane, chunks: "_Encoder") -> list[Prediction]:
-        """Sends what fits into the lane's window; waits for the encoder only where the engine would be idle."""
+        """Fills the lane's window; waits for the encoder only if the engine would be idle."""
         too_long: list[Prediction] = []
         while len(lane.keys) + _CHUNK <= self._window:
             chunk = chunks.next(self._deadline, wait=not lane.keys)
             if chunk is None:
                 break
-            too_long += [Prediction(key, None) for key in chunk.too_long]
-            if chunk.requests:
-                first, self._asked = self._asked, self._asked + len(chunk.requests)
-                lane.keys |= dict(enumerate(chunk.keys, first))
-                lane.sent.append(lane.engine.enqueue.remote(chunk.requests, first))
+            too_long += [Prediction(key, None) for key, request in chunk if request is None]
+            fitting = [(key, request) for key, request in chunk if request is not None]
+            if fitting:
+                first, self._asked = self._asked, self._asked + len(fitting)
+                lane.keys |= dict(enumerate((key for key, _ in fitting), first))
+                lane.sent.append(lane.engine.enqueue.remote([request for _, request in fitting], first))
         return too_long
+
+
+_Chunk = list[tuple[Key, Request | None]]
+"""Encoded queries; None = too long."""
 
 
 class _Encoder:
@@ -181,15 +179,15 @@ class _Encoder:
         threading.Thread(target=self._run, args=(queries,), name="gubs-encode", daemon=True).start()
 
     def next(self, timeout_s: float, *, wait: bool) -> _Chunk | None:
-        """The next chunk; None at the end of the queries, or where none is ready and nobody waits.
+        """The next chunk; None at the end of the queries, or if none is ready and `wait` is false.
 
         Raises:
-            PlatformError: none came in time. Whatever the queries raised.
+            PlatformError: none came in time. Also whatever the queries raised.
         """
         if self.ended:
             return None
         try:
-            chunk = self._chunks.get(wait, timeout_s) if wait else self._chunks.get_nowait()
+            chunk = self._chunks.get(wait, timeout_s)
         except queue.Empty:
             if wait:
                 raise PlatformError(f"no prompt was encoded within {timeout_s:g} s") from None
@@ -204,23 +202,20 @@ class _Encoder:
         self._stopped.set()
 
     def _run(self, queries: Iterable[Query]) -> None:
+        encoded = ((query.key, self._request(query)) for query in queries)
         try:
-            chunk = _Chunk()
-            for query in queries:
-                encoded = self._inputs.encode(query.prompt)
-                if self._inputs.fits(encoded):
-                    chunk.keys.append(query.key)
-                    chunk.requests.append(Request(self._inputs.for_engine(encoded), query.seed, query.temperature))
-                else:
-                    chunk.too_long.append(query.key)
-                if len(chunk.requests) + len(chunk.too_long) >= _CHUNK:
-                    if not self._put(chunk):
-                        return
-                    chunk = _Chunk()
-            self._put(chunk)
+            while chunk := list(islice(encoded, _CHUNK)):
+                if not self._put(chunk):
+                    return
             self._put(None)
         except BaseException as e:  # noqa: BLE001 - raised where the answers are read
             self._put(e)
+
+    def _request(self, query: Query) -> Request | None:
+        encoded = self._inputs.encode(query.prompt)
+        if not self._inputs.fits(encoded):
+            return None
+        return Request(self._inputs.for_engine(encoded), query.seed, query.temperature)
 
     def _put(self, chunk: _Chunk | BaseException | None) -> bool:
         while not self._stopped.is_set():
@@ -232,13 +227,11 @@ class _Encoder:
         return False
 
 
-def _start(shape: Shape, gpu: bool) -> Any:
-    """An engine in an actor: on a GPU of its own that Ray gives it, or on the CPUs."""
+def _start(shape: Shape, gpu: bool) -> Actor:
+    """An engine in an actor, on a GPU that Ray assigns to it or on the CPUs."""
     import ray
 
     if not gpu:
         return start_rollout(shape)
-    from gubs.ufm.rollout import Engine
-
-    remote: Any = ray.remote(Engine)
-    return remote.options(num_gpus=1, num_cpus=0).remote(shape)
+    engine: Actor = ray.remote(Engine)
+    return engine.options(num_gpus=1, num_cpus=0).remote(shape)

@@ -13,7 +13,7 @@ from gubs.video.clips import Clip
 
 @dataclass(frozen=True)
 class PromptBuilder:
-    """Says what a prompt shows."""
+    """Decides what prompts show."""
 
     settings: InputSettings
     pictures: bool
@@ -21,20 +21,14 @@ class PromptBuilder:
 
     def about_user(self, task: Task, person: Person, video: Video, clip: Clip | None) -> Prompt:
         """The prompt of the roles T and S, and of inference: a user's profile and latest views, and the video."""
-        shown = person.latest(self.settings.history_items)
-        return Prompt(user_prompt(task, shown, video, **self._shown(clip)), clip)
+        recent = person.latest(self.settings.history_items)
+        return Prompt(user_prompt(task, recent, video, **self._options(clip)), clip)
 
     def about_group(self, task: Task, group: GroupProfile, video: Video, clip: Clip | None) -> Prompt:
         """The prompt of the role G: the group's profile, no user and no history."""
-        text = group_prompt(
-            task, group.name, group.text, video, profile_limit=self.settings.profile_chars, **self._shown(clip)
-        )
-        return Prompt(text, clip)
+        options = {"profile_limit": self.settings.profile_chars, **self._options(clip)}
+        return Prompt(group_prompt(task, group.name, group.text, video, **options), clip)
 
-    def _shown(self, clip: Clip | None) -> dict[str, Any]:
-        return {
-            "vision": VISION_MARK if clip else "",
-            "tags": not self.pictures,
-            "limit": self.settings.max_text,
-            "style": self.settings.style,
-        }
+    def _options(self, clip: Clip | None) -> dict[str, Any]:
+        vision, limit = VISION_MARK if clip else "", self.settings.max_text
+        return {"vision": vision, "tags": not self.pictures, "limit": limit, "style": self.settings.style}

@@ -1,15 +1,14 @@
-"""The samples of a GA-GRPO step: which prompts are asked about each record, and what the answers are worth.
+"""The samples of a GA-GRPO step: which prompts are asked about each record, and how the answers are rewarded.
 
-About a training record there are six samples, a *group*: four from the training user's own prompt (T), one from a
-similar user's (S), one from a group profile's (G), all judged against the record's gold option. `group` and `role` are
-data of the sample; nothing is ever grouped by position.
+Each training record has six samples, a *group*: four from the training user's own prompt (T), one from a similar
+user's (S), one from a group profile's (G), all judged against the record's gold option. `group` and `role` are data of
+the sample; nothing is ever grouped by position.
 """
 
-import collections
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from gubs.artifacts import JsonObject
 from gubs.prompts.answers import ANSWER_END, Failure, Reading
 from gubs.records import TASK_OPTIONS, Split, Task
 from gubs.ufm.advantage import Advantages, SampleRole, advantages
@@ -20,13 +19,21 @@ from gubs.ufm.rollout import Request, Response
 from gubs.ufm.sampling import BalancedSampler, Sampled, profile_sampling, sample_seed
 from gubs.ufm.settings import GRPOSettings
 
+_BY_ROLE = ("reward_raw", "reward_weighted", "advantage")
+_SUMS = (
+    *(f"{name}/{role}" for role in SampleRole for name in ("count", *_BY_ROLE)),
+    *(f"unparsed/{failure}" for failure in Failure),
+    *("format", "skip", "choice", "right", "right_down", "wrong_up", "truncated", "response_tokens"),
+)
+"""Names of sums over samples: every worker has all of them, whatever its samples."""
+
 
 @dataclass
 class Sample:
     """One answer of a step, from the prompt to the advantage."""
 
     group: int
-    """Slot in the step, over all workers; a record may stand in two slots."""
+    """Slot in the step, over all workers; a record may be in two slots."""
     role: SampleRole
     k: int
     """Number among the samples of its role."""
@@ -37,18 +44,18 @@ class Sample:
     response: Response | None = None
     text: str = ""
     finished: bool = True
-    """It ended by itself; False = the token limit cut it off."""
+    """It ended by itself; false: the token limit cut it off."""
     reading: Reading | None = None
     parts: RewardParts | None = None
     advantage: float = 0.0
 
     @property
-    def tokens(self) -> int:
-        """Length of prompt and response."""
-        return len(self.encoded.ids) + (len(self.response.ids) if self.response else 0)
+    def ids(self) -> tuple[int, ...]:
+        """Tokens of the response."""
+        return self.response.ids if self.response else ()
 
-    def to_json(self) -> dict[str, Any]:
-        """What a person may want to read of it."""
+    def to_json(self) -> JsonObject:
+        """What a person may want to read."""
         read, parts = self.reading, self.parts
         return {
             "task": str(self.item.task),
@@ -72,19 +79,19 @@ class StepPlan:
 
     task: Task
     turn: int
-    """How many steps of this task came before."""
+    """How many earlier steps had this task."""
     slots: int
     """Records of the step, over all workers."""
     samples: list[Sample]
     dropped: int = 0
     """Samples of this worker whose prompt is too long."""
-    alone: int = 0
-    """Peers, similar users or groups, that this worker's records lack; the user's own prompt stands in for them."""
+    without_peer: int = 0
+    """How many similar users and groups this worker's records lack; the user's own prompt replaces them."""
     figures: dict[str, float] = field(default_factory=dict)
 
 
 class Planner:
-    """Says what each step asks. Stateless by step: a resumed run asks the same."""
+    """Decides what each step asks. It depends on the step's number alone, so a resumed run asks the same."""
 
     def __init__(self, questions: Questions, inputs: Inputs, tasks: Sequence[Task], settings: GRPOSettings, seed: int):
         """Reads the training records of the tasks.
@@ -98,26 +105,17 @@ class Planner:
         self._samplers = {t: self._sampler(t) for t in self.tasks}
         self._members = {t: questions.members(t) for t in self.tasks}
 
-    def records(self) -> dict[str, int]:
-        """Training records by task."""
-        return {str(t): len(items) for t, items in self._items.items()}
-
-    def missing(self) -> dict[str, list[str]]:
-        """Options by task that no training record has."""
-        return {str(t): [str(o) for o in s.missing] for t, s in self._samplers.items() if s.missing}
-
     def plan(self, step: int, rank: int = 0, world: int = 1) -> StepPlan:
-        """One worker's samples of a step; steps take the tasks in turn, a task as often as it is named."""
+        """One worker's samples of a step; steps take the tasks in turn, each as often as it is named."""
         task, turn = self._turn(step)
         sampler = self._samplers[task]
         picked = sampler.batch(turn)
-        resampled = sampler.resampled(turn)
-        figures = {**sampler.figures(turn), "resampled": float(sum(resampled.values()))}
+        figures = {**sampler.figures(turn), "resampled": float(sum(sampler.resampled(turn).values()))}
         plan = StepPlan(task, turn, len(picked), [], figures=figures)
         for slot in range(rank, len(picked), world):
             item = self._items[task][picked[slot]]
             prompts, sampled = self._prompts(item, step, slot)
-            plan.alone += (sampled.similar is None) + (sampled.group is None)
+            plan.without_peer += (sampled.similar is None) + (sampled.group is None)
             encoded = {role: self._inputs.encode(prompt) for role, prompt, _ in prompts}
             for role, prompt, count in prompts:
                 if not self._inputs.fits(encoded[role]):
@@ -130,13 +128,13 @@ class Planner:
         return plan
 
     def _turn(self, step: int) -> tuple[Task, int]:
-        """Task of a step, and how many steps of that task came before it."""
+        """Task of a step, and how many earlier steps had that task."""
         rounds, place = divmod(step, len(self.tasks))
         task = self.tasks[place]
         return task, rounds * self.tasks.count(task) + self.tasks[:place].count(task)
 
     def _prompts(self, item: Item, step: int, slot: int) -> tuple[list[tuple[SampleRole, Prompt, int]], Sampled]:
-        """Role, prompt and number of samples; the user's own prompt stands in for a peer that is not there."""
+        """Role, prompt and number of samples; the user's own prompt replaces a missing similar user or group."""
         ask, s = self._questions, self._settings
         own = ask.about_user(item.task, item.user_id, item.video_id)
         if not s.groups:
@@ -156,13 +154,9 @@ class Planner:
 
 
 def requests(inputs: Inputs, samples: Iterable[Sample]) -> list[Request]:
-    """What the engine is asked. Samples of one prompt share one object, which then travels once."""
-    made: dict[int, dict[str, Any]] = {}
-    batch = []
-    for s in samples:
-        prompt = made.setdefault(id(s.encoded), inputs.for_engine(s.encoded))
-        batch.append(Request(prompt, s.seed))
-    return batch
+    """The engine's requests. Samples with the same prompt share one object, which is then sent once."""
+    prompts: dict[int, JsonObject] = {}
+    return [Request(prompts.setdefault(id(s.encoded), inputs.for_engine(s.encoded)), s.seed) for s in samples]
 
 
 def assign_rewards(
@@ -173,8 +167,9 @@ def assign_rewards(
         sample.response = response
         assert sample.item.gold
         sample.text, sample.finished = text_of(response.ids)
-        about = (sample.item.gold, sample.item.task, s.rewards, sample.finished)
-        sample.parts, sample.reading = reward_answer(sample.text, *about)
+        sample.parts, sample.reading = reward_answer(
+            sample.text, sample.item.gold, sample.item.task, s.rewards, sample.finished
+        )
     result = advantages(
         [x.parts.total if x.parts else 0.0 for x in samples],
         [x.role for x in samples],
@@ -187,9 +182,9 @@ def assign_rewards(
     return result
 
 
-def shown(plan: StepPlan, every: int) -> list[Sample]:
-    """Samples for people to read, one per role: of each n-th step of a task, another record of the step each time; none
-    on the workers that do not have it.
+def excerpt(plan: StepPlan, every: int) -> list[Sample]:
+    """Samples for people to read, one per role, from every n-th step of a task. Each time it is another record of the
+    step; workers that do not have that record return none.
     """
     if not every or plan.turn % every:
         return []
@@ -203,21 +198,18 @@ def shown(plan: StepPlan, every: int) -> list[Sample]:
 
 def answer_sums(plan: StepPlan, result: Advantages) -> dict[str, float]:
     """Counts and sums over this worker's samples, to be added over all workers; `answer_figures` divides."""
-    samples = plan.samples
-    sums: dict[str, float] = collections.defaultdict(float)
-    for f in (None, *Failure):
-        sums[f"unparsed/{f}" if f else "answers"] += 0.0
-    for role in SampleRole:
-        for name in ("count", "reward_raw", "reward_weighted", "advantage"):
-            sums[f"{name}/{role}"] += 0.0
-    for name in ("format", "skip", "choice", "right", "right_down", "wrong_up", "truncated", "response_tokens"):
-        sums[name] += 0.0
-    for s in samples:
+    groups = len({s.group for s in plan.samples})
+    sums = dict.fromkeys(_SUMS, 0.0) | {
+        "answers": float(len(plan.samples)),
+        "groups": float(groups),
+        "zero_variance": result.frac_zero_variance * groups,
+        "dropped_too_long": float(plan.dropped),
+        "without_peer": float(plan.without_peer),
+    }
+    for s in plan.samples:
         assert s.parts
         assert s.reading
-        assert s.response
         right = s.reading.option == s.item.gold
-        sums["answers"] += 1
         sums[f"count/{s.role}"] += 1
         sums[f"reward_raw/{s.role}"] += s.parts.total
         sums[f"advantage/{s.role}"] += s.advantage
@@ -228,23 +220,21 @@ def answer_sums(plan: StepPlan, result: Advantages) -> dict[str, float]:
         sums["right_down"] += right and s.advantage < 0
         sums["wrong_up"] += not right and s.advantage > 0
         sums["truncated"] += not s.finished and ANSWER_END not in s.text
-        sums["response_tokens"] += len(s.response.ids)
+        sums["response_tokens"] += len(s.ids)
         if s.reading.failure:
             sums[f"unparsed/{s.reading.failure}"] += 1
     for role, value in result.reward_weighted.items():
         sums[f"reward_weighted/{role}"] += value * sums[f"count/{role}"]
-    groups = len({s.group for s in samples})
-    sums |= {"groups": float(groups), "zero_variance": result.frac_zero_variance * groups}
-    return {**sums, "dropped_too_long": float(plan.dropped), "without_peer": float(plan.alone)}
+    return sums
 
 
 def answer_figures(sums: dict[str, float]) -> dict[str, float]:
-    """The figures that ga-grpo always logs, of all workers."""
+    """The figures of all workers that GA-GRPO always logs."""
     n = max(1.0, sums["answers"])
     figures = {
         f"{name}/{role}": sums[f"{name}/{role}"] / sums[f"count/{role}"]
         for role in SampleRole
-        for name in ("reward_raw", "reward_weighted", "advantage")
+        for name in _BY_ROLE
         if sums[f"count/{role}"]
     }
     total = sum(sums[f"reward_raw/{r}"] for r in SampleRole)

@@ -1,23 +1,28 @@
 """Supervised fine-tuning on one train worker: the teacher's examples, streamed by Ray Data, loss on the answer only.
 
-Every worker reads its own shard of the stream, which the driver made of as many examples as the steps need, each epoch
-in an order of its own; a resumed run sees the same batches and passes over those it has done.
+The driver makes a stream of as many examples as the steps need, each epoch in its own order; every worker reads its own
+shard of it. A resumed run sees the same batches and skips those already done.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gubs.artifacts import JsonObject
 from gubs.errors import ArtifactError
 from gubs.records import Task
 from gubs.ufm import model as models
 from gubs.ufm.checkpoint import SharedError
 from gubs.ufm.inputs import Encoded
-from gubs.ufm.settings import CheckpointSettings, SFTSettings
+from gubs.ufm.settings import SFTSettings
 from gubs.ufm.train_worker import Job, TrainWorker
-from gubs.ufm.trainer import Trainer, micro_batches, most, reduce_sums
+from gubs.ufm.trainer import Trainer, Update, micro_batches, reduce_max, reduce_sums
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Example = tuple[Encoded, list[int]]
 
@@ -25,7 +30,7 @@ COLUMNS = ("task", "user_id", "video_id", "response")
 """Columns of the teacher's examples that training reads."""
 
 
-def train_loop(config: dict[str, Any]) -> dict[str, Any]:
+def train_loop(config: JsonObject) -> JsonObject:
     """What Ray Train runs on every worker."""
     import ray.train
 
@@ -33,15 +38,15 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def steps_of(examples: int, sft: SFTSettings) -> int:
-    """Optimiser steps of the epochs, more epochs where those make fewer than `min_steps`. A last batch that is not full
-    is filled with examples that come once more.
+    """Optimiser steps of the epochs; more epochs if they make fewer than `min_steps`. Repeated examples fill the last
+    batch.
     """
     epochs = max(sft.epochs, math.ceil(sft.min_steps * sft.batch / examples))
     return math.ceil(examples * epochs / sft.batch)
 
 
 def order_of(examples: int, sft: SFTSettings, seed: int) -> list[int]:
-    """Numbers of the examples as the steps take them: one shuffled epoch after the other, none left out."""
+    """Numbers of the examples in the order of the steps: one shuffled epoch after the other, none left out."""
     rng, needed = np.random.default_rng([seed, 31]), steps_of(examples, sft) * sft.batch
     epochs = [rng.permutation(examples) for _ in range(math.ceil(needed / examples))]
     return [int(n) for n in np.concatenate(epochs)[:needed]]
@@ -56,23 +61,18 @@ class SFTWorker(TrainWorker):
         Args:
             job: see `Job`.
             shard: this rank's shard of the stream.
-            examples: examples in all, over all ranks.
+            examples: number of examples of all ranks.
         """
         sft = job.ufm.sft
-        super().__init__(job, steps_of(examples, sft))
+        super().__init__(job, steps_of(examples, sft), sft.checkpoint)
         self.sft, self._shard = sft, shard
         with self.phases("load"):
             model = models.load(job.start, self.ufm.model, train=True)
             self.trainer = Trainer(model, self.ufm.model, sft.optimizer, self.steps, self.device, self.vision)
         self._batches: Iterator[list[Example]] = iter(())
 
-    @property
-    def checkpointing(self) -> CheckpointSettings:
-        """When to write checkpoints."""
-        return self.ufm.sft.checkpoint
-
     def begin(self, step: int) -> None:
-        """Passes over the batches that were done before."""
+        """Skips the batches that are already done."""
         self._batches = self._stream(step)
 
     def step(self, step: int) -> dict[str, float]:
@@ -82,46 +82,41 @@ class SFTWorker(TrainWorker):
         with self.phases("train"):
             update, tokens = self._update(examples, step)
         self.skipped(step, update.skipped, [{"ids": e.ids, "answer": a} for e, a in examples])
-        dropped = float(self.sft.batch // self.world - len(examples))
-        sums = reduce_sums({"tokens/train": float(tokens), "dropped_too_long": dropped}, self.device)
-        count = max(1.0, update.sums.get("tokens", 1.0))
+        dropped = self.sft.batch // self.world - len(examples)
         return {
-            **sums,
+            **reduce_sums({"tokens/train": tokens, "dropped_too_long": dropped}, self.device),
             "loss": update.sums["loss"],
-            "accuracy": update.sums.get("hits", 0.0) / count,
+            "accuracy": update.sums["hits"] / max(1.0, update.sums["tokens"]),
             "grad_norm": update.grad_norm,
             "learning_rate": update.learning_rate,
             "skipped": float(update.skipped),
         }
 
-    def _update(self, examples: Sequence[Example], step: int) -> tuple[Any, int]:
+    def _update(self, examples: Sequence[Example], step: int) -> tuple[Update, int]:
+        """The optimiser step, and how many tokens this rank computed."""
         parts = micro_batches([len(e.ids) + len(a) for e, a in examples], self.sft.micro_tokens)
         batches = [self.inputs.collate([examples[i] for i in part]) for part in parts]
         filler = examples[0][0] if examples else self.inputs.nothing()
-        needed = max(1, most(len(parts), self.device))
+        needed = max(1, reduce_max(len(parts), self.device))
         batches += [self.inputs.collate([(filler, ())])] * (needed - len(batches))
-        counts = {"tokens": float(sum(int(b.response.sum()) for b in batches))}
-        tokens = reduce_sums(counts, self.device)["tokens"]
+        tokens = reduce_sums({"tokens": sum(int(b.response.sum()) for b in batches)}, self.device)["tokens"]
         if not tokens:
             raise SharedError(
                 f"all examples of step {step} are longer than a rollout may be: raise ufm.inputs.max_prompt_tokens or "
                 "max_new_tokens, or have shorter ones written (teachers.think_chars)"
             )
 
-        def loss_of(logp: Any, _: int) -> tuple[Any, dict[str, Any]]:
-            loss = -logp.sum() / tokens
-            return loss, {"tokens": logp.new_tensor(float(len(logp))), "hits": (logp.detach() > _HALF).sum()}
+        def loss_of(logp: "Tensor", _: int) -> "tuple[Tensor, dict[str, Tensor]]":
+            sums = {"tokens": logp.new_tensor(float(len(logp))), "hits": (logp.detach() > _HALF).sum()}
+            return -logp.sum() / tokens, sums
 
         return self.trainer.update(batches, loss_of, step), sum(b.tokens for b in batches)
 
     def _stream(self, done: int) -> Iterator[list[Example]]:
-        """Batches of this rank, encoded a batch ahead in a thread."""
-        mine = self.sft.batch // self.world
-        with models.beside("encode", self.device) as pool:
+        """This rank's remaining batches; a thread encodes one batch ahead."""
+        with models.background_thread("encode", self.device) as pool:
             ahead = None
-            for number, rows in enumerate(self._rows(mine)):
-                if number < done:
-                    continue
+            for rows in itertools.islice(self._rows(), done, None):
                 following = pool.submit(self._encode, rows)
                 if ahead:
                     yield ahead.result()
@@ -129,29 +124,26 @@ class SFTWorker(TrainWorker):
             if ahead:
                 yield ahead.result()
 
-    def _rows(self, size: int) -> Iterator[list[dict[str, Any]]]:
+    def _rows(self) -> Iterator[list[JsonObject]]:
         """Rows of one batch after the other."""
-        given = 0
-        for found in self._shard.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=2):
-            given += 1
-            yield found.to_pylist()
-        if given < self.steps:
-            raise ArtifactError(f"a shard of the SFT examples gave {given} batches, not {self.steps}")
+        size, count = self.sft.batch // self.world, 0
+        for batch in self._shard.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=2):
+            count += 1
+            yield batch.to_pylist()
+        if count < self.steps:
+            raise ArtifactError(f"a shard of the SFT examples has {count} batches, not {self.steps}")
 
-    def _encode(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
-        """Those whose prompt and answer are as short as they have to be in a rollout."""
-        ask, longest = self.questions, self.ufm.inputs.max_new_tokens
-        made = [
-            (
-                self.inputs.encode(ask.about_user(Task(r["task"]), r["user_id"], r["video_id"])),
-                self.inputs.answer_ids(r["response"]),
-            )
-            for r in rows
-        ]
-        kept = [(prompt, answer) for prompt, answer in made if self.inputs.fits(prompt) and len(answer) <= longest]
-        self.inputs.compute_pixels(prompt for prompt, _ in kept)
-        return kept
+    def _encode(self, rows: Sequence[JsonObject]) -> list[Example]:
+        """The examples whose prompt and answer are as short as a rollout allows."""
+        examples = []
+        for row in rows:
+            question = self.questions.about_user(Task(row["task"]), row["user_id"], row["video_id"])
+            prompt, answer = self.inputs.encode(question), self.inputs.answer_ids(row["response"])
+            if self.inputs.fits(prompt) and len(answer) <= self.ufm.inputs.max_new_tokens:
+                examples.append((prompt, answer))
+        self.inputs.compute_pixels(prompt for prompt, _ in examples)
+        return examples
 
 
 _HALF = -0.6931
-"""log 0.5: a token with more than that would be the greedy choice for sure."""
+"""log 0.5: a token with more than that is certainly the greedy choice."""

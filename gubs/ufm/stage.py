@@ -115,7 +115,7 @@ def preflight_grpo(ufm: UFMSettings, frames: FrameSettings, seed: int) -> None: 
 
 def base_model(settings: ModelSettings) -> Path:
     """The checkpoint that training starts from; one of ours is made first where it is missing, and says so."""
-    if models.made(settings):
+    if models.exists(settings):
         return models.checkpoint(settings)
     began = time.monotonic()
     lessons = f", {settings.lessons} steps of lessons" if settings.lessons else ""

@@ -1,25 +1,29 @@
 """What every train worker does, whatever it trains: set up, resume from the last checkpoint, step, report, stop.
 
-Ray Train starts one `TrainWorker` per rank, and all of them again when one dies; a worker then finds the newest
+Ray Train starts one `TrainWorker` per rank, and restarts all of them when one dies; each worker then finds the newest
 finished checkpoint itself. On a CPU a resumed run computes bit for bit what an uninterrupted one does.
 """
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from gubs.artifacts import Run
+from gubs.artifacts import JsonObject, Run
 from gubs.records import Task
-from gubs.ufm.checkpoint import POLICY, Checkpoints, SharedError, of_the_disk, save_policy, together
+from gubs.ufm.checkpoint import POLICY, Checkpoints, SharedError, disk_errors, save_policy, together
 from gubs.ufm.inputs import Inputs
 from gubs.ufm.model import cpu_threads
 from gubs.ufm.monitor import STUCK, Monitor, Phases, Watchdog
 from gubs.ufm.questions import Questions
 from gubs.ufm.settings import CheckpointSettings, UFMSettings
-from gubs.ufm.trainer import most
+from gubs.ufm.trainer import Trainer, reduce_max
+
+if TYPE_CHECKING:
+    import torch
 
 CHECKPOINTS, SETTINGS = "checkpoints", "settings.json"
 
@@ -32,12 +36,12 @@ class DivergedError(SharedError):
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker has to know; travels from the driver."""
+    """Everything a worker needs to know; the driver sends it."""
 
     run_uri: str
     ufm: UFMSettings
     seed: int
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     """All settings of the run, for the record."""
     stage: str
     folder: str
@@ -45,7 +49,7 @@ class Job:
     start: str
     """Checkpoint folder to start from."""
     recipe: Mapping[str, str]
-    """Fingerprints that a checkpoint has to have."""
+    """Fingerprints that a checkpoint must have."""
     tastes: bool = False
     """Prompts show what the stage `profiles` wrote."""
     tasks: tuple[Task, ...] = ()
@@ -59,49 +63,44 @@ class Job:
 class TrainWorker:
     """One rank. Subclasses say what a step is."""
 
-    trainer: Any
+    trainer: Trainer
 
-    def __init__(self, job: Job, steps: int):
+    def __init__(self, job: Job, steps: int, checkpoint: CheckpointSettings):
         """Sets up device, threads, inputs and sinks.
 
         Args:
             job: see `Job`.
             steps: optimiser steps of the whole run.
+            checkpoint: when to write checkpoints, and how many to keep.
         """
         import torch
 
         self.job, self.steps, self.ufm = job, steps, job.ufm
-        self.rank, self.world, self.local_world = _ranks()
+        self._checkpoint_every = checkpoint.every
+        self.rank, self.world, local_world = _ranks()
         self.device = _device()
-        self.threads = cpu_threads(self.local_world, self.ufm.workers.threads)
+        self.threads = cpu_threads(local_world, self.ufm.workers.threads)
         if self.device.type == "cpu":
             torch.set_num_threads(self.threads)
         torch.manual_seed(job.seed)
         self.folder = Path(job.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
-            (self.folder / STUCK).unlink(missing_ok=True)  # of an attempt before this one
+            (self.folder / STUCK).unlink(missing_ok=True)  # of an earlier attempt
         self.phases = Phases()
         self._watchdog = Watchdog(self.phases, self.ufm.workers.stuck_after_s, self.folder, self.rank)
         self.questions = Questions(Run(job.run_uri), job.ufm.inputs, tastes=job.tastes)
         self.vision = self.ufm.inputs.vision and self.questions.pictures
         self.launch()
         self.inputs = Inputs(job.start, self.ufm.inputs)
-        plan = self.checkpointing
-        self.checkpoints = Checkpoints(job.checkpoints, job.recipe, plan.keep, self.rank, self.world)
-        trackers = self.ufm.grpo.trackers
-        self.monitor = Monitor(self.folder, job.stage, trackers, job.settings, self.rank)
+        self.checkpoints = Checkpoints(job.checkpoints, job.recipe, checkpoint.keep, self.rank, self.world)
+        self.monitor = Monitor(self.folder, job.stage, self.ufm.grpo.trackers, job.settings, self.rank)
         self._bad = 0
         self._ended = 0.0
         self._scores: list[float] = []
 
-    @property
-    def checkpointing(self) -> CheckpointSettings:
-        """When to write checkpoints."""
-        return self.ufm.grpo.checkpoint
-
     def launch(self) -> None:
-        """Called before anything is loaded: starts what comes up in a process of its own meanwhile."""
+        """Called before anything is loaded, to start another process that comes up meanwhile."""
 
     def step(self, step: int) -> dict[str, float]:
         """One optimiser step; returns its figures."""
@@ -113,15 +112,15 @@ class TrainWorker:
     def end(self) -> None:
         """Called after the last step."""
 
-    def run(self) -> dict[str, Any]:
-        """All steps that are left. Errors that every rank raises at once (`SharedError`) are returned: trying again
-        with the same input would not help. What one rank alone meets is raised, and Ray Train ends the others.
+    def run(self) -> JsonObject:
+        """All remaining steps. Errors that every rank raises at once (`SharedError`) are returned, since trying again
+        with the same input would not help. An error on one rank alone is raised, and Ray Train ends the other ranks.
         """
         try:
             with self.phases("resume"):
                 first = self._resume()
             self.begin(first)
-            self.phases.take()  # the start is in no step's seconds
+            self.phases.take()  # no step's seconds include the start
             for step in range(first, self.steps):
                 figures = self._timed(step)
                 with self.phases("report"):
@@ -138,14 +137,14 @@ class TrainWorker:
             self.end()
 
     def place(self) -> tuple[str, Sequence[str]]:
-        """This worker's node, and its own GPU's id (none on a CPU)."""
+        """This worker's node and the id of its GPU (none on a CPU)."""
         import ray
 
         context = ray.get_runtime_context()
         gpus = context.get_accelerator_ids().get("GPU", []) if self.device.type == "cuda" else []
         return context.get_node_id(), gpus
 
-    def skipped(self, step: int, skipped: bool, batch: Sequence[Mapping[str, Any]]) -> None:
+    def skipped(self, step: int, skipped: bool, batch: Sequence[JsonObject]) -> None:
         """Counts steps that were skipped because something was not a number.
 
         Raises:
@@ -162,11 +161,9 @@ class TrainWorker:
             )
 
     def _timed(self, step: int) -> dict[str, float]:
-        """A step with its seconds by phase, and tokens of all workers by second. The seconds of a checkpoint and of a
-        report are those of the ones since the step before; `since_last` are all from that one's end.
+        """A step's figures, with seconds per phase and tokens of all workers per second. The seconds of checkpoint and
+        report are those after the previous step; `since_last` counts from that step's end.
         """
-        import time
-
         began = time.monotonic()
         figures = self.step(step)
         seconds = {f"seconds/{k.replace(' ', '_')}": v for k, v in self.phases.take().items()}
@@ -184,25 +181,28 @@ class TrainWorker:
         """Loads the newest checkpoint, if there is one; returns the next step.
 
         Raises:
-            SharedError: it is damaged, or of another training, or not all ranks see the same one.
+            SharedError: it is damaged or of another training, or the ranks see different ones.
         """
+        import torch
+
         marker = together(self.checkpoints.latest, agree)
         done = marker.step if marker else 0
-        if most(done, self.device) != -most(-done, self.device):
+        if reduce_max(done, self.device) != -reduce_max(-done, self.device):
             raise SharedError(f"the workers do not see the same checkpoints: {self.job.checkpoints} is not shared")
         if marker:
-            import torch
-
             place = self.checkpoints.place(marker.step)
             self.trainer.load(place / "state")
-            _set_rng_states(torch.load(place / f"rng-{self.rank}.pt", weights_only=True), self.device)
+            states = torch.load(place / f"rng-{self.rank}.pt", weights_only=True)
+            torch.set_rng_state(states["cpu"])
+            if "cuda" in states and self.device.type == "cuda":
+                torch.cuda.set_rng_state(states["cuda"], self.device)
         self.monitor.forget_after(done - 1)
         return done
 
     def _maybe_checkpoint(self, step: int, figures: Mapping[str, float]) -> None:
         if "reward_raw/T" in figures:
             self._scores.append(figures["reward_raw/T"])
-        if (step + 1) % self.checkpointing.every and step + 1 < self.steps:
+        if (step + 1) % self._checkpoint_every and step + 1 < self.steps:
             return
         score = sum(self._scores) / len(self._scores) if self._scores else None
         self._scores = []
@@ -213,44 +213,28 @@ class TrainWorker:
         import torch
 
         self.trainer.save(folder / "state")
-        torch.save(_rng_states(self.device), folder / f"rng-{self.rank}.pt")
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        torch.save(states, folder / f"rng-{self.rank}.pt")
         if self.rank == 0:
             (folder / SETTINGS).write_text(json.dumps(dict(self.job.settings), indent=1))
             save_policy(self.trainer.model, self.inputs, folder / POLICY)
 
     def _save_final(self) -> None:
+        policy = self.folder / POLICY
+
+        @disk_errors(f"the policy {policy}", self.folder)
         def write() -> None:
-            if self.rank:
-                return
-            try:
-                save_policy(self.trainer.model, self.inputs, self.folder / POLICY)
-            except Exception as e:
-                if not of_the_disk(e, self.folder):
-                    raise
-                raise SharedError(f"cannot write the policy {self.folder / POLICY}: {e}; checkpoints are whole") from e
+            if self.rank == 0:
+                save_policy(self.trainer.model, self.inputs, policy)
 
         with self.phases("policy"):
             together(write, agree)
 
 
-def _rng_states(device: Any) -> dict[str, Any]:
-    """Of torch's generators, by kind of device."""
-    import torch
-
-    states = {"cpu": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def _set_rng_states(states: Mapping[str, Any], device: Any) -> None:
-    import torch
-
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-
-
 def _ranks() -> tuple[int, int, int]:
-    """Rank, ranks, ranks on this machine."""
+    """Rank, number of ranks, number of ranks on this machine."""
     import ray.train
 
     try:
@@ -260,7 +244,7 @@ def _ranks() -> tuple[int, int, int]:
         return 0, 1, 1
 
 
-def _device() -> Any:
+def _device() -> "torch.device":
     import torch
 
     if not torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
@@ -270,20 +254,20 @@ def _device() -> Any:
     return ray.train.torch.get_device()
 
 
-def _gpu_memory(device: Any) -> dict[str, float]:
-    """GiB of the step that ended: this process's peak, what it keeps in reserve, and what all processes have now."""
+def _gpu_memory(device: "torch.device") -> dict[str, float]:
+    """GiB in the step that ended: this process's peak, what it holds in reserve, and what all processes use now."""
     if device.type != "cuda":
         return {}
     import torch
 
     free, total = torch.cuda.mem_get_info(device)
-    found = {
+    sizes = {
         "gpu_gib/peak": torch.cuda.max_memory_allocated(device),
         "gpu_gib/reserved": torch.cuda.memory_reserved(device),
         "gpu_gib/all": total - free,
     }
     torch.cuda.reset_peak_memory_stats(device)
-    return {name: size / 2**30 for name, size in found.items()}
+    return {name: size / 2**30 for name, size in sizes.items()}
 
 
 def agree(problem: str) -> str:
@@ -292,7 +276,7 @@ def agree(problem: str) -> str:
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return problem
-    problems: list[Any] = [""] * dist.get_world_size()
+    problems = [""] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return next(filter(None, problems), "")
 

@@ -1,26 +1,32 @@
-"""One rank's model under DeepSpeed ZeRO-2: micro-batches in, one optimiser step out, the whole of it saved and loaded.
+"""One rank's model under DeepSpeed ZeRO-2: takes an optimiser step on micro-batches, saves and loads its state.
 
 Losses of micro-batches are sums over denominators of the whole step (see loss.py). DeepSpeed averages gradients over
-ranks, so losses are multiplied by their number; its accumulation steps stay 1 and the boundary is set by hand, since it
-would divide by them too.
+ranks, so losses are multiplied by the number of ranks. It would also divide by its accumulation steps, so these stay 1
+and the boundary is set by hand.
 """
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gubs.ufm.inputs import Batch
-from gubs.ufm.policy import response_ids, response_logits
+from gubs.ufm.policy import response_logits
 from gubs.ufm.settings import ModelSettings, OptimizerSettings
 
-MICRO = Callable[[Any, int], tuple[Any, dict[str, Any]]]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+LossOf = Callable[["Tensor", int], "tuple[Tensor, dict[str, Tensor]]"]
 """(log-probabilities of a micro-batch's response tokens, number of the micro-batch) -> loss, sums for the log."""
 
 _TAG = "deepspeed"
 BUCKET = 500_000_000
-"""Gradients that DeepSpeed reduces at a time, at most; with overlapping there are two such buffers."""
+"""How many gradients DeepSpeed reduces at a time, at most; with overlapping there are two such buffers."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,11 @@ class Update:
     """What an optimiser step did."""
 
     skipped: bool
-    """Loss or gradient was not a number: the weights are what they were."""
+    """Loss or gradient was not a number, so the weights did not change."""
     grad_norm: float
     learning_rate: float
     sums: dict[str, float]
-    """Sums of the micro-batches' sums over all ranks."""
+    """The micro-batches' sums, added over all ranks."""
 
 
 class Trainer:
@@ -40,14 +46,14 @@ class Trainer:
 
     def __init__(
         self,
-        model: Any,
+        model: "Qwen2_5_VLForConditionalGeneration",
         model_settings: ModelSettings,
         optimizer: OptimizerSettings,
         steps: int,
-        device: Any,
+        device: "torch.device",
         vision: bool,
     ):
-        """Wraps a model; every rank has to do so at the same time.
+        """Wraps a model; every rank must do so at the same time.
 
         Args:
             model: as loaded by `model.load(..., train=True)`.
@@ -55,13 +61,13 @@ class Trainer:
             optimizer: AdamW's settings.
             steps: optimiser steps of the whole run, for the schedule.
             device: where the model goes.
-            vision: some prompts have pictures; else the vision tower is not trained.
+            vision: some prompts have pictures; otherwise the vision tower is not trained.
         """
         import deepspeed
         import torch
         import torch.distributed as dist
 
-        _compile_nothing()
+        _disable_compiled_collectives()
         self.settings, self.steps, self.device, self.vision = optimizer, steps, device, vision
         self.world = dist.get_world_size()
         model.model.visual.requires_grad_(vision)
@@ -73,7 +79,7 @@ class Trainer:
             weight_decay=optimizer.weight_decay,
         )
         self.engine, *_ = deepspeed.initialize(
-            model=model.to(device),
+            model=model.to(device),  # type: ignore[arg-type]  # transformers' annotation lacks `self`
             model_parameters=trained,
             optimizer=adam,
             config=_config(model_settings, optimizer, self.world, device, sum(p.numel() for p in trained)),
@@ -81,101 +87,96 @@ class Trainer:
         )
 
     @property
-    def model(self) -> Any:
-        """The model itself, all of its weights on every rank."""
+    def model(self) -> "Qwen2_5_VLForConditionalGeneration":
+        """The model itself; every rank has all of its weights."""
         return self.engine.module
 
-    def logprobs(self, batch: Batch) -> Any:
+    def logprobs(self, batch: Batch) -> "Tensor":
         """Log-probabilities (tokens,) of the response tokens of a batch on the device, with gradient, row by row."""
         return logprobs(self.model, batch, vision=self.vision)
 
-    def update(self, batches: Sequence[Batch], loss_of: MICRO, step: int) -> Update:
+    def update(self, batches: Sequence[Batch], loss_of: LossOf, step: int) -> Update:
         """One optimiser step on this rank's micro-batches; all ranks need the same number of them.
 
         Args:
-            batches: micro-batches, at least one; without response tokens where a rank has fewer than the others.
-            loss_of: see `MICRO`.
+            batches: at least one; a rank with fewer than the others adds some without response tokens.
+            loss_of: see `LossOf`.
             step: number of the step, from 0.
         """
         rate = learning_rate(self.settings, step, self.steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        sums: dict[str, Any] = {}
+        totals: dict[str, float | Tensor] = {}
         for number, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
-            loss, found = loss_of(self.logprobs(batch.to(self.device)), number)
+            loss, sums = loss_of(self.logprobs(batch.to(self.device)), number)
             self.engine.backward(loss * self.world)
-            for name, value in {**found, "loss": loss.detach()}.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double()
+            for name, value in {**sums, "loss": loss}.items():
+                totals[name] = totals.get(name, 0.0) + value.detach().double()
         self.engine.step()
         skipped = bool(self.engine.optimizer.overflow)
         norm = float("nan") if skipped else float(self.engine.get_global_grad_norm() or 0.0)
-        return Update(skipped, norm, rate, reduce_sums(sums, self.device))
+        return Update(skipped, norm, rate, reduce_sums(totals, self.device))
 
     def save(self, folder: str | Path) -> None:
-        """Weights, optimiser and counters of this rank under a folder that all ranks share; all ranks take part."""
+        """Saves weights, optimiser and counters of this rank under a folder that all ranks share; all take part."""
         writer = self.engine.checkpoint_engine
-        self.engine.checkpoint_engine = patient = _PatientWriter(writer)
+        self.engine.checkpoint_engine = deferring = _DeferringWriter(writer)
         try:
             self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
         finally:
             self.engine.checkpoint_engine = writer
-        if patient.error:
-            raise patient.error
+        if deferring.error:
+            raise deferring.error
 
     def load(self, folder: str | Path) -> None:
-        """Takes back what `save` wrote; same number of ranks, same model."""
+        """Loads what `save` wrote; needs the same number of ranks and the same model."""
         self.engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
 
 
-class _PatientWriter:
-    """DeepSpeed's writer of checkpoints, whose errors wait: raised between DeepSpeed's barriers, the error of one rank
-    would leave the others waiting there for ever.
+class _DeferringWriter:
+    """DeepSpeed's checkpoint writer, but it keeps errors for later: an error raised on one rank between DeepSpeed's
+    barriers would leave the other ranks waiting there for ever.
     """
 
-    def __init__(self, writer: Any):
+    def __init__(self, writer: object):
         self._writer = writer
         self.error: Exception | None = None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._writer, name)
+        method = getattr(self._writer, name)
+        return functools.partial(self._try, method) if name in ("makedirs", "save") else method
 
-    def makedirs(self, *args: Any, **named: Any) -> None:
-        self._try(self._writer.makedirs, *args, **named)
-
-    def save(self, *args: Any, **named: Any) -> None:
-        self._try(self._writer.save, *args, **named)
-
-    def _try(self, write: Callable[..., Any], *args: Any, **named: Any) -> None:
+    def _try(self, write: Callable[..., None], *args: object, **kwargs: object) -> None:
         try:
-            write(*args, **named)
+            write(*args, **kwargs)
         except Exception as e:  # noqa: BLE001 - raised by `Trainer.save`
             self.error = self.error or e
 
 
-def release_cache(device: Any) -> None:
-    """Gives the GPU's memory that torch keeps in reserve to other processes: the engine needs it to wake up."""
+def release_cache(device: "torch.device") -> None:
+    """Gives back the GPU memory that torch keeps in reserve: the engine needs it to wake up."""
     import torch
 
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _compile_nothing() -> None:
-    """Lets ranks on CPUs speak through gloo: DeepSpeed would else compile a collective of its own when it starts.
+def _disable_compiled_collectives() -> None:
+    """Makes ranks on CPUs use gloo; otherwise DeepSpeed compiles its own collective at the start.
 
-    That takes a compiler and a minute or more, and one that is killed leaves a lock for which every later start waits.
+    That needs a compiler and a minute or more, and if it is killed, it leaves a lock that every later start waits for.
     """
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def logprobs(model: Any, batch: Batch, *, vision: bool) -> Any:
+def logprobs(model: "Qwen2_5_VLForConditionalGeneration", batch: Batch, *, vision: bool) -> "Tensor":
     """Log-probabilities (tokens,) of the response tokens, row by row."""
     from gubs.ufm.loss import token_logprobs
 
-    return token_logprobs(response_logits(model, batch, vision=vision), response_ids(batch))
+    return token_logprobs(response_logits(model, batch, vision=vision), batch.targets)
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
@@ -184,19 +185,18 @@ def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
         return settings.learning_rate * (step + 1) / (settings.warmup_steps + 1)
     if settings.schedule == "constant":
         return settings.learning_rate
-    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
-    left = 0.5 * (1 + math.cos(math.pi * min(1.0, done))) if settings.schedule == "cosine" else 1.0 - min(1.0, done)
-    return settings.learning_rate * max(left, 0.01)
+    done = min(1.0, (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps))
+    share = 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1.0 - done
+    return settings.learning_rate * max(share, 0.01)
 
 
 def micro_batches(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
-    """Deals sequences to micro-batches of at most `micro_tokens` tokens (padding included), longest first.
+    """Groups sequences into micro-batches of at most `micro_tokens` tokens (padding included), longest first.
 
-    Sequences of about the same length come together, so little is padded. Each micro-batch has one sequence at least.
+    Sequences of similar length come together, so there is little padding. Each micro-batch has at least one sequence.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
-    for i in order:
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= micro_tokens:
             batches[-1].append(i)
         else:
@@ -204,7 +204,7 @@ def micro_batches(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
     return batches
 
 
-def reduce_sums(sums: dict[str, Any], device: Any) -> dict[str, float]:
+def reduce_sums(sums: "Mapping[str, float | Tensor]", device: "torch.device") -> dict[str, float]:
     """Adds named numbers over all ranks. Every rank must have the same names."""
     import torch
     import torch.distributed as dist
@@ -216,21 +216,21 @@ def reduce_sums(sums: dict[str, Any], device: Any) -> dict[str, float]:
     return dict(zip(names, values.tolist(), strict=True))
 
 
-def most(value: int, device: Any) -> int:
+def reduce_max(value: int, device: "torch.device") -> int:
     """The largest of all ranks' values."""
     import torch
     import torch.distributed as dist
 
-    found = torch.tensor(value, device=device)
+    largest = torch.tensor(value, device=device)
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return int(found)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def _config(
-    model: ModelSettings, optimizer: OptimizerSettings, world: int, device: Any, parameters: int
+    model: ModelSettings, optimizer: OptimizerSettings, world: int, device: "torch.device", parameters: int
 ) -> dict[str, Any]:
-    """DeepSpeed's settings. It would set aside buckets of their full size for the smallest model too."""
+    """DeepSpeed's settings. Its buckets take their full size even for the smallest model, so they are limited."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -12,7 +12,7 @@ class Hanging(TrainWorker):
     """Trains nothing, and does not come back from one of its parts."""
 
     def __init__(self, job: Job, where: str):
-        super().__init__(job, 2)
+        super().__init__(job, 2, job.ufm.grpo.checkpoint)
         hang = lambda *_: time.sleep(60)  # noqa: E731
         if where == "resume":
             self.checkpoints.latest = hang

@@ -232,7 +232,7 @@ def test_a_full_disk_leaves_the_earlier_ones_whole(tmp_path, monkeypatch, where)
     found.write(2, save("old"), score=1.0)
     monkeypatch.setattr(checkpoint, where, full)
     with pytest.raises(
-        ArtifactError, match=r"cannot write .*step-000004: .*No space left.*earlier checkpoints are whole"
+        ArtifactError, match=r"cannot write .*step-000004: .*No space left.*earlier checkpoints are intact"
     ):
         found.write(4, save("new"), score=2.0)
     monkeypatch.undo()
@@ -266,7 +266,7 @@ def test_a_disk_that_is_really_full(small_disk, kind):
 
             safetensors.torch.save_file(big, folder / "model.safetensors")
 
-    with pytest.raises(ArtifactError, match=r"cannot write .*step-000004.*earlier checkpoints are whole"):
+    with pytest.raises(ArtifactError, match=r"cannot write .*step-000004.*earlier checkpoints are intact"):
         found.write(4, put)
     assert found.latest().step == 2
     assert not list(small_disk.glob("*.tmp")), "what was written in vain keeps the disk full"

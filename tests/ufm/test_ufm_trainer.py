@@ -18,7 +18,7 @@ from gubs.records import Task
 from gubs.ufm.checkpoint import SharedError
 from gubs.ufm.grpo import GRPOWorker, RolloutEngine
 from gubs.ufm.loss import Denominators, policy_loss
-from gubs.ufm.model import beside, load
+from gubs.ufm.model import background_thread, load
 from gubs.ufm.monitor import Phases
 from gubs.ufm.rollout import FIGURES, Response
 from gubs.ufm.samples import StepPlan
@@ -290,7 +290,7 @@ def test_workers_that_see_different_checkpoints_do_not_start(tmp_path, monkeypat
     worker.folder, worker.rank, worker.device = tmp_path, 0, torch.device("cpu")
     worker.checkpoints = type("C", (), {"latest": lambda self: None})()
     worker.job = type("J", (), {"checkpoints": "/scratch/checkpoints"})()
-    monkeypatch.setattr("gubs.ufm.train_worker.most", lambda mine, _: max(mine, 50))  # another rank has step 50
+    monkeypatch.setattr("gubs.ufm.train_worker.reduce_max", lambda mine, _: max(mine, 50))  # another rank has step 50
     with pytest.raises(SharedError, match="/scratch/checkpoints is not shared"):
         worker._resume()
 
@@ -333,7 +333,7 @@ def test_a_thread_beside_the_training_has_no_team_and_leaves_the_trainers_alone(
     try:
         for device, threads in (("cpu", 1), ("cuda", 3)):
             torch.set_num_threads(3)
-            with beside("ahead", torch.device(device)) as pool:
+            with background_thread("ahead", torch.device(device)) as pool:
                 assert pool.submit(torch.get_num_threads).result() == threads
             assert torch.get_num_threads() == 3
     finally:
