@@ -234,13 +234,7 @@ STAGES: tuple[Stage, ...] = (
         sections=("teachers", "llm", "seed"),
         asks=_reasons_asked,
     ),
-    Stage(
-        "annotations",
-        make="",
-        command="gubs annotate import",
-        doing="people's answers",
-        reads=("labels",),
-    ),
+    Stage("annotations", make="", command="gubs annotate import", doing="people's answers", reads=("labels",)),
     Stage(
         SFT,
         make="gubs.ufm.stage:make_sft",
@@ -262,13 +256,7 @@ STAGES: tuple[Stage, ...] = (
         doing="GA-GRPO",
         reads=("ifvr", "frames", "profiles", "labels", "ugm", SFT),
         may_read=("annotations",),
-        settings=(
-            *_TRAINING,
-            "ufm.grpo",
-            "-ufm.grpo.checkpoint",
-            "-ufm.grpo.samples_every",
-            "-ufm.grpo.trackers",
-        ),
+        settings=(*_TRAINING, "ufm.grpo", "-ufm.grpo.checkpoint", "-ufm.grpo.samples_every", "-ufm.grpo.trackers"),
         prompts=(*_UFM_PROMPTS, *_GROUP_PROMPTS),
         outside=(_MODEL,),
         sections=("ufm", "frames", "seed"),
@@ -451,12 +439,7 @@ class Graph:
 
 
 def make(
-    targets: Iterable[str | Stage],
-    run: Run,
-    settings: Settings,
-    *,
-    force: bool = False,
-    as_made: Iterable[str] = (),
+    targets: Iterable[str | Stage], run: Run, settings: Settings, *, force: bool = False, as_made: Iterable[str] = ()
 ) -> None:
     """Makes the targets and what they need; reports one line per step on stderr.
 
@@ -512,12 +495,7 @@ def make_stage(
         raise ArtifactError(f"{run.full(chosen.name)} is made by people: {chosen.command}")
     graph = graph or Graph([chosen], run, settings)
     job = StageJob(
-        run,
-        chosen.name,
-        chosen.kind or chosen.name,
-        graph.recipe(chosen),
-        settings.model_dump(mode="json"),
-        force,
+        run, chosen.name, chosen.kind or chosen.name, graph.recipe(chosen), settings.model_dump(mode="json"), force
     )
     began = time.monotonic()
     _say(chosen.name, f"{chosen.doing} ...")

@@ -36,14 +36,7 @@ INVALID = "invalid"
 """Why an item is in the queue: the annotator found none of its own rationales sound."""
 
 _ATTEMPTS = pa.list_(
-    pa.struct(
-        [
-            ("option", pa.string()),
-            ("rationale", pa.string()),
-            ("valid", pa.bool_()),
-            ("criticism", pa.string()),
-        ]
-    )
+    pa.struct([("option", pa.string()), ("rationale", pa.string()), ("valid", pa.bool_()), ("criticism", pa.string())])
 )
 IDS = [
     pa.field("interaction_id", pa.string(), nullable=False),

@@ -1,7 +1,7 @@
 """The questions of a run: targets with their gold options, and prompts about a user, a similar user or a group.
 
-Prompts are made when they are asked for. They show the user's profile, views with the role `history`, and the video;
-the target itself (play rate, click, dislike), later records, gold options and true causes are never read for them.
+Prompts are made on demand. They show the user's profile, views with the role `history`, and the video; never the target
+itself (play rate, click, dislike), later records, gold options or true causes.
 """
 
 from collections.abc import Collection, Mapping
@@ -34,16 +34,16 @@ class Item:
     video_id: str
     task: Task
     gold: Option | None
-    """None: a skip whose reason nobody knows; never in training."""
+    """None: a skip whose reason is unknown; never used in training."""
     label_source: str
     timestamp: int | None = None
-    """When it was; None where the source has an order but no times."""
+    """None if the source has an order but no times."""
     play_rate: float | None = None
     clicked: bool | None = None
 
 
 class Questions:
-    """Opens the artifacts of a run: `ifvr`, `labels`, and where they are there `frames`, `profiles` and `ugm`."""
+    """Reads the artifacts of a run: `ifvr`, `labels`, and `frames`, `profiles` and `ugm` if it has them."""
 
     def __init__(self, run: Run, inputs: InputSettings, *, tastes: bool | None = None):
         """Opens the data set.
@@ -51,7 +51,7 @@ class Questions:
         Args:
             run: the run.
             inputs: what prompts show.
-            tastes: show what the stage `profiles` wrote; None = where the run has it.
+            tastes: show what the stage `profiles` wrote; None = if the run has it.
 
         Raises:
             ArtifactError: the run has no data set.
@@ -77,7 +77,7 @@ class Questions:
         Args:
             task: of the targets.
             split: of the users.
-            unexplained: also skips that have none.
+            unexplained: also skips without one.
 
         Raises:
             ArtifactError: the run has no labels.
@@ -98,8 +98,8 @@ class Questions:
             task: of the question.
             user_id: whose profile and history it shows.
             video_id: what it asks about.
-            before: views from this time on are left out. A user's own history ends before the first target, but that
-                of a similar user need not.
+            before: only views before this time are shown. A user's own history ends before the first target; that of a
+                similar user may not.
         """
         person = self.people(task)[user_id].before(before)
         return self.prompts.about_user(task, person, self.ifvr.videos[video_id], self.clip(task, video_id))
@@ -110,15 +110,13 @@ class Questions:
         return self.prompts.about_group(task, group, self.ifvr.videos[video_id], self.clip(task, video_id))
 
     def clip(self, task: Task, video_id: str) -> Clip | None:
-        """The video's frames (sequential task) or its cover (click task); None without pictures, or where none is
-        shown.
-        """
+        """The video's frames (sequential task) or cover (click task); None if there is none, or prompts show none."""
         if not self.inputs.vision:
             return None
         return self._frames.cover(video_id) if task == Task.CLICK else self._frames.clip(video_id)
 
     def people(self, task: Task) -> Mapping[str, Person]:
-        """Everybody who takes part in a task, with the whole history in it."""
+        """Everybody who takes part in a task, with their whole history in it."""
         if task not in self._people:
             users = pc.unique(self.ifvr.log(["user_id"], task)["user_id"]).to_pylist()
             self._people[task] = self.ifvr.people(users, task, tastes=self._tastes)
@@ -134,7 +132,7 @@ class Questions:
 
     @cached_property
     def memberships(self) -> dict[str, list[str]]:
-        """User -> ids of the groups with a profile that the user is in."""
+        """User -> ids of the user's groups that have a profile."""
         groups_of: dict[str, list[str]] = {}
         if self.groups:
             table = self.run.artifact(UGM).table("memberships", ["user_id", "group_id"])
@@ -144,7 +142,7 @@ class Questions:
         return groups_of
 
     def members(self, task: Task) -> dict[str, list[str]]:
-        """Group -> its members among the training users of a task: whom a similar user is drawn from."""
+        """Group -> its members among the training users of a task; similar users are drawn from them."""
         members: dict[str, list[str]] = {}
         for user in self.ifvr.split_users(task, Split.TRAIN):
             for group in self.memberships.get(user, []):
@@ -157,15 +155,13 @@ class Questions:
         return {r["interaction_id"]: (Option(r["option"]), r["label_source"]) for r in table.to_pylist()}
 
 
-def known_tasks(questions: Questions, wanted: Collection[Task]) -> list[Task]:
-    """Those of the wanted tasks that the data set has training targets of.
+def trainable_tasks(questions: Questions, wanted: Collection[Task]) -> list[Task]:
+    """The wanted tasks that have training targets.
 
     Raises:
         ArtifactError: it has none of them.
     """
     tasks = [t for t in Task if t in wanted and questions.ifvr.targets(t, [Split.TRAIN]).num_rows]
     if not tasks:
-        raise ArtifactError(
-            f"{questions.ifvr.uri} has no training targets of the task(s) {', '.join(wanted)}: see ufm.grpo.tasks"
-        )
+        raise ArtifactError(f"{questions.ifvr.uri} has no training targets for {', '.join(wanted)}: see ufm.grpo.tasks")
     return tasks

@@ -9,7 +9,7 @@ from gubs.ufm.settings import RewardSettings
 
 @dataclass(frozen=True, slots=True)
 class RewardParts:
-    """The three parts of Eq. 4, each 0 or 1; a part that is switched off is 0."""
+    """The three parts of Eq. 4, each 0 or 1; a part that is turned off is 0."""
 
     format: float
     skip: float
@@ -26,23 +26,23 @@ def reward_answer(
 ) -> tuple[RewardParts, Reading]:
     """Reads an answer and rewards it.
 
-    The parts are independent: a right option inside a broken form (text after the answer, say) keeps r_skip and
-    r_choice, and loses r_format. An answer that names no option gets neither r_skip nor r_choice.
+    The parts are independent: a right option in a malformed answer (text after it, say) gets r_skip and r_choice, but
+    not r_format. An answer that names no option gets neither r_skip nor r_choice.
 
     Args:
         text: the response, special tokens removed.
         gold: the record's option, the same for the T, S and G samples.
         task: decides the options (sequential A-D, click A and B).
         settings: which parts count (Table 10).
-        finished: the model ended by itself. False gives no format reward, even where the text looks whole: the model
-            was still speaking when the token limit cut it off.
+        finished: the model ended the answer. If the token limit cut it off, it gets no format reward, even if the text
+            looks complete.
 
     Raises:
-        ValueError: `gold` is no option of the task.
+        ValueError: `gold` is not an option of the task.
     """
     options = TASK_OPTIONS[task]
     if gold not in options:
-        raise ValueError(f"gold option {gold!r} is none of the {task} task's {', '.join(options)}")
+        raise ValueError(f"gold option {gold!r} is not an option of the {task} task ({', '.join(options)})")
     reading = read_answer(text, options, finished=finished)
     parts = RewardParts(
         format=float(settings.format and finished and reading.well_formed),

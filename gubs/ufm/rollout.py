@@ -1,8 +1,8 @@
-"""Rollout: a vLLM engine beside each trainer, on the same GPU, that takes token ids and gives token ids.
+"""Rollout: each trainer has a vLLM engine on the same GPU, which takes token ids and returns token ids.
 
-`Engine` is vLLM in the present process; `start_rollout` puts one into a Ray actor that lives and dies with the train
-worker that asks for it. Ray's placement groups cannot share a train worker's GPU with another actor, so the actor asks
-for none and gets the worker's own device by its id.
+`Engine` is vLLM in this process; `start_rollout` puts one into a Ray actor that lives and dies with its train worker.
+Ray's placement groups cannot share a train worker's GPU with another actor, so the actor requests none and gets the
+worker's own device by its id.
 """
 
 import functools
@@ -11,10 +11,17 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gubs.errors import PlatformError
 from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+    from torch import Tensor, nn
+    from vllm import LLM, SamplingParams
+
+    from gubs.ufm.sync import Pack
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: weights reach it without another copy
@@ -25,11 +32,11 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _READ_AT_ONCE = 4096
-"""Prompt tokens a step of the engine on a CPU."""
+"""Prompt tokens per step of the engine on a CPU."""
 _PARTS = ("weights", "kv_cache")
-"""What sleeps and wakes, by vLLM's names."""
+"""What sleeps and wakes, in vLLM's names."""
 _BLOCK = 32
-"""Tokens of a cache block on a CPU, the smallest its kernels take: answers to one prompt share more of it."""
+"""Tokens per cache block on a CPU, the fewest its kernels take: answers to one prompt then share more of it."""
 
 
 FIGURES = {
@@ -38,18 +45,18 @@ FIGURES = {
     "picture_queries": "vllm:mm_cache_queries",
     "picture_hits": "vllm:mm_cache_hits",
 }
-"""What an engine counts, and vLLM's name for it."""
+"""The engine's counters, and vLLM's names for them."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One answer to be written."""
+    """One answer to generate."""
 
     prompt: Mapping[str, Any]
     """See `Inputs.for_engine`."""
     seed: int
     temperature: float = 1.0
-    """1 = by the model's own probabilities, as training needs them; 0 = greedy."""
+    """1 = the model's own probabilities, which training needs; 0 = greedy."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Shape:
-    """What has to be known of an engine before it starts."""
+    """What an engine is started with."""
 
     folder: str
     model: ModelSettings
@@ -75,14 +82,14 @@ class Shape:
     threads: int = 0
     """Threads on a CPU; 0 = all cores."""
     pictures: bool = True
-    """False = no prompt has pictures: no memory is set aside for them."""
+    """False = no prompt has pictures, so no memory is reserved for them."""
 
 
 class Engine:
     """vLLM in this process, with everything a step needs: generate, sleep and wake, new weights."""
 
     def __init__(self, shape: Shape):
-        """Imports vLLM, which takes 15 s of a slow core; the model is loaded by `ready`, or when it is first needed.
+        """Imports vLLM, which takes 15 s on a slow core; `ready` or the first use loads the model.
 
         Raises:
             PlatformError: vLLM is not installed, or built for other machines.
@@ -108,24 +115,24 @@ class Engine:
         self._numbers: dict[str, int] = {}
 
     @functools.cached_property
-    def _llm(self) -> Any:
+    def _llm(self) -> "LLM":
         from vllm import LLM
 
         return LLM(**_engine_arguments(self.shape, self._cpu))
 
     def ready(self) -> int:
-        """Loads the model, unless it is there, and tells the process id."""
+        """Loads the model unless it is loaded; returns the process id."""
         assert self._llm
         return os.getpid()
 
     def generate(self, requests: Sequence[Request], choices: Sequence[str] | None = None) -> list[Response]:
-        """Writes the answers, all at once.
+        """Generates the answers, all at once.
 
         Args:
             requests: prompts with their seeds and temperatures.
-            choices: the whole answer has to be one of these texts.
+            choices: if given, the whole answer must be one of these texts.
         """
-        self.wake()  # without requests too: only a whole engine can be put to sleep
+        self.wake()  # even without requests: only an engine that is fully awake can be put to sleep
         if not requests:
             return []
         prompts, parameters = self._prepared(requests, choices)
@@ -133,15 +140,15 @@ class Engine:
         return [self._response(o.outputs[0]) for o in outputs]
 
     def enqueue(self, requests: Sequence[Request], first: int) -> None:
-        """Adds requests to those that `collect` answers; they are numbered from `first` on."""
+        """Queues requests for `collect`, numbered from `first`."""
         self.wake()
         prompts, parameters = self._prepared(requests, None)
         ids = self._llm.enqueue(prompts, parameters, use_tqdm=False)
-        outside = (i.rsplit("-", 1)[0] for i in ids)  # vLLM adds random characters inside; answers come without them
-        self._numbers |= dict(zip(outside, itertools.count(first)))
+        public = (i.rsplit("-", 1)[0] for i in ids)  # vLLM adds random characters, which answers come without
+        self._numbers |= dict(zip(public, itertools.count(first)))
 
     def collect(self, least: int) -> list[tuple[int, Response]]:
-        """Computes until at least so many answers are there, or all that were asked for; (number, answer) each."""
+        """Computes until at least `least` queued requests are answered, or all are; (number, answer) each."""
         answers: list[tuple[int, Response]] = []
         engine = self._llm.llm_engine
         while len(answers) < least and engine.has_unfinished_requests():
@@ -150,23 +157,23 @@ class Engine:
         return answers
 
     def sleep(self) -> None:
-        """Gives the GPU's memory free: weights to the host, no cache. Nothing on a CPU."""
+        """Releases the GPU's memory: weights move to the host, the cache is dropped. No effect on a CPU."""
         if self.shape.rollout.sleep and not self._cpu and not self._asleep:
             self._llm.sleep(level=1)
             self._asleep = _PARTS
 
     def wake(self, weights_only: bool = False) -> None:
-        """Takes the memory back."""
+        """Takes the GPU's memory back."""
         parts = [p for p in self._asleep if p == "weights" or not weights_only]
         if parts:
             self._llm.wake_up(tags=parts)
             self._asleep = tuple(p for p in self._asleep if p not in parts)
 
-    def load(self, weights: Iterable[tuple[str, Any]], version: int) -> list[str]:
-        """New weights by the checkpoint's names; what was computed with the old ones is forgotten.
+    def load(self, weights: "Iterable[tuple[str, Tensor]]", version: int) -> list[str]:
+        """Loads new weights by the checkpoint's names, and empties the caches of the old ones.
 
         Returns:
-            The names of the engine's parameters that were not among them: they keep their old values.
+            Names of the engine's parameters that were not given: they keep their old values.
         """
         self.wake(weights_only=True)
         missing = self._llm.collective_rpc(_reload, args=(list(weights),))[0]
@@ -174,8 +181,8 @@ class Engine:
         self.version = version
         return list(missing)
 
-    def receive(self, pack: Any, version: int) -> list[str]:
-        """`load` for weights that come from another process as a `sync.Pack`."""
+    def receive(self, pack: "Pack", version: int) -> list[str]:
+        """`load` for weights from another process."""
         return self.load(pack.tensors(), version)
 
     def forget(self) -> None:
@@ -188,20 +195,22 @@ class Engine:
             engine.reset_encoder_cache()
 
     def figures(self) -> dict[str, float]:
-        """Totals since the start: prompt tokens asked of the prefix cache and found in it; the same for pictures."""
+        """Totals since the start: prompt tokens looked up in the prefix cache and hits; the same for pictures."""
         metrics: Any = self._llm.get_metrics()
         values = {m.name: float(m.value) for m in metrics if m.name in FIGURES.values()}  # histograms have no value
-        return {name: values.get(theirs, 0.0) for name, theirs in FIGURES.items()}
+        return {name: values.get(counter, 0.0) for name, counter in FIGURES.items()}
 
     def hang(self, seconds: float) -> None:
-        """Does nothing for that long: a stand-in for an engine that hangs, for tests of the deadline."""
+        """Blocks for that long, like an engine that hangs: for tests of the deadline."""
         time.sleep(seconds)
 
-    def _prepared(self, requests: Sequence[Request], choices: Sequence[str] | None) -> tuple[Any, Any]:
+    def _prepared(
+        self, requests: Sequence[Request], choices: Sequence[str] | None
+    ) -> tuple[list[Any], "list[SamplingParams]"]:
         """Prompts and sampling parameters as vLLM takes them."""
         return [dict(r.prompt) for r in requests], [self._parameters(r, choices) for r in requests]
 
-    def _parameters(self, request: Request, choices: Sequence[str] | None) -> Any:
+    def _parameters(self, request: Request, choices: Sequence[str] | None) -> "SamplingParams":
         from vllm import SamplingParams
 
         guided: Any = {}
@@ -228,12 +237,12 @@ class Engine:
         return Response(ids, logprobs, self.version)
 
 
-def start_rollout(shape: Shape, *, gpu_ids: Sequence[str] = (), node_id: str = "") -> Any:
-    """An `Engine` in a Ray actor of the calling process, on its node and on its GPU; returns the handle at once.
+def start_rollout(shape: Shape, *, gpu_ids: Sequence[str] = (), node_id: str = "") -> "ActorHandle[Engine]":
+    """Starts an `Engine` in a Ray actor on the caller's node and GPU; returns the handle at once.
 
     Args:
         shape: the engine.
-        gpu_ids: the caller's own device ids; none = a CPU engine.
+        gpu_ids: the caller's own device ids; empty = a CPU engine.
         node_id: the caller's node; empty = anywhere.
     """
     import ray
@@ -282,15 +291,15 @@ def _engine_arguments(shape: Shape, cpu: bool) -> dict[str, Any]:
     }
 
 
-def _reload(worker: Any, weights: list[tuple[str, Any]]) -> list[str]:
-    """Runs in vLLM's worker. A tied model keeps its head apart: given no head, it would keep a stale one."""
+def _reload(worker: Any, weights: "list[tuple[str, Tensor]]") -> list[str]:
+    """Runs in vLLM's worker. vLLM keeps a tied head apart: without a new one it would keep a stale one."""
     names = {name for name, _ in weights}
     missing = _not_given(worker.model_runner.get_model(), names)
     worker.reload_weights(weights_iterator=iter(weights))
     return missing
 
 
-def _not_given(model: Any, names: set[str]) -> list[str]:
+def _not_given(model: "nn.Module", names: set[str]) -> list[str]:
     """Checkpoint names that the engine's model needs and that are not among `names`."""
     needed = {"lm_head.weight"} if hasattr(model, "language_model") else set()
     return sorted(needed - names)

@@ -35,12 +35,12 @@ class BalancedSampler:
         Args:
             golds: gold option of each record.
             options: options to balance over, in the order in which they take their places (`TASK_OPTIONS[task]`).
-            batch: records a step, at least 1; over all ranks.
+            batch: records per step over all ranks, at least 1.
             seed: of the run.
-            allow_missing: balance over the options that have records, instead of refusing.
+            allow_missing: balance over the options that have records, instead of raising.
 
         Raises:
-            InputError: an option has no records, or a record's gold is no option. ValueError: batch below 1.
+            InputError: an option has no records, or a record's gold is not an option. ValueError: batch below 1.
         """
         if batch < 1:
             raise ValueError(f"a batch of {batch} records")
@@ -112,12 +112,12 @@ class BalancedSampler:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Whose profiles stand beside the training user's (paper: profile sampling)."""
+    """Whose profiles complement the training user's (paper: profile sampling)."""
 
     similar: str | None
-    """u_S, another member of one of the user's groups; None: there is none, u_T takes its place."""
+    """u_S, another member of one of the user's groups; None = there is none, u_T replaces it."""
     group: str | None
-    """A group the user belongs to; None: there is none, u_T takes the place of P_g."""
+    """A group of the user; None = there is none, u_T replaces P_g."""
 
 
 def profile_sampling(
@@ -159,7 +159,7 @@ def _refuse_strangers(gold: npt.NDArray[np.str_], options: Sequence[str]) -> Non
     if len(strangers):
         at = strangers[0]
         raise InputError(
-            f"{len(strangers)} training records have a gold that is none of the options {', '.join(options)}, "
+            f"{len(strangers)} training records have a gold option that is none of {', '.join(options)}, "
             f"first record {at} with {str(gold[at])!r}: leave them out"
         )
 

@@ -9,7 +9,7 @@ from gubs.section import Section
 
 
 class RewardSettings(Section):
-    """The parts of the reward, Eq. 4; each can be switched off (paper, Table 10)."""
+    """The parts of the reward, Eq. 4; each can be turned off (paper, Table 10)."""
 
     format: bool = True
     """r_format: the answer has the required form."""
@@ -49,27 +49,27 @@ class ModelSettings(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the weights in forward, backward and rollout; the optimiser keeps float32 masters."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
-    """auto = flash attention where the GPU and the package have it, else SDPA."""
+    """auto = flash attention if GPU and package have it, else SDPA."""
     gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, a third more work."""
+    """Recompute activations in the backward pass: less memory, a third more compute."""
 
 
 class InputSettings(Section):
     """What a prompt shows."""
 
     style: Literal["full", "brief"] = "full"
-    """`full` explains the task and its options in words; `brief` shows the bare values, for small models that know
-    nothing but this task."""
+    """`full` explains the task and its options in words; `brief` shows bare values, for small models that were trained
+    on this task alone."""
     history_items: int = Field(20, ge=0)
-    """Views of the user's history that are shown, the latest; 0 = all."""
+    """How many of the user's latest views are shown; 0 = all."""
     max_text: int = Field(200, ge=20)
-    """Characters of a title, a tag or another single field that are shown."""
+    """Most characters shown of a title, a tag or another single field."""
     profile_chars: int = Field(20000, ge=40)
-    """Characters of a group profile that are shown."""
+    """Most characters shown of a group profile."""
     vision: bool = True
     """Show the pictures (paper, Table 9)."""
     max_prompt_tokens: int = Field(8192, ge=64)
-    """Longer prompts are dropped and counted, never cut."""
+    """Longer prompts are dropped and counted, never truncated."""
     max_new_tokens: int = Field(512, ge=8)
     """Longest answer (paper: 512)."""
 
@@ -94,35 +94,35 @@ class OptimizerSettings(Section):
 
 
 class WorkerSettings(Section):
-    """Ray Train workers, one a GPU."""
+    """Ray Train workers, one per GPU."""
 
     count: int = Field(1, ge=1)
     """Workers (paper: 4)."""
     gpu: Literal["auto", "yes", "no"] = "auto"
-    """Give each worker a GPU; auto = where the cluster has GPUs."""
+    """Give each worker a GPU; auto = if the cluster has GPUs."""
     cpus: float = Field(1.0, gt=0)
     """CPUs reserved for each worker."""
     threads: int = Field(0, ge=0)
-    """Threads a worker computes with on a CPU; 0 = the cores of its node / workers there."""
+    """Threads per worker on a CPU; 0 = the cores of its node / workers there."""
     max_failures: int = Field(2, ge=0)
-    """Times the group of workers is started again after one died."""
+    """How often the group of workers is restarted after one has died."""
     stuck_after_s: float = Field(900.0, gt=0)
     """A phase (rollout, sync, a collective) that takes longer is named and ends the attempt."""
 
     @field_validator("gpu", mode="before")
     @classmethod
     def _yes_or_no(cls, value: Any) -> Any:
-        """YAML, and with it the command line, reads yes and no as truth values."""
+        """YAML, and so the command line, reads yes and no as booleans."""
         return ("yes" if value else "no") if isinstance(value, bool) else value
 
 
 class CheckpointSettings(Section):
-    """When and how many."""
+    """Checkpoints of a training."""
 
     every: int = Field(50, ge=1)
     """Steps between checkpoints; the last step always has one."""
     keep: int = Field(2, ge=1)
-    """Newest checkpoints kept, beside the best."""
+    """How many of the newest checkpoints to keep, besides the best."""
 
 
 class SFTSettings(Section):
@@ -131,49 +131,49 @@ class SFTSettings(Section):
     epochs: int = Field(1, ge=1)
     """(paper: 1)"""
     min_steps: int = Field(0, ge=0)
-    """Optimiser steps at least: where the examples are few, more epochs are made; 0 = no such minimum."""
+    """Least number of optimiser steps: few examples are repeated for more epochs; 0 = no minimum."""
     batch: int = Field(16, ge=1)
-    """Examples a step, over all workers."""
+    """Examples per step, over all workers."""
     micro_tokens: int = Field(16384, ge=64)
-    """Tokens of a micro-batch at most, padding included; a micro-batch has one example at least."""
+    """Most tokens in a micro-batch, padding included; it has at least one example."""
     optimizer: OptimizerSettings = OptimizerSettings()
     checkpoint: CheckpointSettings = CheckpointSettings(every=500)
 
 
 class RolloutSettings(Section):
-    """vLLM, one engine beside each worker. It samples at temperature 1 and top-p 1, as the paper does: by other
-    probabilities than the trainer computes with, answers would be off policy and no figure would show it.
+    """vLLM, one engine per worker. It samples at temperature 1 and top-p 1, as the paper does: with probabilities that
+    the trainer does not compute with, answers would be off policy and no figure would show it.
     """
 
     min_new_tokens: int = Field(0, ge=0)
-    """Tokens before an answer may end; 0 = as the model likes. For measurements with answers of equal length."""
+    """Fewest tokens of an answer; 0 = no minimum. For measurements with answers of equal length."""
     gpu_memory: float = Field(0.45, gt=0, lt=1)
     """Share of the GPU's memory for the engine while it is awake."""
     kv_cache_gb: float = Field(1.0, gt=0)
     """Key-value cache on a CPU."""
     max_num_seqs: int = Field(64, ge=1)
-    """Answers that are written at the same time."""
+    """Most answers generated at the same time."""
     sleep: bool = True
     """Give the GPU's memory to the trainer between rollouts (no effect on a CPU)."""
     enforce_eager: bool = False
-    """No CUDA graphs (always so on a CPU)."""
+    """Use no CUDA graphs (never used on a CPU)."""
 
 
 class GRPOSettings(Section):
     """Group-aware GRPO."""
 
     tasks: tuple[Task, ...] = (Task.SEQUENTIAL, Task.CLICK)
-    """Tasks to train on, of those the data set has: the steps take them in turn, one named twice twice as often."""
+    """Tasks to train on, if the data set has them. Steps take them in turn; a task named twice comes twice as often."""
     start: Literal["sft", "base"] = "sft"
     """Policy to start from: after SFT, or the model as it is (paper, Table 7)."""
     groups: bool = True
-    """Group-aware: S and G beside T. False = plain GRPO, all samples from the user's own prompt (paper, Table 7)."""
+    """Group-aware: S and G samples besides T. False = plain GRPO, all from the user's own prompt (paper, Table 7)."""
     steps: int = Field(200, ge=1)
     """Optimiser steps (paper: 200)."""
     prompts: int = Field(4, ge=1)
-    """Training records a step, over all workers, gold options balanced (paper: 4)."""
+    """Training records per step, over all workers, balanced over gold options (paper: 4)."""
     user_samples: int = Field(4, ge=1)
-    """Answers from the user's own prompt (paper: 4); the group and the similar user give one each: 6 a record."""
+    """Answers from the user's own prompt (paper: 4); group and similar user add one each: 6 per record."""
     beta: float = Field(0.04, ge=0)
     """Weight of the KL divergence from the reference, the policy at the start (paper: 0.04)."""
     updates: int = Field(1, ge=1)
@@ -185,15 +185,15 @@ class GRPOSettings(Section):
     level: Literal["sequence", "token"] = "sequence"
     """Mean over each answer's tokens and then over answers, or over all tokens."""
     micro_tokens: int = Field(16384, ge=64)
-    """Tokens of a micro-batch at most, padding included; a micro-batch has one answer at least."""
+    """Most tokens in a micro-batch, padding included; it has at least one answer."""
     optimizer: OptimizerSettings = OptimizerSettings()
     rewards: RewardSettings = RewardSettings()
     advantage: AdvantageSettings = AdvantageSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     samples_every: int = Field(10, ge=0)
-    """Steps of a task between samples of answers written for people to read; 0 = none."""
+    """Steps of a task between excerpts of answers for people to read; 0 = none."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
-    """Where the figures go, beside `metrics.jsonl` and Ray's metrics; wandb and mlflow must be installed."""
+    """Where figures go besides `metrics.jsonl` and Ray's metrics; wandb and mlflow must be installed."""
 
 
 class UFMSettings(Section):
@@ -210,6 +210,6 @@ class UFMSettings(Section):
     def _consistent(self) -> "UFMSettings":
         if self.grpo.prompts % self.workers.count:
             raise ValueError(
-                f"ufm.grpo.prompts={self.grpo.prompts} cannot be dealt evenly to {self.workers.count} workers"
+                f"ufm.grpo.prompts={self.grpo.prompts} cannot be divided evenly among {self.workers.count} workers"
             )
         return self

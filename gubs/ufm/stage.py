@@ -1,11 +1,12 @@
 """The training stages, on the driver's side: `sft_model` from the teacher's examples, `grpo` from there.
 
-The driver checks everything that can be checked before anything is spent, starts Ray Train, shows progress, and
-publishes the artifact: `policy/` (a checkpoint for transformers and vLLM), the table `steps`, samples, TensorBoard
-files, checkpoints. Run again after a kill, the same command goes on from the last checkpoint.
+The driver first checks everything that can be checked, then starts Ray Train, shows progress, and publishes the
+artifact: `policy/` (a checkpoint for transformers and vLLM), the table `steps`, samples, TensorBoard files,
+checkpoints. After a kill, the same command resumes from the last checkpoint.
 """
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -14,11 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from gubs.artifacts import ArtifactWriter, Recipe, Run, StageJob, fingerprint, fingerprint_files, in_words
+from gubs.artifacts import ArtifactWriter, JsonObject, Recipe, Run, StageJob, fingerprint, fingerprint_files, in_words
 from gubs.console import OnProgress, progress, say
 from gubs.data.ifvr import PROFILES
 from gubs.errors import ArtifactError, GubsError, PlatformError, SettingsError
@@ -27,16 +28,19 @@ from gubs.ufm import memory
 from gubs.ufm import model as models
 from gubs.ufm.checkpoint import POLICY, Checkpoints
 from gubs.ufm.monitor import STUCK, check_trackers, read_metrics
-from gubs.ufm.questions import Questions, known_tasks
+from gubs.ufm.questions import Questions, trainable_tasks
 from gubs.ufm.settings import ModelSettings, UFMSettings, WorkerSettings
 from gubs.ufm.sft import COLUMNS, order_of, steps_of
 from gubs.ufm.train_worker import CHECKPOINTS, SETTINGS, Job
 from gubs.video.settings import FrameSettings
 
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
 SFT, GRPO, EXAMPLES = "sft_model", "grpo", "sft"
 _POLL_S = 0.5
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-"""Ray leaves the GPUs visible to workers that have none."""
+"""Hides the GPUs, which Ray leaves visible to workers that have none."""
 
 
 def make_sft(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: int) -> str:
@@ -54,7 +58,7 @@ def make_sft(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: int) 
             "ufm.grpo.start=base trains without SFT"
         )
     if ufm.sft.batch % ufm.workers.count:
-        raise SettingsError(f"ufm.sft.batch={ufm.sft.batch} cannot be dealt evenly to {ufm.workers.count} workers")
+        raise SettingsError(f"ufm.sft.batch={ufm.sft.batch} cannot be divided evenly among {ufm.workers.count} workers")
     base = base_model(ufm.model)
     check_trackers(ufm.grpo.trackers)
     _check_memory(ufm, frames, base, memory.plan_sft)
@@ -99,7 +103,7 @@ def make_grpo(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: int)
 
 
 def preflight_sft(ufm: UFMSettings, frames: FrameSettings, seed: int) -> None:  # noqa: ARG001
-    """Looks, before anything is made, at all that needs no data: model, trackers, GPUs and their memory.
+    """Checks what needs no data, before anything is made: model, trackers, GPUs and their memory.
 
     Raises:
         SettingsError: the model is not available. PlatformError: a tracker is not installed; GPUs are missing or too
@@ -114,7 +118,7 @@ def preflight_grpo(ufm: UFMSettings, frames: FrameSettings, seed: int) -> None: 
 
 
 def base_model(settings: ModelSettings) -> Path:
-    """The checkpoint that training starts from; one of ours is made first where it is missing, and says so."""
+    """The checkpoint that training starts from; `tiny` and `small` are made first if they are missing."""
     if models.exists(settings):
         return models.checkpoint(settings)
     began = time.monotonic()
@@ -130,18 +134,18 @@ def policy_folder(run: Run, stage: str) -> Path:
     """Local folder of a trained policy.
 
     Raises:
-        ArtifactError: it was not trained, or the run is not on a path that this machine sees.
+        ArtifactError: it was not trained, or the run is not on a local path.
     """
     artifact = run.artifact(stage)
     if "://" in run.uri and not run.uri.startswith("file://"):
         raise ArtifactError(
-            f"{artifact.uri}: copy {POLICY}/ to a path that all machines see, and give it as a model path"
+            f"{artifact.uri}: copy {POLICY}/ to a path that all machines see, and pass that as ufm.model.path"
         )
     return Path(run.path(stage, POLICY))
 
 
 def check_checkpoint(job: Job, keep: int) -> None:
-    """Looks at what an earlier attempt left, before anything is overwritten.
+    """Checks what an earlier attempt left, before anything is overwritten.
 
     Raises:
         ArtifactError: the newest checkpoint is damaged or of another model, other data or other settings.
@@ -150,37 +154,37 @@ def check_checkpoint(job: Job, keep: int) -> None:
 
 
 def _tasks(questions: Questions, wanted: Sequence[Task]) -> tuple[Task, ...]:
-    """The turns of the tasks, without those whose records have one option only: all there is to learn is a constant.
+    """The tasks in turn, without those whose records all have the same option: they teach only a constant.
 
     Raises:
         ArtifactError: none is left.
     """
-    known = known_tasks(questions, wanted)
-    counts = Counter((str(t), str(i.gold)) for t in known for i in questions.items(t, Split.TRAIN))
+    tasks = trainable_tasks(questions, wanted)
+    counts = Counter((str(t), str(i.gold)) for t in tasks for i in questions.items(t, Split.TRAIN))
     _detail(_options("records", counts))
-    useful = [t for t in known if sum(task == t for task, _ in counts) > 1]
-    for task in set(known) - set(useful):
-        _detail(f"the {task} task is left out: its records have one option only")
+    useful = [t for t in tasks if sum(task == t for task, _ in counts) > 1]
+    for task in set(tasks) - set(useful):
+        _detail(f"the {task} task is left out: its records all have the same option")
     if not useful:
-        raise ArtifactError(f"{questions.run.uri}: no task has training records of two options; see `gubs show`")
+        raise ArtifactError(f"{questions.run.uri}: no task has training records with two options; see `gubs show`")
     return tuple(t for t in wanted if t in useful)
 
 
 def _options(what: str, counts: Mapping[tuple[str, str], int]) -> str:
-    """How many there are of each task and option, and which are missing."""
+    """Number per task and option, and the options without any."""
     parts = []
     for task, options in TASK_OPTIONS.items():
-        mine = {str(o): counts.get((str(task), str(o)), 0) for o in options}
-        absent = [o for o, n in mine.items() if not n]
-        listed = ", ".join(f"{n:,} {o}" for o, n in mine.items() if n)
-        lack = f" (none of {', '.join(absent)})" if absent and listed else ""
-        parts.append(f"{task} task: {listed or 'none'}{lack}")
+        per_option = {str(o): counts.get((str(task), str(o)), 0) for o in options}
+        listed = ", ".join(f"{n:,} {o}" for o, n in per_option.items() if n)
+        absent = ", ".join(o for o, n in per_option.items() if not n)
+        missing = f" (none of {absent})" if absent and listed else ""
+        parts.append(f"{task} task: {listed or 'none'}{missing}")
     return f"{what}: " + "; ".join(parts)
 
 
 def _resume_recipe(job: StageJob, free: Sequence[str] = ()) -> dict[str, str]:
-    """Fingerprints of everything that decides the weights, by what a person would call it; settings in `free` may
-    differ from one attempt to the next.
+    """Fingerprints of everything that decides the weights, under names for people; settings in `free` may differ
+    between attempts.
     """
     recipe = job.recipe
     data = {name: content for name, content in recipe.inputs.items() if name != SFT}
@@ -219,20 +223,20 @@ def _job(
 
 @contextmanager
 def _training(job: StageJob, free: Sequence[str] = ()) -> Iterator[tuple[ArtifactWriter, Path]]:
-    """An unfinished artifact of this very training, new or left by a killed attempt; another training's is refused,
-    never removed. `free`: see `_resume_recipe`.
+    """An unfinished artifact of exactly this training, new or left by a killed attempt; another training's is refused
+    and never removed. `free`: see `_resume_recipe`.
     """
     key = fingerprint(job.kind, _resume_recipe(job, free))
     partial = Path(job.run.path(f"{job.stage}.partial"))
-    kept = partial / "recipe.json"
-    others = kept.exists() and kept.read_text() != key
+    recipe = partial / "recipe.json"
+    others = recipe.exists() and recipe.read_text() != key
     if others and job.force:
-        shutil.rmtree(partial)  # what this very training left when it was killed is kept, with force too
+        shutil.rmtree(partial)  # --force keeps what this same training left when it was killed
     elif others and (partial / CHECKPOINTS).exists():
         raise ArtifactError(
             f"{partial} holds an unfinished training with other settings, data or another model"
             f"{_differences(partial / SETTINGS, job.settings)}: give those again, use another --run, or --force to "
-            "throw it away"
+            "discard it"
         )
     with job.writing(resume_key=key) as out:
         (partial / SETTINGS).write_text(json.dumps(dict(job.settings), indent=1))
@@ -241,7 +245,7 @@ def _training(job: StageJob, free: Sequence[str] = ()) -> Iterator[tuple[Artifac
 
 
 def _differences(path: Path, settings: Mapping[str, Any]) -> str:
-    """A few of the settings that an unfinished training began with and that are others now."""
+    """A few settings that differ from those an unfinished training began with."""
     if not path.exists():
         return ""
     before, now = Recipe(settings=_flat(json.loads(path.read_text()))), Recipe(settings=_flat(settings))
@@ -249,16 +253,16 @@ def _differences(path: Path, settings: Mapping[str, Any]) -> str:
     return f" ({changes})" if changes else " (all settings are the same: data or model differ)"
 
 
-def _flat(nested: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Values by their whole names, as on the command line."""
-    flat: dict[str, Any] = {}
+def _flat(nested: Mapping[str, Any], above: str = "") -> JsonObject:
+    """Values by their full names, as on the command line."""
+    flat: JsonObject = {}
     for name, value in nested.items():
         flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
     return flat
 
 
-def _dataset(table: pa.Table, workers: int) -> Any:
-    """The examples as a stream; as many blocks as workers at least."""
+def _dataset(table: pa.Table, workers: int) -> "Dataset":
+    """The examples as a stream of at least as many blocks as workers."""
     import ray.data
 
     from gubs.ray_runtime import quiet_ray_data
@@ -269,12 +273,12 @@ def _dataset(table: pa.Table, workers: int) -> Any:
 
 
 def _fit(
-    module: str, config: dict[str, Any], workers: WorkerSettings, folder: Path, datasets: dict[str, Any]
-) -> dict[str, Any]:
+    module: str, config: JsonObject, workers: WorkerSettings, folder: Path, datasets: "dict[str, Dataset]"
+) -> JsonObject:
     """Runs Ray Train until all steps are done.
 
     Returns:
-        `seconds_after_last_step`, by phase: the last checkpoint and the policy stand in no step's figures.
+        `seconds_after_last_step`, by phase: no step's figures include the last checkpoint and the policy.
 
     Raises:
         DivergedError, ArtifactError, PlatformError: see `make_sft`.
@@ -283,7 +287,7 @@ def _fit(
 
     from ray.train import DataConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.config import FailureConfig, RunConfig  # those of Ray's type hints know less
+    from ray.train.v2.api.config import FailureConfig, RunConfig  # ray.train types these as their older versions
 
     gpu = use_gpu(workers)
     _environment(workers.stuck_after_s)
@@ -312,8 +316,8 @@ def _fit(
     )
     try:
         result: Any = trainer.fit()
-    except Exception as e:  # Ray wraps whatever a worker raised; here it gets its own name back
-        raise _named(e, folder) from e
+    except Exception as e:  # Ray wraps whatever a worker raised
+        raise _unwrapped(e, folder) from e
     finally:
         shutil.rmtree(folder / "ray-train", ignore_errors=True)
     outcome = result.return_value or {}
@@ -326,15 +330,15 @@ def use_gpu(workers: WorkerSettings) -> bool:
     """Whether each worker gets a GPU.
 
     Raises:
-        PlatformError: they are asked for and not there, or there are some but not enough.
+        PlatformError: the settings ask for GPUs and there are none, or too few.
     """
-    there = _gpus()
-    if workers.gpu == "no" or (workers.gpu == "auto" and not there):
+    gpus = _gpus()
+    if workers.gpu == "no" or (workers.gpu == "auto" and not gpus):
         return False
-    if there < workers.count:
+    if gpus < workers.count:
         raise PlatformError(
-            f"ufm.workers.count={workers.count}, but the cluster has {there} GPUs: ask for as many workers as there "
-            "are GPUs, or train on CPUs (ufm.workers.gpu=no)"
+            f"ufm.workers.count={workers.count}, but the cluster has {gpus} GPUs: use at most one worker per GPU, or "
+            "train on CPUs (ufm.workers.gpu=no)"
         )
     return True
 
@@ -354,7 +358,7 @@ def _preflight(ufm: UFMSettings, frames: FrameSettings, plan: Callable[..., memo
 def _check_memory(
     ufm: UFMSettings, frames: FrameSettings, folder: Path | str, plan: Callable[..., memory.MemoryPlan]
 ) -> None:
-    """Refuses a training that cannot fit the workers' GPUs, with the sum, before anything is loaded."""
+    """Refuses a training that cannot fit the workers' GPUs, with the estimate, before anything is loaded."""
     if use_gpu(ufm.workers):
         machine = memory.gpu_machine()
         memory.check(plan(ufm, memory.config_of(ufm, folder), frames, machine.gpu), machine)
@@ -365,7 +369,7 @@ def _resources(workers: WorkerSettings, gpu: bool) -> dict[str, float]:
 
 
 def _say_scarce(workers: WorkerSettings) -> None:
-    """Tells what the workers have to wait for, if anything: another job may end, or the cluster grow."""
+    """Says what the workers have to wait for, if anything: another job may end, or the cluster may grow."""
     import ray
 
     free = ray.available_resources()
@@ -380,38 +384,38 @@ def _detail(text: str) -> None:
 
 
 def _environment(stuck_after_s: float) -> None:
-    """Ray Train reads these where the driver runs."""
-    import os
+    """Sets what Ray Train reads from the driver's environment, unless it is set."""
+    timeout = str(int(stuck_after_s))
+    variables = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # each report waits for a poll
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": timeout,
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": timeout,  # a cluster may have to grow
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": timeout,  # a report waits for all workers
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    }
+    os.environ.update({name: value for name, value in variables.items() if name not in os.environ})
 
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # each report waits for a poll
-    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(int(stuck_after_s)))
-    os.environ.setdefault(
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(int(stuck_after_s))
-    )  # a cluster may have to grow
-    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(int(stuck_after_s)))  # a report waits for all workers
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
 
-
-def _named(error: Exception, folder: Path) -> GubsError:
-    """The error a worker raised, as one of ours."""
+def _unwrapped(error: Exception, folder: Path) -> GubsError:
+    """The error that a worker raised; any other becomes a `PlatformError`."""
     failures = getattr(error, "worker_failures", None) or {}
     for cause in (*failures.values(), error):
-        for found in (cause, getattr(cause, "cause", None), cause.__cause__):
-            if isinstance(found, GubsError):
-                return found
+        for inner in (cause, getattr(cause, "cause", None), cause.__cause__):
+            if isinstance(inner, GubsError):
+                return inner
     stuck = folder / STUCK
-    if stuck.exists():  # of the last attempt: each begins by removing it
+    if stuck.exists():  # of the last attempt: each attempt removes it first
         text = json.loads(stuck.read_text())["message"]
         stuck.unlink()
         return PlatformError(f"{text}, more often than ufm.workers.max_failures allows; Ray's log has its stack")
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-    late = getattr(error, "controller_failure", None)
-    if isinstance(late, WorkerGroupStartupTimeoutError):
+    timeout = getattr(error, "controller_failure", None)
+    if isinstance(timeout, WorkerGroupStartupTimeoutError):
         return PlatformError(
-            f"{late.num_workers} workers could not be started in time (ufm.workers.stuck_after_s, max_failures times "
-            "again): the cluster lacks the free CPUs or GPUs that ufm.workers asks for; see `ray status`"
+            f"{timeout.num_workers} workers could not start in time (ufm.workers.stuck_after_s, with max_failures "
+            "retries): the cluster has too few free CPUs or GPUs for ufm.workers; see `ray status`"
         )
     text = next((str(f) for f in failures.values()), str(error)) or repr(error)
     return PlatformError(f"training failed: {text.strip()[-3000:]}")
@@ -440,23 +444,23 @@ def _watching(folder: Path, steps: int, title: str) -> Iterator[None]:
             thread.join()
 
 
-def _figures(figures: Mapping[str, Any]) -> str:
-    """The few figures of a step that are shown while it trains."""
-    shown = {
+def _figures(figures: JsonObject) -> str:
+    """The figures of a step that are shown during training."""
+    names = {
         "reward": "reward",
         "loss": "loss",
         "accuracy": "accuracy",
         "health/kl": "KL",
         "seconds/step": "s per step",
     }
-    return ", ".join(f"{text} {figures[k]:.3g}" for k, text in shown.items() if figures.get(k) is not None)
+    return ", ".join(f"{name} {figures[k]:.3g}" for k, name in names.items() if figures.get(k) is not None)
 
 
-def _finish(out: ArtifactWriter, folder: Path, info: dict[str, Any]) -> dict[str, Any]:
+def _finish(out: ArtifactWriter, folder: Path, info: JsonObject) -> JsonObject:
     """Writes the table `steps` and the info; returns the last step's figures."""
     steps = read_metrics(folder)
     names = sorted({k for s in steps for k in s} - {"step"})
-    columns: dict[str, Any] = {"step": pa.array([s["step"] for s in steps], pa.int64())}
+    columns: dict[str, pa.Array] = {"step": pa.array([s["step"] for s in steps], pa.int64())}
     columns |= {n: pa.array([s.get(n) for s in steps], pa.float64()) for n in names}
     out.write_table("steps", pa.table(columns))
     out.info = {**info, "steps": len(steps), "last": steps[-1] if steps else {}}

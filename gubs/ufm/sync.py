@@ -1,15 +1,25 @@
-"""Weight sync: the trainer's weights into the engine beside it, without a checkpoint in between.
+"""Weight sync: sends the trainer's weights to the rollout engine, without a checkpoint in between.
 
-Life of a sync: manifest (names, shapes, dtypes) checked against the first one -> tensors put where the engine can see
-them (a GPU: CUDA IPC handles of the trainer's own memory; a CPU: Ray's object store, shared memory that the engine
-maps) -> the engine loads them and forgets what it computed before -> the version goes up, and every answer carries it.
+Steps of a sync: the manifest (names, shapes, dtypes) is checked against the first one -> the tensors are put where the
+engine can see them (GPU: CUDA IPC handles of the trainer's own memory; CPU: Ray's object store, shared memory that the
+engine maps) -> the engine loads them and empties its caches -> the version goes up, and every answer carries it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from gubs.errors import GubsError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from ray.actor import ActorHandle
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from gubs.ufm.rollout import Engine
 
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 
@@ -31,57 +41,62 @@ class Entry:
 Manifest = Mapping[str, Entry]
 
 
-def weights_of(model: Any) -> dict[str, Any]:
-    """A model's weights by the names of its checkpoint, the head among them also where it is tied."""
+def weights_of(model: "Qwen2_5_VLForConditionalGeneration") -> dict[str, Tensor]:
+    """A model's weights by the names of its checkpoint; a tied head is listed too."""
     weights = {name: value.detach() for name, value in model.state_dict().items()}
     weights.setdefault(HEAD, weights[EMBEDDING])
     return weights
 
 
-def manifest_of(weights: Mapping[str, Any]) -> dict[str, Entry]:
+def manifest_of(weights: Mapping[str, Tensor]) -> dict[str, Entry]:
     """The manifest of weights."""
     return {name: Entry(tuple(w.shape), str(w.dtype)) for name, w in weights.items()}
 
 
-def check(expected: Manifest, names: list[str], found: Manifest) -> None:
+def check(expected: Manifest, names: list[str], sent: Manifest) -> None:
     """Refuses weights that are not exactly the expected ones.
 
     Args:
         expected: manifest of the checkpoint that the engine was started from.
-        names: names in the order they are sent, to find repeated ones.
-        found: manifest of what is sent.
+        names: names in the order in which they are sent, to find repeated ones.
+        sent: manifest of what is sent.
 
     Raises:
         SyncError: missing, repeated or unexpected names, another shape or dtype.
     """
     problems = [f"{n} is sent twice" for n in sorted({n for n in names if names.count(n) > 1})]
-    problems += [f"{n} is missing" for n in sorted(set(expected) - set(found))]
-    problems += [f"{n} is unexpected" for n in sorted(set(found) - set(expected))]
-    for name in sorted(set(found) & set(expected)):
-        if found[name] != expected[name]:
-            problems.append(f"{name} is {found[name]}, not {expected[name]}")
+    problems += [f"{n} is missing" for n in sorted(set(expected) - set(sent))]
+    problems += [f"{n} is unexpected" for n in sorted(set(sent) - set(expected))]
+    shared = sorted(set(sent) & set(expected))
+    problems += [f"{n} is {sent[n]}, not {expected[n]}" for n in shared if sent[n] != expected[n]]
     if problems:
-        more = f" ({len(problems)} such)" if len(problems) > 1 else ""
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise SyncError(f"weights do not fit the engine's model: {problems[0]}{more}; nothing was sent")
 
 
 class WeightSync:
-    """Owns the way of the weights from one trainer to the engine beside it."""
+    """Sends weights from one trainer to its engine."""
 
-    def __init__(self, model: Any, engine: Any, timeout_s: float, version: int = 0):
-        """Notes what the engine has.
+    def __init__(
+        self,
+        model: "Qwen2_5_VLForConditionalGeneration",
+        engine: "ActorHandle[Engine]",
+        timeout_s: float,
+        version: int = 0,
+    ):
+        """Remembers what the engine was started with.
 
         Args:
             model: the trainer's model, as loaded from the checkpoint that the engine was started from.
-            engine: handle of a Ray actor with an `Engine`.
+            engine: handle of the `Engine` actor.
             timeout_s: longest time a sync may take.
-            version: of the weights that were sent before.
+            version: of the weights that were sent last.
         """
         self._expected = manifest_of(weights_of(model))
         self._engine, self._timeout_s = engine, timeout_s
         self.version = version
 
-    def push(self, model: Any) -> int:
+    def push(self, model: "Qwen2_5_VLForConditionalGeneration") -> int:
         """Sends the model's weights; returns their version.
 
         Raises:
@@ -93,7 +108,7 @@ class WeightSync:
         weights = weights_of(model)
         check(self._expected, list(weights), manifest_of(weights))
         pack = _handles(weights) if next(iter(weights.values())).is_cuda else _shared(weights)
-        missing = ray.get(self._engine.receive.remote(pack, self.version + 1), timeout=self._timeout_s)
+        missing: list[str] = ray.get(self._engine.receive.remote(pack, self.version + 1), timeout=self._timeout_s)
         if missing:
             raise SyncError(f"the engine's model also needs {missing[0]}, which was not sent")
         self.version += 1
@@ -102,18 +117,16 @@ class WeightSync:
 
 @dataclass(frozen=True)
 class Pack:
-    """Weights on their way, without the memory they lie in."""
+    """Weights in transit: handles of their memory instead of the memory."""
 
     names: tuple[str, ...]
     dtypes: tuple[str, ...]
-    arrays: tuple[Any, ...]
-    """A CPU: numpy arrays, mapped from shared memory. A GPU: what rebuilds each tensor from its IPC handle."""
+    arrays: "tuple[np.ndarray | tuple[Callable[..., Tensor], tuple[Any, ...]], ...]"
+    """CPU: numpy arrays, mapped from shared memory. GPU: what rebuilds each tensor from its IPC handle."""
     cuda: bool
 
-    def tensors(self) -> list[tuple[str, Any]]:
+    def tensors(self) -> list[tuple[str, Tensor]]:
         """The weights as tensors in the receiving process, not copied."""
-        import torch
-
         if self.cuda:
             here = torch.cuda.current_device()
             return [(n, rebuild(*_on(here, a))) for n, (rebuild, a) in zip(self.names, self.arrays, strict=True)]
@@ -126,20 +139,18 @@ _DEVICE = 6
 
 
 def _on(device: int, arguments: Sequence[Any]) -> tuple[Any, ...]:
-    """The same memory by the receiver's number of the device: an engine sees one GPU only, a trainer all of them."""
+    """Renumbers the device for the receiver: an engine sees only one GPU, a trainer sees all of them."""
     return (*arguments[:_DEVICE], device, *arguments[_DEVICE + 1 :])
 
 
-def _shared(weights: Mapping[str, Any]) -> Pack:
+def _shared(weights: Mapping[str, Tensor]) -> Pack:
     """Numpy has no bfloat16: 16-bit types travel as int16, bit for bit."""
-    import torch
-
     arrays = [(w.view(torch.int16) if w.element_size() == 2 else w).contiguous().numpy() for w in weights.values()]
     dtypes = tuple(str(w.dtype).removeprefix("torch.") for w in weights.values())
     return Pack(tuple(weights), dtypes, tuple(arrays), cuda=False)
 
 
-def _handles(weights: Mapping[str, Any]) -> Pack:
+def _handles(weights: Mapping[str, Tensor]) -> Pack:
     """CUDA IPC: the handle of each tensor's memory. The trainer keeps the memory until the engine has loaded it."""
     from torch.multiprocessing.reductions import reduce_tensor
 

@@ -19,7 +19,7 @@ from gubs.prompts.people import View
 from gubs.records import TASK_OPTIONS, Option, Split, Task, Video
 from gubs.ufm.advantage import SampleRole
 from gubs.ufm.inputs import VISION_MARK, Prompt
-from gubs.ufm.questions import Questions, known_tasks
+from gubs.ufm.questions import Questions, trainable_tasks
 from gubs.ufm.samples import Planner, excerpt, requests
 from gubs.ufm.sampling import profile_sampling
 
@@ -393,11 +393,11 @@ def test_a_run_without_labels_or_groups(ufm_run, ufm_settings, tiny, tmp_path):
 
 
 def test_a_task_that_the_data_set_lacks_is_named(questions, monkeypatch):
-    assert known_tasks(questions, [Task.CLICK]) == [Task.CLICK]
+    assert trainable_tasks(questions, [Task.CLICK]) == [Task.CLICK]
     none = questions.ifvr.targets(Task.CLICK).slice(0, 0)
     monkeypatch.setattr(IFVR, "targets", lambda *_: none)
     with pytest.raises(ArtifactError, match="no training targets of the task"):
-        known_tasks(questions, [Task.CLICK])
+        trainable_tasks(questions, [Task.CLICK])
 
 
 def test_golds_of_items_are_those_of_the_labels(ufm_run, questions):
