@@ -52,7 +52,7 @@ def test_help_lists_every_command():
         (["demo", "ufm.evaluate.items=8"], 2, "did you mean 'evaluate.items'"),
         (["judge", "sft_model", "--run", "no-such-run"], 4, "run `gubs sft` first"),
         (["report", "no-such-run"], 4, "gubs judge"),
-        (["plan", "--preset", "paper", "--gpus", "3"], 2, "cannot be dealt evenly"),
+        (["plan", "--preset", "paper", "--gpus", "3"], 2, "cannot be divided evenly"),
     ],
 )
 def test_errors_are_one_message_and_a_meaningful_exit_code(args, code, message, tmp_path):

@@ -21,7 +21,7 @@ JOBS = [main_job, making("grpo"), making("sft_model")]
     ("overrides", "error", "says"),
     [
         (["ufm.model.size=7b"], SettingsError, "ufm.model.size=7b is not made here"),
-        (["ufm.model.path=/nowhere"], SettingsError, "it has no config.json"),
+        (["ufm.model.path=/nowhere"], SettingsError, "has no config.json"),
         (["ufm.workers.gpu=yes"], PlatformError, "the cluster has 0 GPUs"),
         (["ufm.grpo.trackers=[wandb]"], PlatformError, "pip install wandb"),
     ],
@@ -107,6 +107,6 @@ def test_a_forced_training_that_was_killed_is_resumed_by_the_same_command(tmp_pa
     assert partial(run, "one", force=True) == []
     assert partial(run, "one", force=True) == ["step-000002"]
     assert partial(run, "one", force=False) == ["step-000002"]
-    with pytest.raises(ArtifactError, match="--force to throw it away"):
+    with pytest.raises(ArtifactError, match="--force to discard it"):
         partial(run, "two", force=False)
     assert partial(run, "two", force=True) == []

@@ -21,7 +21,7 @@ from gubs.config import Settings
 from gubs.errors import ArtifactError, PlatformError
 from gubs.stages import GRPO, make_stage, named
 from gubs.ufm.monitor import STUCK, STUCK_EXIT, read_metrics
-from gubs.ufm.stage import _named
+from gubs.ufm.stage import _unwrapped
 
 DRIVER = Path(__file__).with_name("drive_grpo.py")
 PATIENCE = 500
@@ -377,10 +377,10 @@ def test_a_worker_that_hangs_anywhere_ends_and_says_where(ufm_run, tiny, tmp_pat
 
 def test_the_driver_tells_which_phase_was_stuck(tmp_path):
     (tmp_path / STUCK).write_text(json.dumps({"message": "worker 3 was stuck in the phase 'sync' for more than 5 s"}))
-    error = _named(RuntimeError("actor died"), tmp_path)
+    error = _unwrapped(RuntimeError("actor died"), tmp_path)
     assert isinstance(error, PlatformError)
     assert "worker 3 was stuck in the phase 'sync'" in str(error)
-    assert "'sync'" not in str(_named(RuntimeError("actor died"), tmp_path)), "an old name must not be told again"
+    assert "'sync'" not in str(_unwrapped(RuntimeError("actor died"), tmp_path)), "an old name must not be told again"
 
 
 def test_our_own_errors_come_back_as_they_are(tmp_path):
@@ -391,5 +391,5 @@ def test_our_own_errors_come_back_as_they_are(tmp_path):
         def __init__(self) -> None:
             self.worker_failures = {0: ours}
 
-    assert _named(Wrapped(), tmp_path) is ours
+    assert _unwrapped(Wrapped(), tmp_path) is ours
     assert os.environ.get("RAY_ADDRESS") is None

@@ -31,7 +31,7 @@ def test_what_is_expected_passes():
         (["a", "b", "c"], {**EXPECTED, "c": EXPECTED["b"]}, "c is unexpected"),
         (["a", "b"], {**EXPECTED, "b": Entry((5,), "torch.float32")}, r"b is Entry\(shape=\(5,\).*not .*\(4,\)"),
         (["a", "b"], {**EXPECTED, "b": Entry((4,), "torch.bfloat16")}, r"b is .*bfloat16.*not .*float32"),
-        ([], {}, r"a is missing \(2 such\)"),
+        ([], {}, r"a is missing \(and 1 more\)"),
     ],
     ids=["missing", "twice", "unexpected", "shape", "dtype", "several"],
 )
