@@ -3,7 +3,8 @@
 Questions about a simulated app's test users, with frames, greedy. Memory: peak RSS of all processes (shared pages are
 counted once per process) for a small and a large number of questions. Speed: answers per second of the Predictor and
 of one `LLM.generate` call with the same encoded requests, each in a process of its own, in turns; the engines are
-loaded and warm before the clock starts. The Predictor's time includes drawing and encoding the prompts.
+loaded and warm, and the data set is open, before the clock starts. The Predictor's time includes drawing and encoding
+the prompts; that of vLLM does not.
 
     python benchmarks/predict.py --work /tmp/predict --json out.json
 """
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of the run")
     parser.add_argument("--counts", type=int, nargs=2, default=[500, 5000], help="questions, few and many")
+    parser.add_argument("--asked", type=int, default=1500, help="questions when speed is measured")
     parser.add_argument("--rounds", type=int, default=3, help="times that both are measured in turns")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", nargs=2, metavar=("KIND", "COUNT"), help=argparse.SUPPRESS)
@@ -50,21 +52,24 @@ def main() -> None:
         return
     make(["frames", "labels"], run, settings)
     few, many = args.counts
-    memory = {n: _measure(args.work, "predictor", n) for n in (few, many)}
-    for n, result in memory.items():
+    peaks = {n: _measure(args.work, "memory", n) for n in (few, many)}
+    for n, result in peaks.items():
         print(f"{n:>6,} questions: peak {result['peak_mib']:.0f} MiB, {result['per_second']:.1f} answers/s", flush=True)
-    growth = memory[many]["peak_mib"] - memory[few]["peak_mib"]
+    growth = peaks[many]["peak_mib"] - peaks[few]["peak_mib"]
     print(f"memory grows by {growth:.0f} MiB for {many - few:,} more questions")
-    offline = [_measure(args.work, "offline", few)["per_second"]]
+    per_second = [_measure(args.work, "offline", args.asked)["per_second"]]
     ratios = []
     for _ in range(args.rounds):
-        ours = _measure(args.work, "predictor", few)["per_second"]
-        offline.append(_measure(args.work, "offline", few)["per_second"])
-        ratios.append(ours / statistics.fmean(offline[-2:]))
-        print(f"Predictor {ours:.1f} answers/s, vLLM offline {offline[-2]:.1f} and {offline[-1]:.1f}: {ratios[-1]:.2f}")
+        ours = _measure(args.work, "predictor", args.asked)["per_second"]
+        per_second.append(_measure(args.work, "offline", args.asked)["per_second"])
+        before, after = per_second[-2:]
+        ratios.append(ours / statistics.fmean((before, after)))
+        print(
+            f"Predictor {ours:.1f} answers/s, vLLM offline {before:.1f} and {after:.1f}: {ratios[-1]:.2f}", flush=True
+        )
     print(f"median ratio {statistics.median(ratios):.2f}")
     if args.json:
-        args.json.write_text(json.dumps({"memory": memory, "growth_mib": growth, "ratios": ratios}, indent=1))
+        args.json.write_text(json.dumps({"memory": peaks, "growth_mib": growth, "ratios": ratios}, indent=1))
 
 
 def _measure(work: Path, kind: str, count: int) -> dict[str, float]:
@@ -76,30 +81,51 @@ def _measure(work: Path, kind: str, count: int) -> dict[str, float]:
     return measured
 
 
-def _asked(run: Run, settings: Settings, count: int) -> Iterator[Any]:
-    """So many prompts, over and over the same targets."""
-    from gubs.ufm.questions import Questions
+class _Asked:
+    """The same targets over and over."""
 
-    questions = Questions(run, settings.ufm.inputs)
-    items = questions.items(Task.SEQUENTIAL, Split.TEST)
-    for item in itertools.islice(itertools.cycle(items), count):
-        yield questions.about_user(item.task, item.user_id, item.video_id)
+    def __init__(self, run: Run, settings: Settings):
+        from gubs.ufm.questions import Questions
+
+        self._questions = Questions(run, settings.ufm.inputs)
+        self._items = self._questions.items(Task.SEQUENTIAL, Split.TEST)
+        next(self.prompts(1))  # reads the tables
+
+    def prompts(self, count: int) -> Iterator[Any]:
+        """So many prompts."""
+        for item in itertools.islice(itertools.cycle(self._items), count):
+            yield self._questions.about_user(item.task, item.user_id, item.video_id)
 
 
-def predictor(run: Run, settings: Settings, count: int) -> dict[str, float]:
-    """Answers by the Predictor; the peak of this process and all that it started."""
+@contextlib.contextmanager
+def _warm_predictor(settings: Settings, asked: _Asked) -> Iterator[Callable[[int], float]]:
+    """A Predictor that has answered a little; gives a function from a number of questions to the seconds they take."""
     from gubs.ufm.model import checkpoint
     from gubs.ufm.predict import Predictor, Query
 
-    folder = checkpoint(settings.ufm.model)
-    with ray_session(settings.ray), Predictor(folder, settings.ufm) as asked:
-        for _ in asked.stream(Query(i, p) for i, p in enumerate(_asked(run, settings, WARM_UP))):
-            pass
-        with _PeakMemory() as memory:
+    with ray_session(settings.ray), Predictor(checkpoint(settings.ufm.model), settings.ufm) as predictor:
+
+        def answer(count: int) -> float:
             began = time.perf_counter()
-            answers = sum(1 for _ in asked.stream(Query(i, p) for i, p in enumerate(_asked(run, settings, count))))
-            seconds = time.perf_counter() - began
-    return {"per_second": answers / seconds, "peak_mib": memory.peak / 2**20}
+            answers = sum(1 for _ in predictor.stream(Query(i, p) for i, p in enumerate(asked.prompts(count))))
+            assert answers == count
+            return time.perf_counter() - began
+
+        answer(WARM_UP)
+        yield answer
+
+
+def predictor(run: Run, settings: Settings, count: int) -> dict[str, float]:
+    """Answers by the Predictor."""
+    with _warm_predictor(settings, _Asked(run, settings)) as answer:
+        return {"per_second": count / answer(count)}
+
+
+def memory(run: Run, settings: Settings, count: int) -> dict[str, float]:
+    """The same, with the peak of this process and all that it started; looking at it takes time."""
+    with _warm_predictor(settings, _Asked(run, settings)) as answer, _PeakMemory() as peak:
+        seconds = answer(count)
+    return {"per_second": count / seconds, "peak_mib": peak.peak / 2**20}
 
 
 def offline(run: Run, settings: Settings, count: int) -> dict[str, float]:
@@ -111,11 +137,12 @@ def offline(run: Run, settings: Settings, count: int) -> dict[str, float]:
     ufm = settings.ufm
     folder = str(checkpoint(ufm.model))
     inputs, engine = Inputs(folder, ufm.inputs), Engine(Shape(folder, ufm.model, ufm.inputs, ufm.rollout))
-    requests = [Request(inputs.for_engine(inputs.encode(p)), 0, 0.0) for p in _asked(run, settings, count)]
+    prompts = _Asked(run, settings).prompts(count)
+    requests = [Request(inputs.for_engine(inputs.encode(p)), 0, 0.0) for p in prompts]
     engine.generate(requests[:WARM_UP])
-    prompts, parameters = engine._prepared(requests, None)
+    engine_prompts, parameters = engine._prepared(requests, None)
     began = time.perf_counter()
-    engine._llm.generate(prompts, parameters, use_tqdm=False)
+    engine._llm.generate(engine_prompts, parameters, use_tqdm=False)
     return {"per_second": count / (time.perf_counter() - began)}
 
 
@@ -144,7 +171,7 @@ class _PeakMemory:
             self.peak = max(self.peak, total)
 
 
-_WORKERS = {"predictor": predictor, "offline": offline}
+_WORKERS = {"predictor": predictor, "memory": memory, "offline": offline}
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -4,8 +4,8 @@
         for prediction in predictor.stream(queries): ...
 
 Queries are drawn and encoded in a thread while the engines answer. Each engine holds at most twice as many requests as
-it answers at the same time, and is topped up as answers come back, so it never runs dry. Pictures stay uint8 frames on
-the way; only vLLM turns them into pixel values.
+it answers at the same time, and is topped up by chunks of half as many, so it never runs dry. Pictures stay uint8
+frames on the way; only vLLM turns them into pixel values.
 """
 
 import queue
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 Key = Any
 """Whatever the caller wants to find a prediction by."""
 
-_CHUNK = 32
-"""Requests that are sent, and answers that are waited for, at a time."""
-_READY_CHUNKS = 4
+_READY_CHUNKS = 2
 """Encoded chunks that wait for an engine."""
 
 
@@ -86,7 +84,8 @@ class Predictor:
             gpu: give each engine a GPU.
         """
         self._inputs = Inputs(folder, ufm.inputs)
-        self._window = max(2 * ufm.rollout.max_num_seqs, 2 * _CHUNK)
+        self._window = 2 * ufm.rollout.max_num_seqs
+        self._chunk = max(1, ufm.rollout.max_num_seqs // 2)
         self._deadline = ufm.workers.stuck_after_s
         shape = Shape(str(folder), ufm.model, ufm.inputs, ufm.rollout, pictures=pictures)
         self._engines = [_start(shape, gpu) for _ in range(engines)]
@@ -116,7 +115,7 @@ class Predictor:
         import ray
         from ray.exceptions import RayActorError
 
-        chunks = _Encoder(queries, self._inputs)
+        chunks = _Encoder(queries, self._inputs, self._chunk)
         lanes = {lane.waiting: lane for lane in (_Lane(e, e.ready.remote()) for e in self._engines)}
         try:
             while not chunks.ended or any(lane.keys for lane in lanes.values()):
@@ -129,7 +128,7 @@ class Predictor:
                 done = self._take(lane, answers) if lane.keys else []
                 done += self._top_up(lane, chunks)
                 if lane.keys:
-                    lane.waiting = lane.engine.collect.remote(_CHUNK)
+                    lane.waiting = lane.engine.collect.remote(self._chunk)
                     lanes[lane.waiting] = lane
                 yield from done
         except RayActorError as e:
@@ -150,7 +149,7 @@ class Predictor:
     def _top_up(self, lane: _Lane, chunks: "_Encoder") -> list[Prediction]:
         """Fills the lane's window; waits for the encoder only if the engine would be idle."""
         too_long: list[Prediction] = []
-        while len(lane.keys) + _CHUNK <= self._window:
+        while len(lane.keys) + self._chunk <= self._window:
             chunk = chunks.next(self._deadline, wait=not lane.keys)
             if chunk is None:
                 break
@@ -170,8 +169,8 @@ _Chunk = list[tuple[Key, Request | None]]
 class _Encoder:
     """Draws and encodes queries in a thread, a few chunks ahead."""
 
-    def __init__(self, queries: Iterable[Query], inputs: Inputs):
-        self._inputs = inputs
+    def __init__(self, queries: Iterable[Query], inputs: Inputs, size: int):
+        self._inputs, self._size = inputs, size
         self.ended = False
         """All chunks were taken."""
         self._stopped = threading.Event()
@@ -204,7 +203,7 @@ class _Encoder:
     def _run(self, queries: Iterable[Query]) -> None:
         encoded = ((query.key, self._request(query)) for query in queries)
         try:
-            while chunk := list(islice(encoded, _CHUNK)):
+            while chunk := list(islice(encoded, self._size)):
                 if not self._put(chunk):
                     return
             self._put(None)

@@ -26,7 +26,7 @@ from gubs.ufm.settings import UFMSettings
 LONGEST = 10
 """Characters of the longest prompt that the stub of `Inputs` lets through."""
 WINDOW = 64
-CHUNK, READY = predict._CHUNK, predict._READY_CHUNKS
+CHUNK, READY = WINDOW // 4, predict._READY_CHUNKS
 
 
 class Texts:
