@@ -3,8 +3,8 @@
 Questions about a simulated app's test users, with frames, greedy. Memory: peak RSS of all processes (shared pages are
 counted once per process) for a small and a large number of questions. Speed: answers per second of the Predictor and
 of one `LLM.generate` call with the same encoded requests, each in a process of its own, in turns; the engines are
-loaded and warm, and the data set is open, before the clock starts. The Predictor's time includes drawing and encoding
-the prompts; that of vLLM does not.
+loaded and warm, and the data set is open, before the clock starts. The Predictor draws and encodes the prompts while
+its engine answers; vLLM gets encoded requests.
 
     python benchmarks/predict.py --work /tmp/predict --json out.json
 """
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +58,14 @@ def main() -> None:
     growth = peaks[many]["peak_mib"] - peaks[few]["peak_mib"]
     print(f"memory grows by {growth:.0f} MiB for {many - few:,} more questions")
     per_second = [_measure(args.work, "offline", args.asked)["per_second"]]
-    ratios = []
+    ratios: list[float] = []
     for _ in range(args.rounds):
         ours = _measure(args.work, "predictor", args.asked)["per_second"]
         per_second.append(_measure(args.work, "offline", args.asked)["per_second"])
         before, after = per_second[-2:]
         ratios.append(ours / statistics.fmean((before, after)))
-        print(
-            f"Predictor {ours:.1f} answers/s, vLLM offline {before:.1f} and {after:.1f}: {ratios[-1]:.2f}", flush=True
-        )
+        text = f"Predictor {ours:.1f} answers/s, vLLM offline {before:.1f} and {after:.1f}: {ratios[-1]:.2f}"
+        print(text, flush=True)
     print(f"median ratio {statistics.median(ratios):.2f}")
     if args.json:
         args.json.write_text(json.dumps({"memory": peaks, "growth_mib": growth, "ratios": ratios}, indent=1))
@@ -98,34 +97,37 @@ class _Asked:
 
 
 @contextlib.contextmanager
-def _warm_predictor(settings: Settings, asked: _Asked) -> Iterator[Callable[[int], float]]:
-    """A Predictor that has answered a little; gives a function from a number of questions to the seconds they take."""
+def _warm_predictor(settings: Settings) -> Iterator[Callable[[Iterable[Any]], float]]:
+    """A Predictor that has answered a little; gives a function from prompts to answers per second."""
     from gubs.ufm.model import checkpoint
     from gubs.ufm.predict import Predictor, Query
 
     with ray_session(settings.ray), Predictor(checkpoint(settings.ufm.model), settings.ufm) as predictor:
 
-        def answer(count: int) -> float:
+        def answer(prompts: Iterable[Any]) -> float:
             began = time.perf_counter()
-            answers = sum(1 for _ in predictor.stream(Query(i, p) for i, p in enumerate(asked.prompts(count))))
-            assert answers == count
-            return time.perf_counter() - began
+            answers = sum(1 for _ in predictor.stream(Query(i, p) for i, p in enumerate(prompts)))
+            return answers / (time.perf_counter() - began)
 
-        answer(WARM_UP)
         yield answer
 
 
 def predictor(run: Run, settings: Settings, count: int) -> dict[str, float]:
     """Answers by the Predictor."""
-    with _warm_predictor(settings, _Asked(run, settings)) as answer:
-        return {"per_second": count / answer(count)}
+    asked = _Asked(run, settings)
+    with _warm_predictor(settings) as answer:
+        answer(asked.prompts(WARM_UP))
+        return {"per_second": answer(asked.prompts(count))}
 
 
 def memory(run: Run, settings: Settings, count: int) -> dict[str, float]:
     """The same, with the peak of this process and all that it started; looking at it takes time."""
-    with _warm_predictor(settings, _Asked(run, settings)) as answer, _PeakMemory() as peak:
-        seconds = answer(count)
-    return {"per_second": count / seconds, "peak_mib": peak.peak / 2**20}
+    asked = _Asked(run, settings)
+    with _warm_predictor(settings) as answer:
+        answer(asked.prompts(WARM_UP))
+        with _PeakMemory() as peak:
+            per_second = answer(asked.prompts(count))
+    return {"per_second": per_second, "peak_mib": peak.peak / 2**20}
 
 
 def offline(run: Run, settings: Settings, count: int) -> dict[str, float]:

@@ -4,15 +4,17 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 import gubs
 from gubs import console, jobs, stages
 from gubs.artifacts import open_run
 from gubs.config import load_settings
 from gubs.jobs import DEFAULT_RUN, ForceOption, Overrides, PresetOption, RunOption
+from gubs.records import Task
 
 if TYPE_CHECKING:
     from gubs.llm.budget import CostEstimate
@@ -29,7 +31,7 @@ app = typer.Typer(
 )
 
 _DATA, _GROUPS, _JOBS = "From logs and videos to a data set", "Groups and labels, by text LLMs", "Clusters"
-_MODEL, _LOOK, _SETUP = "The model", "Look", "Set-up"
+_MODEL, _SERVE, _LOOK, _SETUP = "The model", "The filter", "Look", "Set-up"
 
 JsonOption = Annotated[bool, typer.Option("--json", help="For scripts: print JSON to stdout.")]
 RunArgument = Annotated[str, typer.Argument(help="Run folder.")]
@@ -263,6 +265,115 @@ def plan(
         console.print_line(line)
     if any(p.problems for p in memory_plans):
         raise typer.Exit(5)
+
+
+@app.command(rich_help_panel=_MODEL)
+def distil(
+    run: RunOption = DEFAULT_RUN, preset: PresetOption = "tiny", force: ForceOption = False, overrides: Overrides = None
+) -> None:
+    """Teach the trained policy to answer without a thought, for the service's mode `score`."""
+    _make([stages.DISTIL], run, preset, force, overrides)
+
+
+@app.command("filter", rich_help_panel=_SERVE)
+def filter_(
+    tables: Annotated[
+        list[str] | None, typer.Argument(metavar="[TABLE ...] [key=value ...]", help="Parquet or CSV.")
+    ] = None,
+    run: RunOption = DEFAULT_RUN,
+    preset: PresetOption = "tiny",
+    out: Annotated[str, typer.Option(help="Folder of the decisions; default: beside the table.")] = "",
+    task: Annotated[Task, typer.Option(help="What is asked.")] = Task.SEQUENTIAL,
+    mode: Annotated[str, typer.Option(help="reason or score.")] = "reason",
+    force: ForceOption = False,
+) -> None:
+    """Make the filter of a run; with a table of candidates (user_id, video_id), decide about every row."""
+    words = tables or []
+    settings = load_settings(preset, [w for w in words if "=" in w])
+    jobs.filter_table(open_run(run), settings, [w for w in words if "=" not in w], out, task, mode, force)
+
+
+class _ServeGroup(typer.core.TyperGroup):
+    """`gubs serve --run R` is `gubs serve start --run R`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = args and (args[0] in self.commands or args[0] == "--help")
+        return super().parse_args(ctx, args if known else ["start", *args])
+
+
+serve = typer.Typer(cls=_ServeGroup, help="Serve the filter over HTTP; without a command: start.")
+app.add_typer(serve, name="serve", rich_help_panel=_SERVE)
+VersionArgument = Annotated[str, typer.Argument(metavar="APP", help="Application of a version, as `status` shows it.")]
+
+
+@serve.command("start")
+def serve_start(
+    run: RunOption = DEFAULT_RUN,
+    preset: PresetOption = "tiny",
+    force: ForceOption = False,
+    dev: Annotated[bool, typer.Option("--dev", help="Ask for no API key; listens on this machine only.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Start a head node here, deploy the filter of a run on it, and serve until Ctrl-C."""
+    changes = [*(overrides or []), *(["serving.insecure=true"] if dev else [])]
+    arguments = ["--run", run, "--preset", preset, *(["--force"] if force else []), *changes]
+    jobs.serve(arguments, open_run(run), load_settings(preset, changes))
+
+
+@serve.command("status")
+def serve_status(address: AddressOption = "", as_json: JsonOption = False) -> None:
+    """Print the deployed versions, their status and their shares of the requests."""
+    control = jobs.control(address)
+    states, traffic = control.status(), control.traffic()
+    if as_json:
+        return console.print_json({"status": states, **traffic})
+    for name, state in states.items():
+        share = f"share {traffic['versions'][name]:g}" if name in traffic["versions"] else ""
+        console.print_line(f"{name:<32} {state:<12} {share}{' shadow' if name in traffic['shadow'] else ''}")
+    return None
+
+
+@serve.command("split")
+def serve_split(
+    shares: Annotated[list[str], typer.Argument(metavar="APP=SHARE ...", help="As filter-1a2b=80 filter-3c4d=20.")],
+    address: AddressOption = "",
+) -> None:
+    """Divide the requests between versions."""
+    jobs.control(address).split(jobs.parse_shares(shares))
+
+
+@serve.command("promote")
+def serve_promote(version: VersionArgument, address: AddressOption = "") -> None:
+    """Give a version all requests; the others stay for the way back."""
+    jobs.control(address).promote(version)
+
+
+@serve.command("shadow")
+def serve_shadow(
+    version: VersionArgument,
+    off: Annotated[bool, typer.Option("--off", help="End it.")] = False,
+    address: AddressOption = "",
+) -> None:
+    """Ask a version beside those that act: its decisions only go to the log (serving.log_dir)."""
+    jobs.control(address).shadow(version, on=not off)
+
+
+@serve.command("remove")
+def serve_remove(version: VersionArgument, address: AddressOption = "") -> None:
+    """Take a version away that gets no requests."""
+    jobs.control(address).remove(version)
+
+
+@serve.command("key")
+def serve_key(
+    file: Annotated[Path, typer.Argument(help="File with the hashes of the keys.")],
+    name: Annotated[str, typer.Argument(help="Whose key it is.")],
+    per_minute: Annotated[float, typer.Option(help="Candidates per minute.")] = 6000.0,
+) -> None:
+    """Make an API key: prints it once, and adds its hash to the file."""
+    from gubs.serving.keys import add_key
+
+    print(add_key(file, name, per_minute))
 
 
 @app.command(rich_help_panel=_JOBS, context_settings={"ignore_unknown_options": True})

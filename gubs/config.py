@@ -21,6 +21,7 @@ from gubs.evaluate.settings import EvalSettings
 from gubs.llm.settings import LLMSettings
 from gubs.ray_runtime import RaySettings
 from gubs.section import Section
+from gubs.serving.settings import ServingSettings
 from gubs.simulator.settings import RenderSettings, SyntheticSettings
 from gubs.teachers.settings import TeacherSettings
 from gubs.ufm.settings import UFMSettings
@@ -46,6 +47,7 @@ class Settings(Section):
     teachers: TeacherSettings = TeacherSettings()
     ufm: UFMSettings = UFMSettings()
     evaluate: EvalSettings = EvalSettings()
+    serving: ServingSettings = ServingSettings()
     ray: RaySettings = RaySettings()
 
 

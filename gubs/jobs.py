@@ -4,11 +4,16 @@ A job goes to the cluster that `--address` or RAY_API_SERVER_ADDRESS names; with
 machine, used, and stopped.
 """
 
+import json
 import os
+import shlex
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,8 +22,12 @@ from gubs import stages
 from gubs.artifacts import Run, open_run
 from gubs.config import Settings, load_settings, preset_names
 from gubs.console import err, print_json, say
-from gubs.errors import ArtifactError, GubsError, MissingArtifactError, PlatformError
+from gubs.errors import ArtifactError, GubsError, MissingArtifactError, PlatformError, SettingsError
 from gubs.ray_runtime import follow_job, local_head
+from gubs.records import Task
+
+if TYPE_CHECKING:
+    from gubs.serving.control import Control
 
 DEFAULT_RUN = "runs/demo-synthetic"
 
@@ -69,6 +78,125 @@ def judge(run: Run, settings: Settings, names: Sequence[str], force: bool = Fals
     targets = [f"{stages.EVALUATION}{n}" for n in names]
     stages.make(targets, run, settings, force=force, as_made=[n for n in names if n != stages.BASE])
     report(run, names, as_json)
+
+
+def serve_job(run: Run, settings: Settings, force: bool = False) -> None:
+    """Makes the filter and deploys it on the cluster that this process is connected to, or is about to be.
+
+    Raises:
+        PlatformError: the cluster has no dashboard, or the filter does not start there.
+    """
+    from gubs.ray_runtime import dashboard_address, ray_session
+    from gubs.serving.control import Control
+
+    with ray_session(settings.ray):
+        stages.make([stages.FILTER], run, settings, force=force)
+        import ray
+
+        gpus = bool(ray.cluster_resources().get("GPU"))
+        control = Control(dashboard_address())
+        filter_ = run.artifact(stages.FILTER)
+        say(f"[serve]  deploy version {filter_.content} ...")
+        name = control.deploy(filter_.uri, filter_.content, settings.serving, gpus=gpus)
+        say(f"[serve]  {name} is up; shares {control.traffic()['versions']}")
+
+
+def serve(arguments: Sequence[str], run: Run, settings: Settings) -> None:
+    """Runs the service on a head node of this machine until it is interrupted; prints the URL and a command to try.
+
+    Args:
+        arguments: command line of `ray_jobs/serve_ufm.py`.
+        run: the run.
+        settings: all settings.
+
+    Raises:
+        PlatformError: it does not start.
+    """
+    from gubs.serving.guard import CALLBACK, CALLBACK_VARIABLE, LIMIT_VARIABLE
+    from gubs.serving.keys import add_key
+
+    serving, key = settings.serving, ""
+    arguments = list(arguments)
+    if not serving.insecure and not serving.keys_file:
+        keys = Path(tempfile.mkdtemp(prefix="gubs-keys-")) / "keys.json"
+        key = add_key(keys, "this-machine", 60_000, admin=True)
+        arguments.append(f"serving.keys_file={keys}")
+    os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
+    os.environ.setdefault(LIMIT_VARIABLE, str(serving.limits.body_mb))
+    with local_head() as head:
+        script = Path(gubs.__file__).resolve().parent.parent / "ray_jobs" / "serve_ufm.py"
+        command = [sys.executable, str(script), *arguments]
+        if code := follow_job(head, command, {"env_vars": {"GUBS_HOME": str(Path.cwd())}}):
+            raise PlatformError(f"the service did not start (exit code {code})")
+        url = f"http://127.0.0.1:{serving.port}"
+        say(f"[serve]  {url}/ is the console, {url}/openapi.json the API, {head} the dashboard")
+        print(try_it(url, key or ("" if serving.insecure else "KEY"), run), flush=True)
+        say("[serve]  Ctrl-C ends it")
+        with suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(3600)
+
+
+def control(address: str) -> "Control":
+    """The service on a cluster.
+
+    Raises:
+        SettingsError: no cluster is named. PlatformError: it cannot be reached.
+    """
+    from gubs.serving.control import Control
+
+    if not (named := named_cluster(address)):
+        raise SettingsError("name the cluster: --address http://host:8265, or RAY_API_SERVER_ADDRESS")
+    return Control(named)
+
+
+def parse_shares(texts: Sequence[str]) -> dict[str, float]:
+    """Shares from `APP=SHARE` texts.
+
+    Raises:
+        SettingsError: one is not of that form.
+    """
+    shares = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            shares[name] = float(value)
+        except ValueError:
+            raise SettingsError(f"{text!r} is not of the form APP=SHARE") from None
+    return shares
+
+
+def filter_table(
+    run: Run, settings: Settings, tables: Sequence[str], out: str, task: Task, mode: str, force: bool = False
+) -> None:
+    """Makes the filter of a run, and decides about the rows of tables.
+
+    Raises:
+        InputError: see `gubs.serving.batch.filter_table`.
+    """
+    from gubs.ray_runtime import ray_session
+    from gubs.serving.batch import default_out, filter_table
+    from gubs.serving.filter import Mode
+    from gubs.ufm.stage import use_gpu
+
+    with ray_session(settings.ray):
+        stages.make([stages.FILTER], run, settings, force=force)
+        for table in tables:
+            gpus, folder = use_gpu(settings.ufm.workers), out or default_out(table)
+            engines = settings.ufm.workers.count if gpus else 1
+            uri = run.artifact(stages.FILTER).uri
+            counts = filter_table(uri, table, folder, task=task, mode=Mode(mode), engines=engines, gpus=gpus)
+            say(f"[filter] {folder}: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()))
+
+
+def try_it(url: str, key: str, run: Run) -> str:
+    """A curl command that asks about a user and two videos of the run."""
+    table = run.artifact(stages.FILTER)
+    user = table.table("users", ["user_id"])["user_id"][0].as_py()
+    videos = table.table("videos", ["video_id"])["video_id"][:2].to_pylist()
+    body = json.dumps({"user": {"id": user}, "candidates": [{"id": v} for v in videos]})
+    header = f" -H 'Authorization: Bearer {key}'" if key else ""
+    return f"curl {url}/v1/filter{header} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
 
 
 def policies(run: Run) -> list[str]:

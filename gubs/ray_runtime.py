@@ -94,6 +94,20 @@ def _start_local(settings: RaySettings) -> None:
     )
 
 
+def dashboard_address() -> str:
+    """The dashboard of the cluster that this process is connected to.
+
+    Raises:
+        PlatformError: it has none.
+    """
+    import ray
+
+    url = ray.init(address="auto", ignore_reinit_error=True, log_to_driver=False).dashboard_url
+    if not url:
+        raise PlatformError("this Ray cluster has no dashboard, which serving needs: start it with one")
+    return f"http://{url}"
+
+
 def init_patiently(**options: Any) -> None:
     """`ray.init` of a local cluster, tried again if a busy machine does not bring it up in Ray's fixed half minute.
 

@@ -26,7 +26,7 @@ from gubs.ray_runtime import ray_session
 
 BASE = "base"
 """Name of the policy before any training; it lies outside the run."""
-SFT, GRPO = "sft_model", "grpo"
+SFT, GRPO, DISTIL, FILTER = "sft_model", "grpo", "distil", "filter"
 EVALUATION = "eval-"
 """Begins the names of evaluations: eval-grpo is about the policy grpo."""
 
@@ -55,6 +55,8 @@ class Stage:
     """Stages it is made from, if the settings want them; they are made first."""
     needs: tuple[str, ...] = ()
     """Stages it is made from, whatever the settings say."""
+    of_policy: bool = False
+    """Whether it is made from the policy that `serving.policy` names."""
     may_read: tuple[str, ...] = ()
     """Stages it uses if they exist; never made for it."""
     settings: tuple[str, ...] = ()
@@ -276,6 +278,37 @@ STAGES: tuple[Stage, ...] = (
         sections=("ufm", "evaluate", "seed"),
         wanted=lambda _: False,
     ),
+    Stage(
+        DISTIL,
+        make="gubs.ufm.stage:make_distil",
+        command="gubs distil",
+        doing="teach the policy to answer without a thought",
+        reads=("ifvr", "frames", "profiles", "labels"),
+        may_read=("annotations",),
+        of_policy=True,
+        settings=(*_TRAINING, "ufm.distil", "-ufm.distil.checkpoint", "-ufm.distil.enabled", "ufm.grpo.tasks"),
+        prompts=_UFM_PROMPTS,
+        sections=("ufm", "frames", "seed", "serving.policy"),
+        wanted=lambda s: s.ufm.distil.enabled,
+        preflight="gubs.ufm.stage:preflight_distil",
+        resumable=True,
+    ),
+    Stage(
+        FILTER,
+        make="gubs.serving.stage:make",
+        command="gubs filter",
+        doing="measure the policy on held-out users, pack the filter",
+        reads=("ifvr", "frames", "profiles", "labels", "ugm", DISTIL),
+        may_read=("annotations",),
+        of_policy=True,
+        settings=(
+            *("seed", "ufm.inputs", "ufm.model.dtype", "ufm.distil.held_out", "ufm.grpo.tasks"),
+            *("serving.policy", "serving.held_out_items", "serving.score_gap"),
+        ),
+        prompts=(*_UFM_PROMPTS, *_GROUP_PROMPTS),
+        sections=("ufm", "serving", "ugm", "frames", "seed"),
+        wanted=lambda _: False,
+    ),
 )
 """Every stage. Of two with one name, the one that is wanted under the settings counts."""
 
@@ -327,7 +360,8 @@ def stage(name: str, settings: Settings, run: Run | None = None) -> Stage:
     """
     namesakes = [s for s in STAGES if s.name == name]
     if namesakes:
-        return next((s for s in namesakes if s.wanted(settings)), namesakes[0])
+        node = next((s for s in namesakes if s.wanted(settings)), namesakes[0])
+        return dataclasses.replace(node, needs=(settings.serving.policy,)) if node.of_policy else node
     if name.startswith(EVALUATION):
         return _evaluation(name.removeprefix(EVALUATION), settings)
     if run and run.has(name):

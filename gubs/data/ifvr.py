@@ -17,7 +17,7 @@ from gubs.records import FAST_SKIP_BELOW, Role, Split, Task, User, Video
 
 STAGE = "ifvr"
 PROFILES = "profiles"
-_VIEW_COLUMNS = ["interaction_id", "user_id", "video_id", "timestamp", "play_rate", "clicked", "rating", "liked"]
+VIEW_COLUMNS = ["interaction_id", "user_id", "video_id", "timestamp", "play_rate", "clicked", "rating", "liked"]
 
 
 class IFVR:
@@ -71,9 +71,9 @@ class IFVR:
             user_ids: the users.
             task: only records of this task; None = both tasks.
         """
-        log = self.log([*_VIEW_COLUMNS, "role"], task)
+        log = self.log([*VIEW_COLUMNS, "role"], task)
         of_users = pc.is_in(log["user_id"], value_set=pa.array(sorted(set(user_ids)), pa.string()))
-        rows = log.filter(pc.and_(of_users, pc.equal(log["role"], str(Role.HISTORY)))).select(_VIEW_COLUMNS)
+        rows = log.filter(pc.and_(of_users, pc.equal(log["role"], str(Role.HISTORY)))).select(VIEW_COLUMNS)
         histories = defaultdict[str, list[View]](list)
         for row in rows.to_pylist():
             user, video = row.pop("user_id"), self.videos[row.pop("video_id")]

@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from gubs.records import Option
 
-_THINK, _THINK_END, _ANSWER, ANSWER_END = TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_THINK, _THINK_END, ANSWER, ANSWER_END = TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _TAG_LIKE = re.compile(r"<(?=[/|!A-Za-z])")
 _AFTER_LETTER = ".:),;=/-–—．。：）、，"
 """Punctuation between an option's letter and its text, Western and Chinese."""
@@ -114,7 +114,12 @@ def as_answer(think: str, option: Option) -> str:
     thought = quiet_tags(think).strip()
     if not thought:
         raise ValueError("an answer needs its thinking")
-    return f"{_THINK}{thought}{_THINK_END}{_ANSWER}{option.value}{ANSWER_END}"
+    return f"{_THINK}{thought}{_THINK_END}{ANSWER}{option.value}{ANSWER_END}"
+
+
+def answer_without_thought(option: Option) -> str:
+    """An answer with an empty thought: what a policy that was distilled is made to write."""
+    return f"{_THINK}{_THINK_END}{ANSWER}{option.value}{ANSWER_END}"
 
 
 def quiet_tags(text: str) -> str:
@@ -156,9 +161,9 @@ def _parts_failure(body: str, think: int, think_end: int, answer: int, answer_en
 
 def _answer_part(body: str) -> str | None:
     """The text of the answer part, if there is exactly one."""
-    if body.count(_ANSWER) != 1 or body.count(ANSWER_END) != 1:
+    if body.count(ANSWER) != 1 or body.count(ANSWER_END) != 1:
         return None
-    start, end = body.find(_ANSWER) + len(_ANSWER), body.find(ANSWER_END)
+    start, end = body.find(ANSWER) + len(ANSWER), body.find(ANSWER_END)
     return body[start:end] if start <= end else None
 
 

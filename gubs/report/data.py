@@ -527,7 +527,7 @@ def _verdicts(run: Run) -> list[Share]:
 
 def _pictured(run: Run, videos: pa.Table) -> set[str]:
     """Ids of the videos that may have pictures."""
-    return set(StoredFrames(run).hashes or _video_files(run, videos))
+    return set(StoredFrames.of(run).hashes or _video_files(run, videos))
 
 
 @dataclass
@@ -548,7 +548,7 @@ class _Gallery:
 def _gallery(run: Run, stage: str, samples: list[SampleVideo]) -> _Gallery:
     """Pictures from the frame store, else decoded now, else only a note."""
     ids = [s.video_id for s in samples]
-    stored = StoredFrames(run)
+    stored = StoredFrames.of(run)
     if stored.hashes:
         return _stored_gallery(stored, {v: stored.hashes[v] for v in ids if v in stored.hashes})
     files = _video_files(run, run.artifact(stage).table("videos", ["video_id", "uri"]))

@@ -20,13 +20,13 @@ from gubs.console import say
 from gubs.errors import PlatformError
 from gubs.ufm import health
 from gubs.ufm import model as models
-from gubs.ufm.inputs import Batch, rows_of
+from gubs.ufm.inputs import Batch
 from gubs.ufm.loss import Denominators, policy_loss
 from gubs.ufm.rollout import FIGURES, Request, Response, Shape, start_rollout
 from gubs.ufm.samples import Planner, Sample, StepPlan, answer_figures, answer_sums, assign_rewards, excerpt, requests
 from gubs.ufm.sync import WeightSync
 from gubs.ufm.train_worker import Job, TrainWorker
-from gubs.ufm.trainer import Trainer, Update, logprobs, micro_batches, reduce_max, reduce_sums, release_cache
+from gubs.ufm.trainer import Trainer, Update, logprobs, packed, reduce_max, reduce_sums, release_cache
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -117,11 +117,8 @@ class GRPOWorker(TrainWorker):
 
     def _references(self, samples: Sequence[Sample]) -> tuple[MicroBatches, Sequence[Tensor | None]]:
         """Micro-batches, as many on every rank, and the reference's log-probabilities for each."""
-        rows = rows_of([s.encoded for s in samples], self._share)
-        lengths = [len(samples[r[0]].encoded.ids) + sum(len(samples[i].ids) for i in r) for r in rows]
-        parts = [
-            [samples[i] for row in part for i in rows[row]] for part in micro_batches(lengths, self.grpo.micro_tokens)
-        ]
+        numbers = packed([(s.encoded, s.ids) for s in samples], self._share, self.grpo.micro_tokens)
+        parts = [[samples[i] for i in part] for part in numbers]
         batches = [(self.inputs.collate([(s.encoded, s.ids) for s in part], share=self._share), part) for part in parts]
         filler = self.inputs.collate([(samples[0].encoded if samples else self.inputs.nothing(), ())])  # no gradient
         batches += [(filler, [])] * (max(1, reduce_max(len(parts), self.device)) - len(batches))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from gubs.errors import PlatformError
 from gubs.ray_runtime import Actor
 from gubs.ufm.inputs import Inputs, Prompt
+from gubs.ufm.labels import Labels, OptionProbabilities
 from gubs.ufm.rollout import Engine, Request, Response, Shape, start_rollout
 from gubs.ufm.settings import UFMSettings
 
@@ -42,6 +43,10 @@ class Query:
     seed: int = 0
     temperature: float = 0.0
     """0 = greedy, 1 = by the model's own probabilities."""
+    labels: Labels | None = None
+    """Read the options' probabilities at the place of the letter."""
+    score: bool = False
+    """Force an empty thought: only the letter is asked for. Needs `labels`."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,33 @@ class Prediction:
     finished: bool = False
     """The answer ended by itself; False = the token limit cut it off."""
     response: Response | None = None
+    options: OptionProbabilities | None = None
+    """Of a query with labels; None if the answer names no option."""
+
+
+def request_of(inputs: Inputs, query: Query) -> Request | None:
+    """A query as an engine takes it; None if its prompt is too long."""
+    encoded = inputs.encode(query.prompt)
+    if not inputs.fits(encoded):
+        return None
+    tokens = query.labels.tokens if query.labels else ()
+    if not (query.labels and query.score):
+        return Request(inputs.for_engine(encoded), query.seed, query.temperature, tokens)
+    prompt = inputs.for_engine(encoded) | {"prompt_token_ids": [*encoded.engine_ids, *query.labels.forced]}
+    return Request(prompt, query.seed, query.temperature, tokens, max_tokens=1)
+
+
+def read_options(inputs: Inputs, labels: Labels, response: Response, *, score: bool) -> OptionProbabilities | None:
+    """The options' probabilities where a response names its option; None if it names none.
+
+    Args:
+        inputs: of the policy.
+        labels: those that the request asked for.
+        response: to the request.
+        score: the thought was forced to be empty, so that the response is the letter.
+    """
+    place = 0 if score else labels.place(response.ids, inputs.tokenizer.decode)
+    return None if place is None else labels.probabilities(response.label_logprobs[place])
 
 
 @dataclass
@@ -62,10 +94,17 @@ class _Lane:
 
     engine: Actor
     waiting: "ObjectRef[list[tuple[int, Response]]]"
-    keys: dict[int, Key] = field(default_factory=dict)
-    """Keys of the requests without an answer so far, by number."""
+    asked: "dict[int, _Asked]" = field(default_factory=dict)
+    """What the requests without an answer so far are about, by number."""
     sent: "list[ObjectRef[None]]" = field(default_factory=list)
-    """Calls that sent requests and were not checked yet; they fail if the engine refused some."""
+    """Calls that sent requests since `waiting` was submitted."""
+    before: "list[ObjectRef[None]]" = field(default_factory=list)
+    """Those before `waiting`, so they are done when it is; they fail if the engine refused a request."""
+
+    def collect(self, least: int) -> None:
+        """Asks for the next answers."""
+        self.waiting = self.engine.collect.remote(least)
+        self.before, self.sent = self.sent, []
 
 
 class Predictor:
@@ -118,17 +157,22 @@ class Predictor:
         chunks = _Encoder(queries, self._inputs, self._chunk)
         lanes = {lane.waiting: lane for lane in (_Lane(e, e.ready.remote()) for e in self._engines)}
         try:
-            while not chunks.ended or any(lane.keys for lane in lanes.values()):
+            while not chunks.ended or any(lane.asked for lane in lanes.values()):
                 ready, _ = ray.wait(list(lanes), timeout=self._deadline)
                 if not ready:
                     raise PlatformError(f"no engine was up or answered within {self._deadline:g} s")
                 lane = lanes.pop(ready[0])
-                *_, answers = ray.get([*lane.sent, ready[0]])
-                lane.sent = []
-                done = self._take(lane, answers) if lane.keys else []
+                *_, answers = ray.get([*lane.before, ready[0]])
+                lane.before = []
+                answered = sum(number in lane.asked for number, _ in answers) if lane.asked else 0
+                going_on = len(lane.asked) > answered > 0
+                if going_on:  # at once: the engine answers while these answers are read and others are sent
+                    lane.collect(self._chunk)
+                done = self._take(lane, answers) if lane.asked else []
                 done += self._top_up(lane, chunks)
-                if lane.keys:
-                    lane.waiting = lane.engine.collect.remote(self._chunk)
+                if lane.asked and not going_on:
+                    lane.collect(self._chunk)
+                if lane.asked:
                     lanes[lane.waiting] = lane
                 yield from done
         except RayActorError as e:
@@ -138,31 +182,44 @@ class Predictor:
 
     def _take(self, lane: _Lane, answers: list[tuple[int, Response]]) -> list[Prediction]:
         if not answers:
-            raise PlatformError(f"an engine lost {len(lane.keys)} requests")
+            raise PlatformError(f"an engine lost {len(lane.asked)} requests")
         predictions = []
         for number, response in answers:
-            if number in lane.keys:  # otherwise it belongs to a stream that was left early
+            if number in lane.asked:  # otherwise it belongs to a stream that was left early
+                asked = lane.asked.pop(number)
                 text, finished = self._inputs.text(response.ids)
-                predictions.append(Prediction(lane.keys.pop(number), text, finished, response))
+                options = (
+                    read_options(self._inputs, asked.labels, response, score=asked.score) if asked.labels else None
+                )
+                predictions.append(Prediction(asked.key, text, finished, response, options))
         return predictions
 
     def _top_up(self, lane: _Lane, chunks: "_Encoder") -> list[Prediction]:
         """Fills the lane's window; waits for the encoder only if the engine would be idle."""
         too_long: list[Prediction] = []
-        while len(lane.keys) + self._chunk <= self._window:
-            chunk = chunks.next(self._deadline, wait=not lane.keys)
+        while len(lane.asked) + self._chunk <= self._window:
+            chunk = chunks.next(self._deadline, wait=not lane.asked)
             if chunk is None:
                 break
-            too_long += [Prediction(key, None) for key, request in chunk if request is None]
-            fitting = [(key, request) for key, request in chunk if request is not None]
+            too_long += [Prediction(asked.key, None) for asked, request in chunk if request is None]
+            fitting = [(asked, request) for asked, request in chunk if request is not None]
             if fitting:
                 first, self._asked = self._asked, self._asked + len(fitting)
-                lane.keys |= dict(enumerate((key for key, _ in fitting), first))
+                lane.asked |= dict(enumerate((asked for asked, _ in fitting), first))
                 lane.sent.append(lane.engine.enqueue.remote([request for _, request in fitting], first))
         return too_long
 
 
-_Chunk = list[tuple[Key, Request | None]]
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What has to be known of a query to read its answer."""
+
+    key: Key
+    labels: Labels | None
+    score: bool
+
+
+_Chunk = list[tuple[_Asked, Request | None]]
 """Encoded queries; None = too long."""
 
 
@@ -201,7 +258,7 @@ class _Encoder:
         self._stopped.set()
 
     def _run(self, queries: Iterable[Query]) -> None:
-        encoded = ((query.key, self._request(query)) for query in queries)
+        encoded = ((_Asked(q.key, q.labels, q.score), self._request(q)) for q in queries)
         try:
             while chunk := list(islice(encoded, self._size)):
                 if not self._put(chunk):
@@ -211,10 +268,7 @@ class _Encoder:
             self._put(e)
 
     def _request(self, query: Query) -> Request | None:
-        encoded = self._inputs.encode(query.prompt)
-        if not self._inputs.fits(encoded):
-            return None
-        return Request(self._inputs.for_engine(encoded), query.seed, query.temperature)
+        return request_of(self._inputs, query)
 
     def _put(self, chunk: _Chunk | BaseException | None) -> bool:
         while not self._stopped.is_set():

@@ -58,7 +58,7 @@ class Questions:
         """
         self.run, self.ifvr, self.inputs = run, IFVR(run), inputs
         self._tastes = run.has(PROFILES) if tastes is None else tastes
-        self._frames = StoredFrames(run)
+        self._frames = StoredFrames.of(run)
         self._people: dict[Task, dict[str, Person]] = {}
 
     @cached_property

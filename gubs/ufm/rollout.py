@@ -6,7 +6,6 @@ worker's own device by its id.
 """
 
 import functools
-import itertools
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     from gubs.ufm.sync import Pack
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: weights reach it without another copy
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -57,6 +56,10 @@ class Request:
     seed: int
     temperature: float = 1.0
     """1 = the model's own probabilities, which training needs; 0 = greedy."""
+    labels: tuple[int, ...] = ()
+    """Tokens whose log-probability is wanted at every place of the answer."""
+    max_tokens: int = 0
+    """Longest answer; 0 = that of the settings."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Response:
     """The engine's own log-probability of each token, at temperature 1."""
     version: int
     """Number of weight updates the engine had seen."""
+    label_logprobs: tuple[tuple[float, ...], ...] = ()
+    """At each place of the answer, the log-probabilities of the request's labels."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +99,8 @@ class Engine:
         Raises:
             PlatformError: vLLM is not installed, or built for other machines.
         """
-        os.environ.update(_ENVIRONMENT)
-        if shape.threads:
-            os.environ["OMP_NUM_THREADS"] = str(shape.threads)
+        os.environ.update(ENVIRONMENT)
+        os.environ["OMP_NUM_THREADS"] = str(shape.threads or os.cpu_count())  # Ray sets 1 for actors without CPUs
         try:
             import vllm  # noqa: F401
         except ImportError as e:
@@ -112,13 +116,14 @@ class Engine:
                 "workers GPUs (ufm.workers.gpu=yes), or pip install 'gubs[cpu]'"
             )
         self._asleep: tuple[str, ...] = ()
-        self._numbers: dict[str, int] = {}
+        self._queued: dict[str, tuple[int, tuple[int, ...]]] = {}
+        """Number and labels of the requests that `collect` will answer, by vLLM's id."""
 
     @functools.cached_property
     def _llm(self) -> "LLM":
         from vllm import LLM
 
-        return LLM(**_engine_arguments(self.shape, self._cpu))
+        return LLM(**engine_arguments(self.shape, self._cpu))
 
     def ready(self) -> int:
         """Loads the model unless it is loaded; returns the process id."""
@@ -137,7 +142,7 @@ class Engine:
             return []
         prompts, parameters = self._prepared(requests, choices)
         outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
-        return [self._response(o.outputs[0]) for o in outputs]
+        return [read_output(o.outputs[0], r.labels, self.version) for o, r in zip(outputs, requests, strict=True)]
 
     def enqueue(self, requests: Sequence[Request], first: int) -> None:
         """Queues requests for `collect`, numbered from `first`."""
@@ -145,7 +150,7 @@ class Engine:
         prompts, parameters = self._prepared(requests, None)
         ids = self._llm.enqueue(prompts, parameters, use_tqdm=False)
         public = (i.rsplit("-", 1)[0] for i in ids)  # vLLM adds random characters, which answers come without
-        self._numbers |= dict(zip(public, itertools.count(first)))
+        self._queued |= {i: (first + k, requests[k].labels) for k, i in enumerate(public)}
 
     def collect(self, least: int) -> list[tuple[int, Response]]:
         """Computes until at least `least` queued requests are answered, or all are; (number, answer) each."""
@@ -153,7 +158,9 @@ class Engine:
         engine = self._llm.llm_engine
         while len(answers) < least and engine.has_unfinished_requests():
             done: list[Any] = [o for o in engine.step() if o.finished]
-            answers += [(self._numbers.pop(o.request_id), self._response(o.outputs[0])) for o in done]
+            for output in done:
+                number, labels = self._queued.pop(output.request_id)
+                answers.append((number, read_output(output.outputs[0], labels, self.version)))
         return answers
 
     def sleep(self) -> None:
@@ -208,33 +215,39 @@ class Engine:
         self, requests: Sequence[Request], choices: Sequence[str] | None
     ) -> tuple[list[Any], "list[SamplingParams]"]:
         """Prompts and sampling parameters as vLLM takes them."""
-        return [dict(r.prompt) for r in requests], [self._parameters(r, choices) for r in requests]
+        return [dict(r.prompt) for r in requests], [sampling(r, self.shape, choices) for r in requests]
 
-    def _parameters(self, request: Request, choices: Sequence[str] | None) -> "SamplingParams":
-        from vllm import SamplingParams
 
-        guided: Any = {}
-        if choices:
-            from vllm.sampling_params import StructuredOutputsParams
+def sampling(request: Request, shape: Shape, choices: Sequence[str] | None = None) -> "SamplingParams":
+    """VLLM's parameters of a request. Within one engine either all requests have labels or none: in a batch with both,
+    vLLM gives no log-probabilities to the others.
+    """
+    from vllm import SamplingParams
 
-            guided["structured_outputs"] = StructuredOutputsParams(choice=list(choices))
-        return SamplingParams(
-            temperature=request.temperature,
-            top_p=1.0,
-            top_k=0,
-            max_tokens=self.shape.inputs.max_new_tokens,
-            min_tokens=self.shape.rollout.min_new_tokens,
-            seed=request.seed,
-            logprobs=0,
-            detokenize=False,
-            skip_special_tokens=False,
-            **guided,
-        )
+    more: Any = {"logprob_token_ids": list(request.labels)} if request.labels else {"logprobs": 0}
+    if choices:
+        from vllm.sampling_params import StructuredOutputsParams
 
-    def _response(self, output: Any) -> Response:
-        ids = tuple(output.token_ids)
-        logprobs = tuple(step[token].logprob for token, step in zip(ids, output.logprobs, strict=True))
-        return Response(ids, logprobs, self.version)
+        more["structured_outputs"] = StructuredOutputsParams(choice=list(choices))
+    return SamplingParams(
+        temperature=request.temperature,
+        top_p=1.0,
+        top_k=0,
+        max_tokens=request.max_tokens or shape.inputs.max_new_tokens,
+        min_tokens=min(shape.rollout.min_new_tokens, request.max_tokens or shape.inputs.max_new_tokens),
+        seed=request.seed,
+        detokenize=False,
+        skip_special_tokens=False,
+        **more,
+    )
+
+
+def read_output(output: Any, labels: Sequence[int], version: int = 0) -> Response:
+    """A response from vLLM's `CompletionOutput`."""
+    ids = tuple(output.token_ids)
+    logprobs = tuple(step[token].logprob for token, step in zip(ids, output.logprobs, strict=True))
+    of_labels = tuple(tuple(step[label].logprob for label in labels) for step in output.logprobs) if labels else ()
+    return Response(ids, logprobs, version, of_labels)
 
 
 def start_rollout(shape: Shape, *, gpu_ids: Sequence[str] = (), node_id: str = "") -> "ActorHandle[Engine]":
@@ -248,7 +261,7 @@ def start_rollout(shape: Shape, *, gpu_ids: Sequence[str] = (), node_id: str = "
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    environment = {**_ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ",".join(gpu_ids)}
+    environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ",".join(gpu_ids)}
     if shape.threads:
         environment["OMP_NUM_THREADS"] = str(shape.threads)
     remote: Any = ray.remote(Engine)
@@ -258,7 +271,9 @@ def start_rollout(shape: Shape, *, gpu_ids: Sequence[str] = (), node_id: str = "
     return remote.options(**options).remote(shape)
 
 
-def _engine_arguments(shape: Shape, cpu: bool) -> dict[str, Any]:
+def engine_arguments(shape: Shape, cpu: bool) -> dict[str, Any]:
+    """Arguments of vLLM's engine, offline or asynchronous."""
+    """Arguments of vLLM's engine, offline or asynchronous."""
     rollout = shape.rollout
     longest = shape.inputs.max_prompt_tokens + shape.inputs.max_new_tokens
     common = {

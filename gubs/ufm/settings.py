@@ -140,6 +140,24 @@ class SFTSettings(Section):
     checkpoint: CheckpointSettings = CheckpointSettings(every=500)
 
 
+class DistilSettings(SFTSettings):
+    """Teaching the trained policy to answer without a thought, for the service's mode `score`."""
+
+    enabled: bool = True
+    """Train for mode `score`; False = the filter has mode `reason` only."""
+    held_out: float = Field(0.15, gt=0, lt=1)
+    """Share of the training users that nothing is distilled from: thresholds and the quality of `score` are measured on
+    them."""
+    items: int = Field(2000, ge=1)
+    """Targets per task that it learns from."""
+    samples: int = Field(8, ge=1)
+    """Answers sampled per target; the mean of their option probabilities is learned."""
+    keep: float = Field(0.5, ge=0)
+    """Weight of the sampled answers themselves in the loss, so that thoughts stay what they were."""
+    epochs: int = Field(4, ge=1)
+    """Passes over the targets."""
+
+
 class RolloutSettings(Section):
     """vLLM, one engine per worker. It samples at temperature 1 and top-p 1, as the paper does: with probabilities that
     the trainer does not compute with, answers would be off policy and no figure would show it.
@@ -205,6 +223,7 @@ class UFMSettings(Section):
     rollout: RolloutSettings = RolloutSettings()
     sft: SFTSettings = SFTSettings()
     grpo: GRPOSettings = GRPOSettings()
+    distil: DistilSettings = DistilSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> "UFMSettings":

@@ -7,6 +7,7 @@ shard of it. A resumed run sees the same batches and skips those already done.
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,12 +20,20 @@ from gubs.ufm.checkpoint import SharedError
 from gubs.ufm.inputs import Encoded
 from gubs.ufm.settings import SFTSettings
 from gubs.ufm.train_worker import Job, TrainWorker
-from gubs.ufm.trainer import Trainer, Update, micro_batches, reduce_max, reduce_sums
+from gubs.ufm.trainer import Trainer, Update, packed, reduce_max, reduce_sums
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Example = tuple[Encoded, list[int]]
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with one or more answers to learn."""
+
+    prompt: Encoded
+    answers: list[tuple[list[int], list[float]]]
+    """Tokens of each answer, and how much each token counts in the loss."""
+
 
 COLUMNS = ("task", "user_id", "video_id", "response")
 """Columns of the teacher's examples that training reads."""
@@ -55,17 +64,19 @@ def order_of(examples: int, sft: SFTSettings, seed: int) -> list[int]:
 class SFTWorker(TrainWorker):
     """One rank."""
 
-    def __init__(self, job: Job, shard: Any, examples: int):
+    def __init__(self, job: Job, shard: Any, examples: int, settings: SFTSettings | None = None):
         """Loads the model.
 
         Args:
             job: see `Job`.
             shard: this rank's shard of the stream.
             examples: number of examples of all ranks.
+            settings: of the training; None = those of SFT.
         """
-        sft = job.ufm.sft
+        sft = settings or job.ufm.sft
         super().__init__(job, steps_of(examples, sft), sft.checkpoint)
         self.sft, self._shard = sft, shard
+        self._share = models.attention(self.ufm.model) == "sdpa"  # only SDPA takes a mask of what sees what
         with self.phases("load"):
             model = models.load(job.start, self.ufm.model, train=True)
             self.trainer = Trainer(model, self.ufm.model, sft.optimizer, self.steps, self.device, self.vision)
@@ -81,12 +92,12 @@ class SFTWorker(TrainWorker):
             examples = next(self._batches)
         with self.phases("train"):
             update, tokens = self._update(examples, step)
-        self.skipped(step, update.skipped, [{"ids": e.ids, "answer": a} for e, a in examples])
+        self.skipped(step, update.skipped, [{"ids": e.prompt.ids, "answers": e.answers} for e in examples])
         dropped = self.sft.batch // self.world - len(examples)
         return {
             **reduce_sums({"tokens/train": tokens, "dropped_too_long": dropped}, self.device),
             "loss": update.sums["loss"],
-            "accuracy": update.sums["hits"] / max(1.0, update.sums["tokens"]),
+            "accuracy": update.sums["hits"] / max(1.0, update.sums["weight"]),
             "grad_norm": update.grad_norm,
             "learning_rate": update.learning_rate,
             "skipped": float(update.skipped),
@@ -94,21 +105,26 @@ class SFTWorker(TrainWorker):
 
     def _update(self, examples: Sequence[Example], step: int) -> tuple[Update, int]:
         """The optimiser step, and how many tokens this rank computed."""
-        parts = micro_batches([len(e.ids) + len(a) for e, a in examples], self.sft.micro_tokens)
-        batches = [self.inputs.collate([examples[i] for i in part]) for part in parts]
-        filler = examples[0][0] if examples else self.inputs.nothing()
-        needed = max(1, reduce_max(len(parts), self.device))
-        batches += [self.inputs.collate([(filler, ())])] * (needed - len(batches))
-        tokens = reduce_sums({"tokens": sum(int(b.response.sum()) for b in batches)}, self.device)["tokens"]
-        if not tokens:
+        sequences = [(e.prompt, ids) for e in examples for ids, _ in e.answers]
+        token_weights = [w for e in examples for _, w in e.answers]
+        parts = packed(sequences, self._share, self.sft.micro_tokens)
+        batches = [self.inputs.collate([sequences[i] for i in part], share=self._share) for part in parts]
+        weights = [[w for i in part for w in token_weights[i]] for part in parts]
+        filler = examples[0].prompt if examples else self.inputs.nothing()
+        missing = max(1, reduce_max(len(parts), self.device)) - len(batches)
+        batches += [self.inputs.collate([(filler, ())])] * missing
+        weights += [[]] * missing
+        whole = reduce_sums({"weight": sum(map(sum, weights))}, self.device)["weight"]
+        if not whole:
             raise SharedError(
                 f"all examples of step {step} are longer than a rollout may be: raise ufm.inputs.max_prompt_tokens or "
                 "max_new_tokens, or have shorter ones written (teachers.think_chars)"
             )
 
-        def loss_of(logp: "Tensor", _: int) -> "tuple[Tensor, dict[str, Tensor]]":
-            sums = {"tokens": logp.new_tensor(float(len(logp))), "hits": (logp.detach() > _HALF).sum()}
-            return -logp.sum() / tokens, sums
+        def loss_of(logp: "Tensor", number: int) -> "tuple[Tensor, dict[str, Tensor]]":
+            weight = logp.new_tensor(weights[number])
+            hits = (logp.detach() > _HALF) * weight
+            return -(weight * logp).sum() / whole, {"weight": weight.sum(), "hits": hits.sum()}
 
         return self.trainer.update(batches, loss_of, step), sum(b.tokens for b in batches)
 
@@ -135,14 +151,17 @@ class SFTWorker(TrainWorker):
 
     def _encode(self, rows: Sequence[JsonObject]) -> list[Example]:
         """The examples whose prompt and answer are as short as a rollout allows."""
-        examples = []
-        for row in rows:
-            question = self.questions.about_user(Task(row["task"]), row["user_id"], row["video_id"])
-            prompt, answer = self.inputs.encode(question), self.inputs.answer_ids(row["response"])
-            if self.inputs.fits(prompt) and len(answer) <= self.ufm.inputs.max_new_tokens:
-                examples.append((prompt, answer))
-        self.inputs.compute_pixels(prompt for prompt, _ in examples)
+        examples = [e for e in map(self._example, rows) if e]
+        self.inputs.compute_pixels(e.prompt for e in examples)
         return examples
+
+    def _example(self, row: JsonObject) -> Example | None:
+        """The example of a row; None if it is too long."""
+        question = self.questions.about_user(Task(row["task"]), row["user_id"], row["video_id"])
+        prompt, answer = self.inputs.encode(question), self.inputs.answer_ids(row["response"])
+        if not self.inputs.fits(prompt) or len(answer) > self.ufm.inputs.max_new_tokens:
+            return None
+        return Example(prompt, [(answer, [1.0] * len(answer))])
 
 
 _HALF = -0.6931

@@ -24,7 +24,7 @@ from gubs.console import OnProgress, progress, say
 from gubs.data.ifvr import PROFILES
 from gubs.errors import ArtifactError, GubsError, PlatformError, SettingsError
 from gubs.records import TASK_OPTIONS, Split, Task
-from gubs.ufm import memory
+from gubs.ufm import distil, memory
 from gubs.ufm import model as models
 from gubs.ufm.checkpoint import POLICY, Checkpoints
 from gubs.ufm.monitor import STUCK, check_trackers, read_metrics
@@ -102,6 +102,39 @@ def make_grpo(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: int)
     return out.summary
 
 
+def make_distil(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: int, policy: str) -> str:
+    """Teaches a trained policy to answer without a thought; see `gubs.ufm.distil`. Ray has to be running.
+
+    Raises:
+        ArtifactError: no sampled answer can be read. Others: as `make_sft`.
+    """
+    settings, start = ufm.distil, policy_folder(job.run, policy)
+    questions = Questions(job.run, ufm.inputs, tastes=job.reads(PROFILES))
+    tasks = trainable_tasks(questions, ufm.grpo.tasks)
+    if settings.batch % ufm.workers.count:
+        raise SettingsError(
+            f"ufm.distil.batch={settings.batch} cannot be divided evenly among {ufm.workers.count} workers"
+        )
+    items = distil.chosen_targets(questions, tasks, settings, seed)
+    with _training(job) as (out, folder):
+        work = _job(job, ufm, seed, folder, start)
+        check_checkpoint(work, settings.checkpoint.keep)
+        table = distil.targets_table(
+            folder / "targets.parquet", lambda: distil.sampled(items, questions, start, ufm, use_gpu(ufm.workers), seed)
+        )
+        if not table.num_rows:
+            raise ArtifactError(f"{job.run.uri}: no answer of {policy} names an option; there is nothing to distil")
+        steps, order = steps_of(table.num_rows, settings), order_of(table.num_rows, settings, seed)
+        _check_memory(ufm, frames, start, memory.plan_sft)
+        data = _dataset(distil.with_turns(table, order), ufm.workers.count)
+        with _watching(folder, steps, "distil"):
+            config = {"job": work, "examples": table.num_rows}
+            ended = _fit("gubs.ufm.distil", config, ufm.workers, folder, {"train": data})
+        last = _finish(out, folder, {"targets": table.num_rows, "start": policy, **ended})
+        out.summary = f"{steps:,} steps on {table.num_rows:,} targets, loss {last['loss']:.3f}"
+    return out.summary
+
+
 def preflight_sft(ufm: UFMSettings, frames: FrameSettings, seed: int) -> None:  # noqa: ARG001
     """Checks what needs no data, before anything is made: model, trackers, GPUs and their memory.
 
@@ -115,6 +148,11 @@ def preflight_sft(ufm: UFMSettings, frames: FrameSettings, seed: int) -> None:  
 def preflight_grpo(ufm: UFMSettings, frames: FrameSettings, seed: int) -> None:  # noqa: ARG001
     """The same for GA-GRPO."""
     _preflight(ufm, frames, memory.plan_grpo)
+
+
+def preflight_distil(ufm: UFMSettings, frames: FrameSettings, seed: int, policy: str) -> None:  # noqa: ARG001
+    """The same for distillation, which is SFT with more answers per prompt."""
+    _preflight(ufm, frames, memory.plan_sft)
 
 
 def base_model(settings: ModelSettings) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gubs.ufm.inputs import Batch
+from gubs.ufm.inputs import Answered, Batch, rows_of
 from gubs.ufm.policy import response_logits
 from gubs.ufm.settings import ModelSettings, OptimizerSettings
 
@@ -202,6 +202,13 @@ def micro_batches(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
         else:
             batches.append([i])
     return batches
+
+
+def packed(sequences: Sequence[Answered], share: bool, micro_tokens: int) -> list[list[int]]:
+    """Numbers of the sequences in each micro-batch; with `share`, answers to the same `Encoded` stay together."""
+    rows = rows_of([prompt for prompt, _ in sequences], share)
+    lengths = [len(sequences[row[0]][0].ids) + sum(len(sequences[i][1]) for i in row) for row in rows]
+    return [[i for row in part for i in rows[row]] for part in micro_batches(lengths, micro_tokens)]
 
 
 def reduce_sums(sums: "Mapping[str, float | Tensor]", device: "torch.device") -> dict[str, float]:

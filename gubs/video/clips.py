@@ -3,10 +3,9 @@
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -67,26 +66,33 @@ class ByteCache(Generic[T]):
 class StoredFrames:
     """The frames and covers that the stage `frames` stored for the videos of a run."""
 
-    def __init__(self, run: Run):
-        """Opens the artifact; the store is read on demand. A run without the stage has no frames."""
-        self.artifact = run.artifact(STAGE) if run.has(STAGE) else None
+    def __init__(self, hashes: Mapping[str, str], store: FrameStore | None):
+        """Reads nothing yet.
+
+        Args:
+            hashes: content hash of each video that has frames, by video id.
+            store: where they are; None only without hashes.
+        """
+        self.hashes, self._store = hashes, store
         self._clips = ByteCache[Clip](_CACHE_BYTES, lambda clip: clip.frames.nbytes)
 
-    @cached_property
-    def hashes(self) -> dict[str, str]:
-        """Content hash of each video that has frames, by video id."""
-        if self.artifact is None:
-            return {}
-        table = self.artifact.table("frames", ["video_id", "content_hash", "frames"])
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        """Those of a run; none if it has no stage `frames`."""
+        if not run.has(STAGE):
+            return cls({}, None)
+        artifact = run.artifact(STAGE)
+        table = artifact.table("frames", ["video_id", "content_hash", "frames"])
         table = table.filter(pc.greater(pc.fill_null(table["frames"], 0), 0))
-        return dict(zip(table["video_id"].to_pylist(), table["content_hash"].to_pylist(), strict=True))
+        hashes = dict(zip(table["video_id"].to_pylist(), table["content_hash"].to_pylist(), strict=True))
+        options = DecodeOptions.of(FrameSettings(**artifact.manifest.settings["frames"]))
+        return cls(hashes, FrameStore(artifact.manifest.info["store_uri"], options))
 
-    @cached_property
+    @property
     def store(self) -> FrameStore:
-        """The store, for the settings with which the frames were made."""
-        assert self.artifact is not None
-        manifest = self.artifact.manifest
-        return FrameStore(manifest.info["store_uri"], DecodeOptions.of(FrameSettings(**manifest.settings["frames"])))
+        """The store."""
+        assert self._store is not None
+        return self._store
 
     def clip(self, video_id: str) -> Clip | None:
         """The video's frames; None if it has none."""

@@ -23,7 +23,7 @@ from gubs.ufm.health import bounds
 from gubs.ufm.inputs import Encoded, Inputs, mrope_positions
 from gubs.ufm.loss import Denominators, k3, policy_loss
 from gubs.ufm.model import load
-from gubs.ufm.rollout import _ENVIRONMENT, Request, Response, Shape, start_rollout
+from gubs.ufm.rollout import ENVIRONMENT, Request, Response, Shape, start_rollout
 from gubs.ufm.settings import ModelSettings, RolloutSettings
 from gubs.ufm.sync import HEAD, WeightSync, _shared, weights_of
 from gubs.ufm.trainer import logprobs
@@ -88,7 +88,7 @@ def engine(loud, inputs, ray_local) -> Iterator[Any]:
             return self._llm.collective_rpc(ask)[0].numpy()
 
     shape = Shape(str(loud), MODEL, inputs.settings, RolloutSettings(kv_cache_gb=0.1, max_num_seqs=16), threads=2)
-    actor = ray.remote(Probe).options(num_cpus=0, runtime_env={"env_vars": {**_ENVIRONMENT, "OMP_NUM_THREADS": "2"}})
+    actor = ray.remote(Probe).options(num_cpus=0, runtime_env={"env_vars": {**ENVIRONMENT, "OMP_NUM_THREADS": "2"}})
     handle = actor.remote(shape)
     ray.get(handle.ready.remote(), timeout=400)
     yield handle

@@ -15,7 +15,7 @@ import torch
 
 from gubs.config import load_settings
 from gubs.ufm import grpo, train_worker
-from gubs.ufm.rollout import Engine, Request, Shape, _engine_arguments
+from gubs.ufm.rollout import Engine, Request, Shape, engine_arguments
 from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
 
 
@@ -144,7 +144,7 @@ def test_the_engines_process_is_the_first_thing_and_its_model_the_last(monkeypat
 @pytest.mark.parametrize("cpu", [True, False])
 def test_every_argument_is_one_that_vllm_knows(cpu):
     """A name that vLLM dropped would be found on a GPU only."""
-    given = _engine_arguments(engine().shape, cpu)
+    given = engine_arguments(engine().shape, cpu)
     (package,) = importlib.util.find_spec("vllm").submodule_search_locations
     tree = ast.parse((Path(package) / "engine" / "arg_utils.py").read_text())
     (fields,) = (n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == "EngineArgs")

@@ -1,0 +1,1 @@
+"""The UFM as a filter in front of a recommender, over HTTP: decisions, API, Ray Serve deployments, client."""

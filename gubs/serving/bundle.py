@@ -1,0 +1,251 @@
+"""A filter as one folder that a replica loads: policy, group profiles, the people and videos it knows, thresholds.
+
+    filter/
+      manifest.json       what made it; its content hash is the filter's version
+      filter.json         see `FilterConfig`
+      policy/             a checkpoint that transformers and vLLM load
+      users, videos, views, groups, memberships, frames, held_out  (Parquet)
+
+Pictures stay in the frame store, whose address is in `filter.json`. The folder may be at any URI; `policy/` is copied
+to this machine once per version.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict
+
+from gubs.artifacts import Artifact, JsonObject, Run
+from gubs.errors import ArtifactError
+from gubs.prompts.people import Person, Taste, View
+from gubs.records import GroupProfile, Task, User, Video
+from gubs.serving.filter import Mode, Threshold
+from gubs.ufm.checkpoint import POLICY
+from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
+from gubs.ugm.cluster import Encoder, assign
+from gubs.ugm.manager import make_encoder
+from gubs.ugm.settings import UGMSettings
+from gubs.video.clips import StoredFrames
+from gubs.video.decoded import DecodeOptions
+from gubs.video.frame_store import FrameStore
+
+STAGE = "filter"
+CONFIG = "filter.json"
+_PEOPLE_CACHE = 4096
+
+
+class ScoreQuality(BaseModel):
+    """How well a mode ranks the targets of held-out training users."""
+
+    model_config = ConfigDict(frozen=True)
+
+    auc: float
+    n: int
+
+
+class FilterConfig(BaseModel):
+    """What a replica has to know of a filter beside its tables."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    policy: str
+    """Stage of the policy."""
+    tasks: tuple[Task, ...]
+    model: ModelSettings
+    inputs: InputSettings
+    rollout: RolloutSettings
+    pictures: bool
+    """The data set has videos with frames; otherwise prompts show topic tags."""
+    thresholds: dict[str, dict[str, dict[str, float]]]
+    """Task -> mode -> the fields of `Threshold`."""
+    auc: dict[str, dict[str, float]]
+    """Task -> mode -> AUC of P(skip) on held-out training users."""
+    modes: tuple[Mode, ...]
+    """Modes that may be asked; without `score` if its AUC is below the bar."""
+    refused: str = ""
+    """Why `score` may not be asked."""
+    prompts: dict[str, str]
+    """Hash of each prompt template that the policy was trained with."""
+    ugm: UGMSettings | None = None
+    """How users become vectors; None without groups."""
+    frame_store: str = ""
+    frames: DecodeOptions | None = None
+
+    def threshold(self, task: Task, mode: Mode) -> float:
+        """The default threshold.
+
+        Raises:
+            KeyError: the filter has none for this task and mode.
+        """
+        return self.thresholds[str(task)][str(mode)]["value"]
+
+
+class Bundle:
+    """A loaded filter. People and videos stay in columns: a million of them cost no Python objects."""
+
+    def __init__(self, uri: str):
+        """Opens a filter.
+
+        Args:
+            uri: its folder, a path or any URI that fsspec knows.
+
+        Raises:
+            ArtifactError: there is no finished filter.
+        """
+        root, _, name = uri.rstrip("/").rpartition("/")
+        self.artifact: Artifact = Run(root or ".").artifact(name)
+        if self.artifact.manifest.kind != STAGE:
+            raise ArtifactError(f"{uri} is no filter: run `gubs filter make`")
+        fs, path = self.artifact.run.fs, self.artifact.run.path(name, CONFIG)
+        self.config = FilterConfig.model_validate_json(fs.cat_file(path))
+        self._users = _Rows(self.artifact.table("users"), "user_id")
+        self._videos = _Rows(self.artifact.table("videos"), "video_id")
+        self._views = _Rows(self.artifact.table("views"), "user_id")
+        self._memberships = _Rows(self.artifact.table("memberships"), "user_id")
+        self.person = lru_cache(_PEOPLE_CACHE)(self._person)
+
+    @property
+    def version(self) -> str:
+        """Hash of the filter's content."""
+        return self.artifact.content
+
+    @cached_property
+    def groups(self) -> dict[str, GroupProfile]:
+        """Groups with a profile, by id."""
+        return {g.group_id: g for g in GroupProfile.from_table(self.artifact.table("groups"))}
+
+    @cached_property
+    def pictures(self) -> StoredFrames:
+        """The stored pictures of the videos."""
+        table = self.artifact.table("frames")
+        hashes = dict(zip(table["video_id"].to_pylist(), table["content_hash"].to_pylist(), strict=True))
+        store = FrameStore(self.config.frame_store, self.config.frames) if self.config.frames else None
+        return StoredFrames(hashes, store)
+
+    @property
+    def user_ids(self) -> Sequence[str]:
+        """Ids of the users it knows."""
+        return self._users.ids
+
+    @property
+    def video_ids(self) -> Sequence[str]:
+        """Ids of the videos it knows."""
+        return self._videos.ids
+
+    def video(self, video_id: str) -> Video | None:
+        """A video it knows; None if it does not."""
+        rows = self._videos.of(video_id)
+        return Video.from_row(rows[0]) if rows else None
+
+    def _person(self, user_id: str, task: Task) -> Person | None:
+        """A user it knows, with the history of a task; None if it does not know the user."""
+        users = self._users.of(user_id)
+        if not users:
+            return None
+        row = users[0]
+        taste = Taste(row["taste"], tuple(row["taste_tags"] or ()), row["taste_until"]) if row["taste"] else None
+        user = User.from_row({k: v for k, v in row.items() if not k.startswith("taste")})
+        views = tuple(self._view(v) for v in self._views.of(user_id) if v["task"] == str(task))
+        return Person(user, views, taste)
+
+    def _view(self, row: JsonObject) -> View:
+        fields = {k: v for k, v in row.items() if k not in ("user_id", "task", "video_id")}
+        return View(self.video(row["video_id"]) or Video(row["video_id"]), **fields)
+
+    def groups_of(self, user_id: str) -> list[str]:
+        """Groups of a user it knows, most similar first; those of another user come from `place`."""
+        rows = sorted(self._memberships.of(user_id), key=lambda r: -(r["similarity"] or 0.0))
+        return [r["group_id"] for r in rows if r["group_id"] in self.groups]
+
+    def place(self, person: Person) -> str | None:
+        """The group of a person it does not know: that of the nearest typical user whose threshold is reached."""
+        if self._encoder is None:
+            return None
+        encoder, typical, thresholds, names = self._encoder
+        (found,) = assign([person.with_tags], typical, thresholds, encoder)
+        return names[found[0]] if found else None
+
+    @cached_property
+    def _encoder(self) -> tuple[Encoder, list[User], list[float], list[str]] | None:
+        """Encoder, typical users, thresholds and names of the groups; fitted on the users they were made from."""
+        if self.config.ugm is None or not self.groups:
+            return None
+        fitted_on = self.artifact.table("grouped_users")
+        people = list(User.from_table(fitted_on))
+        encoder = make_encoder(self.config.ugm)
+        encoder.fit(people)
+        by_id = {u.user_id: u for u in people}
+        groups = [g for g in self.groups.values() if g.typical_user in by_id]
+        return (
+            encoder,
+            [by_id[g.typical_user] for g in groups],
+            [g.threshold for g in groups],
+            [g.group_id for g in groups],
+        )
+
+    def local_policy(self) -> Path:
+        """Folder of the policy on this machine; copied once per version if the filter is elsewhere."""
+        run, stage = self.artifact.run, self.artifact.stage
+        if "://" not in run.uri or run.uri.startswith("file://"):
+            return Path(run.path(stage, POLICY))
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gubs" / "filters" / self.version
+        if not cache.exists():
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
+                run.fs.get(run.path(stage, POLICY), f"{folder}/policy", recursive=True)
+                try:
+                    Path(folder, "policy").rename(cache)
+                except OSError:  # another replica of this machine was faster
+                    shutil.rmtree(Path(folder, "policy"), ignore_errors=True)
+        return cache
+
+
+class _Rows:
+    """A table, found by a column that need not be unique."""
+
+    def __init__(self, table: pa.Table, key: str):
+        order = pc.sort_indices(table, sort_keys=[(key, "ascending")])
+        self._table = table.take(order).combine_chunks()
+        keys = self._table[key].combine_chunks().dictionary_encode() if table.num_rows else None
+        self.ids: list[str] = keys.dictionary.to_pylist() if keys is not None else []
+        counts = np.bincount(keys.indices.to_numpy(), minlength=len(self.ids)) if keys is not None else np.zeros(0, int)
+        ends = np.cumsum(counts)
+        self._places = {name: (int(e - n), int(n)) for name, n, e in zip(self.ids, counts, ends, strict=True)}
+
+    def of(self, name: str) -> list[JsonObject]:
+        """The rows of a key, in the table's order."""
+        place = self._places.get(name)
+        return self._table.slice(*place).to_pylist(maps_as_pydicts="strict") if place else []
+
+
+def write_config(path: str, config: FilterConfig, fs: object) -> None:
+    """Writes `filter.json`."""
+    fs.pipe_file(path, config.model_dump_json(indent=1).encode())  # type: ignore[attr-defined]
+
+
+def describe(thresholds: Mapping[Task, Mapping[Mode, Threshold]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Thresholds as JSON."""
+    from dataclasses import asdict
+
+    return {str(task): {str(mode): asdict(t) for mode, t in by_mode.items()} for task, by_mode in thresholds.items()}
+
+
+def content_of(policy: Path, config: FilterConfig, tables: Mapping[str, str]) -> str:
+    """Identity of a filter: its policy's weights, what it was told, and its tables."""
+    digest = hashlib.sha256()
+    digest.update(config.model_dump_json().encode())
+    digest.update(json.dumps(dict(sorted(tables.items()))).encode())
+    for file in sorted(policy.glob("*.safetensors")):
+        with file.open("rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()[:16]

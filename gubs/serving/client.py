@@ -1,0 +1,227 @@
+"""A typed client of the filter service, sync and async. What the service calls retryable is tried again.
+
+with Client("http://127.0.0.1:8000", key="gubs_...") as client:
+answer = client.filter(user="u17", candidates=["v1", "v2"])
+kept = [r.id for r in answer.results if r.decision == "keep"]
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, TypeVar
+
+import httpx
+from pydantic import TypeAdapter
+
+from gubs.errors import GubsError
+from gubs.records import Task
+from gubs.serving.filter import Mode
+from gubs.serving.schemas import (
+    Candidate,
+    ErrorBody,
+    ExplainRequest,
+    ExplainResponse,
+    FilterRequest,
+    FilterResponse,
+    Group,
+    ModelInfo,
+    Problem,
+    User,
+    UserRef,
+)
+
+T = TypeVar("T")
+_LONGEST_WAIT_S = 30.0
+
+
+class ServiceError(GubsError):
+    """The service refused a request, or did not answer."""
+
+    exit_code = 5
+
+    def __init__(self, problem: Problem, status: int = 0):
+        super().__init__(f"{problem.code}: {problem.message}")
+        self.problem, self.status = problem, status
+
+
+class _Api:
+    """Requests and answers, without the sending."""
+
+    def __init__(self, url: str, key: str = "", timeout_s: float = 30.0, retries: int = 3):
+        """Sends nothing yet.
+
+        Args:
+            url: of the service.
+            key: API key; empty for a service that asks for none.
+            timeout_s: longest time an attempt may take.
+            retries: further attempts after a retryable error.
+        """
+        self._options: dict[str, Any] = {
+            "base_url": url,
+            "timeout": timeout_s,
+            "headers": {"Authorization": f"Bearer {key}"} if key else {},
+        }
+        self._retries = retries
+
+    def _filter(self, user: UserRef | str, candidates: Sequence[Candidate | str], more: Mapping[str, Any]) -> str:
+        ref = UserRef(id=user) if isinstance(user, str) else user
+        listed = [Candidate(id=c) if isinstance(c, str) else c for c in candidates]
+        return FilterRequest(user=ref, candidates=listed, **more).model_dump_json(exclude_defaults=True)
+
+    def _explain(self, user: UserRef | str, candidate: Candidate | str, more: Mapping[str, Any]) -> str:
+        ref = UserRef(id=user) if isinstance(user, str) else user
+        video = Candidate(id=candidate) if isinstance(candidate, str) else candidate
+        return ExplainRequest(user=ref, candidate=video, **more).model_dump_json(exclude_defaults=True)
+
+    def _pause(self, attempt: int, outcome: httpx.Response | httpx.HTTPError) -> float:
+        """Seconds to wait before the next attempt.
+
+        Raises:
+            ServiceError: there is none.
+        """
+        if isinstance(outcome, httpx.Response):
+            problem, status = _problem(outcome), outcome.status_code
+            wait = float(outcome.headers.get("retry-after", 0))
+        else:
+            problem, status, wait = Problem(code="unreachable", message=str(outcome), retryable=True), 0, 0.0
+        if not problem.retryable or attempt >= self._retries:
+            raise ServiceError(problem, status)
+        return min(_LONGEST_WAIT_S, max(wait, 0.2 * 2**attempt * random.uniform(0.5, 1.5)))
+
+
+class Client(_Api):
+    """The synchronous client; a context manager."""
+
+    def __enter__(self) -> Self:
+        self._http = httpx.Client(**self._options)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def filter(
+        self,
+        user: UserRef | str,
+        candidates: Sequence[Candidate | str],
+        *,
+        task: Task = Task.SEQUENTIAL,
+        mode: Mode | None = None,
+        threshold: float | None = None,
+        timeout_ms: int | None = None,
+        explain: bool = True,
+    ) -> FilterResponse:
+        """Which candidates to keep. Errors: `ServiceError`."""
+        more = _given(task=task, mode=mode, threshold=threshold, timeout_ms=timeout_ms, explain=explain)
+        return self._send("POST", "/v1/filter", FilterResponse, self._filter(user, candidates, more))
+
+    def explain(
+        self, user: UserRef | str, candidate: Candidate | str, *, task: Task = Task.SEQUENTIAL
+    ) -> ExplainResponse:
+        """The answers with the user's own, a similar user's, a group's and no profile."""
+        return self._send("POST", "/v1/explain", ExplainResponse, self._explain(user, candidate, {"task": task}))
+
+    def groups(self) -> list[Group]:
+        """The groups of users."""
+        return self._send("GET", "/v1/groups", list[Group])
+
+    def user(self, user_id: str) -> User:
+        """A user that the filter knows."""
+        return self._send("GET", f"/v1/users/{_quoted(user_id)}", User)
+
+    def models(self) -> list[ModelInfo]:
+        """The deployed versions."""
+        return self._send("GET", "/v1/models", list[ModelInfo])
+
+    def _send(self, method: str, path: str, kind: type[T], body: str | None = None) -> T:
+        attempt = 0
+        while True:
+            try:
+                outcome: httpx.Response | httpx.HTTPError = self._http.request(
+                    method, path, content=body, headers=_JSON
+                )
+            except httpx.HTTPError as e:
+                outcome = e
+            if isinstance(outcome, httpx.Response) and outcome.is_success:
+                return TypeAdapter(kind).validate_json(outcome.content)
+            time.sleep(self._pause(attempt, outcome))
+            attempt += 1
+
+
+class AsyncClient(_Api):
+    """The asynchronous client; an asynchronous context manager."""
+
+    async def __aenter__(self) -> Self:
+        self._http = httpx.AsyncClient(**self._options)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
+
+    async def filter(
+        self,
+        user: UserRef | str,
+        candidates: Sequence[Candidate | str],
+        *,
+        task: Task = Task.SEQUENTIAL,
+        mode: Mode | None = None,
+        threshold: float | None = None,
+        timeout_ms: int | None = None,
+        explain: bool = True,
+    ) -> FilterResponse:
+        """Which candidates to keep. Errors: `ServiceError`."""
+        more = _given(task=task, mode=mode, threshold=threshold, timeout_ms=timeout_ms, explain=explain)
+        return await self._send("POST", "/v1/filter", FilterResponse, self._filter(user, candidates, more))
+
+    async def explain(
+        self, user: UserRef | str, candidate: Candidate | str, *, task: Task = Task.SEQUENTIAL
+    ) -> ExplainResponse:
+        """The answers with the user's own, a similar user's, a group's and no profile."""
+        return await self._send("POST", "/v1/explain", ExplainResponse, self._explain(user, candidate, {"task": task}))
+
+    async def groups(self) -> list[Group]:
+        """The groups of users."""
+        return await self._send("GET", "/v1/groups", list[Group])
+
+    async def user(self, user_id: str) -> User:
+        """A user that the filter knows."""
+        return await self._send("GET", f"/v1/users/{_quoted(user_id)}", User)
+
+    async def models(self) -> list[ModelInfo]:
+        """The deployed versions."""
+        return await self._send("GET", "/v1/models", list[ModelInfo])
+
+    async def _send(self, method: str, path: str, kind: type[T], body: str | None = None) -> T:
+        attempt = 0
+        while True:
+            try:
+                outcome: httpx.Response | httpx.HTTPError = await self._http.request(
+                    method, path, content=body, headers=_JSON
+                )
+            except httpx.HTTPError as e:
+                outcome = e
+            if isinstance(outcome, httpx.Response) and outcome.is_success:
+                return TypeAdapter(kind).validate_json(outcome.content)
+            await asyncio.sleep(self._pause(attempt, outcome))
+            attempt += 1
+
+
+_JSON = {"Content-Type": "application/json"}
+
+
+def _given(**values: object) -> dict[str, object]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _quoted(name: str) -> str:
+    from urllib.parse import quote
+
+    return quote(name, safe="")
+
+
+def _problem(response: httpx.Response) -> Problem:
+    try:
+        return ErrorBody.model_validate_json(response.content).error
+    except ValueError:
+        retryable = response.status_code in (408, 429, 502, 503, 504)
+        return Problem(code=f"http_{response.status_code}", message="the service gave no reason", retryable=retryable)

@@ -1,0 +1,200 @@
+"""Deploys filters on a cluster and moves requests between versions, through the dashboard's REST interface.
+
+The whole state is one Serve config, as in a YAML file for `serve deploy`: one application per version, and the ingress
+with the versions' shares in its `user_config`. A new share restarts nothing.
+"""
+
+import copy
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from gubs.artifacts import JsonObject
+from gubs.console import say
+from gubs.errors import PlatformError, SettingsError
+from gubs.serving.settings import ServingSettings
+
+INGRESS = "ingress"
+_POLL_S = 1.0
+
+
+def app_name(version: str) -> str:
+    """Name of a version's application."""
+    return f"filter-{version}"
+
+
+def engine_app(uri: str, version: str, settings: ServingSettings, *, gpus: bool) -> JsonObject:
+    """A version's application in a Serve config."""
+    return {
+        "name": app_name(version),
+        "route_prefix": None,
+        "import_path": "gubs.serving.deployment:build_engine",
+        "args": {"args": {"uri": uri, "settings": settings.model_dump(mode="json"), "gpus": gpus}},
+    }
+
+
+def ingress_app(settings: ServingSettings, traffic: JsonObject) -> JsonObject:
+    """The ingress in a Serve config."""
+    return {
+        "name": INGRESS,
+        "route_prefix": "/",
+        "import_path": "gubs.serving.deployment:build_ingress",
+        "args": {"args": {"settings": settings.model_dump(mode="json")}},
+        "deployments": [{"name": INGRESS, "user_config": traffic}],
+    }
+
+
+def serve_config(uri: str, version: str, settings: ServingSettings, *, gpus: bool) -> JsonObject:
+    """A whole Serve config with one version that gets all requests."""
+    traffic = {"versions": {app_name(version): 1.0}, "shadow": []}
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {
+            "host": "127.0.0.1" if settings.insecure else settings.host,
+            "port": settings.port,
+            "request_timeout_s": settings.timeout_s + 5,
+        },
+        "logging_config": {"enable_access_log": False},
+        "applications": [engine_app(uri, version, settings, gpus=gpus), ingress_app(settings, traffic)],
+    }
+
+
+class Control:
+    """The service on one cluster."""
+
+    def __init__(self, address: str):
+        """Connects.
+
+        Args:
+            address: of the dashboard, http://host:8265.
+
+        Raises:
+            PlatformError: it cannot be reached.
+        """
+        from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+        try:
+            self._client = ServeSubmissionClient(address)
+        except (ConnectionError, RuntimeError) as e:
+            raise PlatformError(f"cannot reach the dashboard at {address}: {e}") from None
+        self.address = address
+
+    def config(self) -> JsonObject:
+        """The present config; one without applications if nothing is deployed."""
+        details = self._client.get_serve_details()
+        applications = [a["deployed_app_config"] for a in details.get("applications", {}).values()]
+        known = {k: details[k] for k in ("proxy_location", "http_options") if details.get(k)}
+        return {**known, "applications": [a for a in applications if a]}
+
+    def apply(self, config: JsonObject, timeout_s: float = 600.0) -> None:
+        """Sets a config and waits until every application runs.
+
+        Raises:
+            PlatformError: one of them cannot start, or takes too long.
+        """
+        self._client.deploy_applications(config)
+        wanted = {a["name"] for a in config["applications"]}
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            status = self.status()
+            if all(status.get(name, "") == "RUNNING" for name in wanted) and set(status) == wanted:
+                return
+            failed = [n for n in wanted if status.get(n) in ("DEPLOY_FAILED", "UNHEALTHY")]
+            if failed:
+                message = self._client.get_serve_details()["applications"][failed[0]].get("message", "")
+                raise PlatformError(f"{failed[0]} does not start: {message.strip()[-1500:]}")
+            time.sleep(_POLL_S)
+        raise PlatformError(f"the service was not up within {timeout_s:g} s: {self.status()}")
+
+    def status(self) -> dict[str, str]:
+        """Status of each application."""
+        return {name: a["status"] for name, a in self._client.get_serve_details().get("applications", {}).items()}
+
+    def deploy(self, uri: str, version: str, settings: ServingSettings, *, gpus: bool) -> str:
+        """Deploys a version: with all requests if it is the first, else with none, beside those that are there.
+
+        Returns:
+            The name of its application.
+        """
+        name, present = app_name(version), self.config()
+        others = [a for a in present["applications"] if a["name"] not in (INGRESS, name)]
+        if not any(a["name"] == INGRESS for a in present["applications"]):
+            self.apply(serve_config(uri, version, settings, gpus=gpus))
+            return name
+        traffic = _traffic(present)
+        traffic["versions"].setdefault(name, 0.0 if others else 1.0)
+        applications = [*others, engine_app(uri, version, settings, gpus=gpus), ingress_app(settings, traffic)]
+        self.apply({**present, "applications": applications})
+        return name
+
+    def split(self, weights: Mapping[str, float]) -> None:
+        """Gives versions their shares of the requests; others get none.
+
+        Raises:
+            SettingsError: a version is not deployed, or no share is above 0.
+        """
+        self._change(lambda traffic: traffic.update(versions=self._known(weights)))
+
+    def promote(self, name: str) -> None:
+        """Gives a version all requests; the others stay deployed, for the way back."""
+        self.split({name: 1.0})
+
+    def shadow(self, name: str, *, on: bool = True) -> None:
+        """Asks a version beside those that act; its decisions only go to the log."""
+        self._known({name: 1.0})
+
+        def change(traffic: JsonObject) -> None:
+            others = [n for n in traffic["shadow"] if n != name]
+            traffic["shadow"] = [*others, name] if on else others
+
+        self._change(change)
+
+    def remove(self, name: str) -> None:
+        """Takes a version away that gets no requests.
+
+        Raises:
+            SettingsError: it gets some, or is not deployed.
+        """
+        present = self.config()
+        traffic = _traffic(present)
+        self._known({name: 1.0})
+        if traffic["versions"].get(name) or name in traffic["shadow"]:
+            raise SettingsError(f"{name} still gets requests: promote another version first")
+        traffic["versions"].pop(name, None)
+        applications = [a for a in present["applications"] if a["name"] != name]
+        self.apply({**present, "applications": _with_traffic(applications, traffic)})
+
+    def traffic(self) -> JsonObject:
+        """Shares and shadows: {"versions": {application: weight}, "shadow": [...]}."""
+        return _traffic(self.config())
+
+    def _known(self, weights: Mapping[str, float]) -> dict[str, float]:
+        deployed = [a["name"] for a in self.config()["applications"] if a["name"] != INGRESS]
+        unknown = [n for n in weights if n not in deployed]
+        if unknown:
+            raise SettingsError(f"{unknown[0]} is not deployed (deployed: {', '.join(deployed) or 'nothing'})")
+        if not any(w > 0 for w in weights.values()):
+            raise SettingsError("some version needs a share above 0")
+        return {name: float(weights.get(name, 0.0)) for name in deployed}
+
+    def _change(self, change: Any) -> None:
+        present = self.config()
+        traffic = _traffic(present)
+        change(traffic)
+        self.apply({**present, "applications": _with_traffic(present["applications"], traffic)})
+        say(f"[serve]  shares {traffic['versions']}, shadow {traffic['shadow'] or 'none'}")
+
+
+def _traffic(config: JsonObject) -> JsonObject:
+    for application in config["applications"]:
+        for deployment in application.get("deployments", ()):
+            if application["name"] == INGRESS and deployment.get("user_config"):
+                return copy.deepcopy(deployment["user_config"])
+    return {"versions": {}, "shadow": []}
+
+
+def _with_traffic(applications: list[JsonObject], traffic: JsonObject) -> list[JsonObject]:
+    return [
+        {**a, "deployments": [{"name": INGRESS, "user_config": traffic}]} if a["name"] == INGRESS else a
+        for a in applications
+    ]

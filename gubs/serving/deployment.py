@@ -1,0 +1,488 @@
+"""The filter on Ray Serve: engine replicas per version, and one ingress in front of all versions.
+
+Each version of a filter is an application of its own without a route; the ingress finds it by name. What share of the
+requests a version gets stands in the ingress's `user_config`, so that a roll-over changes a number and restarts
+nothing. The only module that imports Serve.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+from ray.serve.handle import DeploymentHandle
+
+from gubs.serving.bundle import Bundle
+from gubs.serving.filter import Decision, Mode
+from gubs.serving.keys import ApiKey, KeyRing, read_keys
+from gubs.serving.metrics import Metrics
+from gubs.serving.schemas import (
+    ErrorBody,
+    ExplainRequest,
+    ExplainResponse,
+    FilterRequest,
+    FilterResponse,
+    Group,
+    ModelInfo,
+    ModelName,
+    Problem,
+    Result,
+    Usage,
+    User,
+)
+from gubs.serving.service import FilterService, RequestError, merged, pick
+from gubs.serving.settings import ServingSettings
+from gubs.serving.shadow import ShadowLog
+from gubs.ufm.inputs import Prompt
+
+T = TypeVar("T", bound=BaseModel)
+R = TypeVar("R")
+ENGINE, INGRESS = "engine", "ingress"
+"""Names of the deployments; the ingress's application has the same name."""
+_AFFINITY = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+_CANARY_S = 30.0
+_STATUS = {
+    "unknown_user": 404,
+    "unknown_group": 404,
+    "unknown_task": 400,
+    "mode_unavailable": 409,
+    "pictures": 422,
+    "overloaded": 429,
+    "unavailable": 503,
+    "timeout": 504,
+}
+_log = logging.getLogger("ray.serve")
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody} for status in (400, 401, 404, 409, 413, 422, 429, 500, 503, 504)
+}
+
+
+class RefusedError(Exception):
+    """An error response."""
+
+    def __init__(self, status: int, code: str, message: str, *, retryable: bool = False, retry_after: float = 0.0):
+        super().__init__(message)
+        self.status, self.problem = status, Problem(code=code, message=message, retryable=retryable)
+        self.retry_after = retry_after
+
+    def response(self) -> Response:
+        """As JSON, with Retry-After where a client should wait."""
+        headers = {"Retry-After": str(max(1, round(self.retry_after)))} if self.retry_after else {}
+        return JSONResponse(ErrorBody(error=self.problem).model_dump(), self.status, headers)
+
+
+@serve.deployment(name=ENGINE)
+class EngineReplica:
+    """One engine with one filter."""
+
+    async def __init__(self, uri: str, settings: dict[str, Any]):  # type: ignore[misc]  # Serve awaits it
+        """Loads the filter, and answers one question before it counts as ready."""
+        from gubs.serving.engine import FilterEngine
+
+        self._bundle = await asyncio.to_thread(Bundle, uri)
+        self._engine = FilterEngine(self._bundle)
+        self._service = FilterService(self._bundle, self._engine, ServingSettings(**settings))
+        await self.check_health()
+
+    async def decide(self, request: FilterRequest, mode: Mode) -> tuple[list[Result], Usage, float]:
+        """See `FilterService.decide`."""
+        return await self._surviving(self._service.decide(request, mode))
+
+    async def explain(self, request: ExplainRequest) -> dict[str, object]:
+        """See `FilterService.explain`."""
+        return await self._surviving(self._service.explain(request))
+
+    def user(self, user_id: str) -> User:
+        """See `FilterService.user`."""
+        return self._service.user(user_id)
+
+    def groups(self) -> list[Group]:
+        """See `FilterService.groups`."""
+        return self._service.groups()
+
+    def about(self) -> dict[str, object]:
+        """See `FilterService.about`."""
+        return self._service.about() | {"running": self._engine.running}
+
+    def examples(self, count: int) -> dict[str, list[str]]:
+        """See `FilterService.examples`."""
+        return self._service.examples(count)
+
+    async def check_health(self) -> None:
+        """Asks the engine for one token."""
+        await self._surviving(self._engine.check())
+        async with asyncio.timeout(_CANARY_S):
+            await self._surviving(self._engine.ask(self._bundle.config.tasks[0], Mode.SCORE, [Prompt("ok")]))
+
+    async def _surviving(self, work: Awaitable[R]) -> R:
+        """Ends the replica at once if its engine is dead: Serve replaces it, and the ingress asks another."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return await work
+        except EngineDeadError:
+            os._exit(1)
+
+    def __del__(self) -> None:
+        """Ends the engine's process and the decoders."""
+        with contextlib.suppress(AttributeError):
+            self._engine.close()
+            self._service.close()
+
+
+app = FastAPI(title="gubs filter", version="1", docs_url=None, redoc_url=None)
+
+
+@app.exception_handler(RefusedError)
+async def _refused(_: Request, error: RefusedError) -> Response:
+    return error.response()
+
+
+@app.exception_handler(Exception)
+async def _failed(_: Request, error: Exception) -> Response:
+    """A bug: the client gets a code, the log gets the trace."""
+    _log.error("request failed", exc_info=error)
+    return RefusedError(500, "internal", "the service failed", retryable=True).response()
+
+
+@serve.deployment(name=INGRESS)
+@serve.ingress(app)
+class Ingress:
+    """Checks requests, spreads them over versions and replicas, and merges the answers."""
+
+    def __init__(self, settings: dict[str, Any], versions: dict[str, float] | None = None):
+        """Reads the keys.
+
+        Args:
+            settings: `ServingSettings` as JSON.
+            versions: application of each version -> share of the requests, until `reconfigure` is called.
+        """
+        self._settings = ServingSettings(**settings)
+        self._keys = None if self._settings.insecure else KeyRing(read_keys(self._settings.keys_file))
+        self._metrics = Metrics()
+        self._log = ShadowLog(self._settings.log_dir) if self._settings.log_dir else None
+        self._handles: dict[str, DeploymentHandle] = {}
+        self._names: dict[str, ModelName] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self.reconfigure({"versions": versions or {}})
+
+    def reconfigure(self, config: dict[str, Any]) -> None:
+        """New weights: {"versions": {application: weight}, "shadow": [applications]}."""
+        self._weights: Mapping[str, float] = dict(config.get("versions") or {})
+        self._shadow: list[str] = list(config.get("shadow") or [])
+
+    @app.post("/v1/filter", response_model=FilterResponse, responses=_ERRORS)
+    async def filter(self, request: Request) -> Response:
+        """Decides which candidates the user would skip."""
+        began = time.perf_counter()
+        key = self._authorised(request)
+        asked = await self._read(request, FilterRequest)
+        mode = asked.mode or Mode(self._settings.mode)
+        code = "200"
+        try:
+            self._admit(key, len(asked.candidates))
+            answer = await self._filtered(asked, mode, began)
+        except RefusedError as e:
+            code = str(e.status)
+            self._metrics.error(e.problem.code)
+            raise
+        finally:
+            self._metrics.request(code, mode, time.perf_counter() - began)
+        return Response(answer.model_dump_json(), media_type="application/json")
+
+    @app.post("/v1/explain", response_model=ExplainResponse, responses=_ERRORS)
+    async def explain(self, request: Request) -> ExplainResponse:
+        """Answers with the user's own, a similar user's, a group's and no profile, side by side."""
+        began = time.perf_counter()
+        key = self._authorised(request)
+        asked = await self._read(request, ExplainRequest)
+        self._admit(key, 4)
+        version = self._pick(_user_key(asked))
+        async with self._deadline(asked.timeout_ms):
+            fields = await self._call(version, "explain", asked, session=_user_key(asked))
+        timing = {"total": round((time.perf_counter() - began) * 1e3, 1)}
+        name = await self._name(version)
+        return ExplainResponse(request_id=_request_id(asked), model=name, timing_ms=timing, **fields)
+
+    @app.get("/v1/groups", response_model=list[Group], responses=_ERRORS)
+    async def groups(self, request: Request) -> list[Group]:
+        """The groups of users."""
+        self._authorised(request)
+        async with self._deadline(None):
+            return await self._call(self._pick("groups"), "groups")
+
+    @app.get("/v1/users/{user_id}", response_model=User, responses=_ERRORS)
+    async def user(self, request: Request, user_id: str) -> User:
+        """A user that the filter knows."""
+        self._authorised(request)
+        async with self._deadline(None):
+            return await self._call(self._pick(user_id), "user", user_id, session=user_id)
+
+    @app.get("/v1/models", response_model=list[ModelInfo], responses=_ERRORS)
+    async def models(self, request: Request) -> list[ModelInfo]:
+        """The deployed versions, with their shares of the requests."""
+        self._authorised(request)
+        return [await self._info(version) for version in dict.fromkeys([*self._weights, *self._shadow])]
+
+    @app.get("/v1/examples")
+    async def examples(self, request: Request, count: int = 50) -> dict[str, list[str]]:
+        """Some ids of users and videos that the filter knows."""
+        self._authorised(request)
+        async with self._deadline(None):
+            return await self._call(self._pick("examples"), "examples", max(1, min(count, 500)))
+
+    @app.get("/healthz")
+    async def healthz(self) -> dict[str, str]:
+        """The ingress is up."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", responses=_ERRORS)
+    async def readyz(self) -> dict[str, str]:
+        """An engine answers."""
+        if self._weights:
+            async with self._deadline(5000):
+                await self._call(self._pick("ready"), "about")
+        return {"status": "ready"}
+
+    @app.get("/metrics")
+    async def metrics(self) -> Response:
+        """This replica's figures for Prometheus; Ray's own endpoint has those of all."""
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def _filtered(self, asked: FilterRequest, mode: Mode, began: float) -> FilterResponse:
+        session = _user_key(asked)
+        version = self._pick(session) if any(self._weights.values()) else ""
+        for other in self._shadow:
+            if other != version:
+                self._later(self._shadowed(other, asked, mode))
+        if not version:  # nothing acts: everything is kept
+            return _all_kept(asked, mode)
+        size = self._settings.chunk
+        parts = [
+            asked.model_copy(update={"candidates": asked.candidates[i : i + size]})
+            for i in range(0, len(asked.candidates), size)
+        ]
+        with self._metrics.waiting(len(asked.candidates)):
+            async with self._deadline(asked.timeout_ms):
+                chunks = await _all(self._call(version, "decide", part, mode, session=session) for part in parts)
+        results, usage = merged(chunks)
+        self._metrics.results(results)
+        name = await self._name(version)
+        if self._log:
+            self._log.add(version, name.version, asked, mode, chunks[0][2], results, acted=True)
+        timing = {"total": round((time.perf_counter() - began) * 1e3, 1)}
+        return FilterResponse(
+            request_id=_request_id(asked),
+            model=name,
+            mode=mode,
+            threshold=chunks[0][2],
+            results=results,
+            usage=usage,
+            timing_ms=timing,
+        )
+
+    async def _shadowed(self, version: str, asked: FilterRequest, mode: Mode) -> None:
+        """Asks a version whose decisions only go to the log."""
+        size = self._settings.chunk
+        chunks = []
+        async with self._deadline(None):
+            for i in range(0, len(asked.candidates), size):
+                part = asked.model_copy(update={"candidates": asked.candidates[i : i + size]})
+                chunks.append(await self._call(version, "decide", part, mode, session=_user_key(asked)))
+        results, _ = merged(chunks)
+        if self._log:
+            name = await self._name(version)
+            self._log.add(version, name.version, asked, mode, chunks[0][2], results, acted=False)
+
+    async def _call(self, version: str, method: str, *arguments: Any, session: str = "") -> Any:
+        """One call of a version; asked of another replica once more if the first one dies.
+
+        Raises:
+            RefusedError: it cannot be answered.
+        """
+        for attempt in (1, 2):
+            handle = self._handle(version)
+            if session:
+                handle = handle.options(session_id=hashlib.sha256(session.encode()).hexdigest()[:16])
+            try:
+                return await getattr(handle, method).remote(*arguments)
+            except RequestError as e:
+                raise RefusedError(_STATUS.get(e.code, 400), e.code, str(e)) from None
+            except BackPressureError:
+                raise RefusedError(
+                    429, "overloaded", "too many requests are waiting", retryable=True, retry_after=1
+                ) from None
+            except (RayActorError, DeploymentUnavailableError, RequestCancelledError) as e:
+                if attempt == 2 or isinstance(e, RequestCancelledError):
+                    raise RefusedError(503, "unavailable", "no engine answers", retryable=True, retry_after=5) from None
+        raise AssertionError
+
+    def _handle(self, version: str) -> DeploymentHandle:
+        if version not in self._handles:
+            try:
+                self._handles[version] = serve.get_app_handle(version)
+            except Exception:  # noqa: BLE001 - whatever Serve raises for an application that is not there
+                raise RefusedError(
+                    503, "unavailable", "this version is not deployed", retryable=True, retry_after=5
+                ) from None
+        return self._handles[version]
+
+    @contextlib.asynccontextmanager
+    async def _deadline(self, timeout_ms: int | None) -> AsyncIterator[None]:
+        """Cancels what is inside when a request's time is over.
+
+        Raises:
+            RefusedError: it was.
+        """
+        seconds = min(self._settings.timeout_s, (timeout_ms or 10**9) / 1e3)
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError:
+            raise RefusedError(504, "timeout", f"no answer within {seconds:g} s", retryable=True) from None
+
+    def _authorised(self, request: Request) -> ApiKey | None:
+        """The key of a request; None in insecure mode. Every route calls it itself, whatever host it was asked by."""
+        if self._keys is None:
+            return None
+        key = self._keys.find(request.headers.get("authorization"))
+        if key is None:
+            raise RefusedError(401, "unauthorized", "send a valid key: Authorization: Bearer KEY")
+        return key
+
+    def _admit(self, key: ApiKey | None, candidates: int) -> None:
+        if key and self._keys and (wait := self._keys.wait(key, candidates)):
+            raise RefusedError(429, "rate_limited", "this key's rate is used up", retryable=True, retry_after=wait)
+
+    async def _read(self, request: Request, model: type[T]) -> T:
+        """The request's body, read up to the limit and checked. Errors name the field, never the value."""
+        limit = int(self._settings.limits.body_mb * 2**20)
+        body = b""
+        async for block in request.stream():
+            body += block
+            if len(body) > limit:
+                raise RefusedError(413, "too_large", f"the body is larger than {limit:,} bytes")
+        try:
+            return model.model_validate_json(body)
+        except ValidationError as e:
+            problems = e.errors(include_input=False, include_url=False, include_context=False)
+            first = "; ".join(f"{'.'.join(map(str, p['loc']))[:100]}: {p['msg'][:100]}" for p in problems[:3])
+            raise RefusedError(422, "invalid_request", first or "the body is no valid request") from None
+
+    def _pick(self, key: str) -> str:
+        try:
+            return pick(self._weights, _point(key))
+        except ValueError:
+            raise RefusedError(503, "unavailable", "no version is active", retryable=True, retry_after=5) from None
+
+    async def _name(self, version: str) -> ModelName:
+        if version not in self._names:
+            about = await self._call(version, "about")
+            self._names[version] = ModelName(name=about["name"], version=about["version"])
+        return self._names[version]
+
+    async def _info(self, version: str) -> ModelInfo:
+        async with self._deadline(None):
+            about = dict(await self._call(version, "about"))
+        about.pop("running", None)
+        return ModelInfo(app=version, weight=self._weights.get(version, 0.0), shadow=version in self._shadow, **about)
+
+    def _later(self, work: Any) -> None:
+        """Runs in the background; at most as much as a request's worth per ingress."""
+        if len(self._background) >= self._settings.max_queued:
+            work.close()
+            return
+
+        async def quietly() -> None:
+            with contextlib.suppress(RefusedError):
+                await work
+
+        task = asyncio.get_running_loop().create_task(quietly())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+async def _all(calls: Any) -> list[Any]:
+    """The results of all calls; the first failure cancels the others."""
+    tasks = [asyncio.ensure_future(c) for c in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _all_kept(asked: FilterRequest, mode: Mode) -> FilterResponse:
+    results = [Result(index=i, id=c.id, decision=Decision.KEEP) for i, c in enumerate(asked.candidates)]
+    name = ModelName(name="none", version="none")
+    return FilterResponse(
+        request_id=_request_id(asked),
+        model=name,
+        mode=mode,
+        threshold=1.0,
+        results=results,
+        usage=Usage(),
+        timing_ms={},
+    )
+
+
+def _user_key(asked: FilterRequest | ExplainRequest) -> str:
+    """The same for every request about a user."""
+    return asked.user.id or asked.user.model_dump_json()
+
+
+def _point(key: str) -> float:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def _request_id(asked: FilterRequest | ExplainRequest) -> str:
+    return asked.request_id or uuid.uuid4().hex
+
+
+def build_engine(args: dict[str, Any]) -> serve.Application:
+    """A version's application, for `serve run` and config files: `uri` of the filter, `settings`, `gpus`."""
+    settings = ServingSettings(**args.get("settings", {}))
+    resources = {"num_gpus": 1, "num_cpus": 1} if args.get("gpus") else {"num_cpus": 1}
+    options: dict[str, Any] = {
+        "autoscaling_config": {
+            "min_replicas": settings.min_replicas,
+            "max_replicas": max(settings.min_replicas, settings.max_replicas),
+            "target_ongoing_requests": settings.ongoing,
+            "upscale_delay_s": 5,
+            "downscale_delay_s": 120,
+        },
+        "max_ongoing_requests": settings.max_ongoing,
+        "max_queued_requests": settings.max_queued,
+        "health_check_period_s": 10,
+        "health_check_timeout_s": 45,
+        "graceful_shutdown_timeout_s": settings.timeout_s,
+        "ray_actor_options": resources,
+        "request_router_config": {"request_router_class": _AFFINITY},
+    }
+    deployment: Any = EngineReplica
+    return deployment.options(**options).bind(args["uri"], settings.model_dump(mode="json"))
+
+
+def build_ingress(args: dict[str, Any]) -> serve.Application:
+    """The ingress's application: `settings`, and `versions` until `user_config` says otherwise."""
+    settings = ServingSettings(**args.get("settings", {}))
+    options: dict[str, Any] = {
+        "num_replicas": settings.ingress_replicas,
+        "max_ongoing_requests": 10_000,
+        "ray_actor_options": {"num_cpus": 0},
+    }
+    deployment: Any = Ingress
+    return deployment.options(**options).bind(settings.model_dump(mode="json"), args.get("versions"))

@@ -1,0 +1,103 @@
+"""One policy behind vLLM's asynchronous engine: questions in, option probabilities out, continuously batched."""
+
+import asyncio
+import itertools
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gubs.records import Task
+from gubs.serving.bundle import Bundle
+from gubs.serving.filter import Mode
+from gubs.ufm.inputs import Inputs, Prompt
+from gubs.ufm.labels import Labels, OptionProbabilities
+from gubs.ufm.predict import Query, read_options, request_of
+from gubs.ufm.rollout import ENVIRONMENT, Shape, engine_arguments, read_output, sampling
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the policy answered to one question."""
+
+    options: OptionProbabilities | None
+    """None: the answer names no option, or the prompt is too long."""
+    text: str = ""
+    finished: bool = False
+    too_long: bool = False
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    answer_tokens: int = 0
+
+
+class FilterEngine:
+    """vLLM's engine in a process of its own, for one filter. Needs a running event loop."""
+
+    def __init__(self, bundle: Bundle):
+        """Loads the policy; returns when the engine is up."""
+        os.environ.update({k: v for k, v in ENVIRONMENT.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"})
+        import torch
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+
+        config, folder = bundle.config, bundle.local_policy()
+        self.inputs = Inputs(folder, config.inputs)
+        self.labels = {task: Labels.of(self.inputs, task) for task in Task}
+        pictures = config.inputs.vision and config.pictures
+        self._shape = Shape(str(folder), config.model, config.inputs, config.rollout, pictures=pictures)
+        arguments = engine_arguments(self._shape, cpu=not torch.cuda.is_available())
+        arguments |= {"enable_sleep_mode": False} if "enable_sleep_mode" in arguments else {}
+        self._llm: AsyncLLM = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**arguments), stat_loggers=[RayPrometheusStatLogger]
+        )
+        self._name, self._numbers = uuid.uuid4().hex[:8], itertools.count()
+
+    async def ask(self, task: Task, mode: Mode, prompts: Sequence[Prompt]) -> list[Answer]:
+        """Answers questions at the same time, greedy. If it is cancelled, the engine drops what is left.
+
+        Raises:
+            vllm.v1.engine.exceptions.EngineDeadError: the engine's process ended.
+        """
+        return list(await asyncio.gather(*(self._ask(task, mode, prompt) for prompt in prompts)))
+
+    async def _ask(self, task: Task, mode: Mode, prompt: Prompt) -> Answer:
+        from vllm.sampling_params import RequestOutputKind
+
+        score, labels = mode is Mode.SCORE, self.labels[task]
+        request = request_of(self.inputs, Query(None, prompt, labels=labels, score=score))
+        if request is None:
+            return Answer(None, too_long=True)
+        parameters = sampling(request, self._shape)
+        parameters.output_kind = RequestOutputKind.FINAL_ONLY
+        last = None
+        async for output in self._llm.generate(request.prompt, parameters, f"{self._name}-{next(self._numbers)}"):  # type: ignore[arg-type]
+            last = output
+        assert last is not None
+        response = read_output(last.outputs[0], labels.tokens)
+        text, finished = ("", True) if score else self.inputs.text(response.ids)
+        return Answer(
+            read_options(self.inputs, labels, response, score=score),
+            text,
+            finished,
+            prompt_tokens=len(last.prompt_token_ids or ()),
+            cached_tokens=last.num_cached_tokens or 0,
+            answer_tokens=len(response.ids),
+        )
+
+    @property
+    def running(self) -> int:
+        """Questions that are not answered yet."""
+        return self._llm.get_num_unfinished_requests()
+
+    async def check(self) -> None:
+        """Raises if the engine's process ended or its loop failed."""
+        await self._llm.check_health()
+
+    def close(self) -> None:
+        """Ends the engine's process."""
+        self._llm.shutdown()

@@ -1,0 +1,91 @@
+"""API keys: hashed at rest, compared in constant time, each with a rate limit.
+
+A key has 256 random bits, so a plain SHA-256 of it cannot be guessed back.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gubs.errors import SettingsError
+
+_PREFIX = "gubs_"
+
+
+class ApiKey(BaseModel):
+    """One client's key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    candidates_per_minute: float = Field(6000.0, gt=0)
+    admin: bool = False
+
+
+def read_keys(path: str | Path) -> list[ApiKey]:
+    """The keys in a file.
+
+    Raises:
+        SettingsError: it is missing, unreadable or has no key.
+    """
+    try:
+        keys = [ApiKey.model_validate(row) for row in json.loads(Path(path).read_text())]
+    except (OSError, ValueError, ValidationError) as e:
+        raise SettingsError(
+            f"cannot read API keys from {path}: {str(e).splitlines()[0]}; `gubs serve key` makes one"
+        ) from None
+    if not keys:
+        raise SettingsError(f"{path} has no API key; `gubs serve key` makes one")
+    return keys
+
+
+def add_key(path: str | Path, name: str, candidates_per_minute: float, *, admin: bool = False) -> str:
+    """Makes a key, adds its hash to a file that only the owner reads, and returns it: it is nowhere else."""
+    path = Path(path)
+    keys = read_keys(path) if path.exists() else []
+    if any(k.name == name for k in keys):
+        raise SettingsError(f"{path} has a key named {name!r} already")
+    key = _PREFIX + secrets.token_urlsafe(32)
+    keys.append(ApiKey(name=name, sha256=_digest(key), candidates_per_minute=candidates_per_minute, admin=admin))
+    temporary = path.with_suffix(".tmp")
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as f:
+        json.dump([k.model_dump() for k in keys], f, indent=1)
+    temporary.rename(path)
+    return key
+
+
+class KeyRing:
+    """Recognises keys and keeps each within its rate: a bucket of one minute's candidates that fills steadily."""
+
+    def __init__(self, keys: Sequence[ApiKey], clock: Callable[[], float] = time.monotonic):
+        self._keys, self._clock = list(keys), clock
+        self._left = {k.name: (k.candidates_per_minute, clock()) for k in keys}
+
+    def find(self, header: str | None) -> ApiKey | None:
+        """The key of an Authorization header (`Bearer KEY`); None if it is none of ours. Compares with every key."""
+        scheme, _, key = (header or "").partition(" ")
+        digest = _digest(key.strip())
+        matching = [k for k in self._keys if hmac.compare_digest(k.sha256, digest)]
+        return matching[0] if matching and scheme.lower() == "bearer" else None
+
+    def wait(self, key: ApiKey, candidates: int) -> float:
+        """Takes so many candidates from the key's bucket; returns 0, or the seconds after which there are enough."""
+        left, since = self._left[key.name]
+        now, rate = self._clock(), key.candidates_per_minute / 60
+        left = min(key.candidates_per_minute, left + (now - since) * rate)
+        wanted = min(candidates, key.candidates_per_minute)
+        missing = wanted - left
+        self._left[key.name] = (left if missing > 0 else left - wanted, now)
+        return max(0.0, missing / rate)
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,80 @@
+"""The ingress's figures: once for Ray's own Prometheus endpoint, once for `/metrics` of this replica."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import prometheus_client as prometheus
+from ray.util import metrics as ray_metrics
+
+from gubs.serving.schemas import Result
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class _Twin:
+    """A metric in both registries."""
+
+    def __init__(self, kind: str, name: str, text: str, tags: Sequence[str], registry: prometheus.CollectorRegistry):
+        more: dict[str, Any] = {"buckets": _SECONDS} if kind == "Histogram" else {}
+        self._local = getattr(prometheus, kind)(name, text, tags, registry=registry, **more)
+        bounds: dict[str, Any] = {"boundaries": list(_SECONDS)} if kind == "Histogram" else {}
+        self._ray = getattr(ray_metrics, kind)(name, text, tag_keys=tuple(tags), **bounds)
+        self._tags = tuple(tags)
+
+    def inc(self, *values: str, by: float = 1.0) -> None:
+        (self._local.labels(*values) if values else self._local).inc(by)
+        self._ray.inc(by, tags=dict(zip(self._tags, values, strict=True)))
+
+    def observe(self, value: float, *values: str) -> None:
+        self._local.labels(*values).observe(value)
+        self._ray.observe(value, tags=dict(zip(self._tags, values, strict=True)))
+
+    def set(self, value: float) -> None:
+        self._local.set(value)
+        self._ray.set(value)
+
+
+class Metrics:
+    """What the ingress counts."""
+
+    def __init__(self) -> None:
+        registry = self._registry = prometheus.CollectorRegistry()
+        self._requests = _Twin("Counter", "gubs_filter_requests", "Requests", ("code", "mode"), registry)
+        self._candidates = _Twin("Counter", "gubs_filter_candidates", "Candidates", ("decision", "option"), registry)
+        self._errors = _Twin("Counter", "gubs_filter_errors", "Errors", ("code",), registry)
+        self._seconds = _Twin("Histogram", "gubs_filter_seconds", "Seconds per request", ("mode",), registry)
+        self._queued = _Twin("Gauge", "gubs_filter_queue_candidates", "Candidates in work", (), registry)
+        self._mass = _Twin("Histogram", "gubs_filter_label_mass", "Probability of all options", (), registry)
+        self._waiting = 0
+
+    def request(self, code: str, mode: str, seconds: float) -> None:
+        """Counts a request that ended."""
+        self._requests.inc(code, str(mode))
+        self._seconds.observe(seconds, str(mode))
+
+    def error(self, code: str) -> None:
+        """Counts an error of a request or a candidate."""
+        self._errors.inc(code)
+
+    def results(self, results: Sequence[Result]) -> None:
+        """Counts the decisions of a request."""
+        for result in results:
+            self._candidates.inc(str(result.decision), str(result.option or "none"))
+            if result.error:
+                self.error(result.error.code)
+
+    @contextmanager
+    def waiting(self, candidates: int) -> Iterator[None]:
+        """Counts candidates as in work inside the context."""
+        self._waiting += candidates
+        self._queued.set(self._waiting)
+        try:
+            yield
+        finally:
+            self._waiting -= candidates
+            self._queued.set(self._waiting)
+
+    def text(self) -> bytes:
+        """This replica's figures in Prometheus' text format."""
+        return prometheus.generate_latest(self._registry)

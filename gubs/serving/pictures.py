@@ -1,0 +1,242 @@
+"""Pictures of candidates: from the frame store, sent with the request, or fetched and decoded from allowed places.
+
+A file is fetched with limits on place, size and time, and decoded in the bounded process of `gubs.video`. The model
+only ever gets arrays of pixels.
+"""
+
+import base64
+import binascii
+import hashlib
+import io
+import ipaddress
+import queue
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import SplitResult, urlsplit
+
+import numpy as np
+
+from gubs.errors import GubsError
+from gubs.serving.settings import LimitSettings
+from gubs.video.clips import ByteCache, Clip
+from gubs.video.decoded import USABLE, DecodeOptions
+from gubs.video.decoder_process import DecoderProcess
+
+_CACHE_BYTES = 256 << 20
+_BLOCK = 1 << 16
+_DECODERS = 2
+
+
+class PictureError(GubsError):
+    """A candidate's pictures cannot be had; its message may be shown to the client."""
+
+    exit_code = 3
+
+
+class Places:
+    """The folders and URL prefixes that files may be read from."""
+
+    def __init__(self, roots: Sequence[str]):
+        self._folders = [
+            Path(r.removeprefix("file://")).resolve() for r in roots if "://" not in r or r.startswith("file://")
+        ]
+        self._urls = [urlsplit(r) for r in roots if r.startswith(("https://", "http://"))]
+
+    def local(self, uri: str) -> Path | None:
+        """The file's path if it is in an allowed folder, links resolved; None for a URL.
+
+        Raises:
+            PictureError: it is nowhere that may be read.
+        """
+        if any(ord(c) < 32 or c == "\\" for c in uri):
+            raise PictureError("this place is not allowed")
+        scheme = _parts(uri).scheme
+        if scheme in ("http", "https"):
+            return None
+        if scheme not in ("", "file"):
+            raise PictureError("this place is not allowed")
+        path = Path(uri.removeprefix("file://"))
+        if not path.is_absolute():
+            raise PictureError("this place is not allowed")
+        path = path.resolve()
+        if not any(path.is_relative_to(folder) for folder in self._folders) or not path.is_file():
+            raise PictureError("this place is not allowed, or there is no such file")
+        return path
+
+    def address(self, uri: str) -> tuple[str, str]:
+        """(Host to connect to, URL) of an allowed URL. The address is resolved once and must be public unless its
+        prefix names an address itself, so that a name cannot lead into the own network.
+
+        Raises:
+            PictureError: no prefix allows it, or its name leads to a private address.
+        """
+        parts = _parts(uri)
+        if parts.username or parts.password or not parts.hostname or ".." in parts.path or "%" in parts.netloc:
+            raise PictureError("this place is not allowed")
+        if not any(_below(parts, root) for root in self._urls):
+            raise PictureError("this place is not allowed")
+        try:
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            found = socket.getaddrinfo(parts.hostname, port, proto=socket.IPPROTO_TCP)
+        except (OSError, ValueError):
+            raise PictureError("this place cannot be reached") from None
+        address = found[0][4][0]
+        literal = _is_address(parts.hostname)
+        if not literal and not ipaddress.ip_address(address).is_global:
+            raise PictureError("this place is not allowed")
+        return str(address), uri
+
+
+def _parts(uri: str) -> SplitResult:
+    try:
+        parts = urlsplit(uri)
+        _ = parts.port
+    except ValueError:
+        raise PictureError("this place is not allowed") from None
+    return parts
+
+
+def _below(parts: SplitResult, root: SplitResult) -> bool:
+    same = (parts.scheme, parts.hostname, parts.port) == (root.scheme, root.hostname, root.port)
+    return same and parts.path.startswith(root.path if root.path.endswith("/") else f"{root.path}/")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+class Pictures:
+    """Clips of videos that the frame store does not have; thread-safe, with few decoder processes."""
+
+    def __init__(self, roots: Sequence[str], limits: LimitSettings, options: DecodeOptions):
+        self._places, self._limits, self._options = Places(roots), limits, options
+        self._clips = ByteCache[Clip](_CACHE_BYTES, lambda clip: clip.frames.nbytes)
+        self._free: queue.Queue[DecoderProcess] = queue.Queue()
+        for _ in range(_DECODERS):
+            self._free.put(DecoderProcess(options, timeout_s=limits.fetch_s))
+
+    def sent(self, frames: Sequence[str], *, cover: bool) -> Clip:
+        """The clip of base64 JPEG frames.
+
+        Raises:
+            PictureError: one is not a picture, or too large.
+        """
+        data = [_decoded(frame) for frame in frames[: 1 if cover else None]]
+        key = hashlib.sha256(b"".join(data)).hexdigest()
+        return self._clips.get(f"sent-{key}{'-cover' if cover else ''}", lambda: self._from_jpegs(key, data, cover))
+
+    def fetched(self, uri: str, *, cover: bool) -> Clip:
+        """The clip of a file in an allowed place.
+
+        Raises:
+            PictureError: the place is not allowed, or the file cannot be fetched or decoded.
+        """
+        return self._clips.get(f"{uri}{'-cover' if cover else ''}", lambda: self._decode(uri, cover))
+
+    def close(self) -> None:
+        """Ends the decoder processes."""
+        while not self._free.empty():
+            self._free.get().close()
+
+    def _decode(self, uri: str, cover: bool) -> Clip:
+        with self._file(uri) as path:
+            try:
+                decoder = self._free.get(timeout=self._limits.fetch_s)
+            except queue.Empty:
+                raise PictureError("all decoders are busy") from None
+            try:
+                decoded = decoder.decode(str(path))
+            finally:
+                self._free.put(decoder)
+        if decoded.verdict not in USABLE or not decoded.frames:
+            raise PictureError(f"the video cannot be decoded: {decoded.verdict}")
+        jpegs = [decoded.cover or decoded.frames[0]] if cover else decoded.frames
+        key = hashlib.sha256(b"".join(jpegs)).hexdigest()
+        return Clip(f"{key}-cover" if cover else key, _stacked(jpegs), 0.0 if cover else decoded.duration_s or 0.0)
+
+    @contextmanager
+    def _file(self, uri: str) -> Iterator[Path]:
+        path = self._places.local(uri)
+        if path is not None:
+            if path.stat().st_size > self._limits.fetch_mb * 2**20:
+                raise PictureError("the file is too large")
+            yield path
+            return
+        with tempfile.NamedTemporaryFile(suffix=Path(urlsplit(uri).path).suffix[:8]) as copy:
+            for block in self._download(uri):
+                copy.write(block)
+            copy.flush()
+            yield Path(copy.name)
+
+    def _download(self, uri: str) -> Iterator[bytes]:
+        """Blocks of a URL; connects to the address that was checked, and follows no redirect."""
+        import httpx
+
+        host, _ = self._places.address(uri)
+        parts = urlsplit(uri)
+        limit, deadline, size = self._limits.fetch_mb * 2**20, time.monotonic() + self._limits.fetch_s, 0
+        target = httpx.URL(uri).copy_with(host=host)
+        try:
+            with httpx.Client(timeout=self._limits.fetch_s, follow_redirects=False, trust_env=False) as client:
+                request = client.build_request(
+                    "GET", target, headers={"Host": parts.netloc}, extensions={"sni_hostname": parts.hostname}
+                )
+                response = client.send(request, stream=True)
+                if response.status_code != 200:
+                    raise PictureError(f"the file's server answered {response.status_code}")
+                for block in response.iter_bytes(_BLOCK):
+                    size += len(block)
+                    if size > limit or time.monotonic() > deadline:
+                        raise PictureError("the file is too large, or takes too long")
+                    yield block
+                response.close()
+        except httpx.HTTPError:
+            raise PictureError("the file cannot be fetched") from None
+
+    def _from_jpegs(self, key: str, data: Sequence[bytes], cover: bool) -> Clip:
+        try:
+            pictures = _resized(data, self._options, self._limits.frame_pixels)
+        except (OSError, ValueError):
+            raise PictureError("a frame is not a picture, or too large") from None
+        if cover:
+            return Clip(f"{key}-cover", pictures[:1])
+        if len(pictures) % 2:  # the model merges pairs of frames
+            pictures = np.concatenate([pictures, pictures[-1:]])
+        return Clip(key, pictures, len(pictures) / 2.0)
+
+
+def _decoded(frame: str) -> bytes:
+    try:
+        return base64.b64decode(frame, validate=True)
+    except (binascii.Error, ValueError):
+        raise PictureError("a frame is not base64") from None
+
+
+def _resized(jpegs: Sequence[bytes], options: DecodeOptions, most: int) -> "np.ndarray":
+    """Pictures as the decoder would have stored them. Raises ValueError or OSError."""
+    from PIL import Image
+
+    from gubs.video.decode import target_size
+
+    images = []
+    for jpeg in jpegs:
+        with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
+            if image.width * image.height > most:
+                raise ValueError("too many pixels")
+            images.append(image.convert("RGB"))
+    size = target_size(*images[0].size, options.min_pixels, options.max_pixels)
+    return np.stack([np.asarray(image.resize(size)) for image in images])
+
+
+def _stacked(jpegs: Sequence[bytes]) -> "np.ndarray":
+    from PIL import Image
+
+    return np.stack([np.asarray(Image.open(io.BytesIO(j)).convert("RGB")) for j in jpegs])

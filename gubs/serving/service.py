@@ -1,0 +1,291 @@
+"""What an engine replica does with a request: people and videos from the filter, pictures, prompts, decisions.
+
+Knows neither Serve nor HTTP. The engine is anything with `FilterEngine.ask`.
+"""
+
+import asyncio
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from gubs.errors import GubsError
+from gubs.prompts.people import Person, View
+from gubs.records import Task, Video
+from gubs.records import User as UserRecord
+from gubs.serving import schemas
+from gubs.serving.bundle import Bundle
+from gubs.serving.engine import Answer
+from gubs.serving.filter import Decision, Mode, judge
+from gubs.serving.pictures import PictureError, Pictures
+from gubs.serving.schemas import Candidate, ExplainRequest, FilterRequest, Perspective, Problem, Result, Usage, UserRef
+from gubs.serving.settings import ServingSettings
+from gubs.ufm.inputs import Prompt
+from gubs.ufm.prompting import PromptBuilder
+from gubs.video.clips import Clip
+
+
+class RequestError(GubsError):
+    """A request that cannot be answered, with a code for the client."""
+
+    exit_code = 3
+
+    def __init__(self, code: str, message: str):
+        super().__init__(message)
+        self.code = code
+
+    def __reduce__(self) -> tuple[type["RequestError"], tuple[str, str]]:
+        return RequestError, (self.code, str(self))
+
+
+class Asker(Protocol):
+    """The part of an engine that the service uses."""
+
+    async def ask(self, task: Task, mode: Mode, prompts: Sequence[Prompt]) -> list[Answer]:
+        """See `FilterEngine.ask`."""
+
+
+class FilterService:
+    """Answers requests with one filter."""
+
+    def __init__(self, bundle: Bundle, engine: Asker, settings: ServingSettings):
+        self.bundle, self.engine, self.settings = bundle, engine, settings
+        config = bundle.config
+        self._prompts = PromptBuilder(config.inputs, config.pictures)
+        self._pictures = Pictures(settings.fetch_roots, settings.limits, config.frames) if config.frames else None
+
+    async def decide(self, request: FilterRequest, mode: Mode) -> tuple[list[Result], Usage, float]:
+        """Decisions about the candidates, in their order; usage; the threshold.
+
+        Raises:
+            RequestError: the task, the mode or the user is unknown to this filter.
+        """
+        threshold = self._threshold(request, mode)
+        person = self._person(request.user, request.task)
+        group = self._group_of(request.user, person)
+        clips = await asyncio.gather(*(self._clip(c, request.task) for c in request.candidates))
+        prompts: list[Prompt | PictureError] = [
+            clip
+            if isinstance(clip, PictureError)
+            else self._prompts.about_user(request.task, person, self._video(candidate), clip)
+            for candidate, clip in zip(request.candidates, clips, strict=True)
+        ]
+        answers = iter(await self.engine.ask(request.task, mode, [p for p in prompts if isinstance(p, Prompt)]))
+        results, usage = [], Usage()
+        for index, (candidate, prompt) in enumerate(zip(request.candidates, prompts, strict=True)):
+            if isinstance(prompt, PictureError):
+                results.append(_kept(index, candidate.id, "pictures", str(prompt)))
+                continue
+            answer = next(answers)
+            usage = _added(usage, answer)
+            result = _result(index, candidate.id, request.task, threshold, answer, explain=request.explain)
+            results.append(result.model_copy(update={"group_id": group}))
+        return results, usage, threshold
+
+    async def explain(self, request: ExplainRequest) -> dict[str, object]:
+        """The answers with the user's own, a similar user's, a group's and no profile; the fields of a response."""
+        task, candidate = request.task, request.candidate
+        own = self._person(request.user, task)
+        group_id = self._group_of(request.user, own)
+        clip = await self._clip(candidate, task)
+        if isinstance(clip, PictureError):
+            raise RequestError("pictures", str(clip))
+        video, limit = self._video(candidate), self.bundle.config.inputs.max_text
+        shown = {"own": (own.profile(limit), self._prompts.about_user(task, own, video, clip))}
+        similar = self._similar_to(request.user, group_id, task)
+        if similar:
+            shown["similar"] = (similar.profile(limit), self._prompts.about_user(task, similar, video, clip))
+        if group_id:
+            group = self.bundle.groups[group_id]
+            shown["group"] = (f"{group.name}: {group.text}", self._prompts.about_group(task, group, video, clip))
+        nobody = Person(UserRecord("nobody"))
+        shown["none"] = (nobody.profile(limit), self._prompts.about_user(task, nobody, video, clip))
+        answers = await self.engine.ask(task, Mode.REASON, [prompt for _, prompt in shown.values()])
+        threshold = self.bundle.config.threshold(task, Mode.REASON)
+        perspectives = []
+        for (whose, (text, _)), answer in zip(shown.items(), answers, strict=True):
+            result = _result(0, candidate.id, task, threshold, answer, explain=True)
+            perspectives.append(Perspective.model_validate({"whose": whose, "profile": text, "result": result}))
+        return {
+            "title": video.title,
+            "frames": await asyncio.to_thread(_as_jpegs, clip),
+            "history": own.latest(self.bundle.config.inputs.history_items).views(limit),
+            "perspectives": perspectives,
+        }
+
+    def user(self, user_id: str) -> schemas.User:
+        """A user that the filter knows.
+
+        Raises:
+            RequestError: it does not.
+        """
+        person = self._known(user_id, Task.SEQUENTIAL)
+        limit = self.bundle.config.inputs.max_text
+        history = person.latest(20).views(limit)
+        groups = self.bundle.groups_of(user_id)
+        return schemas.User(user_id=user_id, profile=person.profile(limit), history=history, groups=groups)
+
+    def groups(self) -> list[schemas.Group]:
+        """The groups of the filter."""
+        return [
+            schemas.Group(group_id=g.group_id, name=g.name, features=g.features, profile=g.text, members=len(g.members))
+            for g in self.bundle.groups.values()
+        ]
+
+    def about(self) -> dict[str, object]:
+        """The fields of `ModelInfo` that a replica knows."""
+        config, bundle = self.bundle.config, self.bundle
+        return {
+            "name": config.name,
+            "version": bundle.version,
+            "tasks": list(config.tasks),
+            "modes": list(config.modes),
+            "refused": config.refused,
+            "thresholds": config.thresholds,
+            "auc": config.auc,
+            "users": len(bundle.user_ids),
+            "videos": len(bundle.video_ids),
+            "groups": len(bundle.groups),
+        }
+
+    def examples(self, count: int) -> dict[str, list[str]]:
+        """Some ids of users and videos, for the console."""
+        return {"users": list(self.bundle.user_ids[:count]), "videos": list(self.bundle.video_ids[:count])}
+
+    def close(self) -> None:
+        """Ends the decoder processes."""
+        if self._pictures:
+            self._pictures.close()
+
+    def _threshold(self, request: FilterRequest, mode: Mode) -> float:
+        config = self.bundle.config
+        if request.task not in config.tasks:
+            raise RequestError("unknown_task", f"this filter answers {', '.join(config.tasks)}")
+        if mode not in config.modes:
+            raise RequestError("mode_unavailable", f"mode {mode} is not available: {config.refused}")
+        return config.threshold(request.task, mode) if request.threshold is None else request.threshold
+
+    def _known(self, user_id: str, task: Task) -> Person:
+        person = self.bundle.person(user_id, task)
+        if person is None:
+            raise RequestError("unknown_user", "there is no such user: send profile and history instead")
+        return person
+
+    def _person(self, user: UserRef, task: Task) -> Person:
+        if user.id is not None:
+            return self._known(user.id, task)
+        assert user.profile
+        p = user.profile
+        record = UserRecord("guest", p.age, p.gender, p.occupation, dict(p.other), list(p.tags))
+        return Person(record, tuple(self._view(v) for v in user.history))
+
+    def _view(self, view: schemas.HistoryView) -> View:
+        known = self.bundle.video(view.id) if view.id else None
+        video = known or Video(view.id or "", view.title, view.duration_s, tags=list(view.tags))
+        return View(video, play_rate=view.play_rate, clicked=view.clicked, rating=view.rating)
+
+    def _video(self, candidate: Candidate) -> Video:
+        """The known video, with what the request says about it; or an unknown one."""
+        known = self.bundle.video(candidate.id)
+        title = candidate.title if candidate.title is not None else known.title if known else None
+        duration = candidate.duration_s if candidate.duration_s is not None else known.duration_s if known else None
+        return Video(candidate.id, title, duration, tags=list(candidate.tags) or list(known.tags if known else ()))
+
+    def _group_of(self, user: UserRef, person: Person) -> str | None:
+        groups = self.bundle.groups_of(user.id) if user.id is not None else []
+        return groups[0] if groups else self.bundle.place(person)
+
+    def _similar_to(self, user: UserRef, group_id: str | None, task: Task) -> Person | None:
+        """The most similar other member of the group."""
+        if group_id is None:
+            return None
+        members = sorted(self.bundle.groups[group_id].members, key=lambda m: -m.similarity)
+        others = (
+            self.bundle.person(m.user_id, task) for m in members if m.user_id != user.id and m.matched is not False
+        )
+        return next((p for p in others if p), None)
+
+    async def _clip(self, candidate: Candidate, task: Task) -> Clip | PictureError | None:
+        """The candidate's pictures; None if the filter shows none."""
+        if self._pictures is None or not self.bundle.config.inputs.vision:
+            return None
+        try:
+            return await asyncio.to_thread(self._find_clip, candidate, cover=task == Task.CLICK)
+        except PictureError as e:
+            return e
+
+    def _find_clip(self, candidate: Candidate, *, cover: bool) -> Clip | None:
+        assert self._pictures
+        if candidate.frames:
+            return self._pictures.sent(candidate.frames, cover=cover)
+        stored = self.bundle.pictures.cover(candidate.id) if cover else self.bundle.pictures.clip(candidate.id)
+        if stored is None and candidate.uri:
+            return self._pictures.fetched(candidate.uri, cover=cover)
+        return stored
+
+
+def _result(index: int, name: str, task: Task, threshold: float, answer: Answer, *, explain: bool) -> Result:
+    if answer.options is None:
+        cause = "the prompt is too long" if answer.too_long else "the model named no option"
+        return _kept(index, name, "too_long" if answer.too_long else "unreadable", cause)
+    judgement = judge(task, answer.options, threshold, text=answer.text, finished=answer.finished)
+    return Result(
+        index=index,
+        id=name,
+        decision=judgement.decision,
+        skip_probability=judgement.skip_probability,
+        option=judgement.option,
+        option_probabilities=dict(answer.options.options),
+        label_mass=answer.options.mass,
+        reason=judgement.reason or None if explain else None,
+    )
+
+
+def _kept(index: int, name: str, code: str, message: str) -> Result:
+    return Result(index=index, id=name, decision=Decision.KEEP, error=Problem(code=code, message=message))
+
+
+def _added(usage: Usage, answer: Answer) -> Usage:
+    return Usage(
+        prompt_tokens=usage.prompt_tokens + answer.prompt_tokens,
+        cached_tokens=usage.cached_tokens + answer.cached_tokens,
+        answer_tokens=usage.answer_tokens + answer.answer_tokens,
+    )
+
+
+def _as_jpegs(clip: Clip | None) -> list[str]:
+    from PIL import Image
+
+    pictures = []
+    for frame in clip.frames if clip else ():
+        buffer = io.BytesIO()
+        Image.fromarray(frame).save(buffer, "JPEG", quality=85)
+        pictures.append(base64.b64encode(buffer.getvalue()).decode())
+    return pictures
+
+
+def merged(chunks: Sequence[tuple[list[Result], Usage, float]]) -> tuple[list[Result], Usage]:
+    """The results of a request that was split, numbered through."""
+    results = [r for part, _, _ in chunks for r in part]
+    usage = Usage(**{name: sum(getattr(u, name) for _, u, _ in chunks) for name in Usage.model_fields})
+    return [r.model_copy(update={"index": i}) for i, r in enumerate(results)], usage
+
+
+Weights = Mapping[str, float]
+
+
+def pick(weights: Weights, point: float) -> str:
+    """The version at a point in [0, 1): versions take shares of it by weight, in the order of their names.
+
+    Raises:
+        ValueError: no version has a weight.
+    """
+    shares = sorted((name, w) for name, w in weights.items() if w > 0)
+    if not shares:
+        raise ValueError("no version has a weight above 0")
+    left = point * sum(w for _, w in shares)
+    for name, weight in shares:
+        left -= weight
+        if left < 0:
+            return name
+    return shares[-1][0]

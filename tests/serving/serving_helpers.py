@@ -1,0 +1,131 @@
+"""A filter without a model, and an engine that answers by a rule: what the service does around them is the same."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from gubs.artifacts import Recipe, Run, writing
+from gubs.records import SCHEMAS, GroupMember, GroupProfile, Option, Task, User, Video
+from gubs.serving.bundle import CONFIG, FilterConfig, write_config
+from gubs.serving.engine import Answer
+from gubs.serving.filter import Mode
+from gubs.serving.stage import HELD_OUT
+from gubs.ufm.inputs import Prompt
+from gubs.ufm.labels import OptionProbabilities
+from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
+from gubs.ugm.settings import UGMSettings
+from gubs.ugm.stage import MEMBERSHIPS
+
+THRESHOLD = {"value": 0.5, "balanced_accuracy": 0.7, "kept": 0.6, "lost": 0.2, "n": 100.0}
+_GROUPED = [User("u0", 30, "female", tags=["pets"]), User("u1", 31, "female", tags=["pets", "cooking"])]
+_USERS = [*_GROUPED, User("u2", 50, "male", tags=["cars"]), User("ü 3/4", None, None, other={"city": "Köln"})]
+_SIMILARITY = {"u0": 1.0, "u1": 0.7}
+_VIDEOS = [Video(f"v{i}", f"Title {i}", 10.0 + i, tags=["pets" if i % 2 else "cars"]) for i in range(200)]
+
+
+def make_filter(folder: Path, *, name: str = "filter", refused: str = "", skip_prompt: str = "cars") -> str:
+    """Writes a filter without a policy; returns its path."""
+    run = Run(folder)
+    config = FilterConfig(
+        name=f"run-{skip_prompt}",
+        policy="grpo",
+        tasks=(Task.SEQUENTIAL, Task.CLICK),
+        model=ModelSettings(),
+        inputs=InputSettings(style="brief"),
+        rollout=RolloutSettings(),
+        pictures=False,
+        thresholds={str(t): {str(m): THRESHOLD for m in Mode} for t in Task},
+        auc={str(t): {str(m): 0.8 for m in Mode} for t in Task},
+        modes=(Mode.REASON,) if refused else tuple(Mode),
+        refused=refused,
+        prompts={},
+        ugm=UGMSettings(),
+    )
+    views = [
+        {
+            "interaction_id": f"i{k}",
+            "user_id": u,
+            "video_id": f"v{k}",
+            "task": "sequential",
+            "play_rate": 0.9,
+            "timestamp": k,
+        }
+        for k, u in enumerate(["u0", "u0", "u1", "u2"])
+    ]
+    members = [GroupMember("u0", 1.0, True), GroupMember("u1", 0.7, True)]
+    group = GroupProfile("g00", "Pet lovers", "They like pets.", "u0", 0.5, None, "Loves pets.", members, "1")
+    tables = {
+        "users": _with_tastes(pa.Table.from_pylist([u.to_row() for u in _USERS], schema=SCHEMAS["users"])),
+        "videos": pa.Table.from_pylist([v.to_row() for v in _VIDEOS], schema=SCHEMAS["videos"]),
+        "views": pa.Table.from_pylist(views, schema=_view_schema()),
+        "groups": pa.Table.from_pylist([group.to_row()], schema=SCHEMAS["groups"]),
+        "memberships": pa.Table.from_pylist(
+            [
+                {"user_id": u, "group_id": "g00", "similarity": s, "how": "matched"}
+                for u, s in (("u0", 1.0), ("u1", 0.7))
+            ],
+            schema=MEMBERSHIPS,
+        ),
+        "grouped_users": pa.Table.from_pylist([u.to_row() for u in _GROUPED], schema=SCHEMAS["users"]),
+        "frames": pa.schema([("video_id", pa.string()), ("content_hash", pa.string())]).empty_table(),
+        "held_out": HELD_OUT.empty_table(),
+    }
+    with writing(run, name, recipe=Recipe(settings={"skip": skip_prompt}), settings={}, kind="filter") as out:
+        for table, rows in tables.items():
+            out.write_table(table, rows)
+        write_config(out.path(CONFIG), config, run.fs)
+        out.content = f"version-{name}"
+    return run.path(name)
+
+
+def _with_tastes(users: pa.Table) -> pa.Table:
+    n = users.num_rows
+    users = users.append_column("taste", pa.nulls(n, pa.string()))
+    users = users.append_column("taste_tags", pa.nulls(n, pa.list_(pa.string())))
+    return users.append_column("taste_until", pa.nulls(n, pa.int64()))
+
+
+def _view_schema() -> pa.Schema:
+    names = ("interaction_id", "user_id", "video_id", "timestamp", "play_rate", "clicked", "rating", "liked", "task")
+    return pa.schema([SCHEMAS["interactions"].field(n) for n in names])
+
+
+class RuleEngine:
+    """Skips videos about cars, with a thought; each question takes a while, some at a time."""
+
+    def __init__(self, seconds: float = 0.0, at_once: int = 8, word: str = "cars"):
+        self.seconds, self.word = seconds, word
+        self._slots = asyncio.Semaphore(at_once)
+        self.asked: list[Prompt] = []
+        self.running = 0
+        self.finished = 0
+
+    async def ask(self, task: Task, mode: Mode, prompts: Sequence[Prompt]) -> list[Answer]:
+        return list(await asyncio.gather(*(self._ask(task, mode, p) for p in prompts)))
+
+    async def _ask(self, task: Task, mode: Mode, prompt: Prompt) -> Answer:
+        self.asked.append(prompt)
+        self.running += 1
+        try:
+            async with self._slots:
+                await asyncio.sleep(self.seconds)
+        finally:
+            self.running -= 1
+        self.finished += 1
+        skip = 0.9 if self.word in prompt.text.rsplit("Video", 1)[-1] else 0.2
+        rest = [Option.B] if task == Task.CLICK else [Option.B, Option.C, Option.D]
+        shares = {Option.A: 1 - skip, **{o: skip / len(rest) for o in rest}}
+        text = (
+            f"<think>about {self.word}</think><answer>{'B' if skip > 0.5 else 'A'}</answer>"
+            if mode is Mode.REASON
+            else ""
+        )
+        return Answer(OptionProbabilities(shares, 0.99), text, True, prompt_tokens=10, cached_tokens=4, answer_tokens=5)
+
+    async def check(self) -> None:
+        """Healthy."""
+
+    def close(self) -> None:
+        """Nothing to end."""

@@ -1,0 +1,64 @@
+"""API keys: found by their hash only, each within its rate."""
+
+import json
+import stat
+
+import pytest
+
+from gubs.errors import SettingsError
+from gubs.serving.keys import KeyRing, add_key, read_keys
+
+
+def test_a_key_is_stored_as_a_hash_only(tmp_path):
+    file = tmp_path / "keys.json"
+    key = add_key(file, "shop", 600)
+    assert key not in file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    other = add_key(file, "app", 60)
+    ring = KeyRing(read_keys(file))
+    assert ring.find(f"Bearer {key}").name == "shop"
+    assert ring.find(f"bearer {other}").name == "app"
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer ", "Bearer wrong", "Basic {key}", "{key}", "Bearer {key}x", "Bearer \udcff"]
+)
+def test_anything_else_is_refused(tmp_path, header):
+    key = add_key(tmp_path / "keys.json", "shop", 600)
+    ring = KeyRing(read_keys(tmp_path / "keys.json"))
+    assert ring.find(header and header.format(key=key)) is None
+
+
+def test_a_name_is_given_once(tmp_path):
+    add_key(tmp_path / "keys.json", "shop", 600)
+    with pytest.raises(SettingsError, match="already"):
+        add_key(tmp_path / "keys.json", "shop", 600)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '[{"name": "x", "sha256": "short"}]'])
+def test_a_bad_file_is_refused(tmp_path, content):
+    file = tmp_path / "keys.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SettingsError, match="gubs serve key"):
+        read_keys(file)
+
+
+def test_each_key_has_its_own_rate(tmp_path):
+    file, now = tmp_path / "keys.json", [0.0]
+    first, second = add_key(file, "a", 60), add_key(file, "b", 60)
+    ring = KeyRing(read_keys(file), clock=lambda: now[0])
+    a, b = ring.find(f"Bearer {first}"), ring.find(f"Bearer {second}")
+    assert ring.wait(a, 50) == 0
+    assert ring.wait(a, 20) == pytest.approx(10), "10 are left, 10 more come in 10 s"
+    assert ring.wait(b, 50) == 0
+    now[0] = 10.0
+    assert ring.wait(a, 20) == 0
+    assert ring.wait(a, 1) > 0
+    assert json.loads(file.read_text())[0]["candidates_per_minute"] == 60
+
+
+def test_a_request_above_a_whole_minutes_rate_is_not_refused_for_ever(tmp_path):
+    key = add_key(tmp_path / "keys.json", "small", 10)
+    ring = KeyRing(read_keys(tmp_path / "keys.json"), clock=lambda: 0.0)
+    assert ring.wait(ring.find(f"Bearer {key}"), 100) == 0

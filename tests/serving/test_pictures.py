@@ -1,0 +1,152 @@
+"""Pictures from outside: only from allowed places, bounded, and never a reason to crash."""
+
+import base64
+import io
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gubs.serving.pictures import PictureError, Pictures, Places
+from gubs.serving.settings import LimitSettings
+from gubs.video.decoded import DecodeOptions
+
+OPTIONS = DecodeOptions(count=4, max_pixels=56 * 56, min_pixels=56 * 56)
+
+
+def jpeg(width=64, height=48, kind="JPEG"):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((height, width, 3), 90, np.uint8)).save(buffer, kind)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "/etc/passwd",
+        "file:///etc/passwd",
+        "{root}/../secret.mp4",
+        "{root}/link.mp4",
+        "{root}/missing.mp4",
+        "{root}",
+        "relative.mp4",
+        "ftp://cdn.example.com/videos/a.mp4",
+        "gopher://x",
+        "data:video/mp4;base64,AAAA",
+        "{root}\\..\\secret.mp4",
+        "{root}/a.mp4\nHost: x",
+        "\\\\host\\share",
+        "s3://bucket/a.mp4",
+    ],
+)
+def test_files_outside_the_allowed_folders_are_not_opened(tmp_path, uri):
+    root = tmp_path / "videos"
+    root.mkdir()
+    (root / "a.mp4").write_bytes(b"x")
+    (tmp_path / "secret.mp4").write_bytes(b"x")
+    (root / "link.mp4").symlink_to(tmp_path / "secret.mp4")
+    places = Places([str(root)])
+    assert places.local(f"{root}/a.mp4") == root / "a.mp4"
+    assert places.local(f"file://{root}/a.mp4") == root / "a.mp4"
+    with pytest.raises(PictureError):
+        places.local(uri.format(root=root))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://169.254.169.254/latest/meta-data/",
+        "http://127.0.0.1/videos/a.mp4",
+        "http://localhost/videos/a.mp4",
+        "http://[::1]/videos/a.mp4",
+        "https://cdn.example.com.evil.org/videos/a.mp4",
+        "https://cdn.example.com@evil.org/videos/a.mp4",
+        "https://evil.org/videos/a.mp4",
+        "https://cdn.example.com/other/a.mp4",
+        "https://cdn.example.com/videos/../other/a.mp4",
+        "https://cdn.example.com/videosX/a.mp4",
+        "https://cdn.example.com:8443/videos/a.mp4",
+        "http://cdn.example.com/videos/a.mp4",
+        "https://cdn.example.com%2eevil.org/videos/a.mp4",
+        "https:///videos/a.mp4",
+    ],
+)
+def test_urls_outside_the_allowed_prefixes_are_not_asked(monkeypatch, uri):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("93.184.216.34", 443))])
+    places = Places(["https://cdn.example.com/videos/"])
+    assert places.address("https://cdn.example.com/videos/a.mp4")[0] == "93.184.216.34"
+    with pytest.raises(PictureError):
+        places.address(uri)
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1", "10.0.0.5", "169.254.169.254", "192.168.1.1", "::1", "fd00::1", "0.0.0.0"]
+)
+def test_a_name_that_leads_into_the_own_network_is_not_asked(monkeypatch, address):
+    """Rebinding: the address is resolved once, checked, and connected to."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (address, 443))])
+    with pytest.raises(PictureError):
+        Places(["https://cdn.example.com/videos/"]).address("https://cdn.example.com/videos/a.mp4")
+
+
+class Server(BaseHTTPRequestHandler):
+    """A file server that redirects and never ends, by path."""
+
+    def do_GET(self):
+        if self.path.endswith("redirect.mp4"):
+            self.send_response(302)
+            self.send_header("Location", "http://169.254.169.254/")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.end_headers()
+        size = 3 << 20 if self.path.endswith("large.mp4") else 100
+        try:
+            for _ in range(size // 100):
+                self.wfile.write(b"x" * 100)
+        except OSError:
+            return
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def files():
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v/"
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("redirect.mp4", "answered 302"), ("large.mp4", "too large"), ("noise.mp4", "cannot be decoded")],
+)
+def test_what_a_server_sends_is_bounded(files, name, says):
+    pictures = Pictures([files], LimitSettings(fetch_mb=1, fetch_s=20), OPTIONS)
+    try:
+        with pytest.raises(PictureError, match=says):
+            pictures.fetched(f"{files}{name}", cover=False)
+    finally:
+        pictures.close()
+
+
+def test_frames_of_a_request_become_a_clip():
+    pictures = Pictures([], LimitSettings(), OPTIONS)
+    clip = pictures.sent([jpeg(), jpeg(), jpeg()], cover=False)
+    assert clip.frames.shape == (4, 56, 56, 3), "an even number, on the model's grid"
+    assert pictures.sent([jpeg(), jpeg(), jpeg()], cover=False) is clip
+    assert pictures.sent([jpeg()], cover=True).kind == "image"
+
+
+@pytest.mark.parametrize(
+    "frame",
+    ["not base64!", base64.b64encode(b"no picture").decode(), jpeg(kind="PNG"), jpeg(2000, 2000), "", jpeg()[:60]],
+)
+def test_a_bad_frame_is_an_error_of_its_candidate(frame):
+    with pytest.raises(PictureError):
+        Pictures([], LimitSettings(), OPTIONS).sent([frame], cover=False)

@@ -1,0 +1,163 @@
+"""What a replica does around its engine: people, groups, videos, prompts, decisions, errors per candidate."""
+
+import asyncio
+
+import pytest
+from serving_helpers import RuleEngine, make_filter
+
+from gubs.errors import ArtifactError
+from gubs.records import Option, Task
+from gubs.serving.bundle import Bundle
+from gubs.serving.engine import Answer
+from gubs.serving.filter import Decision, Mode
+from gubs.serving.schemas import Candidate, ExplainRequest, FilterRequest, HistoryView, Profile, UserRef
+from gubs.serving.service import FilterService, RequestError, merged, pick
+from gubs.serving.settings import ServingSettings
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return Bundle(make_filter(tmp_path_factory.mktemp("run")))
+
+
+@pytest.fixture
+def service(bundle):
+    return FilterService(bundle, RuleEngine(), ServingSettings())
+
+
+def asked(*videos, user="u0", **more):
+    ref = UserRef(id=user) if isinstance(user, str) else user
+    return FilterRequest(
+        user=ref, candidates=[v if isinstance(v, Candidate) else Candidate(id=v) for v in videos], **more
+    )
+
+
+def decide(service, request, mode=Mode.REASON):
+    return asyncio.run(service.decide(request, mode))
+
+
+def test_decisions_come_in_the_order_of_the_candidates(service):
+    results, usage, threshold = decide(service, asked("v1", "v2", "v3", "v2"))
+    assert [r.id for r in results] == ["v1", "v2", "v3", "v2"]
+    assert [r.decision for r in results] == ["keep", "drop", "keep", "drop"]
+    assert [r.index for r in results] == [0, 1, 2, 3]
+    assert results[1].skip_probability == pytest.approx(0.9)
+    assert sum(results[1].option_probabilities.values()) == pytest.approx(1)
+    assert (results[1].reason, results[1].option, results[1].group_id) == ("about cars", Option.B, "g00")
+    assert (usage.prompt_tokens, usage.cached_tokens, usage.answer_tokens, threshold) == (40, 16, 20, 0.5)
+
+
+def test_a_threshold_of_the_request_replaces_the_filters(service):
+    results, _, threshold = decide(service, asked("v1", "v2", threshold=0.1))
+    assert [r.decision for r in results] == ["drop", "drop"]
+    assert threshold == 0.1
+
+
+def test_the_prompt_shows_the_users_own_history_and_profile(service):
+    decide(service, asked("v7"))
+    (prompt,) = service.engine.asked
+    assert "pets" in prompt.text
+    assert "Title 0" in prompt.text
+    assert "Title 1" in prompt.text
+    assert "Title 2" not in prompt.text, "that is u1's"
+
+
+def test_a_user_sent_with_the_request(service):
+    user = UserRef(
+        profile=Profile(age=20, tags=["opera"]),
+        history=[HistoryView(id="v5", play_rate=0.1), HistoryView(title="Unknown film", play_rate=1.0)],
+    )
+    results, _, _ = decide(service, asked("v1", user=user))
+    text = service.engine.asked[0].text
+    assert "opera" in text
+    assert "Title 5" in text
+    assert "Unknown film" in text
+    assert results[0].group_id is None, "nobody in the groups likes opera"
+
+
+def test_a_stranger_gets_the_group_of_the_nearest_typical_user(service):
+    results, _, _ = decide(service, asked("v1", user=UserRef(profile=Profile(tags=["pets"]))))
+    assert results[0].group_id == "g00"
+
+
+def test_an_unknown_video_is_described_by_the_request(service):
+    decide(service, asked(Candidate(id="new", title="My film", tags=["cars"], duration_s=12)))
+    assert "My film" in service.engine.asked[0].text
+
+
+@pytest.mark.parametrize(
+    ("request_", "mode", "code"),
+    [(asked("v1", user="nobody"), Mode.REASON, "unknown_user")],
+)
+def test_what_cannot_be_answered_has_a_code(service, request_, mode, code):
+    with pytest.raises(RequestError) as e:
+        decide(service, request_, mode)
+    assert e.value.code == code
+
+
+def test_score_is_refused_where_it_is_too_weak(tmp_path):
+    weak = FilterService(Bundle(make_filter(tmp_path, refused="its AUC is too low")), RuleEngine(), ServingSettings())
+    with pytest.raises(RequestError, match="AUC is too low") as e:
+        decide(weak, asked("v1"), Mode.SCORE)
+    assert e.value.code == "mode_unavailable"
+
+
+class Silent(RuleEngine):
+    """Names no option for every second question."""
+
+    async def ask(self, task, mode, prompts):
+        answers = await super().ask(task, mode, prompts)
+        return [a if i % 2 else Answer(None, "...", too_long=i == 2) for i, a in enumerate(answers)]
+
+
+def test_a_candidate_without_an_answer_is_kept_with_an_error(bundle):
+    results, _, _ = decide(FilterService(bundle, Silent(), ServingSettings()), asked("v2", "v4", "v6", "v8"))
+    assert [r.decision for r in results] == ["keep", "drop", "keep", "drop"]
+    assert [r.error and r.error.code for r in results] == ["unreadable", None, "too_long", None]
+
+
+def test_four_answers_side_by_side(service):
+    fields = asyncio.run(service.explain(ExplainRequest(user=UserRef(id="u0"), candidate=Candidate(id="v2"))))
+    whose = {p.whose: p for p in fields["perspectives"]}
+    assert list(whose) == ["own", "similar", "group", "none"]
+    assert "Pet lovers" in whose["group"].profile
+    assert "cooking" in whose["similar"].profile, "u1, the other member"
+    assert all(p.result.decision is Decision.DROP for p in whose.values())
+    assert len(fields["history"]) == 2
+    nobody = asyncio.run(service.explain(ExplainRequest(user=UserRef(id="u2"), candidate=Candidate(id="v2"))))
+    assert [p.whose for p in nobody["perspectives"]] == ["own", "none"], "u2 is in no group"
+
+
+def test_what_the_filter_knows(service):
+    assert service.user("u0").groups == ["g00"]
+    assert service.user("ü 3/4").history == []
+    with pytest.raises(RequestError):
+        service.user("nobody")
+    assert [(g.name, g.members) for g in service.groups()] == [("Pet lovers", 2)]
+    about = service.about()
+    assert (about["users"], about["videos"], about["version"]) == (4, 200, "version-filter")
+
+
+def test_both_tasks_have_their_own_histories(bundle):
+    assert len(bundle.person("u0", Task.SEQUENTIAL).history) == 2
+    assert bundle.person("u0", Task.CLICK).history == ()
+
+
+def test_anything_else_is_no_filter(tmp_path):
+    with pytest.raises(ArtifactError):
+        Bundle(str(tmp_path / "nothing"))
+
+
+def test_parts_of_a_request_are_numbered_through(service):
+    parts = [decide(service, asked("v1", "v2")), decide(service, asked("v3"))]
+    results, usage = merged(parts)
+    assert [(r.index, r.id) for r in results] == [(0, "v1"), (1, "v2"), (2, "v3")]
+    assert usage.prompt_tokens == 30
+
+
+def test_versions_get_their_shares():
+    weights = {"b": 20.0, "a": 80.0, "c": 0.0}
+    drawn = [pick(weights, i / 1000) for i in range(1000)]
+    assert {n: drawn.count(n) for n in "abc"} == {"a": 800, "b": 200, "c": 0}
+    with pytest.raises(ValueError, match="no version"):
+        pick({"a": 0.0}, 0.5)
