@@ -13,7 +13,16 @@ LAYERS = [
     *("config", "doctor", "stages", "jobs", "cli"),
 ]
 """From the bottom to the top; docs/architecture.md says what each is for."""
-PURE = ["ufm/rewards", "ufm/advantage", "ufm/loss", "evaluate/metrics", "data/filters", "data/splits", "ugm/cluster"]
+PURE = [
+    "ufm/rewards",
+    "ufm/advantage",
+    "ufm/loss",
+    "evaluate/metrics",
+    "serving/filter",
+    "data/filters",
+    "data/splits",
+    "ugm/cluster",
+]
 HEAVY = {"ray", "vllm", "deepspeed"}
 
 
