@@ -47,14 +47,15 @@ def demo(
     address: AddressOption = "",
     overrides: Overrides = None,
 ) -> None:
-    """All of the steps below as one Ray job, on a small simulated app (or source.kind=... source.path=...)."""
+    """All of the steps below as Ray jobs, on a small simulated app (or source.kind=... source.path=...)."""
     from gubs.ufm.stage import base_model
 
     settings = load_settings(preset, overrides or [])  # refuse a wrong setting before a cluster starts
-    if not jobs.named_cluster(address):
-        base_model(settings.ufm.model)  # once per machine, and faster while nothing else runs there
     arguments = ["--run", run, "--preset", preset, *(["--force"] if force else []), *(overrides or [])]
-    raise typer.Exit(jobs.submit("train_grpo", arguments, address))
+    if jobs.named_cluster(address):
+        raise typer.Exit(jobs.submit("train_grpo", arguments, address))
+    base_model(settings.ufm.model)  # once per machine, and faster while nothing else runs there
+    raise typer.Exit(jobs.demo(arguments, open_run(run), settings))
 
 
 @app.command(rich_help_panel=_DATA)

@@ -1,6 +1,8 @@
 """What a person sees while a command runs: lines and progress on stderr, results on stdout."""
 
 import json
+import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,13 @@ class OnProgress(Protocol):
     """Gets the number of finished items, the total, and further details if there are any."""
 
     def __call__(self, done: int, total: int, detail: str = "") -> None: ...  # noqa: D102
+
+
+def quiet_libraries() -> None:
+    """Keeps bars and notices of transformers, vLLM and DeepSpeed off the terminal; to be called before their import."""
+    quiet = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    os.environ.update({name: value for name, value in quiet.items() if name not in os.environ})
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def say(text: str) -> None:

@@ -10,8 +10,8 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,13 +21,14 @@ import gubs
 from gubs import stages
 from gubs.artifacts import Run, open_run
 from gubs.config import Settings, load_settings, preset_names
-from gubs.console import err, print_json, say
+from gubs.console import err, print_json, quiet_libraries, say
 from gubs.errors import ArtifactError, GubsError, MissingArtifactError, PlatformError, SettingsError
-from gubs.ray_runtime import follow_job, local_head
-from gubs.records import Task
+from gubs.ray_runtime import follow_job, free_port, local_head
+from gubs.records import Split, Task
 
 if TYPE_CHECKING:
     from gubs.serving.control import Control
+    from gubs.serving.settings import ServingSettings
 
 DEFAULT_RUN = "runs/demo-synthetic"
 
@@ -39,6 +40,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]"
 Work = Callable[[Run, Settings, bool], object]
 """(run, settings, force)"""
 
+_ROOT = Path(gubs.__file__).resolve().parent.parent
 _EXCLUDES = [".venv", ".git", "runs", "**/__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"]
 
 
@@ -49,8 +51,14 @@ def making(*targets: str) -> Work:
 
 def main_job(run: Run, settings: Settings, force: bool = False) -> None:
     """GA-GRPO, with the policy before and after it judged on test users and compared."""
+    from gubs.evaluate.compare import compare, verdict
+    from gubs.report.training import write_page
+
     stages.make(stages.main_targets(settings), run, settings, force=force)
-    report(run, [stages.start_policy(settings), stages.GRPO])
+    blocks = compare(run, [stages.start_policy(settings), stages.GRPO])
+    say(f"[page]   {write_page(run, blocks)}")
+    for line in verdict(blocks):
+        say(line)
 
 
 def evaluate_job(run: Run, settings: Settings, force: bool = False) -> None:
@@ -112,29 +120,84 @@ def serve(arguments: Sequence[str], run: Run, settings: Settings) -> None:
     Raises:
         PlatformError: it does not start.
     """
-    from gubs.serving.guard import CALLBACK, CALLBACK_VARIABLE, LIMIT_VARIABLE
     from gubs.serving.keys import add_key
 
-    serving, key = settings.serving, ""
-    arguments = list(arguments)
+    serving, key, arguments = settings.serving, "", list(arguments)
     if not serving.insecure and not serving.keys_file:
         keys = Path(tempfile.mkdtemp(prefix="gubs-keys-")) / "keys.json"
-        key = add_key(keys, "this-machine", 60_000, admin=True)
+        key = add_key(keys, "this-machine", 60_000)
         arguments.append(f"serving.keys_file={keys}")
-    os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
-    os.environ.setdefault(LIMIT_VARIABLE, str(serving.limits.body_mb))
-    with local_head() as head:
-        script = Path(gubs.__file__).resolve().parent.parent / "ray_jobs" / "serve_ufm.py"
-        command = [sys.executable, str(script), *arguments]
-        if code := follow_job(head, command, {"env_vars": {"GUBS_HOME": str(Path.cwd())}}):
-            raise PlatformError(f"the service did not start (exit code {code})")
-        url = f"http://127.0.0.1:{serving.port}"
+    with _serving_head(serving) as head:
+        url = _deploy(head, arguments, serving)
         say(f"[serve]  {url}/ is the console, {url}/openapi.json the API, {head} the dashboard")
         print(try_it(url, key or ("" if serving.insecure else "KEY"), run), flush=True)
         say("[serve]  Ctrl-C ends it")
         with suppress(KeyboardInterrupt):
             while True:
                 time.sleep(3600)
+
+
+def demo(arguments: Sequence[str], run: Run, settings: Settings) -> int:
+    """The main job and then the service, on a head node of this machine; asks the service once. Returns an exit code.
+
+    Args:
+        arguments: command line of the jobs.
+        run: the run.
+        settings: all settings.
+    """
+    port = free_port()
+    served = [*arguments, f"serving.port={port}", "serving.insecure=true"]
+    serving = settings.serving.model_copy(update={"port": port, "insecure": True})
+    with _serving_head(serving) as head:
+        if code := _follow(head, "train_grpo", arguments):
+            return code
+        url = _deploy(head, served, serving)
+        _ask_once(url, run)
+    return 0
+
+
+@contextmanager
+def _serving_head(serving: "ServingSettings") -> Iterator[str]:
+    """A head node whose HTTP proxy has the guard."""
+    from gubs.serving.guard import CALLBACK, CALLBACK_VARIABLE, LIMIT_VARIABLE
+
+    os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
+    os.environ.setdefault(LIMIT_VARIABLE, str(serving.limits.body_mb))
+    with local_head() as head:
+        yield head
+
+
+def _deploy(head: str, arguments: Sequence[str], serving: "ServingSettings") -> str:
+    """Deploys on a head node of this machine; returns the service's URL."""
+    if code := _follow(head, "serve_ufm", arguments):
+        raise PlatformError(f"the service did not start (exit code {code})")
+    return f"http://127.0.0.1:{serving.port}"
+
+
+def _ask_once(url: str, run: Run) -> None:
+    """Asks about a test user and some of this user's targets, and prints the answer."""
+    from gubs.data.ifvr import IFVR
+    from gubs.serving.client import Client
+
+    rows = IFVR(run).targets(Task.SEQUENTIAL, [Split.TEST]).to_pylist() or IFVR(run).targets(Task.CLICK).to_pylist()
+    user, task = rows[0]["user_id"], Task(rows[0]["task"])
+    videos = list(dict.fromkeys(r["video_id"] for r in rows if r["user_id"] == user))[:5]
+    with Client(url, timeout_s=120) as client:
+        answer = client.filter(user, videos, task=task)
+    say(f"[demo]   POST {url}/v1/filter: user {user}, {len(videos)} videos, {answer.timing_ms['total']:.0f} ms")
+    for result in answer.results:
+        about = result.error.message if result.error else f"P(skip) {result.skip_probability:.2f}, {result.option}"
+        say(f"           {result.id}: {result.decision}, {about}: {' '.join((result.reason or '').split())[:120]}")
+
+
+def try_it(url: str, key: str, run: Run) -> str:
+    """A curl command that asks about a user and two videos of the run."""
+    artifact = run.artifact(stages.FILTER)
+    user = artifact.table("users", ["user_id"])["user_id"][0].as_py()
+    videos = artifact.table("videos", ["video_id"])["video_id"][:2].to_pylist()
+    body = json.dumps({"user": {"id": user}, "candidates": [{"id": v} for v in videos]})
+    header = f" -H 'Authorization: Bearer {key}'" if key else ""
+    return f"curl {url}/v1/filter{header} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
 
 
 def control(address: str) -> "Control":
@@ -189,16 +252,6 @@ def filter_table(
             say(f"[filter] {folder}: " + ", ".join(f"{n:,} {name}" for name, n in counts.items()))
 
 
-def try_it(url: str, key: str, run: Run) -> str:
-    """A curl command that asks about a user and two videos of the run."""
-    table = run.artifact(stages.FILTER)
-    user = table.table("users", ["user_id"])["user_id"][0].as_py()
-    videos = table.table("videos", ["video_id"])["video_id"][:2].to_pylist()
-    body = json.dumps({"user": {"id": user}, "candidates": [{"id": v} for v in videos]})
-    header = f" -H 'Authorization: Bearer {key}'" if key else ""
-    return f"curl {url}/v1/filter{header} -H 'Content-Type: application/json' -d {shlex.quote(body)}"
-
-
 def policies(run: Run) -> list[str]:
     """The trained policies of a run, in the order in which they were made."""
     manifests = [run.artifact(n).manifest for n in run.stages()]
@@ -238,6 +291,7 @@ def job_main(work: Work) -> None:
 
 def run_app(app: Callable[[list[str] | None], object], args: list[str] | None = None) -> None:
     """Runs a command line; an error with a remedy becomes one message and an exit code."""
+    quiet_libraries()
     try:
         app(args)
     except GubsError as e:
@@ -263,13 +317,23 @@ def submit(script: str, arguments: Sequence[str], address: str = "") -> int:
     Raises:
         PlatformError: there is no such script, or no cluster can be reached or started.
     """
-    root = Path(gubs.__file__).resolve().parent.parent
-    path = root / "ray_jobs" / f"{script}.py"
-    if not path.is_file():
-        scripts = ", ".join(sorted(p.stem for p in path.parent.glob("*.py")))
-        raise PlatformError(f"there is no job {script!r} in {path.parent} (there are: {scripts})")
+    _script(script)
     if address := named_cluster(address):
         command = ["python", f"ray_jobs/{script}.py", *arguments]
-        return follow_job(address, command, {"working_dir": str(root), "excludes": _EXCLUDES})
+        return follow_job(address, command, {"working_dir": str(_ROOT), "excludes": _EXCLUDES})
     with local_head() as head:
-        return follow_job(head, [sys.executable, str(path), *arguments], {"env_vars": {"GUBS_HOME": str(Path.cwd())}})
+        return _follow(head, script, arguments)
+
+
+def _follow(head: str, script: str, arguments: Sequence[str]) -> int:
+    """Runs a script of this checkout as a job on a head node of this machine."""
+    command = [sys.executable, str(_script(script)), *arguments]
+    return follow_job(head, command, {"env_vars": {"GUBS_HOME": str(Path.cwd())}})
+
+
+def _script(name: str) -> Path:
+    path = _ROOT / "ray_jobs" / f"{name}.py"
+    if not path.is_file():
+        scripts = ", ".join(sorted(p.stem for p in path.parent.glob("*.py")))
+        raise PlatformError(f"there is no job {name!r} in {path.parent} (there are: {scripts})")
+    return path

@@ -231,6 +231,46 @@ def _defined(value: float | None) -> float | None:
     return None if value is None or value != value else float(value)
 
 
+def verdict(blocks: Sequence[Block]) -> list[str]:
+    """What the last policy is worth as a filter, in at most eight lines: natural mix, greedy, beside the baselines."""
+    natural = [b for b in blocks if b.mix == MIXES[0]]
+    if not natural:
+        return []
+    users = max(b.users for b in natural)
+    lines = [f"{natural[0].policies[-1]} as a filter, greedy, on the targets of {users:,} test users as they come:"]
+    for block in natural:
+        lines += _verdict_on(block)
+    return lines
+
+
+def _verdict_on(block: Block) -> list[str]:
+    rows = {row.name: row for row in block.rows}
+    click = block.task == Task.CLICK
+    rate, lost, judge = (
+        ("click_rate", "share_clicked_lost", "click_balanced_acc")
+        if click
+        else ("play_rate_above_30", "share_watched_lost", "judge_balanced_acc")
+    )
+    good, kept_are = ("clicked", "clicked") if click else ("watched", "not skipped")
+
+    def share(name: str, column: str = "") -> str:
+        row = rows[name]
+        value = row.constants.get(column) if column else row.figures[block.policies[-1]][MODES[0]].value
+        return "–" if value is None else f"{100 * value:.0f} %"
+
+    unfiltered = rows[rate].base_rate
+    quality = f"right about {'the click' if click else 'the skip'}: balanced accuracy {share(judge)} (constants 50 %)"
+    if "reason_f1" in rows:
+        constant = share("reason_f1", CONSTANTS[Task.SEQUENTIAL][0])
+        quality += f"; reason F1 {share('reason_f1')} (always the commonest {constant})"
+    return [
+        f"  {block.task}: keeps {share('share_kept')} of {block.items:,} videos; {share(rate)} of these are {kept_are} "
+        f"(unfiltered {100 * (unfiltered or 0.0):.0f} %)",
+        f"    drops {share(lost)} of the {good} videos (random drop {share(lost, DROP)})",
+        f"    {quality}",
+    ]
+
+
 def print_blocks(blocks: Sequence[Block]) -> None:
     """Prints one table per block with its first and last policy on stdout."""
     from rich.console import Console

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.metrics import Counter as RayCounter
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gubs.errors import GubsError, PlatformError
@@ -62,6 +63,22 @@ class PollResult:
     stop: Exception | None = None
 
 
+class _Metrics:
+    """Finished calls and their tokens in Ray's metrics, for dashboards."""
+
+    def __init__(self) -> None:
+        self._calls = RayCounter("gubs_llm_calls", "Finished LLM calls", ("role", "endpoint", "failure"))
+        self._tokens = RayCounter("gubs_llm_tokens", "Tokens of finished LLM calls", ("role", "endpoint", "direction"))
+
+    def count(self, entry: Entry) -> None:
+        """Counts a call."""
+        tags = {"role": entry.role, "endpoint": entry.endpoint}
+        self._calls.inc(1, {**tags, "failure": entry.failure or "none"})
+        for direction, tokens in (("in", entry.tokens_in), ("out", entry.tokens_out)):
+            if tokens > 0:
+                self._tokens.inc(tokens, {**tags, "direction": direction})
+
+
 class Pool:
     """The client actors of one driver."""
 
@@ -76,6 +93,7 @@ class Pool:
         self._deaths = 0
         self._retired: list[Report] = []
         """Counts of actors that died."""
+        self._metrics = _Metrics()
         self._members = [self._start(replace(assignment, number=n)) for n in range(assignment.actors)]
         self._open(self._members)
 
@@ -168,6 +186,7 @@ class Pool:
         result.done += report.done
         result.stop = result.stop or report.stop
         for entry, _ in report.done:
+            self._metrics.count(entry)
             if work := member.outstanding.pop(entry.key, None):
                 member.per_endpoint[work.endpoint] -= 1
 

@@ -29,7 +29,7 @@ def engine_app(uri: str, version: str, settings: ServingSettings, *, gpus: bool)
         "name": app_name(version),
         "route_prefix": None,
         "import_path": "gubs.serving.deployment:build_engine",
-        "args": {"args": {"uri": uri, "settings": settings.model_dump(mode="json"), "gpus": gpus}},
+        "args": {"uri": uri, "settings": settings.model_dump(mode="json"), "gpus": gpus},
     }
 
 
@@ -39,7 +39,7 @@ def ingress_app(settings: ServingSettings, traffic: JsonObject) -> JsonObject:
         "name": INGRESS,
         "route_prefix": "/",
         "import_path": "gubs.serving.deployment:build_ingress",
-        "args": {"args": {"settings": settings.model_dump(mode="json")}},
+        "args": {"settings": settings.model_dump(mode="json")},
         "deployments": [{"name": INGRESS, "user_config": traffic}],
     }
 

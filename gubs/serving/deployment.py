@@ -13,6 +13,7 @@ import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Mapping
+from importlib import resources
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -20,10 +21,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.exceptions import RayActorError
+from ray.serve.context import _set_request_context
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from gubs.serving.bundle import Bundle
+from gubs.serving.engine import EngineDiedError, FilterEngine
 from gubs.serving.filter import Decision, Mode
 from gubs.serving.keys import ApiKey, KeyRing, read_keys
 from gubs.serving.metrics import Metrics
@@ -50,7 +53,14 @@ T = TypeVar("T", bound=BaseModel)
 R = TypeVar("R")
 ENGINE, INGRESS = "engine", "ingress"
 """Names of the deployments; the ingress's application has the same name."""
-_AFFINITY = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+ROUTER = {
+    "request_router_class": "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter",
+    "initial_backoff_s": 0.005,
+    "max_backoff_s": 0.05,
+}
+"""Sends a user to the same replica: its prefix cache has the user's profile and history. A full replica is asked again
+after milliseconds; with the router's own pauses, it would idle for half a second.
+"""
 _CANARY_S = 30.0
 _STATUS = {
     "unknown_user": 404,
@@ -62,6 +72,11 @@ _STATUS = {
     "unavailable": 503,
     "timeout": 504,
 }
+_ASSETS = {"html": "text/html; charset=utf-8", "js": "text/javascript", "css": "text/css"}
+_CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 _log = logging.getLogger("ray.serve")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 404, 409, 413, 422, 429, 500, 503, 504)
@@ -88,24 +103,25 @@ class EngineReplica:
 
     async def __init__(self, uri: str, settings: dict[str, Any]):  # type: ignore[misc]  # Serve awaits it
         """Loads the filter, and answers one question before it counts as ready."""
-        from gubs.serving.engine import FilterEngine
-
         self._bundle = await asyncio.to_thread(Bundle, uri)
         self._engine = FilterEngine(self._bundle)
         self._service = FilterService(self._bundle, self._engine, ServingSettings(**settings))
         await self.check_health()
 
-    async def decide(self, request: FilterRequest, mode: Mode) -> tuple[list[Result], Usage, float]:
-        """See `FilterService.decide`."""
+    async def decide(self, request: FilterRequest, mode: Mode) -> tuple[list[Result], Usage, float] | RequestError:
+        """See `FilterService.decide`. A request's own error is returned: Ray would add a trace to a raised one."""
         return await self._surviving(self._service.decide(request, mode))
 
-    async def explain(self, request: ExplainRequest) -> dict[str, object]:
+    async def explain(self, request: ExplainRequest) -> dict[str, object] | RequestError:
         """See `FilterService.explain`."""
         return await self._surviving(self._service.explain(request))
 
-    def user(self, user_id: str) -> User:
+    def user(self, user_id: str) -> User | RequestError:
         """See `FilterService.user`."""
-        return self._service.user(user_id)
+        try:
+            return self._service.user(user_id)
+        except RequestError as e:
+            return e
 
     def groups(self) -> list[Group]:
         """See `FilterService.groups`."""
@@ -125,13 +141,13 @@ class EngineReplica:
         async with asyncio.timeout(_CANARY_S):
             await self._surviving(self._engine.ask(self._bundle.config.tasks[0], Mode.SCORE, [Prompt("ok")]))
 
-    async def _surviving(self, work: Awaitable[R]) -> R:
+    async def _surviving(self, work: Awaitable[R]) -> R | RequestError:
         """Ends the replica at once if its engine is dead: Serve replaces it, and the ingress asks another."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         try:
             return await work
-        except EngineDeadError:
+        except RequestError as e:
+            return e
+        except EngineDiedError:
             os._exit(1)
 
     def __del__(self) -> None:
@@ -156,6 +172,67 @@ async def _failed(_: Request, error: Exception) -> Response:
     return RefusedError(500, "internal", "the service failed", retryable=True).response()
 
 
+# Serve pickles the app's routes when it decorates the ingress: what they call must be defined before it.
+
+
+def _asset(name: str) -> Response:
+    """A file of the console, which may load nothing from elsewhere."""
+    kind = _ASSETS.get(name.rpartition(".")[2])
+    file = resources.files("gubs.serving.console") / name
+    if kind is None or "/" in name or not file.is_file():
+        raise RefusedError(404, "not_found", "there is no such page")
+    headers = {"Content-Security-Policy": _CSP, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+    return Response(file.read_bytes(), media_type=kind, headers=headers)
+
+
+async def _cancelling(response: DeploymentResponse[Any]) -> Any:
+    """The result of a call; if the wait for it is cancelled, so is the call."""
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+
+
+async def _all(calls: Any) -> list[Any]:
+    """The results of all calls; the first failure cancels the others."""
+    tasks = [asyncio.ensure_future(c) for c in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _all_kept(asked: FilterRequest, mode: Mode) -> FilterResponse:
+    results = [Result(index=i, id=c.id, decision=Decision.KEEP) for i, c in enumerate(asked.candidates)]
+    name = ModelName(name="none", version="none")
+    return FilterResponse(
+        request_id=_request_id(asked),
+        model=name,
+        mode=mode,
+        threshold=1.0,
+        results=results,
+        usage=Usage(),
+        timing_ms={},
+    )
+
+
+def _user_key(asked: FilterRequest | ExplainRequest) -> str:
+    """The same for every request about a user."""
+    return asked.user.id or asked.user.model_dump_json()
+
+
+def _point(key: str) -> float:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def _request_id(asked: FilterRequest | ExplainRequest) -> str:
+    return asked.request_id or uuid.uuid4().hex
+
+
 @serve.deployment(name=INGRESS)
 @serve.ingress(app)
 class Ingress:
@@ -171,7 +248,7 @@ class Ingress:
         self._settings = ServingSettings(**settings)
         self._keys = None if self._settings.insecure else KeyRing(read_keys(self._settings.keys_file))
         self._metrics = Metrics()
-        self._log = ShadowLog(self._settings.log_dir) if self._settings.log_dir else None
+        self._log = ShadowLog(self._settings.log_dir, self._settings.log_every_s) if self._settings.log_dir else None
         self._handles: dict[str, DeploymentHandle] = {}
         self._names: dict[str, ModelName] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -222,7 +299,7 @@ class Ingress:
         async with self._deadline(None):
             return await self._call(self._pick("groups"), "groups")
 
-    @app.get("/v1/users/{user_id}", response_model=User, responses=_ERRORS)
+    @app.get("/v1/users/{user_id:path}", response_model=User, responses=_ERRORS)
     async def user(self, request: Request, user_id: str) -> User:
         """A user that the filter knows."""
         self._authorised(request)
@@ -241,6 +318,28 @@ class Ingress:
         self._authorised(request)
         async with self._deadline(None):
             return await self._call(self._pick("examples"), "examples", max(1, min(count, 500)))
+
+    @app.get("/v1/status", responses=_ERRORS)
+    async def status(self, request: Request) -> dict[str, Any]:
+        """Recent figures of this ingress replica, and the engine replicas of each version."""
+        self._authorised(request)
+        applications = (await asyncio.to_thread(serve.status)).applications
+        replicas = {
+            name: sum(n for state, n in application.deployments[ENGINE].replica_states.items() if state == "RUNNING")
+            for name, application in applications.items()
+            if ENGINE in application.deployments
+        }
+        return {**self._metrics.status(), "replicas": replicas}
+
+    @app.get("/", include_in_schema=False)
+    async def console(self) -> Response:
+        """The console."""
+        return _asset("index.html")
+
+    @app.get("/console/{name}", include_in_schema=False)
+    async def asset(self, name: str) -> Response:
+        """A file of the console."""
+        return _asset(name)
 
     @app.get("/healthz")
     async def healthz(self) -> dict[str, str]:
@@ -312,13 +411,12 @@ class Ingress:
             RefusedError: it cannot be answered.
         """
         for attempt in (1, 2):
+            _set_request_context(_internal_request_id=uuid.uuid4().hex)  # the router loses calls that share an id
             handle = self._handle(version)
             if session:
                 handle = handle.options(session_id=hashlib.sha256(session.encode()).hexdigest()[:16])
             try:
-                return await getattr(handle, method).remote(*arguments)
-            except RequestError as e:
-                raise RefusedError(_STATUS.get(e.code, 400), e.code, str(e)) from None
+                answer = await _cancelling(getattr(handle, method).remote(*arguments))
             except BackPressureError:
                 raise RefusedError(
                     429, "overloaded", "too many requests are waiting", retryable=True, retry_after=1
@@ -326,6 +424,10 @@ class Ingress:
             except (RayActorError, DeploymentUnavailableError, RequestCancelledError) as e:
                 if attempt == 2 or isinstance(e, RequestCancelledError):
                     raise RefusedError(503, "unavailable", "no engine answers", retryable=True, retry_after=5) from None
+            else:
+                if isinstance(answer, RequestError):
+                    raise RefusedError(_STATUS.get(answer.code, 400), answer.code, str(answer))
+                return answer
         raise AssertionError
 
     def _handle(self, version: str) -> DeploymentHandle:
@@ -413,45 +515,6 @@ class Ingress:
         task.add_done_callback(self._background.discard)
 
 
-async def _all(calls: Any) -> list[Any]:
-    """The results of all calls; the first failure cancels the others."""
-    tasks = [asyncio.ensure_future(c) for c in calls]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
-
-
-def _all_kept(asked: FilterRequest, mode: Mode) -> FilterResponse:
-    results = [Result(index=i, id=c.id, decision=Decision.KEEP) for i, c in enumerate(asked.candidates)]
-    name = ModelName(name="none", version="none")
-    return FilterResponse(
-        request_id=_request_id(asked),
-        model=name,
-        mode=mode,
-        threshold=1.0,
-        results=results,
-        usage=Usage(),
-        timing_ms={},
-    )
-
-
-def _user_key(asked: FilterRequest | ExplainRequest) -> str:
-    """The same for every request about a user."""
-    return asked.user.id or asked.user.model_dump_json()
-
-
-def _point(key: str) -> float:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
-
-
-def _request_id(asked: FilterRequest | ExplainRequest) -> str:
-    return asked.request_id or uuid.uuid4().hex
-
-
 def build_engine(args: dict[str, Any]) -> serve.Application:
     """A version's application, for `serve run` and config files: `uri` of the filter, `settings`, `gpus`."""
     settings = ServingSettings(**args.get("settings", {}))
@@ -470,7 +533,7 @@ def build_engine(args: dict[str, Any]) -> serve.Application:
         "health_check_timeout_s": 45,
         "graceful_shutdown_timeout_s": settings.timeout_s,
         "ray_actor_options": resources,
-        "request_router_config": {"request_router_class": _AFFINITY},
+        "request_router_config": ROUTER,
     }
     deployment: Any = EngineReplica
     return deployment.options(**options).bind(args["uri"], settings.model_dump(mode="json"))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gubs.errors import GubsError
 from gubs.records import Task
 from gubs.serving.bundle import Bundle
 from gubs.serving.filter import Mode
@@ -18,6 +19,12 @@ from gubs.ufm.rollout import ENVIRONMENT, Shape, engine_arguments, read_output, 
 
 if TYPE_CHECKING:
     pass
+
+
+class EngineDiedError(GubsError):
+    """The engine's process ended; nothing more comes from it."""
+
+    exit_code = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +68,14 @@ class FilterEngine:
         """Answers questions at the same time, greedy. If it is cancelled, the engine drops what is left.
 
         Raises:
-            vllm.v1.engine.exceptions.EngineDeadError: the engine's process ended.
+            EngineDiedError: the engine's process ended.
         """
-        return list(await asyncio.gather(*(self._ask(task, mode, prompt) for prompt in prompts)))
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return list(await asyncio.gather(*(self._ask(task, mode, prompt) for prompt in prompts)))
+        except EngineDeadError as e:
+            raise EngineDiedError(str(e)) from None
 
     async def _ask(self, task: Task, mode: Mode, prompt: Prompt) -> Answer:
         from vllm.sampling_params import RequestOutputKind
@@ -95,8 +107,13 @@ class FilterEngine:
         return self._llm.get_num_unfinished_requests()
 
     async def check(self) -> None:
-        """Raises if the engine's process ended or its loop failed."""
-        await self._llm.check_health()
+        """Looks whether the engine lives.
+
+        Raises:
+            EngineDiedError: it does not.
+        """
+        if self._llm.errored:
+            raise EngineDiedError("the engine's process ended")
 
     def close(self) -> None:
         """Ends the engine's process."""

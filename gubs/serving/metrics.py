@@ -1,6 +1,8 @@
 """The ingress's figures: once for Ray's own Prometheus endpoint, once for `/metrics` of this replica."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +11,7 @@ from ray.util import metrics as ray_metrics
 
 from gubs.serving.schemas import Result
 
+_RECENT_S, _STEP_S, _MOST_RECENT = 300, 5, 20_000
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
@@ -35,10 +38,38 @@ class _Twin:
         self._ray.set(value)
 
 
+class Recent:
+    """The requests of the last five minutes, for the console."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock, self._requests = clock, deque[tuple[float, float, bool]](maxlen=_MOST_RECENT)
+
+    def add(self, seconds: float, *, ok: bool) -> None:
+        """Notes a request that ended now."""
+        self._requests.append((self._clock(), seconds, ok))
+
+    def figures(self) -> dict[str, Any]:
+        """Requests per second (of the last ten seconds, and in steps of five), latencies in ms, errors."""
+        now = self._clock()
+        recent = [r for r in self._requests if now - r[0] < _RECENT_S]
+        steps = [0] * (_RECENT_S // _STEP_S)
+        for at, _, _ in recent:
+            steps[-1 - int((now - at) // _STEP_S)] += 1
+        seconds = sorted(s for _, s, ok in recent if ok) or [0.0]
+        return {
+            "per_second": sum(now - at < 2 * _STEP_S for at, _, _ in recent) / (2 * _STEP_S),
+            "p50_ms": 1e3 * seconds[len(seconds) // 2],
+            "p95_ms": 1e3 * seconds[int(0.95 * (len(seconds) - 1))],
+            "errors": sum(not ok for _, _, ok in recent),
+            "history": [n / _STEP_S for n in steps],
+        }
+
+
 class Metrics:
     """What the ingress counts."""
 
     def __init__(self) -> None:
+        self.recent = Recent()
         registry = self._registry = prometheus.CollectorRegistry()
         self._requests = _Twin("Counter", "gubs_filter_requests", "Requests", ("code", "mode"), registry)
         self._candidates = _Twin("Counter", "gubs_filter_candidates", "Candidates", ("decision", "option"), registry)
@@ -52,6 +83,7 @@ class Metrics:
         """Counts a request that ended."""
         self._requests.inc(code, str(mode))
         self._seconds.observe(seconds, str(mode))
+        self.recent.add(seconds, ok=code == "200")
 
     def error(self, code: str) -> None:
         """Counts an error of a request or a candidate."""
@@ -63,6 +95,10 @@ class Metrics:
             self._candidates.inc(str(result.decision), str(result.option or "none"))
             if result.error:
                 self.error(result.error.code)
+
+    def status(self) -> dict[str, Any]:
+        """This replica's recent figures as JSON."""
+        return {**self.recent.figures(), "waiting": self._waiting}
 
     @contextmanager
     def waiting(self, candidates: int) -> Iterator[None]:

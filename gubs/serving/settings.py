@@ -63,6 +63,8 @@ class ServingSettings(Section):
     """Ask for no key. For development: such a service listens on this machine only."""
     log_dir: str = ""
     """Folder of the Parquet log of decisions; empty = none is kept."""
+    log_every_s: float = Field(30.0, gt=0)
+    """Seconds between two files of the log."""
     fetch_roots: tuple[str, ...] = ()
     """Folders and URL prefixes (https://cdn.example.com/videos/) that unknown videos may come from; empty = none."""
     limits: LimitSettings = LimitSettings()

@@ -34,13 +34,12 @@ SCHEMA = pa.schema(
 """One row per candidate and version. `user_id` is null for a user who was sent with the request."""
 
 _ROWS = 5000
-_SECONDS = 30.0
 
 
 class ShadowLog:
     """Collects rows and writes them as files, each whole: every few seconds, and when there are many."""
 
-    def __init__(self, folder: str, *, seconds: float = _SECONDS):
+    def __init__(self, folder: str, seconds: float):
         self._fs, self._folder = fsspec.core.url_to_fs(folder)
         self._fs.makedirs(self._folder, exist_ok=True)
         self._rows: list[dict[str, Any]] = []

@@ -153,7 +153,9 @@ def _run_pool(
 ) -> dict[int, _Outcome]:
     import ray
     from ray.data import ActorPoolStrategy
+    from ray.util.metrics import Counter as RayCounter
 
+    decoded = RayCounter("gubs_decoded_videos", "Decoded videos", ("verdict",))
     claims = ray.remote(num_cpus=0)(Claims).remote(done)
     run_id = f"{time.time_ns() // 10**6:012x}-{uuid.uuid4().hex[:6]}"
     limits = Limits(settings.timeout_s, settings.max_memory_mb)
@@ -172,6 +174,8 @@ def _run_pool(
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in cast(pa.Table, table).to_pylist():
             outcomes[row["row"]] = _Outcome(row["content_hash"], row["verdict"], row["detail"])
+            if row["verdict"]:
+                decoded.inc(1, {"verdict": row["verdict"]})
         on_progress(len(outcomes), len(uris))
     return outcomes
 

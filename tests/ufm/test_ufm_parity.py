@@ -23,7 +23,7 @@ from gubs.ufm.health import bounds
 from gubs.ufm.inputs import Encoded, Inputs, mrope_positions
 from gubs.ufm.loss import Denominators, k3, policy_loss
 from gubs.ufm.model import load
-from gubs.ufm.rollout import ENVIRONMENT, Request, Response, Shape, start_rollout
+from gubs.ufm.rollout import ENVIRONMENT, Request, Response, Shape, sampling, start_rollout
 from gubs.ufm.settings import ModelSettings, RolloutSettings
 from gubs.ufm.sync import HEAD, WeightSync, _shared, weights_of
 from gubs.ufm.trainer import logprobs
@@ -65,7 +65,7 @@ def engine(loud, inputs, ray_local) -> Iterator[Any]:
         """The engine, with a look inside."""
 
         def prompt_ids(self, prompt: Any) -> list[int]:
-            greedy = self._parameters(Request(prompt, 0, 0.0), None)
+            greedy = sampling(Request(prompt, 0, 0.0), self.shape)
             return list(self._llm.generate([prompt], greedy, use_tqdm=False)[0].prompt_token_ids)
 
         def positions(self, ids: list[int], clips: list[tuple[str, Any, float, int, int]]) -> Any:

@@ -396,7 +396,7 @@ def test_a_task_that_the_data_set_lacks_is_named(questions, monkeypatch):
     assert trainable_tasks(questions, [Task.CLICK]) == [Task.CLICK]
     none = questions.ifvr.targets(Task.CLICK).slice(0, 0)
     monkeypatch.setattr(IFVR, "targets", lambda *_: none)
-    with pytest.raises(ArtifactError, match="no training targets of the task"):
+    with pytest.raises(ArtifactError, match="no training targets for"):
         trainable_tasks(questions, [Task.CLICK])
 
 

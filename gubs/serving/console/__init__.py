@@ -1,0 +1,1 @@
+"""The console's files: plain modules, no build step, nothing from elsewhere."""

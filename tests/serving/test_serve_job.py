@@ -1,0 +1,151 @@
+"""From a run to a service with a real engine: both modes, batch and HTTP alike, a killed engine, versions."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gubs.artifacts import Run
+from gubs.data.ifvr import IFVR
+from gubs.jobs import _serving_head
+from gubs.ray_runtime import free_port
+from gubs.records import Split, Task
+from gubs.serving.client import Client
+from gubs.serving.filter import Mode
+from gubs.serving.keys import add_key
+from gubs.serving.settings import ServingSettings
+from gubs.stages import FILTER
+
+REPO = Path(__file__).resolve().parent.parent.parent
+SMALL = [
+    "synthetic.users=60",
+    "synthetic.videos=40",
+    "views_per_user=24",
+    "exposures_per_user=24",
+    "filters.min_video_views=2",
+    "filters.min_user_exposures=8",
+    "splits.test_users=8",
+    "splits.click_targets=6",
+    "splits.ugm_users=24",
+    "render.max_seconds=2",
+    "sft_click_users=10",
+    "ufm.model.lessons=120",
+    "ufm.sft.min_steps=20",
+    "ufm.grpo.groups=false",
+    "ufm.distil.items=24",
+    "ufm.distil.samples=2",
+    "ufm.distil.batch=8",
+    "ufm.distil.epochs=1",
+    "ufm.distil.held_out=0.4",
+    "serving.policy=sft_model",
+    "serving.score_gap=1",
+]
+
+
+def gubs(*arguments, env=None, ok=True):
+    command = [sys.executable, "-m", "gubs.cli", *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=REPO, capture_output=True, text=True, timeout=500, env={**os.environ, **(env or {})}
+    )
+    assert (done.returncode == 0) == ok, done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with a filter, and a table that was filtered with it."""
+    folder = tmp_path_factory.mktemp("serve")
+    run = Run(folder / "run")
+    gubs("build", "--run", run.uri, *SMALL)
+    targets = IFVR(run).targets(Task.SEQUENTIAL, [Split.TEST])
+    pairs = targets.select(["user_id", "video_id"]).slice(0, 20)
+    pairs = pa.concat_tables([pairs, pa.table({"user_id": ["nobody"], "video_id": ["v0"]}).cast(pairs.schema)])
+    pq.write_table(pairs, folder / "candidates.parquet")
+    for mode in Mode:
+        out = folder / f"{mode}.filtered"
+        text = gubs("filter", folder / "candidates.parquet", "--run", run.uri, "--mode", mode, "--out", out, *SMALL)
+        assert "1 unknown" in text
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_from_a_run_to_a_service(run, tmp_path):
+    config = json.loads(Path(run.path(FILTER, "filter.json")).read_text())
+    assert set(config["modes"]) == {"reason", "score"}
+    held_out = run.artifact(FILTER).table("held_out")
+    assert held_out.num_rows > 20
+    assert not set(held_out["user_id"].to_pylist()) & set(run.artifact("distil").table("steps").column_names)
+    folder = Path(run.uri).parent
+    key, port = add_key(tmp_path / "keys.json", "test", 10**6), free_port()
+    settings = ServingSettings(keys_file=str(tmp_path / "keys.json"), port=port)
+    served = [*SMALL, f"serving.port={port}", f"serving.keys_file={tmp_path / 'keys.json'}"]
+    with _serving_head(settings) as address, Client(f"http://127.0.0.1:{port}", key, retries=20) as client:
+        gubs("submit", "serve_ufm", "--address", address, "--", "--run", run.uri, *served)
+        _agrees_with_batch(client, folder)
+        assert len(client.explain("u0", "v0").frames) in (0, 4)
+        _outlives_its_engine(client)
+        _rolls_over(client, address, run, tmp_path, served)
+
+
+def _agrees_with_batch(client, folder):
+    """The same policy, greedy: the service says what the batch job wrote."""
+    for mode in Mode:
+        rows = pq.read_table(folder / f"{mode}.filtered").to_pylist()
+        assert rows[-1]["error"] == "unknown"
+        assert {r["error"] for r in rows} <= {None, "unknown", "unreadable"}
+        for row in [r for r in rows if r["error"] is None]:
+            (result,) = client.filter(row["user_id"], [row["video_id"]], mode=mode).results
+            assert result.skip_probability == pytest.approx(row["skip_probability"], abs=1e-3)
+            assert result.decision == row["decision"]
+            assert (result.reason or "") == (row["reason"] or "")
+    assert any(r["error"] is None for r in rows), "nothing was compared"
+
+
+def _outlives_its_engine(client):
+    """The engine's process is killed: requests are answered again, and none wrongly."""
+    before = client.filter("u0", ["v0", "v1"], mode="score")
+    engines = [p for p in psutil.process_iter(["name", "cmdline"]) if "EngineCore" in " ".join(p.info["cmdline"] or [])]
+    assert len(engines) == 1
+    engines[0].kill()
+    began = time.monotonic()
+    after = client.filter("u0", ["v0", "v1"], mode="score")
+    print(f"answers again {time.monotonic() - began:.1f} s after the engine was killed")
+    assert [r.decision for r in after.results] == [r.decision for r in before.results]
+
+
+def _rolls_over(client, address, run, tmp_path, served):
+    """A second version: beside the first without requests, then alone."""
+    (first,) = client.models()
+    other = tmp_path / "second"
+    shutil.copytree(run.uri, other)
+    gubs(
+        "submit",
+        "serve_ufm",
+        "--address",
+        address,
+        "--",
+        "--run",
+        other,
+        *served,
+        "serving.held_out_items=30",
+        "--force",
+    )
+    apps = {m.app: m.weight for m in client.models()}
+    (second,) = set(apps) - {first.app}
+    assert apps == {first.app: 1.0, second: 0.0}
+    env = {"RAY_API_SERVER_ADDRESS": address}
+    assert "still gets requests" in gubs("serve", "remove", first.app, env=env, ok=False)
+    gubs("serve", "promote", second, env=env)
+    assert client.filter("u0", ["v0"]).model.version == second.removeprefix("filter-")
+    assert f"{second}" in gubs("serve", "status", env=env)
+    gubs("serve", "remove", first.app, env=env)
+    assert [m.app for m in client.models()] == [second]
