@@ -576,8 +576,11 @@ def settings_of(node: Stage, settings: Settings) -> dict[str, Any]:
     """The values that decide a stage's content, by dotted name."""
     minus = [n[1:] for n in node.settings if n.startswith("-")]
     values: dict[str, Any] = {}
+    dumped = settings.model_dump(mode="json")
     for path in (n for n in node.settings if not n.startswith("-")):
-        values |= _flat(path, value_at(settings, path))
+        section = value_at(settings, path)
+        names = [f"{path}.{key}" for key in keys(type(section))] if isinstance(section, BaseModel) else [path]
+        values |= {name: _dig(dumped, name) for name in names}
     kept = {n: v for n, v in values.items() if not any(n == m or n.startswith(f"{m}.") for m in minus)}
     if node.asks(settings):
         kept |= {f"llm.roles.{role}": settings.llm.parameters_of(role) for role in node.roles}
@@ -595,13 +598,6 @@ def value_at(settings: Settings, path: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part)
     return value
-
-
-def _flat(path: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, BaseModel):
-        return {path: value}
-    dumped = value.model_dump(mode="json")
-    return {f"{path}.{key}": _dig(dumped, key) for key in keys(type(value))}
 
 
 def _dig(nested: Mapping[str, Any], key: str) -> Any:

@@ -37,6 +37,7 @@ def page(request, browser, service):
     page.get_by_label("This service asks for a key").fill(service.key)
     page.get_by_role("button", name="Use it").click()
     playwright.expect(page.get_by_role("heading", name="Which videos would this user skip?")).to_be_visible()
+    playwright.expect(page.get_by_label("User")).not_to_have_value("")
     yield page
     assert [m for m in messages if "Failed to load resource" not in m] == [], "4xx are told on the page"
     assert elsewhere == []

@@ -19,7 +19,6 @@ from gubs.jobs import _serving_head
 from gubs.ray_runtime import free_port
 from gubs.records import Split, Task
 from gubs.serving.client import Client
-from gubs.serving.filter import Mode
 from gubs.serving.keys import add_key
 from gubs.serving.settings import ServingSettings
 from gubs.stages import FILTER
@@ -69,10 +68,7 @@ def run(tmp_path_factory):
     pairs = targets.select(["user_id", "video_id"]).slice(0, 20)
     pairs = pa.concat_tables([pairs, pa.table({"user_id": ["nobody"], "video_id": ["v0"]}).cast(pairs.schema)])
     pq.write_table(pairs, folder / "candidates.parquet")
-    for mode in Mode:
-        out = folder / f"{mode}.filtered"
-        text = gubs("filter", folder / "candidates.parquet", "--run", run.uri, "--mode", mode, "--out", out, *SMALL)
-        assert "1 unknown" in text
+    assert "1 unknown" in gubs("filter", folder / "candidates.parquet", "--run", run.uri, *SMALL)
     return run
 
 
@@ -83,46 +79,51 @@ def test_from_a_run_to_a_service(run, tmp_path):
     assert set(config["modes"]) == {"reason", "score"}
     held_out = run.artifact(FILTER).table("held_out")
     assert held_out.num_rows > 20
-    assert not set(held_out["user_id"].to_pylist()) & set(run.artifact("distil").table("steps").column_names)
     folder = Path(run.uri).parent
     key, port = add_key(tmp_path / "keys.json", "test", 10**6), free_port()
     settings = ServingSettings(keys_file=str(tmp_path / "keys.json"), port=port)
     served = [*SMALL, f"serving.port={port}", f"serving.keys_file={tmp_path / 'keys.json'}"]
     with _serving_head(settings) as address, Client(f"http://127.0.0.1:{port}", key, retries=20) as client:
         gubs("submit", "serve_ufm", "--address", address, "--", "--run", run.uri, *served)
-        _agrees_with_batch(client, folder)
-        assert len(client.explain("u0", "v0").frames) in (0, 4)
-        _outlives_its_engine(client)
-        _rolls_over(client, address, run, tmp_path, served)
+        user, video = _agrees_with_batch(client, folder)
+        assert len(client.explain(user, video).frames) == 4
+        _outlives_its_engine(client, user, video)
+        _rolls_over(client, address, run, tmp_path, served, user, video)
 
 
 def _agrees_with_batch(client, folder):
-    """The same policy, greedy: the service says what the batch job wrote."""
-    for mode in Mode:
-        rows = pq.read_table(folder / f"{mode}.filtered").to_pylist()
-        assert rows[-1]["error"] == "unknown"
-        assert {r["error"] for r in rows} <= {None, "unknown", "unreadable"}
-        for row in [r for r in rows if r["error"] is None]:
-            (result,) = client.filter(row["user_id"], [row["video_id"]], mode=mode).results
-            assert result.skip_probability == pytest.approx(row["skip_probability"], abs=1e-3)
-            assert result.decision == row["decision"]
-            assert (result.reason or "") == (row["reason"] or "")
-    assert any(r["error"] is None for r in rows), "nothing was compared"
+    """The same policy, greedy: the service says what the batch job wrote; returns a user and a video."""
+    rows = pq.read_table(folder / "candidates.filtered").to_pylist()
+    assert rows[-1]["error"] == "unknown"
+    assert {r["error"] for r in rows} <= {None, "unknown", "unreadable"}
+    answered = [r for r in rows if r["error"] is None]
+    assert answered, "nothing was compared"
+    for row in answered:
+        (result,) = client.filter(row["user_id"], [row["video_id"]]).results
+        assert result.skip_probability == pytest.approx(row["skip_probability"], abs=1e-3)
+        assert (result.decision, result.reason or "") == (row["decision"], row["reason"] or "")
+    by_user = [r["video_id"] for r in answered if r["user_id"] == answered[0]["user_id"]]
+    scored = client.filter(answered[0]["user_id"], by_user, mode="score")
+    assert [r.error for r in scored.results] == [None] * len(by_user)
+    assert all(r.label_mass > 0 and r.reason is None for r in scored.results)
+    assert scored.usage.answer_tokens == len(by_user), "one token each"
+    return answered[0]["user_id"], answered[0]["video_id"]
 
 
-def _outlives_its_engine(client):
+def _outlives_its_engine(client, user, video):
     """The engine's process is killed: requests are answered again, and none wrongly."""
-    before = client.filter("u0", ["v0", "v1"], mode="score")
-    engines = [p for p in psutil.process_iter(["name", "cmdline"]) if "EngineCore" in " ".join(p.info["cmdline"] or [])]
+    before = client.filter(user, [video], mode="score")
+    processes = psutil.process_iter(["cmdline"])
+    engines = [p for p in processes if "EngineCore" in " ".join(p.info["cmdline"] or [])]
     assert len(engines) == 1
     engines[0].kill()
     began = time.monotonic()
-    after = client.filter("u0", ["v0", "v1"], mode="score")
+    after = client.filter(user, [video], mode="score")
     print(f"answers again {time.monotonic() - began:.1f} s after the engine was killed")
     assert [r.decision for r in after.results] == [r.decision for r in before.results]
 
 
-def _rolls_over(client, address, run, tmp_path, served):
+def _rolls_over(client, address, run, tmp_path, served, user, video):
     """A second version: beside the first without requests, then alone."""
     (first,) = client.models()
     other = tmp_path / "second"
@@ -145,7 +146,7 @@ def _rolls_over(client, address, run, tmp_path, served):
     env = {"RAY_API_SERVER_ADDRESS": address}
     assert "still gets requests" in gubs("serve", "remove", first.app, env=env, ok=False)
     gubs("serve", "promote", second, env=env)
-    assert client.filter("u0", ["v0"]).model.version == second.removeprefix("filter-")
+    assert client.filter(user, [video]).model.version == second.removeprefix("filter-")
     assert f"{second}" in gubs("serve", "status", env=env)
     gubs("serve", "remove", first.app, env=env)
     assert [m.app for m in client.models()] == [second]
