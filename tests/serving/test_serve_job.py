@@ -39,6 +39,7 @@ SMALL = [
     "ufm.model.lessons=120",
     "ufm.sft.min_steps=20",
     "ufm.grpo.groups=false",
+    "ufm.distil.enabled=true",
     "ufm.distil.items=24",
     "ufm.distil.samples=2",
     "ufm.distil.batch=8",
