@@ -361,7 +361,7 @@ def stage(name: str, settings: Settings, run: Run | None = None) -> Stage:
     namesakes = [s for s in STAGES if s.name == name]
     if namesakes:
         node = next((s for s in namesakes if s.wanted(settings)), namesakes[0])
-        return dataclasses.replace(node, needs=(settings.serving.policy,)) if node.of_policy else node
+        return _of_policy(node, settings.serving.policy) if node.of_policy else node
     if name.startswith(EVALUATION):
         return _evaluation(name.removeprefix(EVALUATION), settings)
     if run and run.has(name):
@@ -380,7 +380,16 @@ def _evaluation(policy: str, settings: Settings) -> Stage:
     """The evaluation of a policy. A trained policy is an input; only the base model comes from outside the run."""
     node = stage("eval", settings)
     node = dataclasses.replace(node, name=f"{EVALUATION}{policy}", kind="eval", command=f"{node.command} {policy}")
-    return node if policy == BASE else dataclasses.replace(node, needs=(policy,), outside=())
+    return _of_policy(node, policy)
+
+
+def _of_policy(node: Stage, policy: str) -> Stage:
+    """A stage about a policy: a trained one is its input, the base model comes from outside the run."""
+    return (
+        dataclasses.replace(node, outside=(_MODEL,))
+        if policy == BASE
+        else dataclasses.replace(node, needs=(policy,), outside=())
+    )
 
 
 class Graph:

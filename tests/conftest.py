@@ -16,7 +16,7 @@ os.environ.pop("RAY_ADDRESS", None)
 REPO = Path(__file__).resolve().parent.parent
 
 
-LONGEST = ("test_ufm_resume.py", "test_train_job.py", "test_build_job.py")
+LONGEST = ("test_ufm_resume.py", "test_train_job.py", "test_serve_job.py", "test_build_job.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,15 +25,13 @@ from gubs.ufm.questions import Item, Questions
 from gubs.ufm.rewards import reward_answer
 from gubs.ufm.sampling import sample_seed
 from gubs.ufm.settings import RewardSettings, UFMSettings
-from gubs.ufm.stage import base_model, policy_folder, use_gpu
+from gubs.ufm.stage import BASE as BASE
+from gubs.ufm.stage import policy_or_base, use_gpu
 
 OnProgress = Callable[[int, int], None]
 Row = dict[str, Any]
 _Target = tuple[Item, dict[str, bool]]
 """An item, and whether it is in each mix."""
-BASE = "base"
-"""Name of the untrained policy."""
-
 STAGE_PREFIX = "eval-"
 MODES = ("greedy", "sampled")
 MIXES = ("natural", "balanced")
@@ -72,7 +70,7 @@ def make(job: StageJob, ufm: UFMSettings, evaluate: EvalSettings, seed: int) -> 
         ArtifactError: there is no labelled target of a test user.
     """
     policy = job.stage.removeprefix(STAGE_PREFIX)
-    folder = base_model(ufm.model) if policy == BASE else policy_folder(job.run, policy)
+    folder = policy_or_base(job.run, policy, ufm)
     questions = Questions(job.run, ufm.inputs, tastes=job.reads(PROFILES))
     items = test_items(questions, evaluate.items, seed)
     with progress("answers") as on_progress:

@@ -30,7 +30,7 @@ class ServingSettings(Section):
     """The filter service."""
 
     policy: str = "grpo"
-    """The trained policy that the filter is made from."""
+    """The policy that the filter is made from: grpo, sft_model, ...; base = the model before any training."""
     held_out_items: int = Field(400, ge=20)
     """Most targets of held-out training users (`ufm.distil.held_out`), per task, that thresholds are chosen on."""
     score_gap: float = Field(0.02, ge=0)

@@ -23,7 +23,7 @@ from gubs.ufm.labels import Labels
 from gubs.ufm.predict import Predictor, Query
 from gubs.ufm.questions import UGM, Item, Questions, trainable_tasks
 from gubs.ufm.settings import UFMSettings
-from gubs.ufm.stage import policy_folder, use_gpu
+from gubs.ufm.stage import policy_or_base, use_gpu
 from gubs.ugm.settings import UGMSettings
 from gubs.ugm.stage import MEMBERSHIPS, ugm_people
 from gubs.video.clips import STAGE as FRAMES
@@ -52,7 +52,7 @@ def make(
         ArtifactError: no task has held-out targets that were skipped and others that were not.
     """
     distilled = job.reads(DISTIL)
-    folder = policy_folder(job.run, DISTIL if distilled else serving.policy)
+    folder = policy_or_base(job.run, DISTIL if distilled else serving.policy, ufm)
     questions = Questions(job.run, ufm.inputs, tastes=job.reads(PROFILES))
     modes = (Mode.REASON, Mode.SCORE) if distilled else (Mode.REASON,)
     items = _held_out_items(questions, ufm, serving, seed)

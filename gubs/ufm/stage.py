@@ -37,7 +37,7 @@ from gubs.video.settings import FrameSettings
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-SFT, GRPO, EXAMPLES = "sft_model", "grpo", "sft"
+BASE, SFT, GRPO, EXAMPLES = "base", "sft_model", "grpo", "sft"
 _POLL_S = 0.5
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 """Hides the GPUs, which Ray leaves visible to workers that have none."""
@@ -108,7 +108,7 @@ def make_distil(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: in
     Raises:
         ArtifactError: no sampled answer can be read. Others: as `make_sft`.
     """
-    settings, start = ufm.distil, policy_folder(job.run, policy)
+    settings, start = ufm.distil, policy_or_base(job.run, policy, ufm)
     questions = Questions(job.run, ufm.inputs, tastes=job.reads(PROFILES))
     tasks = trainable_tasks(questions, ufm.grpo.tasks)
     if settings.batch % ufm.workers.count:
@@ -180,6 +180,11 @@ def policy_folder(run: Run, stage: str) -> Path:
             f"{artifact.uri}: copy {POLICY}/ to a path that all machines see, and pass that as ufm.model.path"
         )
     return Path(run.path(stage, POLICY))
+
+
+def policy_or_base(run: Run, policy: str, ufm: UFMSettings) -> Path:
+    """Local folder of a trained policy, or of the model before any training (`base`). Errors: see `policy_folder`."""
+    return base_model(ufm.model) if policy == BASE else policy_folder(run, policy)
 
 
 def check_checkpoint(job: Job, keep: int) -> None:

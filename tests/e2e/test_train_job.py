@@ -73,7 +73,7 @@ def test_the_main_job_makes_what_is_missing_trains_judges_and_shows(tmp_path):
         assert again.returncode == 0, said[-3000:]
         assert sorted(said_of_stages(said, "current: ")) == sorted(stages), job
         assert said_of_stages(said, "done in") == [], job
-    assert re.search(r"grpo as a filter, greedy, on the targets of \d+ test users", said)
+    assert "Sequential task, natural mix" in said
     refused = _alone("train_grpo", run, env, "ufm.grpo.beta=0.5")
     assert refused.returncode == 4, refused.stderr[-3000:]
     for part in ("grpo is stale: ufm.grpo.beta=0.04, now 0.5", "`gubs grpo --force` remakes it", "another --run"):

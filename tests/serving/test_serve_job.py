@@ -36,8 +36,7 @@ SMALL = [
     "splits.ugm_users=24",
     "render.max_seconds=2",
     "sft_click_users=10",
-    "ufm.model.lessons=120",
-    "ufm.sft.min_steps=20",
+    "ufm.model.lessons=200",
     "ufm.grpo.groups=false",
     "ufm.distil.enabled=true",
     "ufm.distil.items=24",
@@ -45,7 +44,7 @@ SMALL = [
     "ufm.distil.batch=8",
     "ufm.distil.epochs=1",
     "ufm.distil.held_out=0.4",
-    "serving.policy=sft_model",
+    "serving.policy=base",
     "serving.score_gap=1",
 ]
 
@@ -127,20 +126,11 @@ def _outlives_its_engine(client, user, video):
 def _rolls_over(client, address, run, tmp_path, served, user, video):
     """A second version: beside the first without requests, then alone."""
     (first,) = client.models()
-    other = tmp_path / "second"
-    shutil.copytree(run.uri, other)
-    gubs(
-        "submit",
-        "serve_ufm",
-        "--address",
-        address,
-        "--",
-        "--run",
-        other,
-        *served,
-        "serving.held_out_items=30",
-        "--force",
-    )
+    other = Run(tmp_path / "second")
+    shutil.copytree(run.uri, other.uri)
+    manifest = Path(other.path(FILTER, "manifest.json"))
+    manifest.write_text(manifest.read_text().replace(run.artifact(FILTER).content, "another-version"))
+    gubs("submit", "serve_ufm", "--address", address, "--", "--run", other.uri, *served)
     apps = {m.app: m.weight for m in client.models()}
     (second,) = set(apps) - {first.app}
     assert apps == {first.app: 1.0, second: 0.0}
