@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -122,12 +122,12 @@ def serve(arguments: Sequence[str], run: Run, settings: Settings) -> None:
     """
     from gubs.serving.keys import add_key
 
-    serving, key, arguments = settings.serving, "", list(arguments)
+    serving, key, arguments, folder = settings.serving, "", list(arguments), ExitStack()
     if not serving.insecure and not serving.keys_file:
-        keys = Path(tempfile.mkdtemp(prefix="gubs-keys-")) / "keys.json"
+        keys = Path(folder.enter_context(tempfile.TemporaryDirectory(prefix="gubs-keys-"))) / "keys.json"
         key = add_key(keys, "this-machine", 60_000)
         arguments.append(f"serving.keys_file={keys}")
-    with _serving_head(serving) as head:
+    with folder, _serving_head(serving) as head:
         url = _deploy(head, arguments, serving)
         say(f"[serve]  {url}/ is the console, {url}/openapi.json the API, {head} the dashboard")
         print(try_it(url, key or ("" if serving.insecure else "KEY"), run), flush=True)

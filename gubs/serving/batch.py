@@ -43,8 +43,8 @@ class BatchFilter:
 
         self._bundle = Bundle(uri)
         config, folder = self._bundle.config, self._bundle.local_policy()
-        if mode not in config.modes:
-            raise InputError(f"{uri} has no mode {mode}: {config.refused}")
+        if not config.answers(task, mode):
+            raise InputError(f"{uri} does not answer the {task} task in mode {mode} {config.refused}".rstrip())
         self._task, self._mode = task, mode
         self._threshold = config.threshold(task, mode) if threshold is None else threshold
         self._inputs = Inputs(folder, config.inputs)
@@ -54,14 +54,13 @@ class BatchFilter:
         self._engine = Engine(shape)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """The batch with the decisions."""
+        """The batch with the decisions. Ids are texts: a CSV reader makes numbers of `17`."""
         from gubs.ufm.predict import Query, request_of
 
         requests: dict[int, Any] = {}
         rows: list[dict[str, object]] = []
-        for i, (user, video) in enumerate(
-            zip(batch["user_id"].to_pylist(), batch["video_id"].to_pylist(), strict=True)
-        ):
+        users, videos = (batch[c].cast(pa.string()).to_pylist() for c in ("user_id", "video_id"))
+        for i, (user, video) in enumerate(zip(users, videos, strict=True)):
             person, known = self._bundle.person(user, self._task), self._bundle.video(video)
             rows.append({"decision": str(Decision.KEEP), "error": None if person and known else "unknown"})
             if person and known:

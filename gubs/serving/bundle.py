@@ -81,6 +81,10 @@ class FilterConfig(BaseModel):
     frame_store: str = ""
     frames: DecodeOptions | None = None
 
+    def answers(self, task: Task, mode: Mode) -> bool:
+        """Whether it may be asked: the mode is not refused, and has a threshold for the task."""
+        return mode in self.modes and str(mode) in self.thresholds.get(str(task), {})
+
     def threshold(self, task: Task, mode: Mode) -> float:
         """The default threshold.
 
@@ -172,8 +176,8 @@ class Bundle:
         if self._encoder is None:
             return None
         encoder, typical, thresholds, names = self._encoder
-        (found,) = assign([person.with_tags], typical, thresholds, encoder)
-        return names[found[0]] if found else None
+        (place,) = assign([person.with_tags], typical, thresholds, encoder)
+        return names[place[0]] if place else None
 
     @cached_property
     def _encoder(self) -> tuple[Encoder, list[User], list[float], list[str]] | None:

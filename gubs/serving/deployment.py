@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.context import _set_request_context
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from gubs.serving.bundle import Bundle
@@ -434,7 +434,7 @@ class Ingress:
         if version not in self._handles:
             try:
                 self._handles[version] = serve.get_app_handle(version)
-            except Exception:  # noqa: BLE001 - whatever Serve raises for an application that is not there
+            except RayServeException:
                 raise RefusedError(
                     503, "unavailable", "this version is not deployed", retryable=True, retry_after=5
                 ) from None
@@ -507,8 +507,10 @@ class Ingress:
             return
 
         async def quietly() -> None:
-            with contextlib.suppress(RefusedError):
+            try:
                 await work
+            except RefusedError as e:
+                self._metrics.error(f"shadow_{e.problem.code}")
 
         task = asyncio.get_running_loop().create_task(quietly())
         self._background.add(task)

@@ -81,10 +81,10 @@ class Places:
             raise PictureError("this place is not allowed")
         try:
             port = parts.port or (443 if parts.scheme == "https" else 80)
-            found = socket.getaddrinfo(parts.hostname, port, proto=socket.IPPROTO_TCP)
+            addresses = socket.getaddrinfo(parts.hostname, port, proto=socket.IPPROTO_TCP)
         except (OSError, ValueError):
             raise PictureError("this place cannot be reached") from None
-        address = found[0][4][0]
+        address = addresses[0][4][0]
         literal = _is_address(parts.hostname)
         if not literal and not ipaddress.ip_address(address).is_global:
             raise PictureError("this place is not allowed")

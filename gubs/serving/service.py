@@ -9,7 +9,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from gubs.errors import GubsError
+from gubs.errors import ArtifactError, GubsError
 from gubs.prompts.people import Person, View
 from gubs.records import Task, Video
 from gubs.records import User as UserRecord
@@ -60,7 +60,8 @@ class FilterService:
         Raises:
             RequestError: the task, the mode or the user is unknown to this filter.
         """
-        threshold = self._threshold(request, mode)
+        threshold = self._threshold(request.task, mode)
+        threshold = threshold if request.threshold is None else request.threshold
         person = self._person(request.user, request.task)
         group = self._group_of(request.user, person)
         clips = await asyncio.gather(*(self._clip(c, request.task) for c in request.candidates))
@@ -85,6 +86,7 @@ class FilterService:
     async def explain(self, request: ExplainRequest) -> dict[str, object]:
         """The answers with the user's own, a similar user's, a group's and no profile; the fields of a response."""
         task, candidate = request.task, request.candidate
+        threshold = self._threshold(task, Mode.REASON)
         own = self._person(request.user, task)
         group_id = self._group_of(request.user, own)
         clip = await self._clip(candidate, task)
@@ -101,7 +103,6 @@ class FilterService:
         nobody = Person(UserRecord("nobody"))
         shown["none"] = (nobody.profile(limit), self._prompts.about_user(task, nobody, video, clip))
         answers = await self.engine.ask(task, Mode.REASON, [prompt for _, prompt in shown.values()])
-        threshold = self.bundle.config.threshold(task, Mode.REASON)
         perspectives = []
         for (whose, (text, _)), answer in zip(shown.items(), answers, strict=True):
             result = _result(0, candidate.id, task, threshold, answer, explain=True)
@@ -157,13 +158,14 @@ class FilterService:
         if self._pictures:
             self._pictures.close()
 
-    def _threshold(self, request: FilterRequest, mode: Mode) -> float:
+    def _threshold(self, task: Task, mode: Mode) -> float:
         config = self.bundle.config
-        if request.task not in config.tasks:
+        if task not in config.tasks:
             raise RequestError("unknown_task", f"this filter answers {', '.join(config.tasks)}")
-        if mode not in config.modes:
-            raise RequestError("mode_unavailable", f"mode {mode} is not available: {config.refused}")
-        return config.threshold(request.task, mode) if request.threshold is None else request.threshold
+        if not config.answers(task, mode):
+            why = config.refused if mode is Mode.SCORE else "the policy's answers could not be measured"
+            raise RequestError("mode_unavailable", f"mode {mode} is not available: {why}")
+        return config.threshold(task, mode)
 
     def _known(self, user_id: str, task: Task) -> Person:
         person = self.bundle.person(user_id, task)
@@ -213,6 +215,8 @@ class FilterService:
             return await asyncio.to_thread(self._find_clip, candidate, cover=task == Task.CLICK)
         except PictureError as e:
             return e
+        except ArtifactError:  # of the frame store: this candidate is kept, the others are judged
+            return PictureError("its stored frames cannot be read")
 
     def _find_clip(self, candidate: Candidate, *, cover: bool) -> Clip | None:
         assert self._pictures

@@ -1,5 +1,6 @@
 """The log of decisions, of versions that act and of versions in shadow: Parquet files that evaluation reads."""
 
+import logging
 import threading
 import time
 import uuid
@@ -33,11 +34,13 @@ SCHEMA = pa.schema(
 )
 """One row per candidate and version. `user_id` is null for a user who was sent with the request."""
 
-_ROWS = 5000
+_MOST_ROWS = 1_000_000
+"""Rows that wait while nothing can be written."""
+_log = logging.getLogger("ray.serve")
 
 
 class ShadowLog:
-    """Collects rows and writes them as files, each whole: every few seconds, and when there are many."""
+    """Collects rows and writes them as files, each whole, every few seconds."""
 
     def __init__(self, folder: str, seconds: float):
         self._fs, self._folder = fsspec.core.url_to_fs(folder)
@@ -83,24 +86,36 @@ class ShadowLog:
         ]
         with self._lock:
             self._rows += rows
-            full = len(self._rows) >= _ROWS
-        if full:
-            self.flush()
+            if len(self._rows) > _MOST_ROWS:  # nothing could be written for long
+                _log.error("the log of decisions is full: %d rows are lost", len(self._rows) - _MOST_ROWS)
+                self._rows = self._rows[-_MOST_ROWS:]
 
     def flush(self) -> None:
         """Writes what has been collected."""
         with self._lock:
             rows, self._rows = self._rows, []
-        if rows:
-            name = f"{self._folder}/decisions-{int(time.time() * 1e3):013d}-{uuid.uuid4().hex[:6]}"
-            with self._fs.open(f"{name}.tmp", "wb") as f:
-                pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), f, compression="zstd")
-            self._fs.mv(f"{name}.tmp", f"{name}.parquet")
+        if not rows:
+            return
+        try:
+            self._write(rows)
+        except BaseException:
+            with self._lock:
+                self._rows = rows + self._rows
+            raise
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        name = f"{self._folder}/decisions-{int(time.time() * 1e3):013d}-{uuid.uuid4().hex[:6]}"
+        with self._fs.open(f"{name}.tmp", "wb") as f:
+            pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), f, compression="zstd")
+        self._fs.mv(f"{name}.tmp", f"{name}.parquet")
 
     def _flush_now_and_then(self) -> None:
         while True:
             time.sleep(self._seconds)
-            self.flush()
+            try:
+                self.flush()
+            except (OSError, pa.ArrowException):
+                _log.exception("the log of decisions cannot be written; it is tried again")
 
 
 def read_log(folder: str) -> pa.Table:

@@ -85,8 +85,18 @@ def make(
         shutil.copytree(folder, out.path(POLICY), dirs_exist_ok=True)
         write_config(out.path(CONFIG), config, job.run.fs)
         out.content = content_of(folder, config, out.hashes)
-        out.info = {"thresholds": config.thresholds, "auc": config.auc, "refused": refused}
+        unreadable = {str(mode): sum(s is None for s in values) for mode, values in skips.items()}
+        out.info = {
+            "unreadable": unreadable,
+            "targets": len(items),
+            "thresholds": config.thresholds,
+            "auc": config.auc,
+            "refused": refused,
+        }
         out.summary = _summary(areas, refused)
+        if any(unreadable.values()):
+            counts = ", ".join(f"{n:,} ({mode})" for mode, n in unreadable.items())
+            out.summary += f"; of {len(items):,} answers could not be read: {counts}"
     return out.summary
 
 

@@ -1,6 +1,7 @@
 """What a replica does around its engine: people, groups, videos, prompts, decisions, errors per candidate."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 from serving_helpers import RuleEngine, make_filter
@@ -13,6 +14,7 @@ from gubs.serving.filter import Decision, Mode
 from gubs.serving.schemas import Candidate, ExplainRequest, FilterRequest, HistoryView, Profile, UserRef
 from gubs.serving.service import FilterService, RequestError, merged, pick
 from gubs.serving.settings import ServingSettings
+from gubs.serving.shadow import ShadowLog, read_log
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +163,35 @@ def test_versions_get_their_shares():
     assert {n: drawn.count(n) for n in "abc"} == {"a": 800, "b": 200, "c": 0}
     with pytest.raises(ValueError, match="no version"):
         pick({"a": 0.0}, 0.5)
+
+
+def test_frames_that_cannot_be_read_are_one_candidates_error(service, monkeypatch):
+    def broken(candidate, *, cover):
+        if candidate.id == "v2":
+            raise ArtifactError("the store lost it")
+
+    monkeypatch.setattr(service, "_find_clip", broken)
+    service._pictures = type("Open", (), {"close": lambda _: None})()
+    results, _, _ = decide(service, asked("v2", "v4"))
+    assert [(r.decision, r.error and r.error.code) for r in results] == [("keep", "pictures"), ("drop", None)]
+
+
+def test_a_mode_that_was_never_measured_has_a_code(service):
+    config = service.bundle.config
+    thresholds = {t: {m: v for m, v in by.items() if m != "reason"} for t, by in config.thresholds.items()}
+    service.bundle = SimpleNamespace(config=config.model_copy(update={"thresholds": thresholds}))
+    with pytest.raises(RequestError) as e:
+        decide(service, asked("v1"))
+    assert e.value.code == "mode_unavailable"
+
+
+def test_a_log_that_cannot_be_written_keeps_its_rows(service, tmp_path, monkeypatch):
+    log = ShadowLog(str(tmp_path / "log"), 3600)
+    results, _, _ = decide(service, asked("v1", "v2"))
+    log.add("a", "1", asked("v1", "v2"), Mode.REASON, 0.5, results, acted=True)
+    with monkeypatch.context() as m:
+        m.setattr(log._fs, "open", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            log.flush()
+    log.flush()
+    assert read_log(str(tmp_path / "log")).num_rows == 2
