@@ -18,10 +18,15 @@ _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 def plain(text: str, limit: int = 200) -> str:
     """One line of at most `limit` visible characters (a longer text ends with …), without angle brackets."""
-    normal = unicodedata.normalize("NFC", text)
-    visible = "".join(" " if c == PICTURES or unicodedata.category(c) in _INVISIBLE else c for c in normal)
+    normal = text if text.isascii() else unicodedata.normalize("NFC", text)
+    visible = normal if normal.isprintable() and PICTURES not in normal else "".join(map(_visible, normal))
     line = " ".join(visible.split()).translate(_LOOKALIKES)
     return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
+
+
+def _visible(character: str) -> str:
+    hidden = character == PICTURES or unicodedata.category(character) in _INVISIBLE
+    return " " if hidden else character
 
 
 def inline(text: object, limit: int = 200) -> str:
