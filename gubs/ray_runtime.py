@@ -15,13 +15,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from gubs.console import say
 from gubs.errors import PlatformError
 from gubs.section import Section
+
+if TYPE_CHECKING:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _START_TIMEOUT_S = 180.0
 _TRIES = 3
@@ -126,6 +129,14 @@ def init_patiently(**options: Any) -> None:
         else:
             return
     raise PlatformError(f"Ray did not start within half a minute, {_TRIES} times: free some CPU and run again")
+
+
+def beside_driver() -> "NodeAffinitySchedulingStrategy":
+    """Places an actor on this process's node: one that a driver needs is then lost only together with it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def quiet_ray_data() -> None:

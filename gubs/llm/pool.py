@@ -12,14 +12,13 @@ from dataclasses import dataclass, field, replace
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.metrics import Counter as RayCounter
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gubs.errors import GubsError, PlatformError
 from gubs.llm.calls import Entry
 from gubs.llm.client_actor import ClientActor, Report
 from gubs.llm.endpoint import Assignment, Work
 from gubs.llm.journal import Place
-from gubs.ray_runtime import Actor
+from gubs.ray_runtime import Actor, beside_driver
 
 log = logging.getLogger(__name__)
 
@@ -162,8 +161,7 @@ class Pool:
         self._members = []
 
     def _start(self, assignment: Assignment) -> Member:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        where = "SPREAD" if assignment.settings.spread else here
+        where = "SPREAD" if assignment.settings.spread else beside_driver()
         return Member(assignment, ray.remote(ClientActor).options(num_cpus=0, scheduling_strategy=where).remote())
 
     def _open(self, members: list[Member]) -> None:

@@ -22,6 +22,7 @@ from gubs.artifacts import StageJob
 from gubs.console import progress
 from gubs.data.ifvr import IFVR
 from gubs.errors import PlatformError
+from gubs.ray_runtime import beside_driver
 from gubs.video.claims import Claims
 from gubs.video.decode_worker import CLAIM_TIMEOUT_S, SCHEME, DecodeWorker, Limits, Row
 from gubs.video.decoded import USABLE, DecodeOptions, Verdict
@@ -156,7 +157,7 @@ def _run_pool(
     from ray.util.metrics import Counter as RayCounter
 
     decoded = RayCounter("gubs_decoded_videos", "Decoded videos", ("verdict",))
-    claims = ray.remote(num_cpus=0)(Claims).remote(done)
+    claims = ray.remote(Claims).options(num_cpus=0, scheduling_strategy=beside_driver()).remote(done)
     run_id = f"{time.time_ns() // 10**6:012x}-{uuid.uuid4().hex[:6]}"
     limits = Limits(settings.timeout_s, settings.max_memory_mb)
     batches = list(_batches(uris, workers))

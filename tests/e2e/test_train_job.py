@@ -1,4 +1,4 @@
-"""The main job as a user submits it to a running cluster: uploaded, without a run, nothing made before."""
+"""The main job as a user submits it to a running cluster of several nodes: uploaded, without a run, nothing made."""
 
 import json
 import os
@@ -6,14 +6,22 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from node_helpers import several_nodes, wait_for
+from prometheus_helpers import needs_prometheus, panels, scraping
 
 from gubs.artifacts import Run
-from gubs.ray_runtime import local_head
+from gubs.ufm.monitor import read_metrics
 
 REPO = Path(__file__).resolve().parent.parent.parent
+DASHBOARD = REPO / "cluster" / "grafana" / "gubs.json"
+ROWS = ("Data and LLM calls", "Training", "GPUs and nodes")
+RAY = str(Path(sys.executable).parent / "ray")
+PATIENCE = 500
+"""Seconds for what takes a tenth of them on a quiet machine."""
 SMALL = [
     "synthetic.users=60",
     "synthetic.videos=40",
@@ -37,30 +45,71 @@ MADE = ["raw", "truth", "videos", "ifvr", "frames", "profiles", "labels", "sft",
 """What the main job needs before it judges the policy at the start, trains, and judges again."""
 
 
+@dataclass
+class Finished:
+    """The main job, after its end."""
+
+    run: Run
+    exit_code: int
+    said: str
+    drawn: dict[str, list[str]] | None
+    """Panel of the dashboard -> its expressions without data; None without Prometheus."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Finished:
+    """On a cluster that loses a worker node while frames are decoded, and the one that trains after its first step."""
+    folder = tmp_path_factory.mktemp("main")
+    run, log = Run(folder / "home" / "runs" / "demo-synthetic"), folder / "job.log"
+    for part in ("gubs", "ray_jobs"):
+        shutil.copytree(REPO / part, folder / "upload" / part)
+    with (
+        pytest.MonkeyPatch.context() as environment,
+        several_nodes(environment) as nodes,
+        scraping(nodes.address, folder) as prometheus,
+    ):
+        command = [RAY, "job", "submit", "--address", nodes.address, "--working-dir", str(folder / "upload")]
+        command += ["--runtime-env-json", json.dumps({"env_vars": {"GUBS_HOME": str(folder / "home")}})]
+        command += ["--", sys.executable, "ray_jobs/train_grpo.py", *SMALL]
+        with log.open("wb") as out:
+            job = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "RAY_ADDRESS": ""})
+        try:
+            nodes.lose("MapWorker(MapBatches(DecodeWorker))", PATIENCE)
+            steps = Path(run.path("grpo.partial"))
+            wait_for(lambda: job.poll() is not None or read_metrics(steps), PATIENCE, "the first step")
+            nodes.lose("ray::RayTrainWorker", PATIENCE)
+            job.wait(timeout=PATIENCE)
+        finally:
+            job.kill()
+        drawn = None
+        if prometheus:
+            shown = panels(DASHBOARD, *ROWS)
+            drawn = {title: prometheus.without_data(expressions) for title, expressions in shown.items()}
+    return Finished(run, job.returncode, log.read_text(), drawn)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_main_job_makes_what_is_missing_trains_judges_and_shows(tmp_path):
-    with local_head(num_cpus=2) as address:
-        for part in ("gubs", "ray_jobs"):
-            shutil.copytree(REPO / part, tmp_path / "upload" / part)
-        command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", address]
-        command += ["--working-dir", str(tmp_path / "upload")]
-        command += ["--runtime-env-json", json.dumps({"env_vars": {"GUBS_HOME": str(tmp_path / "home")}})]
-        command += ["--", sys.executable, "ray_jobs/train_grpo.py", *SMALL]
-        env = {**os.environ, "RAY_ADDRESS": ""}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1400, env=env)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said[-5000:]
-    run = Run(tmp_path / "home" / "runs" / "demo-synthetic")
+def test_the_main_job_makes_what_is_missing_trains_judges_and_shows(finished):
+    run, said = finished.run, finished.said
+    assert finished.exit_code == 0, said[-5000:]
     made = said_of_stages(said, "done in")
     assert sorted(made[:-3]) == sorted(MADE)
     assert made[-3:] == ["eval-sft_model", "grpo", "eval-grpo"]
     for later, before in BEFORE.items():
         assert all(made.index(name) < made.index(later) for name in before), (later, made)
     assert set(made) == set(run.stages())
-    assert run.artifact("grpo").table("steps").num_rows == 2
+    assert run.artifact("grpo").table("steps")["step"].to_pylist() == [0, 1]
+    verdicts = run.artifact("frames").manifest.info["verdicts"]
+    assert verdicts == {"ok": run.artifact("ifvr").manifest.tables["videos"].rows}, "no video went with the node"
     assert re.search(r"grpo as a filter, greedy, on the targets of \d+ test users", said)
-    assert (tmp_path / "home" / "runs" / "demo-synthetic" / "training.html").stat().st_size > 10_000
+    assert Path(run.path("training.html")).stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_is_there_is_used_and_never_silently_with_other_settings(finished):
+    run = finished.run
     kept = {name: run.artifact(name).manifest.created for name in run.stages()}
     judged = {"eval-sft_model", "grpo", "eval-grpo"}
     for job, stages in (
@@ -68,17 +117,24 @@ def test_the_main_job_makes_what_is_missing_trains_judges_and_shows(tmp_path):
         ("train_grpo", {*MADE} | judged),
         ("evaluate", {*MADE} - {"sft"} | judged),
     ):
-        again = _alone(job, run, env)
+        again = _alone(job, run)
         said = again.stdout + again.stderr
         assert again.returncode == 0, said[-3000:]
         assert sorted(said_of_stages(said, "current: ")) == sorted(stages), job
         assert said_of_stages(said, "done in") == [], job
     assert "Sequential task, natural mix" in said
-    refused = _alone("train_grpo", run, env, "ufm.grpo.beta=0.5")
+    refused = _alone("train_grpo", run, "ufm.grpo.beta=0.5")
     assert refused.returncode == 4, refused.stderr[-3000:]
     for part in ("grpo is stale: ufm.grpo.beta=0.04, now 0.5", "`gubs grpo --force` remakes it", "another --run"):
         assert part in refused.stderr
     assert {name: run.artifact(name).manifest.created for name in run.stages()} == kept
+
+
+@pytest.mark.slow
+@needs_prometheus
+def test_every_panel_draws_what_the_job_did(finished):
+    assert set(finished.drawn) >= {"Decoded videos per second", "Raw reward by role", "CPU utilisation"}
+    assert {title: left for title, left in finished.drawn.items() if left} == {}
 
 
 BEFORE = {
@@ -101,7 +157,8 @@ def said_of_stages(log: str, what: str) -> list[str]:
     return [n for n in names if n != "model"]
 
 
-def _alone(job: str, run: Run, env: dict[str, str], *overrides: str) -> subprocess.CompletedProcess[str]:
+def _alone(job: str, run: Run, *overrides: str) -> subprocess.CompletedProcess[str]:
     """A job on a cluster of its own, with the settings of the run."""
     command = [sys.executable, f"ray_jobs/{job}.py", "--run", run.uri, *SMALL, *overrides]
+    env = {**os.environ, "RAY_ADDRESS": ""}
     return subprocess.run(command, cwd=REPO, env=env, text=True, capture_output=True, timeout=200)

@@ -1,21 +1,23 @@
 """From a run to a service with a real engine: both modes, batch and HTTP alike, a killed engine, versions."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prometheus_helpers import FAST, needs_prometheus, panels, scraping
 
 from gubs.artifacts import Run
+from gubs.cli import app
 from gubs.data.ifvr import IFVR
-from gubs.jobs import _serving_head
+from gubs.jobs import _serving_head, run_app
 from gubs.ray_runtime import free_port
 from gubs.records import Split, Task
 from gubs.serving.client import Client
@@ -24,6 +26,7 @@ from gubs.serving.settings import ServingSettings
 from gubs.stages import FILTER
 
 REPO = Path(__file__).resolve().parent.parent.parent
+DASHBOARD = REPO / "cluster" / "grafana" / "gubs.json"
 SMALL = [
     "synthetic.users=60",
     "synthetic.videos=40",
@@ -49,13 +52,27 @@ SMALL = [
 ]
 
 
-def gubs(*arguments, env=None, ok=True):
+def gubs(*arguments):
+    """A command that starts Ray for itself."""
     command = [sys.executable, "-m", "gubs.cli", *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=REPO, capture_output=True, text=True, timeout=500, env={**os.environ, **(env or {})}
-    )
-    assert (done.returncode == 0) == ok, done.stderr[-4000:]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout + done.stderr
+
+
+@pytest.fixture
+def here(capsys):
+    """A command in this process: one that asks a cluster."""
+
+    def call(*arguments, ok=True):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run_app(app, [str(a) for a in arguments])
+        said = "".join(capsys.readouterr())
+        assert (not ended.value.code) == ok, said[-4000:]
+        return said
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +89,15 @@ def run(tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="module")
+def drawn():
+    """Panel -> its expressions without data, after the test of the service."""
+    return {}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_from_a_run_to_a_service(run, tmp_path):
+def test_from_a_run_to_a_service(run, tmp_path, here, monkeypatch, drawn):
     config = json.loads(Path(run.path(FILTER, "filter.json")).read_text())
     assert set(config["modes"]) == {"reason", "score"}
     held_out = run.artifact(FILTER).table("held_out")
@@ -83,12 +106,27 @@ def test_from_a_run_to_a_service(run, tmp_path):
     key, port = add_key(tmp_path / "keys.json", "test", 10**6), free_port()
     settings = ServingSettings(keys_file=str(tmp_path / "keys.json"), port=port)
     served = [*SMALL, f"serving.port={port}", f"serving.keys_file={tmp_path / 'keys.json'}"]
-    with _serving_head(settings) as address, Client(f"http://127.0.0.1:{port}", key, retries=20) as client:
-        gubs("submit", "serve_ufm", "--address", address, "--", "--run", run.uri, *served)
-        user, video = _agrees_with_batch(client, folder)
-        assert len(client.explain(user, video).frames) == 4
-        _outlives_its_engine(client, user, video)
-        _rolls_over(client, address, run, tmp_path, served, user, video)
+    for name, value in FAST.items():
+        monkeypatch.setenv(name, value)
+    url = f"http://127.0.0.1:{port}"
+    with _serving_head(settings) as address, Client(url, key, retries=20) as client:
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", address)
+        with scraping(address, tmp_path) as prometheus:
+            here("submit", "serve_ufm", "--", "--run", run.uri, *served)
+            user, video = _agrees_with_batch(client, folder)
+            assert len(client.explain(user, video).frames) == 4
+            _tells_what_cannot_be_shown(url, key, user)
+            if prometheus:
+                drawn |= {title: prometheus.without_data(e) for title, e in panels(DASHBOARD, "Filter").items()}
+            _outlives_its_engine(client, user, video)
+        _rolls_over(client, here, run, tmp_path, served, user, video)
+
+
+@pytest.mark.slow
+@needs_prometheus
+def test_every_panel_of_the_filter_draws_what_the_service_did(drawn):
+    assert len(drawn) == 9
+    assert not any(drawn.values()), drawn
 
 
 def _agrees_with_batch(client, folder):
@@ -110,6 +148,12 @@ def _agrees_with_batch(client, folder):
     return answered[0]["user_id"], answered[0]["video_id"]
 
 
+def _tells_what_cannot_be_shown(url, key, user):
+    body = {"user": {"id": user}, "candidates": [{"id": "new", "uri": "file:///etc/passwd"}]}
+    answer = httpx.post(f"{url}/v1/filter", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=30).json()
+    assert answer["results"][0]["error"]["code"] == "pictures"
+
+
 def _outlives_its_engine(client, user, video):
     """The engine's process is killed: requests are answered again, and none wrongly."""
     before = client.filter(user, [video], mode="score")
@@ -123,21 +167,20 @@ def _outlives_its_engine(client, user, video):
     assert [r.decision for r in after.results] == [r.decision for r in before.results]
 
 
-def _rolls_over(client, address, run, tmp_path, served, user, video):
+def _rolls_over(client, here, run, tmp_path, served, user, video):
     """A second version: beside the first without requests, then alone."""
     (first,) = client.models()
     other = Run(tmp_path / "second")
     shutil.copytree(run.uri, other.uri)
     manifest = Path(other.path(FILTER, "manifest.json"))
     manifest.write_text(manifest.read_text().replace(run.artifact(FILTER).content, "another-version"))
-    gubs("submit", "serve_ufm", "--address", address, "--", "--run", other.uri, *served)
+    here("submit", "serve_ufm", "--", "--run", other.uri, *served)
     apps = {m.app: m.weight for m in client.models()}
     (second,) = set(apps) - {first.app}
     assert apps == {first.app: 1.0, second: 0.0}
-    env = {"RAY_API_SERVER_ADDRESS": address}
-    assert "still gets requests" in gubs("serve", "remove", first.app, env=env, ok=False)
-    gubs("serve", "promote", second, env=env)
+    assert "still gets requests" in here("serve", "remove", first.app, ok=False)
+    here("serve", "promote", second)
     assert client.filter(user, [video]).model.version == second.removeprefix("filter-")
-    assert f"{second}" in gubs("serve", "status", env=env)
-    gubs("serve", "remove", first.app, env=env)
+    assert f"{second}" in here("serve", "status")
+    here("serve", "remove", first.app)
     assert [m.app for m in client.models()] == [second]

@@ -1,0 +1,83 @@
+"""A Ray cluster of several nodes on this machine, which loses one now and then."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from prometheus_helpers import FAST
+
+from gubs.ray_runtime import free_port
+
+STORE_BYTES = 100 << 20
+
+
+class Nodes:
+    """A head without CPUs, where drivers run, and two worker nodes with two CPUs each."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        port, agent = free_port(), free_port()
+        self.address = f"http://127.0.0.1:{port}"
+        self._cluster = Cluster()
+        dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
+        self._add(num_cpus=0, dashboard_agent_listen_port=agent, **dashboard)
+        self._workers = [self._add(num_cpus=2) for _ in range(2)]
+        wait_for(lambda: _listens(agent), 60, "the head's agent, which starts jobs")
+
+    def lose(self, title: str, within_s: float = 200.0) -> None:
+        """Waits until a worker node runs a process with this text in its title, and ends all processes of that node at
+        one blow. Then it adds a new node.
+        """
+        wait_for(lambda: self._running(title), within_s, f"a process with {title!r} in its title")
+        (lost, *_) = self._running(title)
+        self._cluster.remove_node(lost, allow_graceful=False)
+        self._workers = [*(n for n in self._workers if n is not lost), self._add(num_cpus=2)]
+
+    def end(self) -> None:
+        """Ends all nodes."""
+        self._cluster.shutdown()
+
+    def _running(self, title: str) -> list[object]:
+        return [n for n in self._workers if any(title in t for t in _titles(n.all_processes["raylet"][0].process.pid))]
+
+    def _add(self, **options):
+        return self._cluster.add_node(wait=True, object_store_memory=STORE_BYTES, **options)
+
+
+def wait_for(what: Callable[[], object], seconds: float, says: str) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, f"waited {seconds:g} s for {says}"
+        time.sleep(0.02)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _titles(pid: int) -> Iterator[str]:
+    """Titles of a process's children."""
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.Error):
+            yield " ".join(process.cmdline())
+
+
+@contextmanager
+def several_nodes(environment: pytest.MonkeyPatch) -> Iterator[Nodes]:
+    """A cluster whose jobs run this interpreter (the first `python` on the nodes' PATH) and whose figures come fast."""
+    environment.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    for name, value in FAST.items():
+        environment.setenv(name, value)
+    nodes = Nodes()
+    try:
+        yield nodes
+    finally:
+        nodes.end()
