@@ -214,9 +214,8 @@ class RolloutEngine:
 
     def __init__(self, worker: TrainWorker, start: str):
         """Starts its process; returns at once."""
-        threads = 0 if worker.device.type == "cuda" else worker.threads
-        ufm = worker.ufm
-        self._shape = Shape(start, ufm.model, ufm.inputs, ufm.rollout, threads, worker.vision)
+        ufm, largest = worker.ufm, worker.questions.largest
+        self._shape = Shape(start, ufm.model, ufm.inputs, ufm.rollout, worker.threads, worker.vision, largest)
         self._node, self._gpus = worker.place()
         self._device, self._limit = worker.device, ufm.workers.stuck_after_s
         self.sync: WeightSync | None = None

@@ -165,8 +165,9 @@ class RolloutSettings(Section):
 
     min_new_tokens: int = Field(0, ge=0)
     """Fewest tokens of an answer; 0 = no minimum. For measurements with answers of equal length."""
-    gpu_memory: float = Field(0.45, gt=0, lt=1)
-    """Share of the GPU's memory for the engine while it is awake."""
+    gpu_memory: float = Field(0.35, gt=0, lt=1)
+    """Share of the GPU's memory for the engine while it is awake; its CUDA context and graphs come on top. Serving has
+    a share of its own (`serving.gpu_memory`)."""
     kv_cache_gb: float = Field(1.0, gt=0)
     """Key-value cache on a CPU."""
     max_num_seqs: int = Field(64, ge=1)
@@ -175,6 +176,8 @@ class RolloutSettings(Section):
     """Give the GPU's memory to the trainer between rollouts (no effect on a CPU)."""
     enforce_eager: bool = False
     """Use no CUDA graphs (never used on a CPU)."""
+    model_runner: Literal["auto", "v1", "v2"] = "auto"
+    """VLLM's code that runs the model. auto = vLLM's choice: v2 on GPUs, v1 on CPUs."""
 
 
 class GRPOSettings(Section):
