@@ -5,7 +5,6 @@ second pass for the health check) -> micro-batches, optimiser step -> weights to
 if one is due. On a GPU the engine sleeps while the trainer works.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from gubs.ufm import health
 from gubs.ufm import model as models
 from gubs.ufm.inputs import Batch
 from gubs.ufm.loss import Denominators, policy_loss
+from gubs.ufm.reference import Reference
 from gubs.ufm.rollout import FIGURES, Request, Response, Shape, start_rollout
 from gubs.ufm.samples import Planner, Sample, StepPlan, answer_figures, answer_sums, assign_rewards, excerpt, requests
 from gubs.ufm.sync import WeightSync
@@ -184,29 +184,6 @@ class GRPOWorker(TrainWorker):
             )
 
         return self.trainer.update([b for b, _ in batches], loss_of, step)
-
-
-class Reference:
-    """The frozen policy of the start. It is on a GPU only while in use (`with`), since the trainer needs the memory."""
-
-    def __init__(self, model: "Qwen2_5_VLForConditionalGeneration", device: torch.device):
-        weights = itertools.chain(model.parameters(), model.buffers()) if device.type == "cuda" else ()
-        self._model, self._device = model, device
-        self._on_host = [(weight, weight.data.pin_memory()) for weight in weights]
-        self._leave()
-
-    def __enter__(self) -> "Qwen2_5_VLForConditionalGeneration":
-        for weight, data in self._on_host:
-            weight.data = data.to(self._device, non_blocking=True)
-        return self._model
-
-    def __exit__(self, *_: object) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
-        for weight, data in self._on_host:
-            weight.data = data
-        release_cache(self._device)
 
 
 class RolloutEngine:

@@ -49,7 +49,8 @@ class ModelSettings(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the weights in forward, backward and rollout; the optimiser keeps float32 masters."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
-    """auto = flash attention if GPU and package have it, else SDPA."""
+    """auto = flash attention if GPU and package have it, else SDPA. Only SDPA lets answers to the same prompt share a
+    row, so that the prompt is computed once."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, a third more compute."""
 

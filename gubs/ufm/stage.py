@@ -32,6 +32,7 @@ from gubs.ufm.questions import Questions, trainable_tasks
 from gubs.ufm.settings import ModelSettings, UFMSettings, WorkerSettings
 from gubs.ufm.sft import COLUMNS, order_of, steps_of
 from gubs.ufm.train_worker import CHECKPOINTS, SETTINGS, Job
+from gubs.ufm.trainer import check_allocator
 from gubs.video.settings import FrameSettings
 
 if TYPE_CHECKING:
@@ -403,6 +404,7 @@ def _check_memory(
 ) -> None:
     """Refuses a training that cannot fit the workers' GPUs, with the estimate, before anything is loaded."""
     if use_gpu(ufm.workers):
+        check_allocator(os.environ)
         machine = memory.gpu_machine()
         memory.check(plan(ufm, memory.config_of(ufm, folder), frames, machine.gpu), machine)
 

@@ -20,7 +20,7 @@ from gubs.ufm.model import cpu_threads
 from gubs.ufm.monitor import STUCK, Monitor, Phases, Watchdog
 from gubs.ufm.questions import Questions
 from gubs.ufm.settings import CheckpointSettings, UFMSettings
-from gubs.ufm.trainer import Trainer, reduce_max
+from gubs.ufm.trainer import Trainer, check_allocator, reduce_max
 
 if TYPE_CHECKING:
     import torch
@@ -251,6 +251,7 @@ def _device() -> "torch.device":
         return torch.device("cpu")
     import ray.train.torch
 
+    check_allocator(os.environ)
     return ray.train.torch.get_device()
 
 

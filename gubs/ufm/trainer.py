@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gubs.errors import PlatformError
 from gubs.ufm.inputs import Answered, Batch, rows_of
 from gubs.ufm.policy import response_logits
 from gubs.ufm.settings import ModelSettings, OptimizerSettings
@@ -64,7 +65,6 @@ class Trainer:
             vision: some prompts have pictures; otherwise the vision tower is not trained.
         """
         import deepspeed
-        import torch
         import torch.distributed as dist
 
         _disable_compiled_collectives()
@@ -72,17 +72,12 @@ class Trainer:
         self.world = dist.get_world_size()
         model.model.visual.requires_grad_(vision)
         trained = [p for p in model.parameters() if p.requires_grad]
-        adam = torch.optim.AdamW(
-            trained,
-            lr=optimizer.learning_rate,
-            betas=(optimizer.beta1, optimizer.beta2),
-            weight_decay=optimizer.weight_decay,
-        )
+        gpu = device.type == "cuda"
         self.engine, *_ = deepspeed.initialize(
             model=model.to(device),  # type: ignore[arg-type]  # transformers' annotation lacks `self`
             model_parameters=trained,
-            optimizer=adam,
-            config=_config(model_settings, optimizer, self.world, device, sum(p.numel() for p in trained)),
+            optimizer=_adamw(trained, optimizer, gpu),
+            config=_config(model_settings, optimizer, self.world, gpu, sum(p.numel() for p in trained)),
             dist_init_required=False,
         )
 
@@ -162,6 +157,20 @@ def release_cache(device: "torch.device") -> None:
         torch.cuda.empty_cache()
 
 
+def check_allocator(environment: Mapping[str, str]) -> None:
+    """Checks that torch allocates GPU memory in a way that can be shared with the engine's process.
+
+    Raises:
+        PlatformError: it does not.
+    """
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if "expandable_segments:true" in environment.get(name, "").lower().replace(" ", ""):
+            raise PlatformError(
+                f"{name}={environment[name]}: weights in expandable segments cannot be handed to the rollout engine; "
+                "remove expandable_segments from it"
+            )
+
+
 def _disable_compiled_collectives() -> None:
     """Makes ranks on CPUs use gloo; otherwise DeepSpeed compiles its own collective at the start.
 
@@ -234,10 +243,21 @@ def reduce_max(value: int, device: "torch.device") -> int:
     return int(largest)
 
 
+def _adamw(parameters: "Sequence[Tensor]", settings: OptimizerSettings, gpu: bool) -> "torch.optim.AdamW":
+    """On a GPU fused: one kernel over all parameters, without temporary tensors."""
+    import torch
+
+    betas = (settings.beta1, settings.beta2)
+    decay = settings.weight_decay
+    return torch.optim.AdamW(parameters, settings.learning_rate, betas, weight_decay=decay, fused=gpu or None)
+
+
 def _config(
-    model: ModelSettings, optimizer: OptimizerSettings, world: int, device: "torch.device", parameters: int
+    model: ModelSettings, optimizer: OptimizerSettings, world: int, gpu: bool, parameters: int
 ) -> dict[str, Any]:
-    """DeepSpeed's settings. Its buckets take their full size even for the smallest model, so they are limited."""
+    """DeepSpeed's settings. Its buckets take their full size even for the smallest model, so they are limited. On a GPU
+    gradients of micro-batches are added up in float32, whose buffer is then also the one that AdamW reads.
+    """
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -246,11 +266,12 @@ def _config(
         "bf16": {"enabled": model.dtype == "bfloat16"},
         "zero_optimization": {
             "stage": 2,
-            "overlap_comm": device.type == "cuda",
+            "overlap_comm": gpu,
             "reduce_bucket_size": min(BUCKET, parameters),
             "contiguous_gradients": True,
             "round_robin_gradients": False,
         },
+        "data_types": {"grad_accum_dtype": "fp32"} if gpu else {},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }

@@ -10,7 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # also where GPUs are
 
 import numpy as np
 import torch
@@ -121,6 +121,37 @@ def split(k: int, level: str = "sequence", **model: Any) -> Callable[..., dict[s
         return result(shell, update)
 
     return scenario
+
+
+def as_on_a_gpu(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
+    """Two steps in bfloat16 with the settings of a GPU: gradients added up in float32, AdamW fused. (Its moments are
+    made by the first step and used by the second.) Only the overlap of collectives is a matter of streams."""
+    import gubs.ufm.trainer as module
+
+    adamw, config = module._adamw, module._config
+
+    def gpu_config(model: Any, optimizer: Any, world: int, gpu: bool, parameters: int) -> dict[str, Any]:
+        made = config(model, optimizer, world, True, parameters)
+        return {**made, "zero_optimization": {**made["zero_optimization"], "overlap_comm": False}}
+
+    module._adamw, module._config = lambda p, s, gpu: adamw(p, s, True), gpu_config
+    try:
+        shell = worker(checkpoint, reference, MODEL.model_copy(update={"dtype": "bfloat16"}))
+    finally:
+        module._adamw, module._config = adamw, config
+    mine = np.array_split(np.arange(6), world)[rank]
+    batches = micro(shell, [six_samples(shell.inputs)[i] for i in mine], 3 if world == 1 else 2)
+    refs = references(shell, batches)
+    first = result(shell, shell._update(batches, refs, [], 0, first=True))
+    second = shell._update(batches, refs, [], 1, first=True)
+    zero = shell.trainer.engine.optimizer
+    return {
+        **first,
+        "after": weights(shell),
+        "second": second.skipped,
+        "accumulated": str(zero.gradient_accumulation_dtype),
+        "fused": zero.optimizer.param_groups[0]["fused"],
+    }
 
 
 def twice(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
@@ -273,6 +304,7 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "token": split(2, "token"),
     "recomputed": split(2, gradient_checkpointing=True),
     "bfloat16": split(2, dtype="bfloat16"),
+    "as on a GPU": as_on_a_gpu,
     "twice": twice,
     "uneven": uneven,
     "naive": naive,
