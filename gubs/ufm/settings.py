@@ -124,6 +124,10 @@ class CheckpointSettings(Section):
     """Steps between checkpoints; the last step always has one."""
     keep: int = Field(2, ge=1)
     """How many of the newest checkpoints to keep, besides the best."""
+    background: bool = False
+    """Write them while training goes on, from a copy in host memory."""
+    timeout_s: float = Field(3600.0, gt=0)
+    """Longest time that writing or loading one, or the policy, may take; beyond it the attempt ends."""
 
 
 class SFTSettings(Section):

@@ -107,8 +107,8 @@ class WeightSync:
 
         weights = weights_of(model)
         check(self._expected, list(weights), manifest_of(weights))
-        asked = self._engine.receive.remote(packed(weights), self.version + 1)
-        missing: list[str] = ray.get(asked, timeout=self._timeout_s)
+        pack = packed(weights)
+        missing: list[str] = ray.get(self._engine.receive.remote(pack, self.version + 1), timeout=self._timeout_s)
         if missing:
             raise SyncError(f"the engine's model also needs {missing[0]}, which was not sent")
         self.version += 1
@@ -209,7 +209,9 @@ def _handles(weights: Mapping[str, Tensor]) -> HandlePack:
             storages[storage.data_ptr()] = len(storages), reduce_tensor(whole)
         number, _ = storages[storage.data_ptr()]
         places.append(
-            Place(name, number, _name(weight), weight.storage_offset(), tuple(weight.shape), tuple(weight.stride()))
+            Place(
+                name, number, _name(weight), int(weight.storage_offset()), tuple(weight.shape), tuple(weight.stride())
+            )
         )
     return HandlePack(tuple(handle for _, handle in storages.values()), tuple(places))
 

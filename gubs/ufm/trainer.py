@@ -5,7 +5,6 @@ ranks, so losses are multiplied by the number of ranks. It would also divide by 
 and the boundary is set by hand.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gubs.errors import PlatformError
+from gubs.ufm.checkpoint import Write, load_policy
 from gubs.ufm.inputs import Answered, Batch, rows_of
 from gubs.ufm.policy import response_logits
 from gubs.ufm.settings import ModelSettings, OptimizerSettings
@@ -20,7 +20,7 @@ from gubs.ufm.settings import ModelSettings, OptimizerSettings
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 
 LossOf = Callable[["Tensor", int], "tuple[Tensor, dict[str, Tensor]]"]
 """(log-probabilities of a micro-batch's response tokens, number of the micro-batch) -> loss, sums for the log."""
@@ -113,40 +113,78 @@ class Trainer:
         norm = float("nan") if skipped else float(self.engine.get_global_grad_norm() or 0.0)
         return Update(skipped, norm, rate, reduce_sums(totals, self.device))
 
-    def save(self, folder: str | Path) -> None:
-        """Saves weights, optimiser and counters of this rank under a folder that all ranks share; all take part."""
+    def save(self, folder: str | Path, *, copy: bool = False) -> Write:
+        """Collects this rank's optimiser and counters; all ranks take part. Weights are not among them: they are in the
+        policy that is saved beside this (see `save_policy`).
+
+        Args:
+            folder: where the files go; all ranks share it.
+            copy: copy everything to host memory, so that it may be written while training goes on.
+
+        Returns:
+            What writes this rank's files.
+        """
         writer = self.engine.checkpoint_engine
-        self.engine.checkpoint_engine = deferring = _DeferringWriter(writer)
+        self.engine.checkpoint_engine = collected = _Collector(writer, copied_to_host if copy else _same)
         try:
-            self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+            self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
         finally:
             self.engine.checkpoint_engine = writer
-        if deferring.error:
-            raise deferring.error
+        return collected.write
 
-    def load(self, folder: str | Path) -> None:
-        """Loads what `save` wrote; needs the same number of ranks and the same model."""
-        self.engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
+    def load(self, folder: str | Path, policy: Path) -> None:
+        """Loads what `save` wrote, and the weights of the policy beside it; needs the same number of ranks and the same
+        model.
+        """
+
+        def load_weights(src: object, dst: "PreTrainedModel") -> None:  # noqa: ARG001 - DeepSpeed's names
+            load_policy(dst, policy)
+
+        self.engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False, custom_load_fn=load_weights)
 
 
-class _DeferringWriter:
-    """DeepSpeed's checkpoint writer, but it keeps errors for later: an error raised on one rank between DeepSpeed's
-    barriers would leave the other ranks waiting there for ever.
+class _Collector:
+    """In place of DeepSpeed's checkpoint writer: keeps what would be written, without the weights. Written later, an
+    error of the disk cannot keep one rank from DeepSpeed's barriers, where the others would wait for ever.
     """
 
-    def __init__(self, writer: object):
-        self._writer = writer
-        self.error: Exception | None = None
+    def __init__(self, writer: Any, keep: Callable[[Any], Any]):
+        self._writer, self._keep = writer, keep
+        self._files: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(self._writer, name)
-        return functools.partial(self._try, method) if name in ("makedirs", "save") else method
+        return getattr(self._writer, name)
 
-    def _try(self, write: Callable[..., None], *args: object, **kwargs: object) -> None:
-        try:
-            write(*args, **kwargs)
-        except Exception as e:  # noqa: BLE001 - raised by `Trainer.save`
-            self.error = self.error or e
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Leaves it to `write`."""
+
+    def save(self, state_dict: Mapping[str, Any], path: str) -> None:
+        """Keeps a file's content. What is left of the model's file are counters."""
+        weightless = {**state_dict, "module": {}} if "module" in state_dict else state_dict
+        self._files[path] = self._keep(weightless)
+
+    def write(self) -> None:
+        """Writes the files."""
+        for path, state in self._files.items():
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._writer.save(state, path)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def copied_to_host(value: Any) -> Any:
+    """A copy of nested lists, tuples and dicts in which all tensors are in host memory."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {name: copied_to_host(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(copied_to_host, value))
+    return value
 
 
 def release_cache(device: "torch.device") -> None:

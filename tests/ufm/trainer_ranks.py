@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ufm_helpers import image_prompt, text_prompt, tiny_inputs, video_prompt
 
 from gubs.records import Option, Task
 from gubs.ufm.advantage import SampleRole
+from gubs.ufm.checkpoint import save_policy
 from gubs.ufm.grpo import GRPOWorker, Reference
 from gubs.ufm.inputs import Inputs
 from gubs.ufm.loss import Denominators
@@ -239,9 +241,10 @@ def not_a_number(checkpoint: str, reference: Any, rank: int, world: int) -> dict
     }
 
 
-def resumed(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
-    """Three steps, against one step, saved, loaded into another trainer, and two more."""
-    folder = Path(sys.argv[4]).parent / f"state-{world}"
+def resumed(checkpoint: str, reference: Any, rank: int, world: int, copy: bool = False) -> dict[str, Any]:
+    """Three steps, against one step, saved, loaded into another trainer, and two more; with `copy`, it is written while
+    training goes on."""
+    folder = Path(sys.argv[4]).parent / f"state-{world}-{copy}"
     mine = np.array_split(np.arange(6), world)[rank]
 
     def steps(shell: GRPOWorker, numbers: range) -> None:
@@ -253,13 +256,20 @@ def resumed(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str,
     steps(whole, range(3))
     first = worker(checkpoint, reference)
     steps(first, range(1))
-    first.trainer.save(folder)
+    write = first.trainer.save(folder, copy=copy)
+    if rank == 0:
+        save_policy(first.trainer.model, first.inputs, folder / "policy")
+    if copy:
+        steps(first, range(1, 2))  # what is written later is the state of before
+    write()
     torch.distributed.barrier()
     second = worker(checkpoint, reference)
-    second.trainer.load(folder)
+    second.trainer.load(folder, folder / "policy")
     steps(second, range(1, 3))
+    saved = sum(p.stat().st_size for p in folder.rglob("*.pt"))
     moved = any(not torch.equal(w, weights(first)[n]) for n, w in weights(whole).items())
-    return {"equal": all(torch.equal(w, weights(second)[n]) for n, w in weights(whole).items()), "moved": moved}
+    equal = all(torch.equal(w, weights(second)[n]) for n, w in weights(whole).items())
+    return {"equal": equal, "moved": moved, "saved": saved}
 
 
 def full_disk(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
@@ -277,11 +287,13 @@ def full_disk(checkpoint: str, reference: Any, rank: int, world: int) -> dict[st
 
     writer.save = save
     try:
-        shell.trainer.save(folder)
+        shell.trainer.save(folder)()
         said = ""
     except OSError as e:
         said = str(e)
-    shell.trainer.save(folder)  # would wait for ever if a rank had missed one of DeepSpeed's barriers
+    torch.distributed.barrier()
+    shell.trainer.save(folder)()  # would wait for ever if a rank had missed one of DeepSpeed's barriers
+    torch.distributed.barrier()
     return {"said": said, "files": len(list(folder.rglob("*.pt")))}
 
 
@@ -310,6 +322,7 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "naive": naive,
     "nan": not_a_number,
     "resumed": resumed,
+    "resumed from a copy": partial(resumed, copy=True),
     "full disk": full_disk,
     "silent": silent,
 }
