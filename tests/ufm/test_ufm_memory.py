@@ -71,8 +71,8 @@ def test_the_papers_setting_fits_four_a100_and_not_one(paper):
 
 
 def test_what_the_workers_keep_in_their_machines_memory_has_to_fit_too(paper):
-    """The reference in a pinned buffer of 16 GiB, a quarter of a checkpoint that is being written, two processes: for each of
-    the machine's workers."""
+    """The reference in a pinned buffer of 16 GiB, a quarter of a checkpoint that is being written, two processes; for
+    each of the machine's workers."""
     plan = plan_grpo(paper, QWEN2_5_VL_7B, FRAMES, 80 * GIB)
     assert plan.host["checkpoint"] == plan.checkpoint / 4
     check(plan, Machine(80 * GIB, 4, 208 * GIB))
