@@ -80,6 +80,8 @@ class Trainer:
             config=_config(model_settings, optimizer, self.world, gpu, sum(p.numel() for p in trained)),
             dist_init_required=False,
         )
+        # a script that puts weights together from the checkpoint; ours has them as a policy
+        self.engine._copy_recovery_script = lambda _: None
 
     @property
     def model(self) -> "Qwen2_5_VLForConditionalGeneration":
