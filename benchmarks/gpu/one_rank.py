@@ -1,4 +1,4 @@
-"""A GA-GRPO worker of the 7B on one GPU, as one of four ranks would run it: phases, peaks, MFU, sync, sleep at both levels.
+"""A GA-GRPO worker of the 7B on one GPU, as one of four ranks would run it: phases, peaks, MFU, sync, sleep.
 
     python benchmarks/gpu/one_rank.py --run RUN --model FOLDER --ranks 4 --json out.jsonl
 

@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: figures that are on the disk as soon as they are known, and the GPU's memory, watched."""
+"""What the GPU benchmarks share: figures that are on the disk as soon as they are known, the GPU's memory, ratios."""
 
 import json
 import os
@@ -101,7 +101,8 @@ def peak_flops(default: float = 1e12) -> float:
 
 
 def speeds(steps: list[Mapping[str, float]], parameters: int, gpus: int, peak: float) -> dict[str, float]:
-    """Medians over steps, in ratios that can be compared.
+    """Medians over steps, in ratios that can be compared. Tokens per second are those of prompts and answers over the
+    whole step, as EasyR1, verl and NeMo RL count them; MFU counts what is computed, a shared prompt once.
 
     Args:
         steps: figures of steps, as in the table `steps` of a training.
@@ -114,13 +115,13 @@ def speeds(steps: list[Mapping[str, float]], parameters: int, gpus: int, peak: f
         return statistics.median(s.get(name) or 0.0 for s in steps)
 
     step, train = median("seconds/step"), median("seconds/train")
-    trained, written = median("tokens/train"), median("tokens/rollout")
+    trained, written, whole = median("tokens/train"), median("tokens/rollout"), median("tokens/sequences")
     return {
         "step_s": step,
         **{f"{p}_s": median(f"seconds/{p}") for p in ("rollout", "reference", "train", "sync")},
         "sync_share": median("seconds/sync") / step,
         "mfu_train": 6 * parameters * trained / train / peak / gpus,
-        "tokens_per_second_per_gpu": trained / step / gpus,
+        "tokens_per_second_per_gpu": whole / step / gpus,
         "rollout_tokens_per_second_per_gpu": written / median("seconds/rollout") / gpus,
         "peak_gib_trainer": max((s.get("gpu_gib/peak") or 0.0) for s in steps),
     }

@@ -1,7 +1,7 @@
 """A small run with pictures as the paper has them: `python benchmarks/gpu/runs.py RUN`. No GPU is needed.
 
-Sixty simulated users and forty videos of eight frames with 308 x 308 pixels; prompts in full. The groups are made by the
-embedded text model, which takes a minute or two on two cores: what they say does not matter here, how long it is does.
+Sixty simulated users and forty videos of eight frames with 308 x 308 pixels; prompts in full. The groups are made by
+the embedded text model, in a minute or two on two cores: what they say does not matter here, how long it is does.
 """
 
 import argparse

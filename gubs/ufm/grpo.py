@@ -87,7 +87,9 @@ class GRPOWorker(TrainWorker):
             health.check(health_figures, step, self.ufm.model.dtype)
         with self.phases("sync"):
             self.engine.push(self.trainer.model)
-        trained = reduce_sums({"tokens/train": sum(b.tokens for b, _ in batches)}, self.device)
+        whole = sum(len(s.encoded.ids) + len(s.ids) for s in plan.samples)
+        computed = sum(b.tokens for b, _ in batches)  # a prompt that answers share counts once, padding counts too
+        trained = reduce_sums({"tokens/train": computed, "tokens/sequences": whole}, self.device)
         for update in updates[1:]:
             health_figures |= _update_figures(update)
         health_figures["skipped"] = float(sum(u.skipped for u in updates))
