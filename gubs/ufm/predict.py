@@ -20,6 +20,7 @@ from gubs.errors import PlatformError
 from gubs.ray_runtime import Actor
 from gubs.ufm.inputs import Inputs, Prompt
 from gubs.ufm.labels import Labels, OptionProbabilities
+from gubs.ufm.model import cpu_threads
 from gubs.ufm.rollout import Engine, Request, Response, Shape, alone, start_rollout
 from gubs.ufm.settings import UFMSettings
 from gubs.video.decoded import DecodeOptions
@@ -135,7 +136,9 @@ class Predictor:
         self._window = 2 * ufm.rollout.max_num_seqs
         self._chunk = max(1, ufm.rollout.max_num_seqs // 2)
         self._deadline = ufm.workers.stuck_after_s
-        shape = Shape(str(folder), ufm.model, ufm.inputs, alone(ufm.rollout), pictures=pictures, largest=largest)
+        threads = cpu_threads(engines) if gpu else 0  # engines of several GPUs share the cores
+        rollout = alone(ufm.rollout)
+        shape = Shape(str(folder), ufm.model, ufm.inputs, rollout, threads, pictures=pictures, largest=largest)
         self._engines = [_start(shape, gpu) for _ in range(engines)]
         self._asked = 0
 

@@ -1,5 +1,6 @@
 """The memory sum: the numbers of the paper's model, and that what cannot fit is refused with them."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -131,6 +132,21 @@ def test_checkpoints_and_policy_have_to_fit_the_disk(paper, tmp_path, monkeypatc
         PlatformError, match=r"free, and this training's checkpoints take up to 447\.9 GiB: 108\.1 GiB each"
     ):
         check_disk(plan, tmp_path)
+
+
+def test_a_training_asks_for_its_disk_before_its_first_step(tmp_path, monkeypatch):
+    """On CPUs too: three checkpoints of SFT, four of GA-GRPO, and the policy."""
+    from gubs.ufm.model import init
+    from gubs.ufm.stage import _check_disk
+
+    ufm, start = load_settings("tiny", ["ufm.model.lessons=0"]).ufm, init("tiny")
+    size = Architecture.of(config_of(ufm, start)).parameters
+    for plan, kept in ((plan_sft, 3), (plan_grpo, 4), (memory.plan_distil, 3)):
+        needed = kept * 16 * size + 4 * size
+        for free in (needed, needed - 1):
+            monkeypatch.setattr(memory.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+            with nullcontext() if free == needed else pytest.raises(PlatformError, match="one of them being written"):
+                _check_disk(ufm, FRAMES, start, plan, tmp_path)
 
 
 def test_the_plan_tells_host_and_disk(paper):

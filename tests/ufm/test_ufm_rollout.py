@@ -142,6 +142,25 @@ def test_without_a_size_and_on_a_cpu_only_their_number_is_limited(pictures):
     assert engine_arguments(shape(DecodeOptions(), False), cpu=False)["limit_mm_per_prompt"]["video"] == 0
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_engine_has_the_threads_of_its_worker(monkeypatch, device):
+    """Also on a GPU, where it draws pictures: one thread is slow, and all cores for each of eight engines is worse."""
+    started = []
+    monkeypatch.setattr(grpo, "start_rollout", lambda shape, **where: started.append((shape, where)))
+    ufm = load_settings("tiny").ufm
+    worker = SimpleNamespace(
+        device=torch.device(device),
+        threads=12,
+        vision=True,
+        ufm=ufm,
+        questions=SimpleNamespace(largest=DecodeOptions(count=4)),
+        place=lambda: ("node", ["3"]),
+    )
+    grpo.RolloutEngine(worker, "start")
+    ((shape, where),) = started
+    assert (shape.threads, shape.largest.count, where["gpu_ids"]) == (12, 4, ["3"])
+
+
 def test_an_engine_without_a_trainer_beside_it_takes_most_of_the_gpu():
     arguments = engine_arguments(replace(shape(), rollout=alone(RolloutSettings(gpu_memory=0.35))), cpu=False)
     assert arguments["gpu_memory_utilization"] == 0.9
