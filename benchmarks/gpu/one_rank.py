@@ -154,10 +154,12 @@ def _deal(ranks: int) -> None:
     """AdamW gets every so many of the parameters by size; the gradients of the others are dropped."""
     from gubs.ufm import trainer
 
-    whole = trainer._adamw
+    module: Any = trainer
+    whole = module._adamw
 
     def dealt(parameters: Sequence[Any], chosen: Any, gpu: bool) -> Any:
-        kept, seen, total = [], 0, 0
+        kept: list[Any] = []
+        seen = total = 0
         for p in parameters:
             total += p.numel()
             if not kept or seen * ranks < total - p.numel() / 2:
@@ -167,7 +169,7 @@ def _deal(ranks: int) -> None:
                 p.register_post_accumulate_grad_hook(_drop)
         return whole(kept, chosen, gpu)
 
-    trainer._adamw = dealt
+    module._adamw = dealt
 
 
 def _drop(parameter: Any) -> None:

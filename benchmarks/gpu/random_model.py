@@ -76,18 +76,18 @@ def make(folder: Path, size: str) -> None:
     from gubs.ufm.model import init
 
     tiny = init("tiny")
-    token = AutoTokenizer.from_pretrained(tiny).convert_tokens_to_ids
+    vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(tiny).get_vocab()
     text, vision, tied, section = SIZES[size]
-    end = token("<|im_end|>")
+    end = vocabulary["<|im_end|>"]
     rope = {"rope_type": "default", "type": "mrope", "mrope_section": section, "rope_theta": 1e6}
     words = {"max_position_embeddings": 32768, "tie_word_embeddings": tied, "bos_token_id": None, "eos_token_id": end}
     config = Qwen2_5_VLConfig(
         text_config={**text, **words, "rope_parameters": rope, "rms_norm_eps": 1e-6},
         vision_config={**vision, "patch_size": 14, "spatial_merge_size": 2, "window_size": 112, "tokens_per_second": 2},
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
+        image_token_id=vocabulary["<|image_pad|>"],
+        video_token_id=vocabulary["<|video_pad|>"],
+        vision_start_token_id=vocabulary["<|vision_start|>"],
+        vision_end_token_id=vocabulary["<|vision_end|>"],
         tie_word_embeddings=tied,
     )
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def peak_flops(default: float = 1e12) -> float:
     return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in name), default)
 
 
-def speeds(steps: list[Mapping[str, float]], parameters: int, gpus: int, peak: float) -> dict[str, float]:
+def speeds(steps: Sequence[Mapping[str, float]], parameters: int, gpus: int, peak: float) -> dict[str, float]:
     """Medians over steps, in ratios that can be compared. Tokens per second are those of prompts and answers over the
     whole step, as EasyR1, verl and NeMo RL count them; MFU counts what is computed, a shared prompt once.
 
