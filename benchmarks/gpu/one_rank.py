@@ -18,28 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from probe import Probe
 from results import GIB, GpuMemory, Results, peak_flops, speeds
 from runs import settings
-
-from gubs.ufm.rollout import Engine
-
-
-class Probe(Engine):
-    """The engine, with a clock on its sleep."""
-
-    def timed_sleep(self, level: int) -> float:
-        """Seconds that it takes to fall asleep at a level."""
-        self.wake()
-        began = time.perf_counter()
-        self._llm.sleep(level=level)
-        self._asleep, self._discarded = ("weights", "kv_cache"), level > 1
-        return time.perf_counter() - began
-
-    def timed_wake(self) -> float:
-        """Seconds that it takes to wake up."""
-        began = time.perf_counter()
-        self.wake()
-        return time.perf_counter() - began
 
 
 def main() -> None:
@@ -82,10 +63,12 @@ def work(args: argparse.Namespace, gpu: bool) -> None:
     _deal(args.ranks)
     results, memory = Results(args.json), GpuMemory() if gpu else None
     with tempfile.TemporaryDirectory() as folder:
-        job = _job(args, gpu, folder)
+        job, worker = _job(args, gpu, folder), None
         with results.measure("start", ranks=args.ranks) as found:
             worker = grpo.GRPOWorker(job)
             found["phases_s"] = {name: round(s, 2) for name, s in worker.phases.take().items()}
+        if worker is None:
+            return  # nothing can be measured without it
         peaks = _watched(worker, memory)
         _random_advantages(grpo)
         parameters = Architecture.of(config_of(job.ufm, args.model)).text_parameters
