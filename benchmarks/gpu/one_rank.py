@@ -13,13 +13,12 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from probe import Probe
-from results import GIB, GpuMemory, Results, peak_flops, speeds
+from probe import Probe, watched
+from results import GpuMemory, Results, peak_flops, speeds
 from runs import settings
 
 
@@ -69,7 +68,7 @@ def work(args: argparse.Namespace, gpu: bool) -> None:
             found["phases_s"] = {name: round(s, 2) for name, s in worker.phases.take().items()}
         if worker is None:
             return  # nothing can be measured without it
-        peaks = _watched(worker, memory)
+        peaks = watched(worker, memory)
         _random_advantages(grpo)
         parameters = Architecture.of(config_of(job.ufm, args.model)).text_parameters
         worker.begin(0)
@@ -178,32 +177,6 @@ def _resize(worker: Any, records: int) -> None:
     worker.grpo = worker.grpo.model_copy(update={"prompts": records})
     worker.planner = Planner(worker.questions, worker.inputs, worker.job.tasks, worker.grpo, worker.job.seed)
     worker._next = None
-
-
-def _watched(worker: Any, memory: GpuMemory | None) -> dict[str, float]:
-    """Peaks by phase from now on, GiB: of all processes, and of the trainer alone."""
-    import torch
-
-    peaks: dict[str, float] = {}
-    phases = worker.phases
-
-    class Watched(type(phases)):  # type: ignore[misc]
-        @contextmanager
-        def __call__(self, name: str) -> Iterator[None]:
-            if memory:
-                memory.peak()
-                torch.cuda.reset_peak_memory_stats()
-            with super().__call__(name):
-                yield
-                if memory:
-                    torch.cuda.synchronize()
-            if memory:
-                own = round(torch.cuda.max_memory_allocated() / GIB, 2)
-                peaks[name] = max(peaks.get(name, 0.0), memory.peak())
-                peaks[f"{name}, trainer"] = max(peaks.get(f"{name}, trainer", 0.0), own)
-
-    phases.__class__ = Watched
-    return peaks
 
 
 def _has_gpu() -> bool:
