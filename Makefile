@@ -5,6 +5,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 LOCK := requirements-cpu.lock
+GPU_LOCK := requirements-gpu.lock
 MODELS := requirements-models.lock
 STAMP := $(VENV)/.gubs-$(shell cat pyproject.toml $(LOCK) $(MODELS) | sha256sum | cut -c1-16)
 SOURCE ?= synthetic
@@ -12,15 +13,17 @@ DATA ?=
 RUN ?= runs/demo-$(SOURCE)
 ARGS ?=
 JOBS ?= 2
+comma := ,
 
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help setup demo check test lint types tests lock clean
+.PHONY: help setup demo check test lint types tests lock lock-gpu clean
 help:
 	@echo "make demo   set up, then run the main job on two cores  [SOURCE=kuairand DATA=folder RUN=runs/x ARGS='key=value ...']"
 	@echo "make check  set up, then lint, types and the tests that start no engine: the daily loop  [JOBS=2]"
 	@echo "make test   set up, then lint, types and all tests        [JOBS=2]"
-	@echo "make setup  only set up    make lock  resolve the lock file anew    make clean  remove the environment"
+	@echo "make setup  only set up (LOCK=$(GPU_LOCK): for a machine with GPUs)    make clean  remove the environment"
+	@echo "make lock, make lock-gpu  resolve a lock file anew"
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml $(LOCK) $(MODELS)
@@ -50,14 +53,23 @@ types: setup
 tests: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-# Resolves pyproject's requirements with the CPU build of torch; torchaudio and torchcodec are left out (see the file's head).
-lock: setup
-	$(BIN)/python -m pip install -q --dry-run --ignore-installed --report .make-lock.json "torch==2.13.0" ".[cpu,dev]"
-	$(BIN)/python -c "import json,re; pk=[i['metadata'] for i in json.load(open('.make-lock.json'))['install']]; \
-	  head=[l for l in open('$(LOCK)') if l.startswith('#')]; \
-	  body=sorted((f\"{m['name']}=={m['version'].split('+')[0]}\n\" for m in pk if m['name'].lower() not in ('gubs','torchaudio','torchcodec')), key=str.lower); \
-	  open('$(LOCK)','w').writelines(head+body)"
+# Resolves requirements without installing anything, and writes them into a lock file below its head.
+# $(1) what pip is given, $(2) the lock file, $(3) packages to leave out
+define resolve
+	$(BIN)/python -m pip $(1) --dry-run --ignore-installed --report .make-lock.json
+	$(BIN)/python -c "import json; pk=[i['metadata'] for i in json.load(open('.make-lock.json'))['install']]; \
+	  head=[l for l in open('$(2)') if l.startswith('#')]; out='gubs $(3)'.split(); \
+	  body=sorted((f\"{m['name']}=={m['version'].split('+')[0]}\n\" for m in pk if m['name'].lower() not in out), key=str.lower); \
+	  open('$(2)','w').writelines(head+body)"
 	@rm -f .make-lock.json
+endef
+
+# With the CPU build of torch; torchaudio and torchcodec are left out (see the file's head).
+lock: setup
+	$(call resolve,install -q "torch==2.13.0" ".[cpu$(comma)dev]",$(LOCK),torchaudio torchcodec)
+# From PyPI alone, whatever pip is configured to: its builds of torch are those for CUDA. Any machine can do it.
+lock-gpu: setup
+	$(call resolve,--isolated install -q $(if $(PIP_CERT),--cert $(PIP_CERT)) "torch==2.13.0" "vllm==0.32.0" ".[gpu$(comma)dev]",$(GPU_LOCK),)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -5,33 +5,18 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
+
+from gubs import doctor_gpu
+from gubs.doctor_gpu import Finding, guarded
 
 _GIB = 1 << 30
 _MIN_SHM_GIB, _MIN_DISK_GIB, _MIN_MEMORY_GIB = 1, 10, 8
 _CODECS = ("h264", "hevc", "vp9", "av1")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check."""
-
-    name: str
-    ok: bool
-    text: str
-    """The state of the machine."""
-    remedy: str = ""
-    """What to do if it is not ok."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return asdict(self)
 
 
 def examine(disk: Path) -> Iterator[Finding]:
@@ -42,16 +27,18 @@ def examine(disk: Path) -> Iterator[Finding]:
     """
     yield _python()
     yield _package("ray")
-    yield _guarded("torch", _torch)
-    yield _guarded("torchvision", partial(_imports, "torchvision"))
-    yield _guarded("vLLM", _vllm)
-    yield _guarded("decord", partial(_imports, "decord"))
-    yield _guarded("ffmpeg", _ffmpeg)
+    yield guarded("torch", _torch)
+    yield guarded("torchvision", partial(_imports, "torchvision"))
+    yield guarded("vLLM", _vllm)
+    yield guarded("decord", partial(_imports, "decord"))
+    yield guarded("ffmpeg", _ffmpeg)
     yield from (_package(name) for name in ("transformers", "deepspeed"))
     yield _shared_memory()
     yield _disk(disk)
     yield _memory()
-    yield _guarded("GPUs", _gpus)
+    yield guarded("GPUs", _gpus)
+    if _cuda_works():
+        yield from doctor_gpu.examine()
 
 
 def _python() -> Finding:
@@ -72,19 +59,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
-    """Turns the failure of a package to load into a finding."""
-    try:
-        return check()
-    except (ImportError, OSError, RuntimeError) as e:
-        return Finding(name, False, f"{type(e).__name__}: {str(e).splitlines()[0][:200]}", "make setup")
-
-
 def _torch() -> Finding:
     import torch
 
     kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    remedy = "this machine has no GPU: install the CPU build of torch (README, 'Set-up')"
+    remedy = (
+        "the driver is too old for it, or has no GPU to show: see `nvidia-smi`; torch 2.13 needs driver 580 or newer"
+        if Path("/proc/driver/nvidia").exists()
+        else "this machine has no GPU: install the CPU build of torch (README, 'Set-up')"
+    )
     ok = torch.version.cuda is None or torch.cuda.is_available()
     return Finding("torch", ok, f"{torch.__version__} ({kind}, {torch.get_num_threads()} threads)", remedy)
 
@@ -140,6 +123,14 @@ def _memory() -> Finding:
     total, free = psutil.virtual_memory().total / _GIB, psutil.virtual_memory().available / _GIB
     text = f"{free:.0f} of {total:.0f} GiB free, {len(os.sched_getaffinity(0))} CPU cores"
     return Finding("memory", total >= _MIN_MEMORY_GIB, text, f"the demo needs {_MIN_MEMORY_GIB} GiB")
+
+
+def _cuda_works() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _gpus() -> Finding:

@@ -10,7 +10,7 @@ ROOT = Path(gubs.__file__).parent
 LAYERS = [
     *("__init__", "torchvision_hook", "errors", "section", "records", "console", "artifacts", "ray_runtime"),
     *("prompts", "llm", "data", "video", "simulator", "ugm", "teachers", "ufm", "evaluate", "serving", "report"),
-    *("config", "doctor", "stages", "jobs", "cli"),
+    *("config", "doctor_gpu", "doctor", "stages", "jobs", "cli"),
 ]
 """From the bottom to the top; docs/architecture.md says what each is for."""
 PURE = [

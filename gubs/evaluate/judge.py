@@ -117,7 +117,8 @@ def predictions(
     gpu = use_gpu(ufm.workers)
     engines = min(ufm.workers.count, math.ceil(total / _ANSWERS_PER_ENGINE)) if gpu else 1
     pictures = ufm.inputs.vision and questions.pictures
-    with Predictor(folder, ufm, pictures=pictures, engines=engines, gpu=gpu) as predictor:
+    largest = questions.largest
+    with Predictor(folder, ufm, pictures=pictures, largest=largest, engines=engines, gpu=gpu) as predictor:
         for prediction in predictor.stream(_queries(items, questions, seed)):
             mode, number = prediction.key
             rows[prediction.key] = _row(items[number], MODES[mode], prediction)

@@ -39,7 +39,7 @@ class BatchFilter:
         """
         from gubs.ufm.inputs import Inputs
         from gubs.ufm.labels import Labels
-        from gubs.ufm.rollout import Engine, Shape
+        from gubs.ufm.rollout import Engine, Shape, alone
 
         self._bundle = Bundle(uri)
         config, folder = self._bundle.config, self._bundle.local_policy()
@@ -50,7 +50,8 @@ class BatchFilter:
         self._inputs = Inputs(folder, config.inputs)
         self._labels = Labels.of(self._inputs, task)
         self._prompts = PromptBuilder(config.inputs, config.pictures)
-        shape = Shape(str(folder), config.model, config.inputs, config.rollout, pictures=config.pictures)
+        rollout, pictures = alone(config.rollout), config.pictures
+        shape = Shape(str(folder), config.model, config.inputs, rollout, pictures=pictures, largest=config.frames)
         self._engine = Engine(shape)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

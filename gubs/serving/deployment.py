@@ -104,8 +104,9 @@ class EngineReplica:
     async def __init__(self, uri: str, settings: dict[str, Any]):  # type: ignore[misc]  # Serve awaits it
         """Loads the filter, and answers one question before it counts as ready."""
         self._bundle = await asyncio.to_thread(Bundle, uri)
-        self._engine = FilterEngine(self._bundle)
-        self._service = FilterService(self._bundle, self._engine, ServingSettings(**settings))
+        serving = ServingSettings(**settings)
+        self._engine = FilterEngine(self._bundle, serving)
+        self._service = FilterService(self._bundle, self._engine, serving)
         await self.check_health()
 
     async def decide(self, request: FilterRequest, mode: Mode) -> tuple[list[Result], Usage, float] | RequestError:

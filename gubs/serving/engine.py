@@ -5,20 +5,17 @@ import itertools
 import os
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 from gubs.errors import GubsError
 from gubs.records import Task
 from gubs.serving.bundle import Bundle
 from gubs.serving.filter import Mode
+from gubs.serving.settings import ServingSettings
 from gubs.ufm.inputs import Inputs, Prompt
 from gubs.ufm.labels import Labels, OptionProbabilities
 from gubs.ufm.predict import Query, read_options, request_of
-from gubs.ufm.rollout import ENVIRONMENT, Shape, engine_arguments, read_output, sampling
-
-if TYPE_CHECKING:
-    pass
+from gubs.ufm.rollout import Shape, alone, engine_arguments, environment, read_output, sampling
 
 
 class EngineDiedError(GubsError):
@@ -41,24 +38,36 @@ class Answer:
     answer_tokens: int = 0
 
 
+def engine_shape(bundle: Bundle, settings: ServingSettings) -> Shape:
+    """What the engine of a filter is started with. Requests may bring clips of more frames than the stored ones."""
+    config = bundle.config
+    largest = config.frames and replace(config.frames, count=max(config.frames.count, settings.limits.frames))
+    return Shape(
+        str(bundle.local_policy()),
+        config.model,
+        config.inputs,
+        alone(config.rollout, settings.gpu_memory),
+        pictures=config.inputs.vision and config.pictures,
+        largest=largest,
+    )
+
+
 class FilterEngine:
     """vLLM's engine in a process of its own, for one filter. Needs a running event loop."""
 
-    def __init__(self, bundle: Bundle):
+    def __init__(self, bundle: Bundle, settings: ServingSettings):
         """Loads the policy; returns when the engine is up."""
-        os.environ.update({k: v for k, v in ENVIRONMENT.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"})
+        self._shape = engine_shape(bundle, settings)
+        variables = environment(self._shape.rollout)
+        os.environ.update({k: v for k, v in variables.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"})
         import torch
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
-        config, folder = bundle.config, bundle.local_policy()
-        self.inputs = Inputs(folder, config.inputs)
+        self.inputs = Inputs(self._shape.folder, self._shape.inputs)
         self.labels = {task: Labels.of(self.inputs, task) for task in Task}
-        pictures = config.inputs.vision and config.pictures
-        self._shape = Shape(str(folder), config.model, config.inputs, config.rollout, pictures=pictures)
         arguments = engine_arguments(self._shape, cpu=not torch.cuda.is_available())
-        arguments |= {"enable_sleep_mode": False} if "enable_sleep_mode" in arguments else {}
         self._llm: AsyncLLM = AsyncLLM.from_engine_args(
             AsyncEngineArgs(**arguments), stat_loggers=[RayPrometheusStatLogger]
         )

@@ -35,6 +35,8 @@ class ServingSettings(Section):
     """Most targets of held-out training users (`ufm.distil.held_out`), per task, that thresholds are chosen on."""
     score_gap: float = Field(0.02, ge=0)
     """Largest AUC that mode `score` may lose against `reason`; beyond it the service refuses `score`."""
+    gpu_memory: float = Field(0.9, gt=0, lt=1)
+    """Share of its GPU that an engine replica takes; nothing else runs there. No effect on a CPU."""
     chunk: int = Field(25, ge=1)
     """Candidates per call of an engine; a larger request is split."""
     mode: Literal["reason", "score"] = "reason"

@@ -1,23 +1,27 @@
 """Checkpoints of a training run: written in full, then renamed, marked last; found again, checked, pruned.
 
-`<folder>/step-000050/` holds `policy/` (safetensors, tokenizer, processor: what transformers and vLLM load), the
-DeepSpeed state of every rank, `rng-<rank>.pt`, and `checkpoint.json`: the step, what it was trained on and with, and
-the size of every file. A folder without that marker is unfinished, whatever it holds. All workers see the folder: it
-is on a shared disk if they are on several machines.
+`<folder>/step-000050/` holds `policy/` (safetensors, tokenizer, processor: what transformers and vLLM load, and the
+only copy of the weights), the optimiser's state of every rank, `rng-<rank>.pt`, and `checkpoint.json`: the step, what
+it was trained on and with, and the size of every file. A folder without that marker is unfinished, whatever it holds.
+All workers see the folder: it is on a shared disk if they are on several machines.
 """
 
 import contextlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from gubs.errors import ArtifactError, GubsError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from gubs.ufm.inputs import Inputs
@@ -25,6 +29,9 @@ if TYPE_CHECKING:
 MARKER = "checkpoint.json"
 POLICY = "policy"
 T = TypeVar("T")
+Write = Callable[[], None]
+"""Writes files that were collected before."""
+Save = Callable[[Path], Write | None]
 Agree = Callable[[str], str]
 """Waits until every rank has said what went wrong on it ("" = nothing); returns the first problem of any rank."""
 _FULL = 1 << 20
@@ -65,6 +72,7 @@ class Checkpoints:
             world: number of processes.
         """
         self.folder, self.recipe, self.keep, self.rank, self.world = Path(folder), dict(recipe), keep, rank, world
+        self._unfinished: _Unfinished | None = None
 
     def latest(self) -> Marker | None:
         """The newest finished checkpoint, checked; None if there is none.
@@ -105,20 +113,56 @@ class Checkpoints:
         """Folder of a checkpoint."""
         return self.folder / f"step-{step:06d}"
 
-    def write(self, step: int, save: Callable[[Path], None], *, agree: Agree = str, score: float | None = None) -> None:
+    def write(self, step: int, save: Save, *, agree: Agree = str, score: float | None = None) -> None:
         """Writes a checkpoint. All ranks call it at the same step; if one fails, all do.
 
         Args:
             step: optimiser steps done.
-            save: puts this rank's files into the folder it gets, which all ranks share.
+            save: puts this rank's files into the folder it gets, which all ranks share, or returns what will do so.
             agree: see `Agree`.
             score: see `Marker`.
 
         Raises:
             SharedError: the disk is full or cannot be written to; earlier checkpoints are as they were.
         """
-        place = self.place(step)
-        staged = place.with_suffix(".tmp")
+        self._begin(step, save, agree, score, _at_once)
+        self.finish(agree)
+
+    def begin(self, step: int, save: Save, *, agree: Agree = str, score: float | None = None) -> None:
+        """Begins what `write` does: what `save` returns is done by a thread, and counts for nothing until `finish`. An
+        earlier one is finished first.
+        """
+        self.finish(agree)
+        self._begin(step, save, agree, score, _in_background)
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint was begun and not finished."""
+        return self._unfinished is not None
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's files of the checkpoint that was begun are on the disk, or cannot be written."""
+        return self._unfinished is not None and self._unfinished.files.done()
+
+    def finish(self, agree: Agree = str) -> None:
+        """Waits for the checkpoint that was begun, if there is one, and publishes it. Errors: see `write`."""
+        if self._unfinished is None:
+            return
+        (step, score, files), self._unfinished = self._unfinished, None
+        place, staged = self.place(step), self._staged(step)
+
+        def publish() -> None:
+            if self.rank == 0:
+                self._publish(staged, place, Marker(step, self.world, self.recipe, score, _sizes(staged)))
+
+        for part in (files.result, publish):
+            self._do(part, step, agree)
+
+    def _begin(
+        self, step: int, save: Save, agree: Agree, score: float | None, run: "Callable[[Write], Future[None]]"
+    ) -> None:
+        staged = self._staged(step)
 
         def prepare() -> None:
             if self.rank == 0:
@@ -126,22 +170,28 @@ class Checkpoints:
                 shutil.rmtree(staged, ignore_errors=True)
                 staged.mkdir(parents=True)
 
-        def fill() -> None:
-            save(staged)
+        def fill(rest: Write | None) -> None:
+            if rest:
+                rest()
             _flush(staged)
 
-        def publish() -> None:
-            if self.rank == 0:
-                self._publish(staged, place, Marker(step, self.world, self.recipe, score, _sizes(staged)))
+        self._do(prepare, step, agree)
+        rest = self._do(partial(save, staged), step, agree)
+        self._unfinished = _Unfinished(step, score, run(partial(fill, rest)))
 
+    def _do(self, part: Callable[[], T], step: int, agree: Agree) -> T:
+        """Does a part of writing a checkpoint; if that fails, nothing of it is left."""
+        staged = self._staged(step)
         try:
-            for part in (prepare, fill, publish):
-                together(disk_errors(f"the checkpoint {place}", staged)(part), agree)
+            return together(disk_errors(f"the checkpoint {self.place(step)}", staged)(part), agree)
         except Exception:
             shutil.rmtree(staged, ignore_errors=True)  # files of a failed attempt would keep a full disk full
             with contextlib.suppress(OSError):
                 self._remove_unfinished()
             raise
+
+    def _staged(self, step: int) -> Path:
+        return self.place(step).with_suffix(".tmp")
 
     def _publish(self, staged: Path, place: Path, marker: Marker) -> None:
         if place.exists():
@@ -173,6 +223,37 @@ class Checkpoints:
             if step != best:
                 (self.place(step) / MARKER).unlink()  # first: half a checkpoint must not look like a whole one
                 shutil.rmtree(self.place(step))
+
+
+class _Unfinished(NamedTuple):
+    """A checkpoint that is being written."""
+
+    step: int
+    score: float | None
+    files: "Future[None]"
+    """Done when this rank's files are written."""
+
+
+def _at_once(write: Write) -> "Future[None]":
+    done: Future[None] = Future()
+    _settle(done, write)
+    return done
+
+
+def _in_background(write: Write) -> "Future[None]":
+    """In a thread that does not outlive the process: half a checkpoint has no marker, and is removed."""
+    done: Future[None] = Future()
+    threading.Thread(target=_settle, args=(done, write), daemon=True, name="checkpoint").start()
+    return done
+
+
+def _settle(done: "Future[None]", write: Write) -> None:
+    try:
+        write()
+    except Exception as e:  # noqa: BLE001 - raised by `Checkpoints.finish`
+        done.set_exception(e)
+    else:
+        done.set_result(None)
 
 
 def together(action: Callable[[], T], agree: Agree) -> T:
@@ -248,7 +329,22 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def save_policy(model: "PreTrainedModel", inputs: "Inputs", folder: Path) -> None:
-    """The policy as a checkpoint that transformers and vLLM load."""
-    model.save_pretrained(folder)
+def save_policy(
+    model: "PreTrainedModel", inputs: "Inputs", folder: Path, weights: "Mapping[str, Tensor] | None" = None
+) -> None:
+    """The policy as a checkpoint that transformers and vLLM load.
+
+    Args:
+        model: the policy.
+        inputs: its processor and tokenizer.
+        folder: where it goes.
+        weights: a copy of its weights, to be saved in their place.
+    """
+    model.save_pretrained(folder, state_dict=dict(weights) if weights else None)
     inputs.processor.save_pretrained(folder)
+
+
+def load_policy(model: "PreTrainedModel", folder: Path) -> None:
+    """Loads the weights that `save_policy` saved into a model of the same kind and type, bit for bit."""
+    saved = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())

@@ -84,7 +84,14 @@ def sampled(
     )
     with (
         progress("sampled answers") as on_progress,
-        Predictor(folder, ufm, pictures=pictures, engines=ufm.workers.count if gpu else 1, gpu=gpu) as predictor,
+        Predictor(
+            folder,
+            ufm,
+            pictures=pictures,
+            largest=questions.largest,
+            engines=ufm.workers.count if gpu else 1,
+            gpu=gpu,
+        ) as predictor,
     ):
         for done, prediction in enumerate(predictor.stream(queries), 1):
             if prediction.options and prediction.response:

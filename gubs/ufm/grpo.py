@@ -5,7 +5,6 @@ second pass for the health check) -> micro-batches, optimiser step -> weights to
 if one is due. On a GPU the engine sleeps while the trainer works.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from gubs.ufm import health
 from gubs.ufm import model as models
 from gubs.ufm.inputs import Batch
 from gubs.ufm.loss import Denominators, policy_loss
+from gubs.ufm.reference import Reference
 from gubs.ufm.rollout import FIGURES, Request, Response, Shape, start_rollout
 from gubs.ufm.samples import Planner, Sample, StepPlan, answer_figures, answer_sums, assign_rewards, excerpt, requests
 from gubs.ufm.sync import WeightSync
@@ -87,7 +87,9 @@ class GRPOWorker(TrainWorker):
             health.check(health_figures, step, self.ufm.model.dtype)
         with self.phases("sync"):
             self.engine.push(self.trainer.model)
-        trained = reduce_sums({"tokens/train": sum(b.tokens for b, _ in batches)}, self.device)
+        whole = sum(len(s.encoded.ids) + len(s.ids) for s in plan.samples)
+        computed = sum(b.tokens for b, _ in batches)  # a prompt that answers share counts once, padding counts too
+        trained = reduce_sums({"tokens/train": computed, "tokens/sequences": whole}, self.device)
         for update in updates[1:]:
             health_figures |= _update_figures(update)
         health_figures["skipped"] = float(sum(u.skipped for u in updates))
@@ -186,37 +188,13 @@ class GRPOWorker(TrainWorker):
         return self.trainer.update([b for b, _ in batches], loss_of, step)
 
 
-class Reference:
-    """The frozen policy of the start. It is on a GPU only while in use (`with`), since the trainer needs the memory."""
-
-    def __init__(self, model: "Qwen2_5_VLForConditionalGeneration", device: torch.device):
-        weights = itertools.chain(model.parameters(), model.buffers()) if device.type == "cuda" else ()
-        self._model, self._device = model, device
-        self._on_host = [(weight, weight.data.pin_memory()) for weight in weights]
-        self._leave()
-
-    def __enter__(self) -> "Qwen2_5_VLForConditionalGeneration":
-        for weight, data in self._on_host:
-            weight.data = data.to(self._device, non_blocking=True)
-        return self._model
-
-    def __exit__(self, *_: object) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
-        for weight, data in self._on_host:
-            weight.data = data
-        release_cache(self._device)
-
-
 class RolloutEngine:
     """The engine beside a worker, restarted if it dies; a call that takes too long ends it, and the error names it."""
 
     def __init__(self, worker: TrainWorker, start: str):
         """Starts its process; returns at once."""
-        threads = 0 if worker.device.type == "cuda" else worker.threads
-        ufm = worker.ufm
-        self._shape = Shape(start, ufm.model, ufm.inputs, ufm.rollout, threads, worker.vision)
+        ufm, largest = worker.ufm, worker.questions.largest
+        self._shape = Shape(start, ufm.model, ufm.inputs, ufm.rollout, worker.threads, worker.vision, largest)
         self._node, self._gpus = worker.place()
         self._device, self._limit = worker.device, ufm.workers.stuck_after_s
         self.sync: WeightSync | None = None

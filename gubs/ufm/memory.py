@@ -3,15 +3,19 @@
 A GPU holds, of one worker: the weights; its ZeRO-2 shard (float32 masters, Adam's two moments, gradients); what a phase
 needs on top. The rollout engine takes its share while it is awake. The reference waits on the host and moves to the GPU
 for its phase. Activations are those of the largest micro-batch, recomputed layer by layer.
+
+The host holds the reference, in pinned memory, and the copy of a checkpoint that is written in the background; the disk
+holds the checkpoints that are kept, one that is being written, and the policy.
 """
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gubs.errors import PlatformError
-from gubs.ufm.settings import UFMSettings
+from gubs.ufm.settings import CheckpointSettings, SFTSettings, UFMSettings
 from gubs.ufm.trainer import BUCKET
 from gubs.video.settings import FrameSettings
 
@@ -33,7 +37,13 @@ _CONTEXT = 1 * GIB
 _LOGPROB_CHUNKS = 64 * 2**20
 """See `loss.token_logprobs`."""
 _ENGINE_ROOM = 1 * GIB
-"""What vLLM needs besides weights and cache: activations of a prefill, CUDA graphs."""
+"""What vLLM needs of its share besides weights and cache: activations of a prefill."""
+_ENGINE_OUTSIDE = 2 * GIB
+"""What vLLM takes beyond its share, awake or asleep: CUDA context, kernels, CUDA graphs."""
+_PROCESS = 4 * GIB
+"""Host memory of a process with torch, CUDA and the pictures that it caches. An estimate."""
+_ADAM = 12
+"""Bytes per parameter of the optimiser: float32 masters and two moments."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +130,12 @@ class Load:
     """Answers (SFT: examples) per step."""
     clips: int
     """Different videos among them."""
-    longest: int
-    """Tokens of the longest prompt with the longest answer."""
+    row: int
+    """Tokens of the longest row: a prompt with its longest answers, if those share it, else with one."""
     answer: int
     """Tokens of the longest answer."""
+    shared: bool
+    """Answers share a row: a mask says what sees what."""
     micro_tokens: int
     """Tokens of a micro-batch."""
     patches: int
@@ -131,8 +143,8 @@ class Load:
 
     @property
     def tokens(self) -> int:
-        """Per micro-batch: the setting, but at least the longest sequence and at most all sequences."""
-        return min(max(self.micro_tokens, self.longest), self.sequences * self.longest)
+        """Per micro-batch: the setting, but at least the longest row and at most that for each sequence."""
+        return min(max(self.micro_tokens, self.row), self.sequences * self.row)
 
     @property
     def answer_tokens(self) -> int:
@@ -171,6 +183,10 @@ class MemoryPlan:
     phases: tuple[Phase, ...]
     host: Mapping[str, float]
     """Bytes by name that the worker keeps in host memory."""
+    checkpoint: float
+    """Bytes of a checkpoint, all workers together."""
+    disk: float
+    """Bytes of everything that may be on the disk at a time."""
     problems: tuple[str, ...]
     """Why it cannot run; empty = it fits."""
     notes: tuple[str, ...] = ()
@@ -191,7 +207,11 @@ class MemoryPlan:
             parts = " + ".join(f"{name} {_size(size)}" for name, size in phase.parts.items())
             lines.append(f"  {phase.name:<10} {_size(phase.total):>9} = {parts}")
         host = " + ".join(f"{name} {_size(size)}" for name, size in self.host.items())
-        lines += [f"  {'host':<10} {_size(sum(self.host.values())):>9} = {host}"] if host else []
+        lines.append(f"  {'host':<10} {_size(sum(self.host.values())):>9} = {host}; per worker")
+        lines.append(
+            f"  {'disk':<10} {_size(self.disk):>9} at most: checkpoints of {_size(self.checkpoint)} each, one of them "
+            "being written, and the policy"
+        )
         return [*lines, *(f"  note: {n}" for n in self.notes), *(f"  DOES NOT FIT: {p}" for p in self.problems)]
 
     def to_json(self) -> dict[str, Any]:
@@ -203,6 +223,8 @@ class MemoryPlan:
             "gpu": self.gpu,
             "phases": {p.name: {**p.parts, "total": p.total} for p in self.phases},
             "host": dict(self.host),
+            "checkpoint": self.checkpoint,
+            "disk": self.disk,
             "problems": list(self.problems),
             "notes": list(self.notes),
         }
@@ -215,10 +237,30 @@ def plans(ufm: UFMSettings, frames: FrameSettings, gpu_gib: float) -> list[Memor
 
 def plan_sft(ufm: UFMSettings, config: Mapping[str, Any], frames: FrameSettings, gpu: float) -> MemoryPlan:
     """The plan of SFT; arguments as in `plan_grpo`."""
-    a, per = Architecture.of(config), ufm.sft.batch // ufm.workers.count or 1
-    load = _load(ufm, a, frames, per, per, ufm.sft.micro_tokens)
+    return _plan_examples("SFT", ufm, ufm.sft, 1, config, frames, gpu)
+
+
+def plan_distil(ufm: UFMSettings, config: Mapping[str, Any], frames: FrameSettings, gpu: float) -> MemoryPlan:
+    """The plan of distillation; arguments as in `plan_grpo`."""
+    return _plan_examples("distillation", ufm, ufm.distil, ufm.distil.samples, config, frames, gpu)
+
+
+def _plan_examples(
+    title: str,
+    ufm: UFMSettings,
+    sft: SFTSettings,
+    samples: int,
+    config: Mapping[str, Any],
+    frames: FrameSettings,
+    gpu: float,
+) -> MemoryPlan:
+    """Of a training on examples with so many answers each."""
+    a, per = Architecture.of(config), sft.batch // ufm.workers.count or 1
+    load = _load(ufm, a, frames, per * samples, per, sft.micro_tokens, samples)
     phases = (_backward(ufm, a, load, {}), _optimizer(ufm, a, {}))
-    return MemoryPlan("SFT", a, ufm.workers.count, gpu, phases, {}, _problems(phases, gpu, ufm))
+    host = {"worker": float(_PROCESS), **_written(ufm, a, sft.checkpoint)}
+    size, disk = _on_disk(ufm, a, sft.checkpoint.keep + 1)
+    return MemoryPlan(title, a, ufm.workers.count, gpu, phases, host, size, disk, _problems(phases, gpu, ufm))
 
 
 def plan_grpo(ufm: UFMSettings, config: Mapping[str, Any], frames: FrameSettings, gpu: float) -> MemoryPlan:
@@ -232,22 +274,50 @@ def plan_grpo(ufm: UFMSettings, config: Mapping[str, Any], frames: FrameSettings
     """
     a, width = Architecture.of(config), _width(ufm)
     records = ufm.grpo.prompts // ufm.workers.count
-    load = _load(ufm, a, frames, records * (ufm.grpo.user_samples + 2), records, ufm.grpo.micro_tokens)
+    samples = ufm.grpo.user_samples
+    load = _load(ufm, a, frames, records * (samples + 2), records, ufm.grpo.micro_tokens, samples)
     weights, share = float(a.parameters * width), ufm.rollout.gpu_memory * gpu
-    asleep = {"engine asleep": float(_CONTEXT)} if ufm.rollout.sleep else {"engine": share}
+    outside = {"engine's context": float(_ENGINE_OUTSIDE)}
+    asleep = outside if ufm.rollout.sleep else {"engine": share, **outside}
     phases = [
-        Phase("rollout", {**_resident(ufm, a), "engine": share}),
+        Phase("rollout", {**_resident(ufm, a), "engine": share, **outside}),
         _reference(ufm, a, load, asleep),
         _backward(ufm, a, load, asleep),
         _optimizer(ufm, a, asleep),
         Phase("sync", {**_resident(ufm, a), **asleep, **({"engine's weights": weights} if ufm.rollout.sleep else {})}),
     ]
     kept = tuple(p for p in phases if p.name != "reference" or ufm.grpo.beta)
-    host = {"reference": weights} if ufm.grpo.beta else {}
-    host |= {"engine asleep": weights} if ufm.rollout.sleep else {}
-    too_small, notes = _engine(ufm, a, load, share)
+    host = {"worker and engine": 2.0 * _PROCESS, **_written(ufm, a, ufm.grpo.checkpoint)}
+    host |= {"reference": float(pinned(a.parameters * width))} if ufm.grpo.beta else {}
+    size, disk = _on_disk(ufm, a, ufm.grpo.checkpoint.keep + 2)  # the best one too
+    too_small, notes = _engine(ufm, a, load.sequences, share)
     problems = (*_problems(kept, gpu, ufm), *too_small)
-    return MemoryPlan("GA-GRPO", a, ufm.workers.count, gpu, kept, host, problems, notes)
+    return MemoryPlan("GA-GRPO", a, ufm.workers.count, gpu, kept, host, size, disk, problems, notes)
+
+
+def pinned(size: int) -> int:
+    """Bytes that torch takes for one pinned allocation: the next power of two."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def check_disk(plan: MemoryPlan, folder: Path) -> None:
+    """Refuses a training whose checkpoints do not fit the disk, before its first step.
+
+    Args:
+        plan: of the training.
+        folder: of the training run; what an earlier attempt left there is counted as the training's own.
+
+    Raises:
+        PlatformError: they do not fit.
+    """
+    own = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    free = shutil.disk_usage(folder).free
+    if own + free < plan.disk:
+        raise PlatformError(
+            f"the disk of {folder} has {_size(free)} free, and this training's checkpoints take up to "
+            f"{_size(plan.disk)}: {_size(plan.checkpoint)} each, one of them being written. Keep fewer "
+            "(checkpoint.keep), or use another --run"
+        )
 
 
 @dataclass(frozen=True)
@@ -319,18 +389,39 @@ def gpu_machine() -> Machine:
 
 
 def _load(
-    ufm: UFMSettings, a: Architecture, frames: FrameSettings, sequences: int, clips: int, micro_tokens: int
+    ufm: UFMSettings,
+    a: Architecture,
+    frames: FrameSettings,
+    sequences: int,
+    clips: int,
+    micro_tokens: int,
+    samples: int,
 ) -> Load:
+    """`samples`: answers to one prompt; with SDPA they share its row."""
     patches = frames.count // a.temporal * (frames.max_pixels // a.patch**2) if ufm.inputs.vision else 0
-    longest = ufm.inputs.max_prompt_tokens + ufm.inputs.max_new_tokens
-    return Load(sequences, clips, longest, ufm.inputs.max_new_tokens, micro_tokens, patches)
+    together = samples if ufm.model.attention in ("auto", "sdpa") else 1
+    row = ufm.inputs.max_prompt_tokens + together * ufm.inputs.max_new_tokens
+    return Load(sequences, clips, row, ufm.inputs.max_new_tokens, together > 1, micro_tokens, patches)
+
+
+def _written(ufm: UFMSettings, a: Architecture, checkpoint: CheckpointSettings) -> dict[str, float]:
+    """A worker's part of the copy that is written in the background. (All of the weights' is the first worker's.)"""
+    size, _ = _on_disk(ufm, a, 0)
+    return {"checkpoint": size / ufm.workers.count} if checkpoint.background else {}
+
+
+def _on_disk(ufm: UFMSettings, a: Architecture, checkpoints: int) -> tuple[float, float]:
+    """Bytes of a checkpoint, and of so many with the policy."""
+    weights = float(a.parameters * _width(ufm))
+    size = weights + _ADAM * a.parameters
+    return size, checkpoints * size + weights
 
 
 def _resident(ufm: UFMSettings, a: Architecture) -> dict[str, float]:
     """What the trainer keeps on the GPU in every phase."""
     return {
         "weights": float(a.parameters * _width(ufm)),
-        "masters, Adam": 12.0 * a.parameters / ufm.workers.count,
+        "masters, Adam": float(_ADAM) * a.parameters / ufm.workers.count,
         "CUDA": float(_CONTEXT),
     }
 
@@ -339,18 +430,26 @@ def _backward(ufm: UFMSettings, a: Architecture, load: Load, engine: Mapping[str
     width = _width(ufm)
     parts = {
         **_resident(ufm, a),
-        "gradients": float(a.parameters * width / ufm.workers.count),
+        "gradients": 4.0 * a.parameters / ufm.workers.count,
         "buckets": float(2 * min(BUCKET, a.parameters) * width),
         "activations": activations(ufm, a, load),
         "logits": 2.0 * load.answer_tokens * a.vocabulary * width + _LOGPROB_CHUNKS,
+        "mask": _mask(load, width),
     }
     return Phase("train", {**parts, **engine})
 
 
+def _mask(load: Load, width: int) -> float:
+    """Of rows in which answers do not see each other: as booleans, and as SDPA adds it to the scores."""
+    return float(load.tokens * load.row * (1 + width)) if load.shared else 0.0
+
+
 def _optimizer(ufm: UFMSettings, a: Architecture, engine: Mapping[str, float]) -> Phase:
-    """The optimizer's step: gradients once more in float32, and one temporary of Adam of that size."""
+    """The optimizer's step. Gradients were added up in float32; a fused AdamW reads them where they are, and makes no
+    temporary tensors. Weights in float32 have theirs put together first.
+    """
     shard = a.parameters / ufm.workers.count
-    parts = {"gradients": shard * _width(ufm), "gradients, float32": 4.0 * shard, "Adam's temporary": 4.0 * shard}
+    parts = {"gradients": 4.0 * shard, **({"gradients, flat": 4.0 * shard} if _width(ufm) == 4 else {})}
     return Phase("optimizer", {**_resident(ufm, a), **parts, **engine})
 
 
@@ -363,6 +462,7 @@ def _reference(ufm: UFMSettings, a: Architecture, load: Load, engine: Mapping[st
             _layer(load.micro_patches(a.merge), a.vision_hidden, a.vision_hidden, a.vision_intermediate, width),
         ),
         "logits": float(load.answer_tokens * a.vocabulary * width + _LOGPROB_CHUNKS),
+        "mask": _mask(load, width),
     }
     return Phase("reference", {**_resident(ufm, a), **parts, **engine})
 
@@ -389,15 +489,16 @@ def _layer(tokens: int, hidden: int, kv: int, intermediate: int, width: int) -> 
     return float(tokens * ((7 * width + 8) * hidden + 2 * width * kv + 4 * width * intermediate))
 
 
-def _engine(ufm: UFMSettings, a: Architecture, load: Load, share: float) -> tuple[list[str], tuple[str, ...]]:
+def _engine(ufm: UFMSettings, a: Architecture, sequences: int, share: float) -> tuple[list[str], tuple[str, ...]]:
     """Whether the engine's share holds its weights and the cache of what is in flight: problems, notes."""
     width = _width(ufm)
     weights, token = a.parameters * width, a.kv_bytes(width)
-    flight = min(load.sequences, ufm.rollout.max_num_seqs) * load.longest
+    longest = ufm.inputs.max_prompt_tokens + ufm.inputs.max_new_tokens
+    flight = min(sequences, ufm.rollout.max_num_seqs) * longest
     room = share - weights - _ENGINE_ROOM
     left = f"the engine's share {_size(share)} - weights {_size(weights)} - {_size(_ENGINE_ROOM)} of its own"
-    if room < load.longest * token:
-        need = f"one answer needs {_size(load.longest * token)} ({load.longest:,} tokens x {token / 1000:.3g} KB)"
+    if room < longest * token:
+        need = f"one answer needs {_size(longest * token)} ({longest:,} tokens x {token / 1000:.3g} KB)"
         return [f"{left} leaves {_size(max(0.0, room))} of cache, {need}: raise ufm.rollout.gpu_memory"], ()
     note = f"{left} leaves {_size(room)} = {room / token:,.0f} tokens of cache at {token / 1000:.3g} KB"
     return [], (f"{note}; at most {flight:,} are in flight" + ("" if flight * token <= room else ": written in turns"),)

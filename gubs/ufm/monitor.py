@@ -60,9 +60,20 @@ class Phases:
 class Watchdog:
     """Ends this process if a phase takes longer than allowed, after naming it in a file and on stderr."""
 
-    def __init__(self, phases: Phases, limit_s: float, folder: Path, rank: int):
-        """Starts watching, in a thread that ends with the process or with `stop`."""
-        self._phases, self._limit, self._path, self._rank = phases, limit_s, folder / STUCK, rank
+    def __init__(
+        self, phases: Phases, limit_s: float, folder: Path, rank: int, limits: Mapping[str, float] | None = None
+    ):
+        """Starts watching, in a thread that ends with the process or with `stop`.
+
+        Args:
+            phases: what this process does.
+            limit_s: longest time that a phase may take.
+            folder: of the training run.
+            rank: of this process.
+            limits: of phases with a limit of their own.
+        """
+        self._phases, self._path, self._rank = phases, folder / STUCK, rank
+        self._limit, self._limits = limit_s, limits or {}
         self._stopped = threading.Event()
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
@@ -73,8 +84,9 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stopped.wait(min(1.0, self._limit / 4)):
             running = self._phases.current
-            if running and time.monotonic() - running[1] > self._limit:
-                text = f"worker {self._rank} was stuck in the phase {running[0]!r} for more than {self._limit:g} s"
+            limit = self._limits.get(running[0], self._limit) if running else 0.0
+            if running and time.monotonic() - running[1] > limit:
+                text = f"worker {self._rank} was stuck in the phase {running[0]!r} for more than {limit:g} s"
                 self._path.write_text(json.dumps({"rank": self._rank, "phase": running[0], "message": text}))
                 print(text, file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(file=sys.stderr)

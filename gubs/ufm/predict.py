@@ -20,8 +20,10 @@ from gubs.errors import PlatformError
 from gubs.ray_runtime import Actor
 from gubs.ufm.inputs import Inputs, Prompt
 from gubs.ufm.labels import Labels, OptionProbabilities
-from gubs.ufm.rollout import Engine, Request, Response, Shape, start_rollout
+from gubs.ufm.model import cpu_threads
+from gubs.ufm.rollout import Engine, Request, Response, Shape, alone, start_rollout
 from gubs.ufm.settings import UFMSettings
+from gubs.video.decoded import DecodeOptions
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -111,7 +113,14 @@ class Predictor:
     """Engines with one policy; a context manager. Ray has to be running."""
 
     def __init__(
-        self, folder: str | Path, ufm: UFMSettings, *, pictures: bool = True, engines: int = 1, gpu: bool = False
+        self,
+        folder: str | Path,
+        ufm: UFMSettings,
+        *,
+        pictures: bool = True,
+        largest: DecodeOptions | None = None,
+        engines: int = 1,
+        gpu: bool = False,
     ):
         """Starts the engines; they load while the first prompts are encoded.
 
@@ -119,6 +128,7 @@ class Predictor:
             folder: checkpoint of the policy.
             ufm: `model`, `inputs` and `rollout` describe an engine, `workers` says how long one may take.
             pictures: some prompts have pictures; otherwise no memory is set aside for them.
+            largest: see `Shape`.
             engines: how many; on CPUs one engine uses all cores.
             gpu: give each engine a GPU.
         """
@@ -126,7 +136,9 @@ class Predictor:
         self._window = 2 * ufm.rollout.max_num_seqs
         self._chunk = max(1, ufm.rollout.max_num_seqs // 2)
         self._deadline = ufm.workers.stuck_after_s
-        shape = Shape(str(folder), ufm.model, ufm.inputs, ufm.rollout, pictures=pictures)
+        threads = cpu_threads(engines) if gpu else 0  # engines of several GPUs share the cores
+        rollout = alone(ufm.rollout)
+        shape = Shape(str(folder), ufm.model, ufm.inputs, rollout, threads, pictures=pictures, largest=largest)
         self._engines = [_start(shape, gpu) for _ in range(engines)]
         self._asked = 0
 

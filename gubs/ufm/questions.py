@@ -20,6 +20,7 @@ from gubs.ufm.inputs import Prompt
 from gubs.ufm.prompting import PromptBuilder
 from gubs.ufm.settings import InputSettings
 from gubs.video.clips import Clip, StoredFrames
+from gubs.video.decoded import DecodeOptions
 
 _FACTS = ("interaction_id", "user_id", "video_id", "timestamp", "play_rate", "clicked")
 UGM = "ugm"
@@ -70,6 +71,11 @@ class Questions:
     def pictures(self) -> bool:
         """Whether the data set has any video with frames."""
         return bool(self._frames.hashes)
+
+    @property
+    def largest(self) -> DecodeOptions | None:
+        """What bounds the clips; None if there are none."""
+        return self._frames.store.options if self.pictures else None
 
     def items(self, task: Task, split: Split, *, unexplained: bool = False) -> list[Item]:
         """The targets of a task that have a gold option, in the order of the data set.

@@ -6,6 +6,7 @@ worker's own device by its id.
 """
 
 import functools
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gubs.errors import PlatformError
 from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
+from gubs.video.decoded import DecodeOptions
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -34,6 +36,13 @@ _READ_AT_ONCE = 4096
 """Prompt tokens per step of the engine on a CPU."""
 _PARTS = ("weights", "kv_cache")
 """What sleeps and wakes, in vLLM's names."""
+_DISCARD = 2
+"""VLLM's level of sleep that drops the weights. Level 1 would copy them to pinned host memory and back, although new
+ones are loaded before the next answer anyway."""
+_RUNNERS = {"v1": "0", "v2": "1"}
+"""Values of VLLM_USE_V2_MODEL_RUNNER."""
+_TILE = 28
+"""Sides of stored frames are multiples of this."""
 _BLOCK = 32
 """Tokens per cache block on a CPU, the fewest its kernels take: answers to one prompt then share more of it."""
 
@@ -88,6 +97,8 @@ class Shape:
     """Threads on a CPU; 0 = all cores."""
     pictures: bool = True
     """False = no prompt has pictures, so no memory is reserved for them."""
+    largest: DecodeOptions | None = None
+    """What bounds a clip; on a GPU memory is set aside for one of that size. None = for the largest the model takes."""
 
 
 class Engine:
@@ -99,8 +110,9 @@ class Engine:
         Raises:
             PlatformError: vLLM is not installed, or built for other machines.
         """
-        os.environ.update(ENVIRONMENT)
-        os.environ["OMP_NUM_THREADS"] = str(shape.threads or os.cpu_count())  # Ray sets 1 for actors without CPUs
+        os.environ.update(environment(shape.rollout))
+        # also on a GPU, where it draws the pictures; Ray sets 1 for actors without CPUs
+        os.environ["OMP_NUM_THREADS"] = str(shape.threads or os.cpu_count())
         try:
             import vllm  # noqa: F401
         except ImportError as e:
@@ -116,6 +128,7 @@ class Engine:
                 "workers GPUs (ufm.workers.gpu=yes), or pip install 'gubs[cpu]'"
             )
         self._asleep: tuple[str, ...] = ()
+        self._discarded = False
         self._queued: dict[str, tuple[int, tuple[int, ...]]] = {}
         """Number and labels of the requests that `collect` will answer, by vLLM's id."""
 
@@ -136,6 +149,9 @@ class Engine:
         Args:
             requests: prompts with their seeds and temperatures.
             choices: if given, the whole answer must be one of these texts.
+
+        Raises:
+            PlatformError: it has slept and was sent no weights since.
         """
         self.wake()  # even without requests: only an engine that is fully awake can be put to sleep
         if not requests:
@@ -164,13 +180,17 @@ class Engine:
         return answers
 
     def sleep(self) -> None:
-        """Releases the GPU's memory: weights move to the host, the cache is dropped. No effect on a CPU."""
+        """Releases the GPU's memory: weights and cache are dropped, and `load` must come before the next answer. No
+        effect on a CPU.
+        """
         if self.shape.rollout.sleep and not self._cpu and not self._asleep:
-            self._llm.sleep(level=1)
-            self._asleep = _PARTS
+            self._llm.sleep(level=_DISCARD)
+            self._asleep, self._discarded = _PARTS, True
 
     def wake(self, weights_only: bool = False) -> None:
-        """Takes the GPU's memory back."""
+        """Takes the GPU's memory back; without `weights_only` it has to hold weights again."""
+        if self._discarded and not weights_only:
+            raise PlatformError("the rollout engine dropped its weights when it went to sleep and was sent no new ones")
         parts = [p for p in self._asleep if p == "weights" or not weights_only]
         if parts:
             self._llm.wake_up(tags=parts)
@@ -184,6 +204,7 @@ class Engine:
         """
         self.wake(weights_only=True)
         missing = self._llm.collective_rpc(_reload, args=(list(weights),))[0]
+        self._discarded = False
         self.forget()
         self.version = version
         return list(missing)
@@ -261,18 +282,28 @@ def start_rollout(shape: Shape, *, gpu_ids: Sequence[str] = (), node_id: str = "
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ",".join(gpu_ids)}
+    variables = {**environment(shape.rollout), "CUDA_VISIBLE_DEVICES": ",".join(gpu_ids)}
     if shape.threads:
-        environment["OMP_NUM_THREADS"] = str(shape.threads)
+        variables["OMP_NUM_THREADS"] = str(shape.threads)
     remote: Any = ray.remote(Engine)
-    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0, "runtime_env": {"env_vars": environment}}
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0, "runtime_env": {"env_vars": variables}}
     if node_id:
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return remote.options(**options).remote(shape)
 
 
+def alone(rollout: RolloutSettings, gpu_memory: float = 0.9) -> RolloutSettings:
+    """Settings of an engine that has its GPU to itself: a larger share of it, and no sleep."""
+    return rollout.model_copy(update={"gpu_memory": gpu_memory, "sleep": False})
+
+
+def environment(rollout: RolloutSettings) -> dict[str, str]:
+    """Environment variables of an engine's process."""
+    runner = _RUNNERS.get(rollout.model_runner)
+    return ENVIRONMENT | ({"VLLM_USE_V2_MODEL_RUNNER": runner} if runner else {})
+
+
 def engine_arguments(shape: Shape, cpu: bool) -> dict[str, Any]:
-    """Arguments of vLLM's engine, offline or asynchronous."""
     """Arguments of vLLM's engine, offline or asynchronous."""
     rollout = shape.rollout
     longest = shape.inputs.max_prompt_tokens + shape.inputs.max_new_tokens
@@ -282,7 +313,7 @@ def engine_arguments(shape: Shape, cpu: bool) -> dict[str, Any]:
         "max_num_seqs": rollout.max_num_seqs,
         "max_model_len": longest,
         "distributed_executor_backend": "uni",
-        "limit_mm_per_prompt": {"video": 1, "image": 1} if shape.pictures else {"video": 0, "image": 0},
+        "limit_mm_per_prompt": dict.fromkeys(("video", "image"), int(shape.pictures)),
         "logprobs_mode": "raw_logprobs",
         "disable_log_stats": False,
         "seed": 0,
@@ -300,10 +331,23 @@ def engine_arguments(shape: Shape, cpu: bool) -> dict[str, Any]:
         }
     return {
         **common,
+        "limit_mm_per_prompt": _clip_limits(shape),
         "enforce_eager": rollout.enforce_eager,
         "gpu_memory_utilization": rollout.gpu_memory,
         "enable_sleep_mode": rollout.sleep,
     }
+
+
+def _clip_limits(shape: Shape) -> dict[str, Any]:
+    """Number and size of the pictures in a prompt. At its start vLLM computes a clip of that size and keeps the memory
+    for it; without sizes it would be the largest that fits a prompt, whatever the videos are like.
+    """
+    if not shape.pictures or shape.largest is None:
+        return dict.fromkeys(("video", "image"), int(shape.pictures))
+    tiles = math.ceil(shape.largest.max_pixels / _TILE**2)
+    across = math.ceil(math.sqrt(tiles))
+    sides = {"width": _TILE * across, "height": _TILE * math.ceil(tiles / across)}
+    return {"video": {"count": 1, "num_frames": shape.largest.count, **sides}, "image": {"count": 1, **sides}}
 
 
 def _reload(worker: Any, weights: "list[tuple[str, Tensor]]") -> list[str]:

@@ -49,7 +49,8 @@ class ModelSettings(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the weights in forward, backward and rollout; the optimiser keeps float32 masters."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
-    """auto = flash attention if GPU and package have it, else SDPA."""
+    """auto = flash attention if GPU and package have it, else SDPA. Only SDPA lets answers to the same prompt share a
+    row, so that the prompt is computed once."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, a third more compute."""
 
@@ -123,6 +124,10 @@ class CheckpointSettings(Section):
     """Steps between checkpoints; the last step always has one."""
     keep: int = Field(2, ge=1)
     """How many of the newest checkpoints to keep, besides the best."""
+    background: bool = False
+    """Write them while training goes on, from a copy in host memory."""
+    timeout_s: float = Field(3600.0, gt=0)
+    """Longest time that writing or loading one, or the policy, may take; beyond it the attempt ends."""
 
 
 class SFTSettings(Section):
@@ -165,8 +170,9 @@ class RolloutSettings(Section):
 
     min_new_tokens: int = Field(0, ge=0)
     """Fewest tokens of an answer; 0 = no minimum. For measurements with answers of equal length."""
-    gpu_memory: float = Field(0.45, gt=0, lt=1)
-    """Share of the GPU's memory for the engine while it is awake."""
+    gpu_memory: float = Field(0.35, gt=0, lt=1)
+    """Share of the GPU's memory for the engine while it is awake; its CUDA context and graphs come on top. Serving has
+    a share of its own (`serving.gpu_memory`)."""
     kv_cache_gb: float = Field(1.0, gt=0)
     """Key-value cache on a CPU."""
     max_num_seqs: int = Field(64, ge=1)
@@ -175,6 +181,8 @@ class RolloutSettings(Section):
     """Give the GPU's memory to the trainer between rollouts (no effect on a CPU)."""
     enforce_eager: bool = False
     """Use no CUDA graphs (never used on a CPU)."""
+    model_runner: Literal["auto", "v1", "v2"] = "auto"
+    """VLLM's code that runs the model. auto = vLLM's choice: v2 on GPUs, v1 on CPUs."""
 
 
 class GRPOSettings(Section):

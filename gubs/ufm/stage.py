@@ -29,9 +29,10 @@ from gubs.ufm import model as models
 from gubs.ufm.checkpoint import POLICY, Checkpoints
 from gubs.ufm.monitor import STUCK, check_trackers, read_metrics
 from gubs.ufm.questions import Questions, trainable_tasks
-from gubs.ufm.settings import ModelSettings, UFMSettings, WorkerSettings
+from gubs.ufm.settings import CheckpointSettings, ModelSettings, UFMSettings, WorkerSettings
 from gubs.ufm.sft import COLUMNS, order_of, steps_of
 from gubs.ufm.train_worker import CHECKPOINTS, SETTINGS, Job
+from gubs.ufm.trainer import check_allocator
 from gubs.video.settings import FrameSettings
 
 if TYPE_CHECKING:
@@ -66,13 +67,14 @@ def make_sft(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: int) 
     with _training(job) as (out, folder):
         work = _job(job, ufm, seed, folder, base)
         check_checkpoint(work, ufm.sft.checkpoint.keep)
+        _check_disk(ufm, frames, base, memory.plan_sft, folder)
         steps = steps_of(table.num_rows, ufm.sft)
         order = order_of(table.num_rows, ufm.sft, seed)
         data = _dataset(table.select(list(COLUMNS)).take(order), ufm.workers.count)
         config = {"job": work, "examples": table.num_rows}
         with _watching(folder, steps, "SFT"):
             _say_scarce(ufm.workers)
-            ended = _fit("gubs.ufm.sft", config, ufm.workers, folder, {"train": data})
+            ended = _fit("gubs.ufm.sft", config, ufm.workers, ufm.sft.checkpoint, folder, {"train": data})
         last = _finish(out, folder, {"examples": table.num_rows, "base": base.name, **ended})
         out.summary = f"{steps:,} steps, loss {last['loss']:.3f}"
     return out.summary
@@ -90,9 +92,10 @@ def make_grpo(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: int)
     with _training(job, more_steps) as (out, folder):
         work = _job(job, ufm, seed, folder, start, tasks=tasks, free=more_steps)
         check_checkpoint(work, grpo.checkpoint.keep)
+        _check_disk(ufm, frames, start, memory.plan_grpo, folder)
         with _watching(folder, grpo.steps, "GA-GRPO"):
             _say_scarce(ufm.workers)
-            ended = _fit("gubs.ufm.grpo", {"job": work}, ufm.workers, folder, {})
+            ended = _fit("gubs.ufm.grpo", {"job": work}, ufm.workers, grpo.checkpoint, folder, {})
         about = {"tasks": [str(t) for t in tasks], "start": start.name, "rule": grpo.advantage.rule}
         _finish(out, folder, about | ended)
         rewards = [s["reward"] for s in read_metrics(folder)]
@@ -119,17 +122,18 @@ def make_distil(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: in
     with _training(job) as (out, folder):
         work = _job(job, ufm, seed, folder, start)
         check_checkpoint(work, settings.checkpoint.keep)
+        _check_disk(ufm, frames, start, memory.plan_distil, folder)
         table = distil.targets_table(
             folder / "targets.parquet", lambda: distil.sampled(items, questions, start, ufm, use_gpu(ufm.workers), seed)
         )
         if not table.num_rows:
             raise ArtifactError(f"{job.run.uri}: no answer of {policy} names an option; there is nothing to distil")
         steps, order = steps_of(table.num_rows, settings), order_of(table.num_rows, settings, seed)
-        _check_memory(ufm, frames, start, memory.plan_sft)
+        _check_memory(ufm, frames, start, memory.plan_distil)
         data = _dataset(distil.with_turns(table, order), ufm.workers.count)
         with _watching(folder, steps, "distil"):
             config = {"job": work, "examples": table.num_rows}
-            ended = _fit("gubs.ufm.distil", config, ufm.workers, folder, {"train": data})
+            ended = _fit("gubs.ufm.distil", config, ufm.workers, settings.checkpoint, folder, {"train": data})
         last = _finish(out, folder, {"targets": table.num_rows, "start": policy, **ended})
         out.summary = f"{steps:,} steps on {table.num_rows:,} targets, loss {last['loss']:.3f}"
     return out.summary
@@ -151,8 +155,8 @@ def preflight_grpo(ufm: UFMSettings, frames: FrameSettings, seed: int) -> None: 
 
 
 def preflight_distil(ufm: UFMSettings, frames: FrameSettings, seed: int, policy: str) -> None:  # noqa: ARG001
-    """The same for distillation, which is SFT with more answers per prompt."""
-    _preflight(ufm, frames, memory.plan_sft)
+    """The same for distillation."""
+    _preflight(ufm, frames, memory.plan_distil)
 
 
 def base_model(settings: ModelSettings) -> Path:
@@ -316,7 +320,12 @@ def _dataset(table: pa.Table, workers: int) -> "Dataset":
 
 
 def _fit(
-    module: str, config: JsonObject, workers: WorkerSettings, folder: Path, datasets: "dict[str, Dataset]"
+    module: str,
+    config: JsonObject,
+    workers: WorkerSettings,
+    checkpoint: CheckpointSettings,
+    folder: Path,
+    datasets: "dict[str, Dataset]",
 ) -> JsonObject:
     """Runs Ray Train until all steps are done.
 
@@ -334,6 +343,7 @@ def _fit(
 
     gpu = use_gpu(workers)
     _environment(workers.stuck_after_s)
+    patience = int(max(workers.stuck_after_s, checkpoint.timeout_s))  # a rank that has written waits for the others
     loop = importlib.import_module(module).train_loop
     options: dict[str, Any] = {}
     if datasets:
@@ -350,7 +360,7 @@ def _fit(
     trainer = TorchTrainer(
         loop,
         train_loop_config=config,
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(workers.stuck_after_s)),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=patience),
         scaling_config=ScalingConfig(
             num_workers=workers.count, use_gpu=gpu, resources_per_worker=_resources(workers, gpu)
         ),
@@ -403,8 +413,16 @@ def _check_memory(
 ) -> None:
     """Refuses a training that cannot fit the workers' GPUs, with the estimate, before anything is loaded."""
     if use_gpu(ufm.workers):
+        check_allocator(os.environ)
         machine = memory.gpu_machine()
         memory.check(plan(ufm, memory.config_of(ufm, folder), frames, machine.gpu), machine)
+
+
+def _check_disk(
+    ufm: UFMSettings, frames: FrameSettings, start: Path, plan: Callable[..., memory.MemoryPlan], folder: Path
+) -> None:
+    """Refuses a training whose checkpoints do not fit the disk; see `memory.check_disk`."""
+    memory.check_disk(plan(ufm, memory.config_of(ufm, start), frames, 0.0), folder)
 
 
 def _resources(workers: WorkerSettings, gpu: bool) -> dict[str, float]:

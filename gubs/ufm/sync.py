@@ -1,13 +1,13 @@
 """Weight sync: sends the trainer's weights to the rollout engine, without a checkpoint in between.
 
 Steps of a sync: the manifest (names, shapes, dtypes) is checked against the first one -> the tensors are put where the
-engine can see them (GPU: CUDA IPC handles of the trainer's own memory; CPU: Ray's object store, shared memory that the
-engine maps) -> the engine loads them and empties its caches -> the version goes up, and every answer carries it.
+engine can see them (GPU: CUDA IPC handles of the storages that they lie in; CPU: Ray's object store, shared memory that
+the engine maps) -> the engine loads them and empties its caches -> the version goes up, and every answer carries it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ class WeightSync:
 
         weights = weights_of(model)
         check(self._expected, list(weights), manifest_of(weights))
-        pack = _handles(weights) if next(iter(weights.values())).is_cuda else _shared(weights)
+        pack = packed(weights)
         missing: list[str] = ray.get(self._engine.receive.remote(pack, self.version + 1), timeout=self._timeout_s)
         if missing:
             raise SyncError(f"the engine's model also needs {missing[0]}, which was not sent")
@@ -115,23 +115,65 @@ class WeightSync:
         return self.version
 
 
+class Pack(Protocol):
+    """Weights in transit."""
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """The weights by name, as tensors in the receiving process, not copied."""
+
+
 @dataclass(frozen=True)
-class Pack:
-    """Weights in transit: handles of their memory instead of the memory."""
+class SharedPack:
+    """Weights on a CPU: numpy arrays, which Ray maps from shared memory."""
 
     names: tuple[str, ...]
     dtypes: tuple[str, ...]
-    arrays: "tuple[np.ndarray | tuple[Callable[..., Tensor], tuple[Any, ...]], ...]"
-    """CPU: numpy arrays, mapped from shared memory. GPU: what rebuilds each tensor from its IPC handle."""
-    cuda: bool
+    arrays: "tuple[np.ndarray, ...]"
 
     def tensors(self) -> list[tuple[str, Tensor]]:
-        """The weights as tensors in the receiving process, not copied."""
-        if self.cuda:
-            here = torch.cuda.current_device()
-            return [(n, rebuild(*_on(here, a))) for n, (rebuild, a) in zip(self.names, self.arrays, strict=True)]
+        """See `Pack`."""
         tensors = (torch.from_numpy(a).view(getattr(torch, d)) for a, d in zip(self.arrays, self.dtypes, strict=True))
         return list(zip(self.names, tensors, strict=True))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a weight lies."""
+
+    name: str
+    storage: int
+    """Number of its storage in the pack."""
+    dtype: str
+    offset: int
+    """In its own elements."""
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def within(self, storage: Tensor) -> Tensor:
+        """The weight as a view of its storage."""
+        empty = torch.empty(0, dtype=getattr(torch, self.dtype), device=storage.device)
+        return empty.set_(storage.untyped_storage(), self.offset, self.shape, self.stride)
+
+
+Handle = tuple[Callable[..., Tensor], tuple[Any, ...]]
+"""What rebuilds a tensor from its IPC handle."""
+
+
+@dataclass(frozen=True)
+class HandlePack:
+    """Weights on a GPU: CUDA IPC handles of their storages. ZeRO-2 keeps all weights that it trains as views of one
+    storage: one handle is opened instead of one per weight.
+    """
+
+    storages: tuple[Handle, ...]
+    """Each as a tensor of bytes."""
+    places: tuple[Place, ...]
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """See `Pack`."""
+        here = torch.cuda.current_device()
+        opened = [rebuild(*_on(here, arguments)) for rebuild, arguments in self.storages]
+        return [(place.name, place.within(opened[place.storage])) for place in self.places]
 
 
 _DEVICE = 6
@@ -143,16 +185,36 @@ def _on(device: int, arguments: Sequence[Any]) -> tuple[Any, ...]:
     return (*arguments[:_DEVICE], device, *arguments[_DEVICE + 1 :])
 
 
-def _shared(weights: Mapping[str, Tensor]) -> Pack:
+def packed(weights: Mapping[str, Tensor]) -> Pack:
+    """Weights on their way to another process; on a GPU they must stay where they are until it has loaded them."""
+    return _handles(weights) if next(iter(weights.values())).is_cuda else _shared(weights)
+
+
+def _shared(weights: Mapping[str, Tensor]) -> SharedPack:
     """Numpy has no bfloat16: 16-bit types travel as int16, bit for bit."""
     arrays = [(w.view(torch.int16) if w.element_size() == 2 else w).contiguous().numpy() for w in weights.values()]
-    dtypes = tuple(str(w.dtype).removeprefix("torch.") for w in weights.values())
-    return Pack(tuple(weights), dtypes, tuple(arrays), cuda=False)
+    return SharedPack(tuple(weights), tuple(map(_name, weights.values())), tuple(arrays))
 
 
-def _handles(weights: Mapping[str, Tensor]) -> Pack:
-    """CUDA IPC: the handle of each tensor's memory. The trainer keeps the memory until the engine has loaded it."""
+def _handles(weights: Mapping[str, Tensor]) -> HandlePack:
+    """Finds the storages, and where in them the weights are."""
     from torch.multiprocessing.reductions import reduce_tensor
 
-    dtypes = tuple(str(w.dtype).removeprefix("torch.") for w in weights.values())
-    return Pack(tuple(weights), dtypes, tuple(reduce_tensor(w.contiguous()) for w in weights.values()), cuda=True)
+    storages: dict[int, tuple[int, Handle]] = {}
+    places = []
+    for name, weight in weights.items():
+        storage = weight.untyped_storage()
+        if storage.data_ptr() not in storages:
+            whole = torch.empty(0, dtype=torch.uint8, device=weight.device).set_(storage)
+            storages[storage.data_ptr()] = len(storages), reduce_tensor(whole)
+        number, _ = storages[storage.data_ptr()]
+        places.append(
+            Place(
+                name, number, _name(weight), int(weight.storage_offset()), tuple(weight.shape), tuple(weight.stride())
+            )
+        )
+    return HandlePack(tuple(handle for _, handle in storages.values()), tuple(places))
+
+
+def _name(weight: Tensor) -> str:
+    return str(weight.dtype).removeprefix("torch.")

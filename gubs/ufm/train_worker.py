@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING
 
 from gubs.artifacts import JsonObject, Run
 from gubs.records import Task
-from gubs.ufm.checkpoint import POLICY, Checkpoints, SharedError, disk_errors, save_policy, together
+from gubs.ufm.checkpoint import POLICY, Checkpoints, SharedError, Write, disk_errors, save_policy, together
 from gubs.ufm.inputs import Inputs
 from gubs.ufm.model import cpu_threads
 from gubs.ufm.monitor import STUCK, Monitor, Phases, Watchdog
 from gubs.ufm.questions import Questions
 from gubs.ufm.settings import CheckpointSettings, UFMSettings
-from gubs.ufm.trainer import Trainer, reduce_max
+from gubs.ufm.trainer import Trainer, check_allocator, copied_to_host, reduce_max
 
 if TYPE_CHECKING:
     import torch
 
 CHECKPOINTS, SETTINGS = "checkpoints", "settings.json"
+_ON_DISK = ("resume", "checkpoint", "policy")
+"""Phases that last as long as the disk needs."""
 
 
 class DivergedError(SharedError):
@@ -76,7 +78,7 @@ class TrainWorker:
         import torch
 
         self.job, self.steps, self.ufm = job, steps, job.ufm
-        self._checkpoint_every = checkpoint.every
+        self._checkpoint = checkpoint
         self.rank, self.world, local_world = _ranks()
         self.device = _device()
         self.threads = cpu_threads(local_world, self.ufm.workers.threads)
@@ -88,7 +90,8 @@ class TrainWorker:
         if self.rank == 0:
             (self.folder / STUCK).unlink(missing_ok=True)  # of an earlier attempt
         self.phases = Phases()
-        self._watchdog = Watchdog(self.phases, self.ufm.workers.stuck_after_s, self.folder, self.rank)
+        limits = dict.fromkeys(_ON_DISK, checkpoint.timeout_s)
+        self._watchdog = Watchdog(self.phases, self.ufm.workers.stuck_after_s, self.folder, self.rank, limits)
         self.questions = Questions(Run(job.run_uri), job.ufm.inputs, tastes=job.tastes)
         self.vision = self.ufm.inputs.vision and self.questions.pictures
         self.launch()
@@ -191,7 +194,7 @@ class TrainWorker:
             raise SharedError(f"the workers do not see the same checkpoints: {self.job.checkpoints} is not shared")
         if marker:
             place = self.checkpoints.place(marker.step)
-            self.trainer.load(place / "state")
+            self.trainer.load(place / "state", place / POLICY)
             states = torch.load(place / f"rng-{self.rank}.pt", weights_only=True)
             torch.set_rng_state(states["cpu"])
             if "cuda" in states and self.device.type == "cuda":
@@ -202,27 +205,45 @@ class TrainWorker:
     def _maybe_checkpoint(self, step: int, figures: Mapping[str, float]) -> None:
         if "reward_raw/T" in figures:
             self._scores.append(figures["reward_raw/T"])
-        if (step + 1) % self._checkpoint_every and step + 1 < self.steps:
+        due = not (step + 1) % self._checkpoint.every or step + 1 == self.steps
+        if not due and not self.checkpoints.writing:
             return
-        score = sum(self._scores) / len(self._scores) if self._scores else None
-        self._scores = []
         with self.phases("checkpoint"):
-            self.checkpoints.write(step + 1, self._save, agree=agree, score=score)
+            if self.checkpoints.writing and not reduce_max(int(not self.checkpoints.written), self.device):
+                self.checkpoints.finish(agree)
+            if not due:
+                return
+            score = sum(self._scores) / len(self._scores) if self._scores else None
+            self._scores = []
+            write = self.checkpoints.begin if self._checkpoint.background else self.checkpoints.write
+            write(step + 1, self._save, agree=agree, score=score)
 
-    def _save(self, folder: Path) -> None:
+    def _save(self, folder: Path) -> Write:
+        """Writes what is small; returns what writes the rest."""
         import torch
 
-        self.trainer.save(folder / "state")
+        background = self._checkpoint.background
+        write_state = self.trainer.save(folder / "state", copy=background)
         states = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state(self.device)
         torch.save(states, folder / f"rng-{self.rank}.pt")
-        if self.rank == 0:
-            (folder / SETTINGS).write_text(json.dumps(dict(self.job.settings), indent=1))
-            save_policy(self.trainer.model, self.inputs, folder / POLICY)
+        if self.rank:
+            return write_state
+        (folder / SETTINGS).write_text(json.dumps(dict(self.job.settings), indent=1))
+        model = self.trainer.model
+        weights = copied_to_host(model.state_dict()) if background else None
+
+        def write_all() -> None:
+            write_state()
+            save_policy(model, self.inputs, folder / POLICY, weights)
+
+        return write_all
 
     def _save_final(self) -> None:
         policy = self.folder / POLICY
+        with self.phases("checkpoint"):
+            self.checkpoints.finish(agree)
 
         @disk_errors(f"the policy {policy}", self.folder)
         def write() -> None:
@@ -251,6 +272,7 @@ def _device() -> "torch.device":
         return torch.device("cpu")
     import ray.train.torch
 
+    check_allocator(os.environ)
     return ray.train.torch.get_device()
 
 

@@ -5,13 +5,14 @@ ranks, so losses are multiplied by the number of ranks. It would also divide by 
 and the boundary is set by hand.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gubs.errors import PlatformError
+from gubs.ufm.checkpoint import Write, load_policy
 from gubs.ufm.inputs import Answered, Batch, rows_of
 from gubs.ufm.policy import response_logits
 from gubs.ufm.settings import ModelSettings, OptimizerSettings
@@ -19,7 +20,7 @@ from gubs.ufm.settings import ModelSettings, OptimizerSettings
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 
 LossOf = Callable[["Tensor", int], "tuple[Tensor, dict[str, Tensor]]"]
 """(log-probabilities of a micro-batch's response tokens, number of the micro-batch) -> loss, sums for the log."""
@@ -64,7 +65,6 @@ class Trainer:
             vision: some prompts have pictures; otherwise the vision tower is not trained.
         """
         import deepspeed
-        import torch
         import torch.distributed as dist
 
         _disable_compiled_collectives()
@@ -72,19 +72,16 @@ class Trainer:
         self.world = dist.get_world_size()
         model.model.visual.requires_grad_(vision)
         trained = [p for p in model.parameters() if p.requires_grad]
-        adam = torch.optim.AdamW(
-            trained,
-            lr=optimizer.learning_rate,
-            betas=(optimizer.beta1, optimizer.beta2),
-            weight_decay=optimizer.weight_decay,
-        )
+        gpu = device.type == "cuda"
         self.engine, *_ = deepspeed.initialize(
             model=model.to(device),  # type: ignore[arg-type]  # transformers' annotation lacks `self`
             model_parameters=trained,
-            optimizer=adam,
-            config=_config(model_settings, optimizer, self.world, device, sum(p.numel() for p in trained)),
+            optimizer=_adamw(trained, optimizer, gpu),
+            config=_config(model_settings, optimizer, self.world, gpu, sum(p.numel() for p in trained)),
             dist_init_required=False,
         )
+        # a script that puts weights together from the checkpoint; ours has them as a policy
+        self.engine._copy_recovery_script = lambda _: None
 
     @property
     def model(self) -> "Qwen2_5_VLForConditionalGeneration":
@@ -118,40 +115,78 @@ class Trainer:
         norm = float("nan") if skipped else float(self.engine.get_global_grad_norm() or 0.0)
         return Update(skipped, norm, rate, reduce_sums(totals, self.device))
 
-    def save(self, folder: str | Path) -> None:
-        """Saves weights, optimiser and counters of this rank under a folder that all ranks share; all take part."""
+    def save(self, folder: str | Path, *, copy: bool = False) -> Write:
+        """Collects this rank's optimiser and counters; all ranks take part. Weights are not among them: they are in the
+        policy that is saved beside this (see `save_policy`).
+
+        Args:
+            folder: where the files go; all ranks share it.
+            copy: copy everything to host memory, so that it may be written while training goes on.
+
+        Returns:
+            What writes this rank's files.
+        """
         writer = self.engine.checkpoint_engine
-        self.engine.checkpoint_engine = deferring = _DeferringWriter(writer)
+        self.engine.checkpoint_engine = collected = _Collector(writer, copied_to_host if copy else _same)
         try:
-            self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+            self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
         finally:
             self.engine.checkpoint_engine = writer
-        if deferring.error:
-            raise deferring.error
+        return collected.write
 
-    def load(self, folder: str | Path) -> None:
-        """Loads what `save` wrote; needs the same number of ranks and the same model."""
-        self.engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
+    def load(self, folder: str | Path, policy: Path) -> None:
+        """Loads what `save` wrote, and the weights of the policy beside it; needs the same number of ranks and the same
+        model.
+        """
+
+        def load_weights(src: object, dst: "PreTrainedModel") -> None:  # noqa: ARG001 - DeepSpeed's names
+            load_policy(dst, policy)
+
+        self.engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False, custom_load_fn=load_weights)
 
 
-class _DeferringWriter:
-    """DeepSpeed's checkpoint writer, but it keeps errors for later: an error raised on one rank between DeepSpeed's
-    barriers would leave the other ranks waiting there for ever.
+class _Collector:
+    """In place of DeepSpeed's checkpoint writer: keeps what would be written, without the weights. Written later, an
+    error of the disk cannot keep one rank from DeepSpeed's barriers, where the others would wait for ever.
     """
 
-    def __init__(self, writer: object):
-        self._writer = writer
-        self.error: Exception | None = None
+    def __init__(self, writer: Any, keep: Callable[[Any], Any]):
+        self._writer, self._keep = writer, keep
+        self._files: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(self._writer, name)
-        return functools.partial(self._try, method) if name in ("makedirs", "save") else method
+        return getattr(self._writer, name)
 
-    def _try(self, write: Callable[..., None], *args: object, **kwargs: object) -> None:
-        try:
-            write(*args, **kwargs)
-        except Exception as e:  # noqa: BLE001 - raised by `Trainer.save`
-            self.error = self.error or e
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Leaves it to `write`."""
+
+    def save(self, state_dict: Mapping[str, Any], path: str) -> None:
+        """Keeps a file's content. What is left of the model's file are counters."""
+        weightless = {**state_dict, "module": {}} if "module" in state_dict else state_dict
+        self._files[path] = self._keep(weightless)
+
+    def write(self) -> None:
+        """Writes the files."""
+        for path, state in self._files.items():
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._writer.save(state, path)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def copied_to_host(value: Any) -> Any:
+    """A copy of nested lists, tuples and dicts in which all tensors are in host memory."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {name: copied_to_host(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(copied_to_host, value))
+    return value
 
 
 def release_cache(device: "torch.device") -> None:
@@ -160,6 +195,20 @@ def release_cache(device: "torch.device") -> None:
 
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def check_allocator(environment: Mapping[str, str]) -> None:
+    """Checks that torch allocates GPU memory in a way that can be shared with the engine's process.
+
+    Raises:
+        PlatformError: it does not.
+    """
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if "expandable_segments:true" in environment.get(name, "").lower().replace(" ", ""):
+            raise PlatformError(
+                f"{name}={environment[name]}: weights in expandable segments cannot be handed to the rollout engine; "
+                "remove expandable_segments from it"
+            )
 
 
 def _disable_compiled_collectives() -> None:
@@ -234,10 +283,21 @@ def reduce_max(value: int, device: "torch.device") -> int:
     return int(largest)
 
 
+def _adamw(parameters: "Sequence[Tensor]", settings: OptimizerSettings, gpu: bool) -> "torch.optim.AdamW":
+    """On a GPU fused: one kernel over all parameters, without temporary tensors."""
+    import torch
+
+    betas = (settings.beta1, settings.beta2)
+    decay = settings.weight_decay
+    return torch.optim.AdamW(parameters, settings.learning_rate, betas, weight_decay=decay, fused=gpu or None)
+
+
 def _config(
-    model: ModelSettings, optimizer: OptimizerSettings, world: int, device: "torch.device", parameters: int
+    model: ModelSettings, optimizer: OptimizerSettings, world: int, gpu: bool, parameters: int
 ) -> dict[str, Any]:
-    """DeepSpeed's settings. Its buckets take their full size even for the smallest model, so they are limited."""
+    """DeepSpeed's settings. Its buckets take their full size even for the smallest model, so they are limited. On a GPU
+    gradients of micro-batches are added up in float32, whose buffer is then also the one that AdamW reads.
+    """
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -246,11 +306,12 @@ def _config(
         "bf16": {"enabled": model.dtype == "bfloat16"},
         "zero_optimization": {
             "stage": 2,
-            "overlap_comm": device.type == "cuda",
+            "overlap_comm": gpu,
             "reduce_bucket_size": min(BUCKET, parameters),
             "contiguous_gradients": True,
             "round_robin_gradients": False,
         },
+        "data_types": {"grad_accum_dtype": "fp32"} if gpu else {},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }

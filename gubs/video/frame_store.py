@@ -83,7 +83,7 @@ class FrameStore:
             uri: folder of the store, a local path or anything fsspec knows.
             options: settings of the frames.
         """
-        self.uri, self.key = uri.rstrip("/"), settings_key(options)
+        self.uri, self.key, self.options = uri.rstrip("/"), settings_key(options), options
         self.options = options
         self.fs, root = fsspec.core.url_to_fs(self.uri)
         self.folder = f"{root}/{self.key}"

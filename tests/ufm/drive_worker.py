@@ -28,6 +28,7 @@ class Hanging(TrainWorker):
 
 if __name__ == "__main__":
     run, checkpoint, folder, where = sys.argv[1:]
-    settings = small_settings("ufm.workers.stuck_after_s=1", "ufm.workers.threads=1")
+    short = ("ufm.workers.stuck_after_s=1", "ufm.grpo.checkpoint.timeout_s=1")
+    settings = small_settings(*short, "ufm.workers.threads=1")
     recorded = settings.model_dump(mode="json")
     Hanging(Job(run, settings.ufm, settings.seed, recorded, "grpo", folder, checkpoint, {}), where).run()

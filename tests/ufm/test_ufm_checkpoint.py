@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from ufm_helpers import disk, text_prompt, tiny_inputs
 
 from gubs.errors import ArtifactError
 from gubs.ufm import checkpoint
-from gubs.ufm.checkpoint import MARKER, Checkpoints, SharedError, save_policy
+from gubs.ufm.checkpoint import MARKER, Checkpoints, SharedError, load_policy, save_policy
 from gubs.ufm.model import load
-from gubs.ufm.settings import ModelSettings
+from gubs.ufm.monitor import Phases
+from gubs.ufm.settings import CheckpointSettings, ModelSettings
+from gubs.ufm.train_worker import TrainWorker
+from gubs.ufm.trainer import copied_to_host
 
 RECIPE = {"model": "m1", "data": "d1", "settings": "s1"}
 
@@ -283,6 +287,23 @@ def test_a_bug_while_saving_is_not_called_a_full_disk(tmp_path):
     assert opened(tmp_path).latest() is None
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_policy_comes_back_bit_for_bit_and_into_the_same_memory(tmp_path, tiny, dtype):
+    """ZeRO-2's weights are views of its flat buffer: replaced, they would no longer be what the optimiser updates."""
+    model, inputs = load(tiny, ModelSettings(dtype=dtype)), tiny_inputs(tiny)
+    before = {n: w.clone() for n, w in model.state_dict().items()}
+    copy = copied_to_host(model.state_dict())
+    places = {n: w.data_ptr() for n, w in model.state_dict().items()}
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1.0)
+    save_policy(model, inputs, tmp_path / "policy", copy)  # what was copied, not what it has become
+    load_policy(model, tmp_path / "policy")
+    assert all(torch.equal(w, before[n]) for n, w in model.state_dict().items())
+    assert {n: w.data_ptr() for n, w in model.state_dict().items()} == places
+    assert {w.dtype for w in model.parameters()} == {getattr(torch, dtype)}
+
+
 def test_a_saved_policy_loads_in_plain_transformers(tmp_path, tiny):
     """What we hand over must need none of our code: same weights, same processor, same logits."""
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
@@ -304,3 +325,82 @@ def test_a_saved_policy_loads_in_plain_transformers(tmp_path, tiny):
     assert torch.equal(getattr(theirs, "input_ids", theirs), ids)
     with torch.no_grad():
         assert torch.equal(plain.eval()(ids).logits, model.eval()(ids).logits)
+
+
+def gated(gate: threading.Event, text: str = "slow") -> Callable[[Path], Callable[[], None]]:
+    """Saves what is small at once, and the rest when the gate opens."""
+
+    def put(folder: Path) -> Callable[[], None]:
+        (folder / "rng-0.pt").write_text("rng")
+
+        def rest() -> None:
+            assert gate.wait(20)
+            (folder / "optimizer.pt").write_text(text)
+
+        return rest
+
+    return put
+
+
+def test_what_is_written_in_the_background_counts_when_it_is_whole(tmp_path):
+    """A 7B's checkpoint takes minutes; the steps go on meanwhile, and a kill leaves the earlier one in force."""
+    found, gate = opened(tmp_path), threading.Event()
+    found.write(2, save("old"))
+    found.begin(4, gated(gate), score=0.5)
+    assert (found.writing, found.written) == (True, False)
+    assert found.latest().step == opened(tmp_path).latest().step == 2
+    gate.set()
+    found.finish()
+    assert not found.writing
+    marker = opened(tmp_path).latest()
+    assert (marker.step, marker.score) == (4, 0.5)
+    assert marker.files == {"rng-0.pt": 3, "optimizer.pt": 4}
+    found.finish()  # nothing to do
+
+
+def test_the_next_one_waits_for_the_one_before(tmp_path):
+    found, gate = opened(tmp_path), threading.Event()
+    found.begin(2, gated(gate, "first"))
+    threading.Timer(0.1, gate.set).start()
+    found.begin(4, gated(gate, "second"))
+    found.finish()
+    assert found.steps() == [2, 4]
+    assert (found.place(2) / "optimizer.pt").read_text() == "first"
+
+
+def test_a_disk_that_fills_up_in_the_background_is_told_at_the_end(tmp_path):
+    found = opened(tmp_path)
+    found.write(2, save("old"))
+    found.begin(4, lambda folder: full)
+    with pytest.raises(
+        SharedError, match=r"cannot write .*step-000004: .*No space left.*earlier checkpoints are intact"
+    ):
+        found.finish()
+    assert not found.writing
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
+
+
+def test_a_worker_goes_on_while_its_checkpoint_is_written_and_waits_at_the_end(tmp_path):
+    """Due after steps 2 and 4; the first one is slow, and is published as soon as it is written."""
+    gate, order = threading.Event(), []
+    worker = object.__new__(TrainWorker)
+    worker.steps, worker._checkpoint = 5, CheckpointSettings(every=2, background=True)
+    worker.phases, worker.rank, worker._scores, worker.folder = Phases(), 0, [], tmp_path
+    worker.device = torch.device("cpu")
+    worker.checkpoints = opened(tmp_path / "checkpoints", keep=9)
+    worker._save = lambda folder: order.append(folder.name) or gated(gate)(folder)
+    for step in range(3):
+        worker._maybe_checkpoint(step, {})
+    assert order == ["step-000002.tmp"]
+    assert worker.checkpoints.steps() == []
+    gate.set()
+    until = time.monotonic() + 10
+    while not worker.checkpoints.written and time.monotonic() < until:
+        time.sleep(0.01)
+    worker._maybe_checkpoint(3, {})
+    assert worker.checkpoints.steps() == [2]
+    worker._maybe_checkpoint(4, {})
+    assert worker.checkpoints.steps() == [2, 4]
+    worker.rank = 1  # no policy to save
+    worker._save_final()
+    assert worker.checkpoints.steps() == [2, 4, 5]

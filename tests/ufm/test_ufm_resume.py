@@ -341,10 +341,12 @@ STUCK_SCRIPT = """
 import sys, time, pathlib
 from gubs.ufm.monitor import Phases, Watchdog
 phases = Phases()
-Watchdog(phases, 0.5, pathlib.Path(sys.argv[1]), 3)
+Watchdog(phases, 0.5, pathlib.Path(sys.argv[1]), 3, {"checkpoint": 20.0})
 for _ in range(4):
     with phases("train"):
         time.sleep(0.3)
+with phases("checkpoint"):
+    time.sleep(1.0)
 time.sleep(1.0)
 print("fine so far", flush=True)
 with phases("sync"):
@@ -353,7 +355,8 @@ with phases("sync"):
 
 
 def test_a_stuck_phase_is_named_and_ended(tmp_path):
-    """Phases that end in time are left alone, and so is the time between them; the one that hangs ends the process."""
+    """Phases that end in time are left alone, and so is the time between them; the one that hangs ends the process. A
+    checkpoint, which takes as long as the disk, has a limit of its own."""
     began = time.monotonic()
     command = [sys.executable, "-c", STUCK_SCRIPT, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=50)

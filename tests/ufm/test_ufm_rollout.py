@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,11 @@ import pytest
 import torch
 
 from gubs.config import load_settings
+from gubs.errors import PlatformError
 from gubs.ufm import grpo, train_worker
-from gubs.ufm.rollout import Engine, Request, Shape, engine_arguments
+from gubs.ufm.rollout import ENVIRONMENT, Engine, Request, Shape, alone, engine_arguments, environment
 from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
+from gubs.video.decoded import DecodeOptions
 
 
 class Vllm:
@@ -43,11 +46,16 @@ class _At:
         self.logprob = logprob
 
 
+def shape(largest=None, pictures=True, **rollout) -> Shape:
+    return Shape(
+        "folder", ModelSettings(), InputSettings(), RolloutSettings(**rollout), pictures=pictures, largest=largest
+    )
+
+
 def engine(cpu=False, **rollout) -> Engine:
     made = object.__new__(Engine)
-    made.shape = Shape("folder", ModelSettings(), InputSettings(), RolloutSettings(**rollout))
-    made._llm, made._cpu, made._asleep, made.version = Vllm(), cpu, (), 0
-    made._parameters = lambda *_: None
+    made.shape = shape(**rollout)
+    made._llm, made._cpu, made._asleep, made._discarded, made.version = Vllm(), cpu, (), False, 0
     return made
 
 
@@ -65,14 +73,14 @@ def test_a_step_on_a_gpu_wakes_and_sleeps_in_the_order_that_memory_allows():
     woken.sleep()
     assert woken._llm.asked == [
         "generate",
-        "sleep 1",
+        "sleep 2",
         "wake_up weights",
         "collective_rpc",
         "reset_mm_cache",
         "reset_encoder_cache",
         "wake_up kv_cache",
         "generate",
-        "sleep 1",
+        "sleep 2",
     ]
     assert woken.version == 1
 
@@ -90,7 +98,73 @@ def test_without_answers_to_write_it_is_woken_all_the_same():
     idle.load([], 1)
     assert idle.generate([]) == []
     idle.sleep()
-    assert idle._llm.asked[-2:] == ["wake_up kv_cache", "sleep 1"]
+    assert idle._llm.asked[-2:] == ["wake_up kv_cache", "sleep 2"]
+
+
+def test_an_engine_that_has_slept_answers_only_with_new_weights():
+    """Its own were dropped: what is at their place after waking is not zero, only wrong."""
+    woken = engine()
+    woken.sleep()
+    for requests in (ONE, []):
+        with pytest.raises(PlatformError, match="was sent no new ones"):
+            woken.generate(requests)
+    assert woken._llm.asked == ["sleep 2"]
+    woken.load([("w", 0)], 1)
+    assert woken.generate(ONE)[0].version == 1
+
+
+@pytest.mark.parametrize(("runner", "value"), [("auto", None), ("v1", "0"), ("v2", "1")])
+def test_the_code_that_runs_the_model_can_be_chosen(runner, value):
+    """GPUs have v2 by default, and all that runs on CPUs has v1."""
+    found = environment(RolloutSettings(model_runner=runner))
+    assert found.get("VLLM_USE_V2_MODEL_RUNNER") == value
+    assert set(found) >= set(ENVIRONMENT)
+
+
+def test_memory_is_set_aside_for_clips_of_the_stored_size_only():
+    """vLLM would compute the largest video that fits a prompt when it starts, and keep the memory for that."""
+    paper = DecodeOptions(count=8, max_pixels=100352)
+    limits = engine_arguments(shape(paper), cpu=False)["limit_mm_per_prompt"]
+    assert limits["video"] == {"count": 1, "num_frames": 8, "width": 336, "height": 308}
+    assert limits["image"] == {"count": 1, "width": 336, "height": 308}
+    assert limits["video"]["width"] * limits["video"]["height"] >= paper.max_pixels
+    from vllm.config.multimodal import MultiModalConfig
+
+    read = MultiModalConfig(limit_per_prompt=limits).limit_per_prompt
+    assert (read["video"].num_frames, read["image"].width) == (8, 336)
+
+
+@pytest.mark.parametrize("pictures", [True, False])
+def test_without_a_size_and_on_a_cpu_only_their_number_is_limited(pictures):
+    counts = {"video": int(pictures), "image": int(pictures)}
+    assert engine_arguments(shape(None, pictures), cpu=False)["limit_mm_per_prompt"] == counts
+    assert engine_arguments(shape(DecodeOptions(), pictures), cpu=True)["limit_mm_per_prompt"] == counts
+    assert engine_arguments(shape(DecodeOptions(), False), cpu=False)["limit_mm_per_prompt"]["video"] == 0
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_engine_has_the_threads_of_its_worker(monkeypatch, device):
+    """Also on a GPU, where it draws pictures: one thread is slow, and all cores for each of eight engines is worse."""
+    started = []
+    monkeypatch.setattr(grpo, "start_rollout", lambda shape, **where: started.append((shape, where)))
+    ufm = load_settings("tiny").ufm
+    worker = SimpleNamespace(
+        device=torch.device(device),
+        threads=12,
+        vision=True,
+        ufm=ufm,
+        questions=SimpleNamespace(largest=DecodeOptions(count=4)),
+        place=lambda: ("node", ["3"]),
+    )
+    grpo.RolloutEngine(worker, "start")
+    ((shape, where),) = started
+    assert (shape.threads, shape.largest.count, where["gpu_ids"]) == (12, 4, ["3"])
+
+
+def test_an_engine_without_a_trainer_beside_it_takes_most_of_the_gpu():
+    arguments = engine_arguments(replace(shape(), rollout=alone(RolloutSettings(gpu_memory=0.35))), cpu=False)
+    assert arguments["gpu_memory_utilization"] == 0.9
+    assert arguments["enable_sleep_mode"] is False
 
 
 @pytest.mark.parametrize("made", [engine(cpu=True), engine(sleep=False)])

@@ -7,10 +7,11 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # also where GPUs are
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from ufm_helpers import image_prompt, text_prompt, tiny_inputs, video_prompt
 
 from gubs.records import Option, Task
 from gubs.ufm.advantage import SampleRole
+from gubs.ufm.checkpoint import save_policy
 from gubs.ufm.grpo import GRPOWorker, Reference
 from gubs.ufm.inputs import Inputs
 from gubs.ufm.loss import Denominators
@@ -123,6 +125,37 @@ def split(k: int, level: str = "sequence", **model: Any) -> Callable[..., dict[s
     return scenario
 
 
+def as_on_a_gpu(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
+    """Two steps in bfloat16 with the settings of a GPU: gradients added up in float32, AdamW fused. (Its moments are
+    made by the first step and used by the second.) Only the overlap of collectives is a matter of streams."""
+    import gubs.ufm.trainer as module
+
+    adamw, config = module._adamw, module._config
+
+    def gpu_config(model: Any, optimizer: Any, world: int, gpu: bool, parameters: int) -> dict[str, Any]:
+        made = config(model, optimizer, world, True, parameters)
+        return {**made, "zero_optimization": {**made["zero_optimization"], "overlap_comm": False}}
+
+    module._adamw, module._config = lambda p, s, gpu: adamw(p, s, True), gpu_config
+    try:
+        shell = worker(checkpoint, reference, MODEL.model_copy(update={"dtype": "bfloat16"}))
+    finally:
+        module._adamw, module._config = adamw, config
+    mine = np.array_split(np.arange(6), world)[rank]
+    batches = micro(shell, [six_samples(shell.inputs)[i] for i in mine], 3 if world == 1 else 2)
+    refs = references(shell, batches)
+    first = result(shell, shell._update(batches, refs, [], 0, first=True))
+    second = shell._update(batches, refs, [], 1, first=True)
+    zero = shell.trainer.engine.optimizer
+    return {
+        **first,
+        "after": weights(shell),
+        "second": second.skipped,
+        "accumulated": str(zero.gradient_accumulation_dtype),
+        "fused": zero.optimizer.param_groups[0]["fused"],
+    }
+
+
 def twice(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
     """Two updates on one batch: the second is measured against the policy before the first, and clipped."""
     shell = worker(checkpoint, reference, clip=CLIP)
@@ -208,9 +241,10 @@ def not_a_number(checkpoint: str, reference: Any, rank: int, world: int) -> dict
     }
 
 
-def resumed(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
-    """Three steps, against one step, saved, loaded into another trainer, and two more."""
-    folder = Path(sys.argv[4]).parent / f"state-{world}"
+def resumed(checkpoint: str, reference: Any, rank: int, world: int, copy: bool = False) -> dict[str, Any]:
+    """Three steps, against one step, saved, loaded into another trainer, and two more; with `copy`, it is written while
+    training goes on."""
+    folder = Path(sys.argv[4]).parent / f"state-{world}-{copy}"
     mine = np.array_split(np.arange(6), world)[rank]
 
     def steps(shell: GRPOWorker, numbers: range) -> None:
@@ -222,13 +256,20 @@ def resumed(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str,
     steps(whole, range(3))
     first = worker(checkpoint, reference)
     steps(first, range(1))
-    first.trainer.save(folder)
+    write = first.trainer.save(folder, copy=copy)
+    if rank == 0:
+        save_policy(first.trainer.model, first.inputs, folder / "policy")
+    if copy:
+        steps(first, range(1, 2))  # what is written later is the state of before
+    write()
     torch.distributed.barrier()
     second = worker(checkpoint, reference)
-    second.trainer.load(folder)
+    second.trainer.load(folder, folder / "policy")
     steps(second, range(1, 3))
+    saved = sum(p.stat().st_size for p in folder.rglob("*.pt"))
     moved = any(not torch.equal(w, weights(first)[n]) for n, w in weights(whole).items())
-    return {"equal": all(torch.equal(w, weights(second)[n]) for n, w in weights(whole).items()), "moved": moved}
+    equal = all(torch.equal(w, weights(second)[n]) for n, w in weights(whole).items())
+    return {"equal": equal, "moved": moved, "saved": saved}
 
 
 def full_disk(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
@@ -246,11 +287,13 @@ def full_disk(checkpoint: str, reference: Any, rank: int, world: int) -> dict[st
 
     writer.save = save
     try:
-        shell.trainer.save(folder)
+        shell.trainer.save(folder)()
         said = ""
     except OSError as e:
         said = str(e)
-    shell.trainer.save(folder)  # would wait for ever if a rank had missed one of DeepSpeed's barriers
+    torch.distributed.barrier()
+    shell.trainer.save(folder)()  # would wait for ever if a rank had missed one of DeepSpeed's barriers
+    torch.distributed.barrier()
     return {"said": said, "files": len(list(folder.rglob("*.pt")))}
 
 
@@ -273,11 +316,13 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "token": split(2, "token"),
     "recomputed": split(2, gradient_checkpointing=True),
     "bfloat16": split(2, dtype="bfloat16"),
+    "as on a GPU": as_on_a_gpu,
     "twice": twice,
     "uneven": uneven,
     "naive": naive,
     "nan": not_a_number,
     "resumed": resumed,
+    "resumed from a copy": partial(resumed, copy=True),
     "full disk": full_disk,
     "silent": silent,
 }
