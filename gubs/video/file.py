@@ -88,6 +88,17 @@ def refuse_encrypted_matroska(file: BinaryIO) -> None:
             raise Unfit(Verdict.ENCRYPTED, "its video track has ContentEncryption")
 
 
+def has_whole_segment(file: BinaryIO) -> bool:
+    """Whether a Matroska file is as long as its only segment says."""
+    data = os.pread(file.fileno(), _EBML_HEAD, 0)
+    position = 0
+    for _ in range(2):  # the header, then the segment
+        ident, start = _ebml_number(data, position, keep_marker=True)
+        size, start = _ebml_number(data, start, keep_marker=False)
+        position = start + size
+    return ident == _SEGMENT and size != len(data) and position <= os.fstat(file.fileno()).st_size
+
+
 def _elements(data: bytes, span: _Span, *path: int) -> Iterator[_Span]:
     """Spans of the elements inside data[span] that have this path of element ids."""
     start, end = span
