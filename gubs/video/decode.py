@@ -229,7 +229,7 @@ class _VideoFile:
         if not (scan.only_stream and scan.format in _EXACT_FORMATS and scan.clean_seeks and not scan.hidden):
             return None
         turn = _orientation(scan.first) if scan.first is not None else None
-        if scan.codec not in _DECORD_CODECS or not (turn is None or (scan.format == MOV and turn in _ROTATIONS)):
+        if scan.codec not in _DECORD_CODECS or not (turn is None or (scan.format == MOV and turn in _TURNS.values())):
             return None
         with self.loading():
             import decord
@@ -404,7 +404,7 @@ def _parts(scan: Scan, times: Sequence[int]) -> list[tuple[int | None, list[int]
 
 
 _Turn = Image.Transpose
-_ROTATIONS = {_Turn.ROTATE_90, _Turn.ROTATE_180, _Turn.ROTATE_270}
+_TURNS = {90: _Turn.ROTATE_90, 180: _Turn.ROTATE_180, 270: _Turn.ROTATE_270}
 _SIDEWAYS = {_Turn.ROTATE_90, _Turn.ROTATE_270, _Turn.TRANSPOSE, _Turn.TRANSVERSE}
 _UPRIGHT: dict[tuple[bool, bool], _Turn | None] = {
     (True, True): None,
@@ -436,11 +436,15 @@ def _orientation(frame: VideoFrame) -> _Turn | None:
 
     A display matrix moves the point (x, y) to (a x + c y, b x + d y), with y downwards.
     """
-    for data in frame.side_data:
-        if data.type == SideDataType.DISPLAYMATRIX:
-            a, b, _, c, d = np.frombuffer(bytes(data), "=i4")[:5].tolist()
-            if max(abs(b), abs(c)) <= _SKEW * min(abs(a), abs(d)):
-                return _UPRIGHT[a > 0, d > 0]
-            if max(abs(a), abs(d)) <= _SKEW * min(abs(b), abs(c)):
-                return _TURNED[b > 0, c > 0]
+    try:
+        matrix = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    except ValueError:  # PyAV knows not all types of side data, such as EXIF, and refuses them all if there is another
+        return _TURNS.get(frame.rotation % 360)
+    if matrix is None:
+        return None
+    a, b, _, c, d = np.frombuffer(bytes(matrix), "=i4")[:5].tolist()
+    if max(abs(b), abs(c)) <= _SKEW * min(abs(a), abs(d)):
+        return _UPRIGHT[a > 0, d > 0]
+    if max(abs(a), abs(d)) <= _SKEW * min(abs(b), abs(c)):
+        return _TURNED[b > 0, c > 0]
     return None

@@ -6,6 +6,7 @@ attached pictures, rotation. One pass over the packets shows whether decord's re
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from gubs.video.decoded import Verdict
-from gubs.video.file import Unfit, fd_path, has_whole_segment
+from gubs.video.file import Unfit, fd_path, is_whole
 
 _PLAYLISTS_AND_TEXT = {
     *("hls", "dash", "concat", "sdp", "rtsp", "rtp", "sap", "hds", "smoothstreaming", "webm_dash_manifest", "imf"),
@@ -43,6 +44,7 @@ logging.getLogger("libav").addHandler(logging.NullHandler())
 logging.getLogger("libav").propagate = False  # its errors are read file by file instead
 
 _END_TOLERANCE_S = 1.0
+_DURATION_TAG = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 
 
 @contextmanager
@@ -250,8 +252,9 @@ def _decode_first(scan: Scan, packet: av.Packet) -> None:
 def _note_shortfall(scan: Scan, file: BinaryIO, container: InputContainer, stream: VideoStream, end_s: float) -> None:
     """Compares the packets with what the header declares."""
     present = len(scan.pts) + scan.hidden
-    if scan.format == "avi" and max((p for p in scan.pts if p is not None), default=-2) + 1 >= scan.declared:
-        scan.declared = present  # it reaches its end; an empty chunk, which shows the frame before again, is no packet
+    whole = is_whole(file, scan.format)
+    if scan.format == "avi" and whole:
+        scan.declared = present  # an empty chunk, which shows the frame before again, is no packet
     if scan.declared:
         missing = scan.declared - present
         if missing > 0 and scan.damage is None and not _cut_short(container, stream):
@@ -261,7 +264,6 @@ def _note_shortfall(scan: Scan, file: BinaryIO, container: InputContainer, strea
         return
     declared_s, start_s = (container.duration or 0) / 1e6, (container.start_time or 0) / 1e6
     lost_s = declared_s - (end_s - start_s)
-    whole = scan.format == MATROSKA and has_whole_segment(file)  # then its last frame is a long one
     if scan.rate and present and lost_s > max(_END_TOLERANCE_S, 0.05 * declared_s) and not whole:
         scan.declared = present + round(lost_s * scan.rate)
         scan.damage = scan.damage or f"ends {lost_s:.1f} s before its {declared_s:.1f} s"
@@ -285,14 +287,14 @@ def _end(scan: Scan, container: InputContainer, stream: VideoStream, durations: 
 
 def _declared_end(container: InputContainer, stream: VideoStream, time_base: Fraction) -> int | None:
     """The end of the stream by its header (after edit lists), in its time base; other streams may be longer."""
-    if text := stream.metadata.get("DURATION"):
-        hours, minutes, seconds = text.split(":")
-        return round((int(hours) * 3600 + int(minutes) * 60 + Fraction(seconds)) / time_base)
+    whole = container.duration and round(Fraction(container.duration, 10**6) / time_base)
+    if tag := _DURATION_TAG.fullmatch(stream.metadata.get("DURATION", "")):  # Matroska
+        hours, minutes, seconds = tag.groups()
+        end = round((int(hours) * 3600 + int(minutes) * 60 + Fraction(seconds)) / time_base)
+        return min(end, whole or end)
     if stream.duration:
         return (stream.start_time or 0) + stream.duration
-    if container.duration and len(container.streams) == 1:
-        return round(Fraction((container.start_time or 0) + container.duration, 10**6) / time_base)
-    return None
+    return whole if len(container.streams) == 1 else None
 
 
 def _cut_short(container: InputContainer, stream: VideoStream) -> bool:

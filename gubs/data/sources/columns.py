@@ -282,6 +282,7 @@ def _times(column: pa.Array, rules: CellRules) -> Converted:
 _TIME_SPELLINGS = (
     (r"\[[^\]]*\]$", ""),  # 2024-03-01T10:00:00Z[UTC], as Java writes it
     (r"^(\d{4})/(\d\d)/(\d\d)", r"\1-\2-\3"),
+    (r"^(\d{4}-\d\d-\d\d)\s*(UTC|GMT|Z)$", r"\1"),
     (r"(:\d\d),(\d+)", r"\1.\2"),
     (r"(\.\d{9})\d+", r"\1"),
     (r"([+-]\d\d:?\d\d)\s+[A-Z]{1,5}$", r"\1"),  # 2024-03-01 10:00:00 +0000 UTC, as Go writes it
@@ -344,7 +345,7 @@ def _listed(text: str) -> list[str | None] | None:
         values = json.loads(text)
     except json.JSONDecodeError:
         return _items(text[1:-1].strip()) if len(text) > 1 and text.endswith(_BRACKETS[text[0]]) else None
-    return [_item(v) for v in values] if isinstance(values, list) else None
+    return [_item(v) for v in values] if isinstance(values, list) or values == {} else None
 
 
 def _item(value: object) -> str | None:

@@ -136,6 +136,11 @@ def read(settings: SourceSettings) -> SourceTables:
     return tables
 
 
+def companions(interactions: Path) -> list[Path]:
+    """The tables of users and videos beside a file of interactions."""
+    return [file for name in ("users", "videos") if (file := _find(interactions.parent, name))]
+
+
 def _find(folder: Path, name: str) -> Path | None:
     matches = [p for s in _SUFFIXES if (p := folder / (name + s)).is_file()]
     if len(matches) > 1:
