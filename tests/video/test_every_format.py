@@ -4,27 +4,32 @@ The videos are of numbered frames, and PyAV's plain decoding from front to back 
 and codec hold all of them; only those are checked. So the check depends on neither seeks nor times nor decord.
 """
 
-import io
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
 import av
-import numpy as np
-import pytest
-from PIL import Image
-from video_files import frame_number, picture
+from video_files import picture
 
 from gubs.video.decoded import DecodeOptions
-from gubs.video.decoder_process import DecoderProcess
 
 FRAMES, FPS = 24, 25
 OPTIONS = DecodeOptions(count=8, max_pixels=16 * 28 * 28)
 
 NOT_VIDEO = {
     *("alsa", "oss", "fbdev", "video4linux2,v4l2", "rtp", "rtp_mpegts", "rtsp", "sap", "whip", "tee", "fifo"),
-    *("hls", "dash", "hds", "segment", "stream_segment,ssegment", "smoothstreaming", "webm_chunk", "image2", "image2pipe"),
+    *(
+        "hls",
+        "dash",
+        "hds",
+        "segment",
+        "stream_segment,ssegment",
+        "smoothstreaming",
+        "webm_chunk",
+        "image2",
+        "image2pipe",
+    ),
     *("webm_dash_manifest", "null", "framecrc", "framehash", "framemd5", "streamhash", "hash", "md5", "crc", "data"),
     *("uncodedframecrc", "mkvtimestamp_v2", "ffmetadata", "rawvideo", "asf_stream", "a64", "vidc"),
 }

@@ -19,8 +19,9 @@ task needs:
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -120,18 +121,17 @@ def read(settings: SourceSettings) -> SourceTables:
     _check_mapping(settings.columns, files)
     stated = _stated_units(settings.units)
     log = _read_log(files["interactions"], settings, stated)
-    sheets, users, videos = [log.sheet], None, None
+    sheets, users, videos = {"interactions": log.sheet}, None, None
     if "users" in files:
-        sheet, users = _read_users(files["users"], settings)
-        sheets.append(sheet)
+        sheets["users"], users = _read_users(files["users"], settings)
     if "videos" in files:
-        sheet, videos = _read_videos(files["videos"], folder, settings, stated)
-        sheets.append(sheet)
+        sheets["videos"], videos = _read_videos(files["videos"], folder, settings, stated)
+        log.notes += _unused(sheets["videos"])
     durations = _video_durations(log.sheet.table["video_id"], videos)
-    _check_units(log.sheet, sheets[-1], durations, videos, stated)
+    _check_units(sheets, durations, stated)
     interactions = _interactions(log, durations)
-    log.notes += [note for sheet in sheets if (note := null_note(sheet))]
-    tables = assemble(users, videos, interactions, sheets, log.notes)
+    log.notes += [note for sheet in sheets.values() if (note := null_note(sheet))]
+    tables = assemble(users, videos, interactions, list(sheets.values()), log.notes)
     tables.videos = _attach(tables.videos, settings.videos_dir, tables.notes)
     return tables
 
@@ -193,23 +193,34 @@ def _check_names(
         )
 
 
+_WITH_UNITS = {"interactions": (*_TIMES, _RATE), "videos": ("duration_s",)}
+
+
 def _stated_units(setting: Nested) -> units.Stated:
-    """The units that the setting states, by table and column."""
-    stated = {}
-    for table, columns in (("interactions", (*_TIMES, _RATE)), ("videos", ("duration_s",))):
-        for name, unit in _of_table(setting, table).items():
-            column = name if name in columns else f"{name}_s"
-            known = units.RATE_UNITS if column == _RATE else units.TIME_UNITS
-            if unit not in known:
-                raise InputError(f"source.units.{name}={unit}: no such unit; they are {', '.join(known)}")
-            if column in columns:
-                stated[table, column] = unit
-            elif not isinstance(setting.get(name), str) or f"{name.removesuffix('_s')}_s" not in _TIMES:
-                names = ", ".join(c.removesuffix("_s") for c in columns)
-                raise InputError(f"source.units.{name}: no such column of {table}; they are {names}")
-    if wrong := [t for t, v in setting.items() if isinstance(v, dict) and t not in ("interactions", "videos")]:
-        raise InputError(f"source.units.{wrong[0]}: no such table; they are interactions, videos")
+    """The units that the setting states, by table and column; those for one table win."""
+    for table in (name for name, value in setting.items() if isinstance(value, dict) and name not in _WITH_UNITS):
+        raise InputError(f"source.units.{table}: no such table; they are {', '.join(_WITH_UNITS)}")
+    stated: dict[tuple[str, str], str] = {}
+    for name, unit in setting.items():
+        if isinstance(unit, str):
+            stated |= _stated(f"source.units.{name}", name, unit, tuple(_WITH_UNITS))
+    for table, columns in setting.items():
+        for name, unit in columns.items() if isinstance(columns, dict) else ():
+            stated |= _stated(f"source.units.{table}.{name}", name, unit, (table,))
     return stated
+
+
+def _stated(key: str, name: str, unit: str, tables: Sequence[str]) -> dict[tuple[str, str], str]:
+    """One unit for the column `name` (`watch` or `watch_s`) of those of the tables that have it."""
+    column = name if name in _WITH_UNITS["interactions"] else f"{name}_s"
+    found = {(table, column): unit for table in tables if column in _WITH_UNITS[table]}
+    if not found:
+        names = dict.fromkeys(c.removesuffix("_s") for table in tables for c in _WITH_UNITS[table])
+        raise InputError(f"{key}: no such column of {' or '.join(tables)}; they are {', '.join(names)}")
+    known = units.RATE_UNITS if column == _RATE else units.TIME_UNITS
+    if unit not in known:
+        raise InputError(f"{key}={unit}: no such unit; they are {', '.join(known)}")
+    return found
 
 
 def _mapped(table: str, setting: Nested) -> list[Column]:
@@ -241,14 +252,16 @@ def _read_log(path: Path, settings: SourceSettings, stated: units.Stated) -> _Lo
     _convert_units(sheet, "interactions", stated)
     present = frozenset(sheet.names)
     notes = [f"No column {name!r}: {lost}." for name, lost in _LOSSES.items() if name not in present | derived]
-    if sheet.unused:
-        notes.append(f"Columns of {path.name} that are not used: {', '.join(sheet.unused)}.")
-    log = _Log(sheet, present, notes)
+    log = _Log(sheet, present, notes + _unused(sheet))
     _add_tasks(log)
     _reject_repeats(log)
     if derived:
         _add_gaps(log)
     return log
+
+
+def _unused(sheet: Sheet) -> list[str]:
+    return [f"Columns of {sheet.label} that are not used: {', '.join(sheet.unused)}."] if sheet.unused else []
 
 
 def _rules(settings: SourceSettings) -> CellRules:
@@ -289,20 +302,18 @@ def _video_durations(video_ids: pa.ChunkedArray, videos: pa.Table | None) -> pa.
     return pc.take(videos["duration_s"], rows)
 
 
-def _check_units(
-    log: Sheet, others: Sheet, durations: pa.ChunkedArray, videos: pa.Table | None, stated: units.Stated
-) -> None:
+def _check_units(sheets: Mapping[str, Sheet], durations: pa.ChunkedArray, stated: units.Stated) -> None:
     """Refuses values that are not plausible in their units.
 
     Raises:
         InputError: with the reason and the setting for each column.
     """
+    log = sheets["interactions"]
     own = [c for c in (*_TIMES, _RATE) if c not in _GAPS or c in log.names]
     evidence = units.Evidence.of(log.table.select(own), durations)
-    if videos is not None:
-        evidence += units.Evidence(video_duration=units.Sizes.of(videos["duration_s"]))
+    if "videos" in sheets:
+        evidence += units.Evidence(video_duration=units.Sizes.of(sheets["videos"].column("duration_s")))
     if found := units.objections(evidence, stated):
-        sheets = {"interactions": log, "videos": others}
         reasons = "; ".join(f"{_example(sheets[o.table], o.column)}: {o.reason}" for o in found)
         raise InputError(f"{reasons}. Set {', '.join(dict.fromkeys(o.remedy for o in found))}")
 
@@ -355,16 +366,28 @@ class Unclicked:
 
     rows: int = 0
     played: int = 0
+    empty: int = 0
+    """Rows with a watch time or play rate where `clicked` is empty."""
+    played_empty: int = 0
+    clicked: int = 0
+    """Rows with a click, but without page or task."""
 
     @classmethod
     def of(cls, block: pa.Table) -> "Unclicked":
         """Counts a block's rows; it has task, page_id, clicked, watch_s and play_rate."""
-        untold = pc.and_(pc.is_null(block["task"]), pc.is_null(block["page_id"]))
-        rows = block.filter(pc.and_(untold, pc.fill_null(pc.invert(block["clicked"]), False)))
-        return cls(rows.num_rows, pc.sum(_played(rows)).as_py() or 0)
+        untold = block.filter(pc.and_(pc.is_null(block["task"]), pc.is_null(block["page_id"])))
+        rows = untold.filter(pc.fill_null(pc.invert(untold["clicked"]), False))
+        empty = untold.filter(pc.and_(pc.is_null(untold["clicked"]), _is_watched(untold)))
+        played, played_empty = (pc.sum(_played(part)).as_py() or 0 for part in (rows, empty))
+        clicked = pc.sum(untold["clicked"]).as_py() or 0
+        return cls(rows.num_rows, played, empty.num_rows, played_empty, clicked)
 
     def __add__(self, other: "Unclicked") -> "Unclicked":
-        return Unclicked(self.rows + other.rows, self.played + other.played)
+        return Unclicked(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+def _is_watched(rows: pa.Table) -> pa.ChunkedArray:
+    return pc.or_(rows["play_rate"].is_valid(), rows["watch_s"].is_valid())
 
 
 def _played(rows: pa.Table) -> pa.ChunkedArray:
@@ -376,9 +399,15 @@ def _is_click_feed(log: _Log) -> bool:
     """Whether rows with `clicked` but without a page or task are exposures, by what happened to those without a click.
 
     Raises:
-        InputError: some of them were played and many were not.
+        InputError: some of them were played and many were not; or `clicked` is empty where nothing was clicked.
     """
     unclicked = Unclicked.of(log.sheet.table)
+    if unclicked.clicked and not unclicked.rows and unclicked.played_empty < CLICK_FEED * unclicked.empty:
+        raise InputError(
+            f"{log.sheet.label}: column {log.sheet.names['clicked']!r} is empty in {unclicked.empty:,} rows with a "
+            f"watch time, and nearly all of these are 0: they would count as skips. Write 0 where a video was shown "
+            f"and not clicked, or add a column 'task' (sequential or click)"
+        )
     if not unclicked.rows or unclicked.played >= AUTOPLAY * unclicked.rows:
         return False
     told = f"{unclicked.played:,} of {unclicked.rows:,} rows without a click, page_id and task were played"
@@ -402,7 +431,7 @@ def infer_tasks(block: pa.Table, click_feed: bool) -> pa.ChunkedArray:
     rows with a play rate or a watch time are views. Null if nothing is known.
     """
     exposed = block["clicked"].is_valid()
-    watched = pc.or_(block["play_rate"].is_valid(), block["watch_s"].is_valid())
+    watched = _is_watched(block)
     inferred = pc.if_else(exposed, Task.CLICK.value, None)
     inferred = pc.if_else(pc.and_(watched, pc.invert(pc.and_(exposed, click_feed))), Task.SEQUENTIAL.value, inferred)
     inferred = pc.if_else(block["page_id"].is_valid(), Task.CLICK.value, inferred)
@@ -461,7 +490,7 @@ def _read_users(path: Path, settings: SourceSettings) -> tuple[Sheet, pa.Table]:
     columns += [Column(f"other {n}", "word", (n,)) for n in more]
     sheet = read_sheet(path, columns, settings.max_bad_rows, rules=_rules(settings))
     sheet.reject_duplicates("user_id")
-    other = _facts_of_column(sheet)
+    other = _facts_of_column(sheet, re.compile(_rules(settings).missing))
     t, n = sheet.table, len(sheet.lines)
     filled = {c.name: t[c.name] for c in _USERS}
     filled["other"] = facts(n, other | {name: t[f"other {name}"] for name in more})
@@ -469,13 +498,17 @@ def _read_users(path: Path, settings: SourceSettings) -> tuple[Sheet, pa.Table]:
     return sheet, build("users", n, **filled)
 
 
-def _facts_of_column(sheet: Sheet) -> dict[str, pa.ChunkedArray]:
+def _facts_of_column(sheet: Sheet, missing: re.Pattern[str]) -> dict[str, pa.ChunkedArray]:
     """The facts in the column `other`, a map or a JSON object as text; rows where it is neither are rejected."""
+
+    def fact(value: object) -> str | None:
+        return None if value is None or missing.match(str(value)) else str(value)
+
     objects = [_json_object(text) for text in sheet.column("other").to_pylist()]
     sheet.reject(np.array([o is None for o in objects], bool), "not a JSON object", "other", malformed=True)
     valid = [o for o in objects if o is not None]
     return {
-        name: pa.chunked_array([pa.array([None if o.get(name) is None else str(o[name]) for o in valid], pa.string())])
+        name: pa.chunked_array([pa.array([fact(o.get(name)) for o in valid], pa.string())])
         for name in dict.fromkeys(name for o in valid for name in o)
     }
 
