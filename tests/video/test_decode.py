@@ -446,9 +446,10 @@ def test_the_process_ends_with_its_owner(tmp_path: Path) -> None:
 
 
 def test_sample_takes_the_middles() -> None:
-    assert sample(range(80), 8) == [5, 15, 25, 35, 45, 55, 65, 75]
-    assert sample([10 * i + 7 for i in range(80)], 4) == [10, 30, 50, 70]
-    assert sample([0], 8) == [0, 0]
+    assert sample(range(80), 80, 8) == [5, 15, 25, 35, 45, 55, 65, 75]
+    assert sample([10 * i + 7 for i in range(80)], 807, 4) == [10, 30, 50, 70]
+    assert sample([0], 1, 8) == [0, 0]
+    assert sample(range(80), 320, 4) == [40, 79, 79, 79], "the last frame is shown for three quarters of the time"
 
 
 @pytest.mark.parametrize("width", [1, 16, 27, 56, 320, 1920, 7680])

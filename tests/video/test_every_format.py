@@ -13,6 +13,7 @@ import av
 from video_files import picture
 
 from gubs.video.decoded import DecodeOptions
+from gubs.video.decoder_process import DecoderProcess
 
 FRAMES, FPS = 24, 25
 OPTIONS = DecodeOptions(count=8, max_pixels=16 * 28 * 28)
@@ -45,6 +46,9 @@ CODEC_OPTIONS = {
     "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"},
 }
 B_FRAMES = {"mpeg4", "mpeg2video", "mpeg1video"}
+REORDERED = B_FRAMES | {"libx264", "libx264rgb", "libx265"}
+TIMES_OF_DECODING = {"asf"}
+"""Containers without times of showing, where the first frame seems to last longer."""
 PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuv444p", "rgb24", "bgr24", "bgr0", "rgba", "bgra", "rgb8", "gray")
 
 
@@ -84,3 +88,52 @@ def write(path: Path, container: str, name: str) -> bool:
     except (av.FFmpegError, ValueError, OverflowError):
         return False
     return path.stat().st_size > 0
+
+
+def shown(path: Path) -> list[int] | None:
+    """The numbers of all frames in the order in which they are shown; None if PyAV cannot read the file."""
+    numbers = []
+    try:
+        with av.open(str(path)) as file:
+            for frame in file.decode(video=0):
+                out = io.BytesIO()
+                Image.fromarray(frame.to_ndarray(format="rgb24")).save(out, "BMP")
+                numbers.append(frame_number(out.getvalue()))
+    except (av.FFmpegError, ValueError, IndexError):
+        return None
+    return numbers
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[DecoderProcess]:
+    process = DecoderProcess(OPTIONS, timeout_s=20)
+    yield process
+    process.close()
+
+
+CHECKED: set[tuple[str, str]] = set()
+
+
+@pytest.mark.parametrize("container", containers())
+def test_each_frame_is_the_one_shown_at_its_time(container: str, tmp_path: Path, process: DecoderProcess) -> None:
+    wrong = {}
+    for codec in encoders():
+        path = tmp_path / f"video-{codec}"
+        if not write(path, container, codec) or shown(path) != list(range(FRAMES)):
+            continue
+        CHECKED.add((container, codec))
+        done = process.decode(str(path))
+        numbers = [frame_number(jpeg) for jpeg in done.frames]
+        tolerance = container in TIMES_OF_DECODING and codec in REORDERED
+        off = np.abs(np.subtract(numbers, [round(t * FPS) for t in done.times_s])) if numbers else np.array([FRAMES])
+        if done.verdict != "ok" or off.max() > tolerance or len(set(numbers)) < 8:
+            wrong[codec] = (str(done.verdict), done.detail, done.decoder, numbers, done.times_s)
+    assert wrong == {}
+
+
+def test_the_check_covers_what_matters() -> None:
+    common = {(c, "libx264") for c in ("mp4", "mov", "matroska", "avi", "flv", "mpegts", "asf", "3gp", "nut")}
+    common |= {("webm", "libvpx-vp9"), ("mp4", "libx265"), ("mp4", "libsvtav1"), ("ogg", "libvpx"), ("gif", "gif")}
+    assert common <= CHECKED
+    assert len({codec for _, codec in CHECKED}) > 50
+    assert len({container for container, _ in CHECKED}) > 35
