@@ -212,7 +212,7 @@ class _VideoFile:
         errors = error_count()
         try:
             for frame in frames:
-                if frame.is_corrupt:
+                if frame.is_corrupt or any(t > cast(int, frame.pts) for t in images):
                     return None
                 self._refuse_giant(frame.width, frame.height)
                 images[cast(int, frame.pts)] = self._shrink(frame)

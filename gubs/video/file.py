@@ -102,7 +102,10 @@ def is_whole(file: BinaryIO, container: str) -> bool:
 def _is_whole_riff(fd: int, size: int) -> bool:
     end = 0
     while end < size and os.pread(fd, 4, end) == b"RIFF":
-        end += 8 + int.from_bytes(os.pread(fd, 4, end + 4), "little")
+        length = int.from_bytes(os.pread(fd, 4, end + 4), "little")
+        if not length:  # its writer was stopped
+            return False
+        end += 8 + length
     return 0 < end <= size
 
 

@@ -273,13 +273,13 @@ def _end(scan: Scan, container: InputContainer, stream: VideoStream, durations: 
     """The end of the last frame by its packet's duration or by the stream's; None if neither can be believed."""
     order = np.argsort(scan.pts)
     pts, durations = np.array(scan.pts)[order], durations[order]
-    last = int(pts[-1])
+    last = by_packet = int(pts[-1])
     known = durations[:-1] > 0
-    if known.any():  # some writers give every packet a duration in another unit
-        ratio = float(np.median(durations[:-1][known] / np.maximum(np.diff(pts)[known], 1)))
-        if not 0.5 < ratio < 2:
-            return None
-    by_packet = last + int(durations[-1])
+    ratio = np.median(durations[:-1][known] / np.maximum(np.diff(pts)[known], 1)) if known.any() else 1.0
+    if ratio >= 2:  # some writers give durations in another unit, and sum them up
+        return None
+    if ratio > 0.5:  # else they are a default that the frames do not keep
+        by_packet += int(durations[-1])
     declared = _declared_end(container, stream, scan.time_base) or 0
     end = declared if scan.format == MOV and declared > last else max(by_packet, declared)
     return end if end > last else None

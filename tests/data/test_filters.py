@@ -190,8 +190,8 @@ def test_a_nearly_empty_result_names_the_filter_and_its_setting():
     wanted = FilterSettings(min_video_views=1, min_user_exposures=30)
     users, videos = shrinkage(apply_filters(table(*rows), wanted)[1], wanted)
     assert users == (
-        "Only 1 of 41 users are left after the filters. 'click users with at least 30 exposures' removed 40 of them; its "
-        "setting is filters.min_user_exposures=30."
+        "Only 1 of 41 users are left after the filters. 'click users with at least 30 exposures' removed 40 of them; "
+        "its setting is filters.min_user_exposures=30."
     )
     assert "1 of 41 videos" in videos
     rare = FilterSettings(min_video_views=2, min_user_exposures=0)

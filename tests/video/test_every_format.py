@@ -4,13 +4,17 @@ The videos are of numbered frames, and PyAV's plain decoding from front to back 
 and codec hold all of them; only those are checked. So the check depends on neither seeks nor times nor decord.
 """
 
+import io
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
 import av
-from video_files import picture
+import numpy as np
+import pytest
+from PIL import Image
+from video_files import frame_number, picture
 
 from gubs.video.decoded import DecodeOptions
 from gubs.video.decoder_process import DecoderProcess
