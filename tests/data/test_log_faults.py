@@ -126,7 +126,8 @@ def test_units_and_mappings_that_fit_nothing_are_refused(tmp_path):
     assert "source.columns.films: no such table" in refusal(tmp_path, columns={"films": {"title": "t"}})
     assert "there is no file of videos" in refusal(tmp_path, columns={"videos": {"title": "t"}})
     message = refusal(tmp_path, columns={"interactions": {"watch_s": "t"}})
-    assert "source.columns.interactions.watch_s=t: none of interactions.csv" in message
+    assert "source.columns.interactions.watch_s=t: none of interactions.csv has a column 't'" in message
+    assert "source.units.prev_op_gap: no file has this column" in refusal(tmp_path, units={"prev_op_gap": "ms"})
 
 
 def test_names_tell_units():

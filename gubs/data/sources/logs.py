@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 from gubs.data.settings import SourceSettings
 from gubs.data.sources import SourceTables, units
 from gubs.data.sources.columns import CellRules
-from gubs.data.sources.formats import open_table
+from gubs.data.sources.formats import RawFile, open_table
 from gubs.data.sources.media import VIDEO_SUFFIXES, media_paths
 from gubs.data.sources.reading import (
     Column,
@@ -128,6 +128,7 @@ def read(settings: SourceSettings) -> SourceTables:
         sheets["videos"], videos = _read_videos(files["videos"], folder, settings, stated)
         log.notes += _unused(sheets["videos"])
     durations = _video_durations(log.sheet.table["video_id"], videos)
+    _check_stated(stated, sheets)
     _check_units(sheets, durations, stated)
     interactions = _interactions(log, durations)
     log.notes += [note for sheet in sheets.values() if (note := null_note(sheet))]
@@ -161,34 +162,27 @@ def _of_table(setting: Nested, table: str) -> dict[str, str]:
 
 
 def _check_mapping(columns: Nested, files: Mapping[str, Path]) -> None:
-    headers = {table: open_table(file).header for table, file in files.items()}
+    opened = {table: open_table(file) for table, file in files.items()}
     for name, value in columns.items():
         if isinstance(value, str):
-            _check_names({name: value}, f"source.columns.{name}", {t: _TABLES[t] for t in files}, files, headers)
+            _check_name(f"source.columns.{name}", name, value, opened)
         elif name not in _TABLES:
             raise InputError(f"source.columns.{name}: no such table; they are {', '.join(_TABLES)}")
         elif name not in files:
             raise InputError(f"source.columns.{name}: there is no file of {name}; put {name}.csv beside the others")
         else:
-            for ours in value:
-                setting = f"source.columns.{name}.{ours}"
-                _check_names({ours: value[ours]}, setting, {name: _TABLES[name]}, files, headers)
+            for ours, theirs in value.items():
+                _check_name(f"source.columns.{name}.{ours}", ours, theirs, {name: opened[name]})
 
 
-def _check_names(
-    mapping: dict[str, str],
-    setting: str,
-    tables: Mapping[str, Sequence[Column]],
-    files: Mapping[str, Path],
-    headers: Mapping[str, Sequence[str]],
-) -> None:
-    ((ours, theirs),) = mapping.items()
-    names = sorted({c.name for columns in tables.values() for c in columns})
+def _check_name(setting: str, ours: str, theirs: str, files: Mapping[str, RawFile]) -> None:
+    """Checks that the column `ours` belongs to one of the tables, and that one of their files has `theirs`."""
+    names = sorted({c.name for table in files for c in _TABLES[table]})
     if ours not in names:
         raise InputError(f"{setting}: no such column of ours; they are {', '.join(names)}")
-    if not any(theirs in headers[table] for table in tables):
+    if not any(theirs in file.header for file in files.values()):
         raise InputError(
-            f"{setting}={theirs}: none of {', '.join(files[t].name for t in tables)} has a column {theirs!r} in row 1; "
+            f"{setting}={theirs}: none of {', '.join(f.label for f in files.values())} has a column {theirs!r} in row 1; "
             f"write its name as it is in the file"
         )
 
@@ -221,6 +215,16 @@ def _stated(key: str, name: str, unit: str, tables: Sequence[str]) -> dict[tuple
     if unit not in known:
         raise InputError(f"{key}={unit}: no such unit; they are {', '.join(known)}")
     return found
+
+
+def _check_stated(stated: units.Stated, sheets: Mapping[str, Sheet]) -> None:
+    """Refuses a unit of a column that no file has."""
+    there = {column for table, column in stated if table in sheets and column in sheets[table].names}
+    if absent := sorted({column for _, column in stated} - there):
+        name = absent[0].removesuffix("_s")
+        raise InputError(
+            f"source.units.{name}: no file has this column; map yours with source.columns.{absent[0]}=NAME"
+        )
 
 
 def _mapped(table: str, setting: Nested) -> list[Column]:
