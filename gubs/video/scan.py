@@ -227,8 +227,9 @@ def scan_packets(file: BinaryIO, container: InputContainer, stream: VideoStream,
         last = av.logging.get_last_error()[1]
         scan.damage = last[2].strip() if last else "FFmpeg reported an error"
     _note_shortfall(scan, file, container, stream, end_s)
-    if scan.damage is None and None not in scan.pts:
-        scan.end = _end(scan, container, stream, np.array(durations))
+    pts = [p for p in scan.pts if p is not None]
+    if scan.damage is None and len(pts) == len(durations):
+        scan.end = _end(np.array(pts), np.array(durations), scan, container, stream)
     return scan
 
 
@@ -269,10 +270,12 @@ def _note_shortfall(scan: Scan, file: BinaryIO, container: InputContainer, strea
         scan.damage = scan.damage or f"ends {lost_s:.1f} s before its {declared_s:.1f} s"
 
 
-def _end(scan: Scan, container: InputContainer, stream: VideoStream, durations: np.ndarray) -> int | None:
+def _end(
+    pts: np.ndarray, durations: np.ndarray, scan: Scan, container: InputContainer, stream: VideoStream
+) -> int | None:
     """The end of the last frame by its packet's duration or by the stream's; None if neither can be believed."""
-    order = np.argsort(scan.pts)
-    pts, durations = np.array(scan.pts)[order], durations[order]
+    order = np.argsort(pts)
+    pts, durations = pts[order], durations[order]
     last = by_packet = int(pts[-1])
     known = durations[:-1] > 0
     ratio = np.median(durations[:-1][known] / np.maximum(np.diff(pts)[known], 1)) if known.any() else 1.0

@@ -182,8 +182,8 @@ def _check_name(setting: str, ours: str, theirs: str, files: Mapping[str, RawFil
         raise InputError(f"{setting}: no such column of ours; they are {', '.join(names)}")
     if not any(theirs in file.header for file in files.values()):
         raise InputError(
-            f"{setting}={theirs}: none of {', '.join(f.label for f in files.values())} has a column {theirs!r} in row 1; "
-            f"write its name as it is in the file"
+            f"{setting}={theirs}: none of {', '.join(f.label for f in files.values())} has a column {theirs!r} in row 1"
+            f"; write its name as it is in the file"
         )
 
 
@@ -192,16 +192,17 @@ _WITH_UNITS = {"interactions": (*_TIMES, _RATE), "videos": ("duration_s",)}
 
 def _stated_units(setting: Nested) -> units.Stated:
     """The units that the setting states, by table and column; those for one table win."""
-    for table in (name for name, value in setting.items() if isinstance(value, dict) and name not in _WITH_UNITS):
-        raise InputError(f"source.units.{table}: no such table; they are {', '.join(_WITH_UNITS)}")
-    stated: dict[tuple[str, str], str] = {}
-    for name, unit in setting.items():
-        if isinstance(unit, str):
-            stated |= _stated(f"source.units.{name}", name, unit, tuple(_WITH_UNITS))
-    for table, columns in setting.items():
-        for name, unit in columns.items() if isinstance(columns, dict) else ():
-            stated |= _stated(f"source.units.{table}.{name}", name, unit, (table,))
-    return stated
+    general: dict[tuple[str, str], str] = {}
+    own: dict[tuple[str, str], str] = {}
+    for name, value in setting.items():
+        if isinstance(value, str):
+            general |= _stated(f"source.units.{name}", name, value, tuple(_WITH_UNITS))
+        elif name not in _WITH_UNITS:
+            raise InputError(f"source.units.{name}: no such table; they are {', '.join(_WITH_UNITS)}")
+        else:
+            for column, unit in value.items():
+                own |= _stated(f"source.units.{name}.{column}", column, unit, (name,))
+    return general | own
 
 
 def _stated(key: str, name: str, unit: str, tables: Sequence[str]) -> dict[tuple[str, str], str]:
@@ -241,7 +242,7 @@ def _convert_units(sheet: Sheet, table: str, stated: units.Stated) -> None:
             continue
         known = units.RATE_UNITS if ours == _RATE else units.TIME_UNITS
         unit = stated.get((table, ours)) or units.named_unit(theirs)
-        if unit in known:
+        if unit is not None and unit in known:
             _replace(sheet, ours, units.converted(sheet.column(ours), unit))
 
 
