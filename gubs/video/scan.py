@@ -199,9 +199,7 @@ def scan_packets(file: BinaryIO, container: InputContainer, stream: VideoStream,
                 _decode_first(scan, packet)
             if packet.size == 0:
                 continue
-            if packet.is_keyframe and (
-                packet.has_sidedata("encryption_info") or packet.has_sidedata("encryption_init_info")
-            ):
+            if packet.is_keyframe and _is_encrypted(packet):
                 raise Unfit(Verdict.ENCRYPTED, "its packets are encrypted")
             if packet.is_corrupt:
                 scan.damage = scan.damage or f"packet {len(scan.pts)} is cut short"
@@ -224,13 +222,21 @@ def scan_packets(file: BinaryIO, container: InputContainer, stream: VideoStream,
             raise
         scan.damage = scan.damage or reason(e)
     if scan.damage is None and error_count() != errors:
-        last = av.logging.get_last_error()[1]
-        scan.damage = last[2].strip() if last else "FFmpeg reported an error"
+        scan.damage = _last_error()
     _note_shortfall(scan, file, container, stream, end_s)
     pts = [p for p in scan.pts if p is not None]
     if scan.damage is None and len(pts) == len(durations):
         scan.end = _end(np.array(pts), np.array(durations), scan, container, stream)
     return scan
+
+
+def _is_encrypted(packet: av.Packet) -> bool:
+    return packet.has_sidedata("encryption_info") or packet.has_sidedata("encryption_init_info")
+
+
+def _last_error() -> str:
+    last = av.logging.get_last_error()[1]
+    return last[2].strip() if last else "FFmpeg reported an error"
 
 
 def packets_of(container: InputContainer, *streams: Stream) -> Iterator[av.Packet]:
