@@ -254,8 +254,8 @@ class _VideoFile:
         times = [frame.pts for frame in self._clean_frames(problems)]
         if not times:
             raise Unfit(Verdict.UNDECODABLE, f"0 frames of {self._declared(scan)} ({'; '.join(problems[:2])})")
-        pts = sorted(t for t in times if t is not None)
-        if scan.raw or len(pts) < len(times) or any(a == b for a, b in pairwise(pts)):  # no times: count instead
+        pts = _times_in_order(times, scan)
+        if scan.raw or pts is None:
             pts, scan.time_base = list(range(len(times))), 1 / Fraction(scan.rate or 25).limit_denominator(10**6)
             scan.end = None
             scan.pts = list(pts) if scan.raw and not problems else scan.pts  # some of its packets hold no picture
@@ -343,6 +343,23 @@ class _VideoFile:
         out = io.BytesIO()
         image.save(out, "JPEG", quality=self.options.quality)
         return out.getvalue()
+
+
+def _times_in_order(times: Sequence[int | None], scan: Scan) -> list[int] | None:
+    """Ascending times of frames that were decoded in this order; None if they are useless.
+
+    If they come from times of decoding, the first frame is shown at the first of these, the second at the second, and
+    so on.
+    """
+    pts = [t for t in times if t is not None]
+    if len(pts) < len(times) or len(set(pts)) < len(pts):
+        return None
+    dts = sorted(t for t in scan.dts if t is not None)
+    decoding = scan.without_pts or any(a > b for a, b in pairwise(pts))
+    if not decoding or len(set(dts)) != len(pts):
+        return sorted(pts)
+    scan.end = scan.end and scan.end - max(pts) + dts[-1]
+    return dts
 
 
 def _needed_frames(stream: VideoStream, scan: Scan, times: Sequence[int]) -> Iterator[VideoFrame]:

@@ -134,6 +134,8 @@ class Scan:
     """Frames that the file declares; 0 if it declares none."""
     pts: list[int | None] = field(default_factory=list)
     """Presentation times of the packets that are shown, in decoding order."""
+    dts: list[int | None] = field(default_factory=list)
+    """Their times of decoding."""
     keys: list[int] = field(default_factory=list)
     """Positions of keyframes in `pts`."""
     hidden: int = 0
@@ -158,12 +160,23 @@ class Scan:
         """Whether each packet has the time at which its frame is shown, so that frames can be selected by time.
 
         Some formats (AVI, ASF) have only times of decoding. These ascend from packet to packet, which times of showing
-        do not if frames change their order.
+        do not if frames change their order. What FFmpeg makes of them may leave a gap behind the first frame.
         """
         pts = [p for p in self.pts if p is not None]
         if not pts or self.raw or len(set(pts)) < len(self.pts):
             return False
-        return not self.reorders or len(pts) == 1 or any(a > b for a, b in pairwise(pts))
+        if not self.reorders or len(pts) == 1:
+            return True
+        return any(a > b for a, b in pairwise(pts)) and not (self.without_pts and self._has_gaps(pts))
+
+    @property
+    def without_pts(self) -> bool:
+        """Whether the format holds times of decoding only."""
+        return self.format in {"avi", "asf"}
+
+    def _has_gaps(self, pts: list[int]) -> bool:
+        dts = sorted(t for t in self.dts if t is not None)
+        return len({p - d for p, d in zip(sorted(pts), dts, strict=False)}) > 1
 
 
 def scan_packets(file: BinaryIO, container: InputContainer, stream: VideoStream, keep: bool = False) -> Scan:
@@ -216,6 +229,7 @@ def scan_packets(file: BinaryIO, container: InputContainer, stream: VideoStream,
             elif key_pts is not None and packet.pts is not None and packet.pts < key_pts:
                 scan.clean_seeks = False  # a picture before its keyframe depends on the previous group
             scan.pts.append(packet.pts)
+            scan.dts.append(packet.dts)
             durations.append(packet.duration or 0)
     except av.FFmpegError as e:
         if isinstance(e, MemoryError):
