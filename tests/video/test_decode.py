@@ -178,7 +178,9 @@ def test_skipping_changes_no_bit(name: str, suffix: str, tmp_path: Path, monkeyp
     reformat = VideoReformatter().reformat
     assert quick.decodable_frames == len(frames)
     start = frames[0].time
-    by_time = {round(f.time - start, 6): f for f in frames}
+    # AVI has no times of showing: the order in which a decoder gives the frames is what counts.
+    times = [i / 24 if suffix == ".avi" else f.time - start for i, f in enumerate(frames)]
+    by_time = {round(t, 6): f for t, f in zip(times, frames, strict=True)}
     for jpeg, time_s in zip((quick.cover, *quick.frames), (0.0, *quick.times_s), strict=True):
         small = reformat(by_time[round(time_s, 6)], quick.width, quick.height, "rgb24", interpolation="BILINEAR")
         out = io.BytesIO()
