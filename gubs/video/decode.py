@@ -26,7 +26,7 @@ from typing import BinaryIO, cast
 import av
 import numpy as np
 from av.container import InputContainer
-from av.sidedata.sidedata import Type as SideDataType
+from av.sidedata.sidedata import SideData
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
@@ -454,12 +454,12 @@ def _orientation(frame: VideoFrame) -> _Turn | None:
     A display matrix moves the point (x, y) to (a x + c y, b x + d y), with y downwards.
     """
     try:
-        matrix = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+        matrix = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # PyAV knows not all types of side data, such as EXIF, and refuses them all if there is another
         return _TURNS.get(frame.rotation % 360)
     if matrix is None:
         return None
-    a, b, _, c, d = np.frombuffer(bytes(matrix), "=i4")[:5].tolist()
+    a, b, _, c, d = np.frombuffer(bytes(cast(SideData, matrix)), "=i4")[:5].tolist()
     if max(abs(b), abs(c)) <= _SKEW * min(abs(a), abs(d)):
         return _UPRIGHT[a > 0, d > 0]
     if max(abs(a), abs(d)) <= _SKEW * min(abs(b), abs(c)):
