@@ -4,7 +4,6 @@ The videos are of numbered frames, and PyAV's plain decoding from front to back 
 and codec hold all of them; only those are checked. So the check depends on neither seeks nor times nor decord.
 """
 
-import io
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
@@ -13,7 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from av.codec.context import Flags
 from video_files import frame_number, picture
 
 from gubs.video.decoded import DecodeOptions
@@ -36,16 +35,20 @@ NOT_VIDEO = {
         "image2pipe",
     ),
     *("webm_dash_manifest", "null", "framecrc", "framehash", "framemd5", "streamhash", "hash", "md5", "crc", "data"),
-    *("uncodedframecrc", "mkvtimestamp_v2", "ffmetadata", "rawvideo", "asf_stream", "a64", "vidc"),
+    *("uncodedframecrc", "mkvtimestamp_v2", "ffmetadata", "rawvideo", "asf_stream", "a64", "vidc", "fits"),
 }
 """Outputs that are no file, no container of ours to read (playlists, bare pixels), or cannot be opened again."""
 
-SIZES = {"h263": (128, 96), "h261": (176, 144), "dvvideo": (720, 576), "dnxhd": (1280, 720)}
+NOT_CARRIED = {(container, "h263p") for container in ("mpeg", "vob", "dvd", "svcd", "vcd")}
+"""Pairs that PyAV writes although the container cannot carry the codec: frames are damaged now and then."""
+
+SIZES = {"h263": (128, 96), "h261": (176, 144), "dvvideo": (720, 576), "dnxhd": (256, 128)}
 CODEC_OPTIONS = {
     "libx264": {"preset": "ultrafast", "x264-params": "bframes=3:b-pyramid=normal:keyint=12:scenecut=0"},
     "libx264rgb": {"preset": "ultrafast"},
     "libx265": {"preset": "ultrafast", "x265-params": "log-level=none:bframes=3"},
     "libsvtav1": {"preset": "13"},
+    "dnxhd": {"profile": "dnxhr_lb"},
     "libvpx": {"deadline": "realtime", "cpu-used": "8"},
     "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"},
 }
@@ -69,16 +72,16 @@ def containers() -> Iterator[str]:
                 yield name
 
 
-def write(path: Path, container: str, name: str) -> bool:
-    """Whether the pair can be written at all."""
+def encode(path: Path, name: str) -> bool:
+    """Encodes the numbered frames once, into a container that holds everything; false if the codec cannot."""
     formats = [f.name for f in av.codec.Codec(name, "w").video_formats or ()]
     pixels = next((p for p in PIXELS if p in formats), formats[0] if formats else "yuv420p")
     width, height = SIZES.get(name, (96, 64))
     try:
-        with av.open(str(path), "w", format=container) as out:
+        with av.open(str(path), "w", format="nut") as out:
             stream = out.add_stream(name, rate=FPS, options=dict(CODEC_OPTIONS.get(name, {})))
             stream.width, stream.height, stream.pix_fmt, stream.gop_size = width, height, pixels, 12
-            stream.bit_rate = 60_000_000 if name == "dnxhd" else 4_000_000
+            stream.bit_rate, stream.codec_context.flags = 4_000_000, Flags.global_header
             if name in B_FRAMES:
                 stream.codec_context.max_b_frames = 2
             for i in range(FRAMES):
@@ -86,6 +89,20 @@ def write(path: Path, container: str, name: str) -> bool:
                 frame.pts, frame.time_base = i, Fraction(1, FPS)
                 out.mux(stream.encode(frame))
             out.mux(stream.encode(None))
+    except (av.FFmpegError, ValueError, OverflowError):
+        return False
+    return shown(path) == list(range(FRAMES))
+
+
+def put(encoded: Path, path: Path, container: str) -> bool:
+    """Puts encoded frames into a container; false if it does not take them."""
+    try:
+        with av.open(str(encoded)) as source, av.open(str(path), "w", format=container) as out:
+            stream = out.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    out.mux(packet)
     except (av.FFmpegError, ValueError, OverflowError):
         return False
     return path.is_file() and path.stat().st_size > 0
@@ -97,12 +114,19 @@ def shown(path: Path) -> list[int] | None:
     try:
         with av.open(str(path)) as file:
             for frame in file.decode(video=0):
-                out = io.BytesIO()
-                Image.fromarray(frame.to_ndarray(format="rgb24")).save(out, "BMP")
-                numbers.append(frame_number(out.getvalue()))
+                rows = frame.to_ndarray(format="gray")[3 * frame.height // 4]
+                middles = rows[frame.width // 16 :: frame.width // 8][:8]
+                numbers.append(sum(1 << bit for bit, light in enumerate(middles) if light > 128))
     except (av.FFmpegError, ValueError, IndexError):
         return None
     return numbers
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A file of numbered frames for each codec."""
+    folder = tmp_path_factory.mktemp("encoded")
+    return {name: folder / name for name in encoders() if encode(folder / name, name)}
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +140,13 @@ CHECKED: set[tuple[str, str]] = set()
 
 
 @pytest.mark.parametrize("container", containers())
-def test_each_frame_is_the_one_shown_at_its_time(container: str, tmp_path: Path, process: DecoderProcess) -> None:
+def test_each_frame_is_the_one_shown_at_its_time(
+    container: str, encoded: dict[str, Path], tmp_path: Path, process: DecoderProcess
+) -> None:
     wrong = {}
-    for codec in encoders():
+    for codec, source in encoded.items():
         path = tmp_path / f"video-{codec}"
-        if not write(path, container, codec) or shown(path) != list(range(FRAMES)):
+        if (container, codec) in NOT_CARRIED or not put(source, path, container) or shown(path) != list(range(FRAMES)):
             continue
         CHECKED.add((container, codec))
         done = process.decode(str(path))
