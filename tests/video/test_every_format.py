@@ -35,7 +35,19 @@ NOT_VIDEO = {
         "image2pipe",
     ),
     *("webm_dash_manifest", "null", "framecrc", "framehash", "framemd5", "streamhash", "hash", "md5", "crc", "data"),
-    *("uncodedframecrc", "mkvtimestamp_v2", "ffmetadata", "rawvideo", "asf_stream", "a64", "vidc", "fits"),
+    *(
+        "uncodedframecrc",
+        "mkvtimestamp_v2",
+        "ffmetadata",
+        "rawvideo",
+        "asf_stream",
+        "a64",
+        "vidc",
+        "fits",
+        "oga",
+        "opus",
+        "spx",
+    ),
 }
 """Outputs that are no file, no container of ours to read (playlists, bare pixels), or cannot be opened again."""
 
@@ -73,12 +85,12 @@ def containers() -> Iterator[str]:
 
 
 def encode(path: Path, name: str) -> bool:
-    """Encodes the numbered frames once, into a container that holds everything; false if the codec cannot."""
+    """Encodes the numbered frames once, into a container that holds nearly everything; false if that fails."""
     formats = [f.name for f in av.codec.Codec(name, "w").video_formats or ()]
     pixels = next((p for p in PIXELS if p in formats), formats[0] if formats else "yuv420p")
     width, height = SIZES.get(name, (96, 64))
     try:
-        with av.open(str(path), "w", format="nut") as out:
+        with av.open(str(path), "w", format="matroska" if name == "libsvtav1" else "nut") as out:
             stream = out.add_stream(name, rate=FPS, options=dict(CODEC_OPTIONS.get(name, {})))
             stream.width, stream.height, stream.pix_fmt, stream.gop_size = width, height, pixels, 12
             stream.bit_rate, stream.codec_context.flags = 4_000_000, Flags.global_header
@@ -99,6 +111,7 @@ def put(encoded: Path, path: Path, container: str) -> bool:
     try:
         with av.open(str(encoded)) as source, av.open(str(path), "w", format=container) as out:
             stream = out.add_stream_from_template(source.streams.video[0])
+            stream.time_base = Fraction(1, FPS)
             for packet in source.demux(video=0):
                 if packet.size:
                     packet.stream = stream
