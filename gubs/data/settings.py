@@ -28,10 +28,10 @@ class SourceSettings(Section):
     """Share of malformed rows above which a file is refused."""
     columns: dict[str, str | dict[str, str]] = Field(default_factory=dict)
     """`logs` only: our column name -> its name in your files, where they differ; for one table only with the table's
-    name before it: `columns.videos.duration_s=length`."""
+    name before it: `source.columns.videos.duration_s=length`."""
     units: dict[str, str | dict[str, str]] = Field(default_factory=dict)
-    """`logs` only: unit of a column, if its name does not tell: `units.watch=ms`, `units.videos.duration=min`,
-    `units.play_rate=percent`."""
+    """`logs` only: unit of a column, if its name does not tell: `source.units.watch=ms`,
+    `source.units.videos.duration=min`, `source.units.play_rate=percent`."""
     nulls: tuple[str, ...] = NULLS
     """`logs` only: words that mean that a value is missing, in any case; titles are free text and keep them."""
     separators: str = SEPARATORS
