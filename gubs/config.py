@@ -5,6 +5,7 @@ frozen; every field has its unit and, where the paper fixes it, the paper's valu
 """
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -141,11 +142,12 @@ def _sections(section: BaseModel, path: str = "", about: str = "") -> Iterator[t
 
 def _row(section: BaseModel, name: str, text: str) -> str:
     value, kind = section.model_dump(mode="json")[name], type(section).model_fields[name].annotation
-    written = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+    written = yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
     default = f"`{written}`" if value != "" else "empty"
     if get_origin(kind) is Literal:
         text = f"{text} One of {', '.join(f'`{c}`' for c in get_args(kind))}.".lstrip()
-    return f"| `{name}` | {default} | " + text.replace("|", "\\|") + " |"
+    cells = (f"`{name}`", default, text)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _read_preset(preset: str) -> JsonObject:

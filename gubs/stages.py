@@ -170,9 +170,10 @@ STAGES: tuple[Stage, ...] = (
         doing="decode videos",
         reads=("ifvr", "videos"),
         settings=("frames", "-frames.timeout_s", "-frames.max_memory_mb", "-frames.workers", "-frames.store"),
-        sections=("frames",),
+        outside=(("video files", "gubs.video.frames:files_identity"),),
+        sections=("frames", "source"),
         page="gubs.report.data:write_page",
-        version=2,
+        version=3,
     ),
     Stage(
         "profiles",

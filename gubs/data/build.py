@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gubs.artifacts import StageJob
-from gubs.data.filters import apply_filters
+from gubs.console import say
+from gubs.data.filters import apply_filters, shrinkage
 from gubs.data.ingest import row_counts
 from gubs.data.settings import FilterSettings, SplitSettings
 from gubs.data.splits import split
@@ -26,7 +27,7 @@ def make(job: StageJob, filters: FilterSettings, splits: SplitSettings, seed: in
         raise InputError(
             f"no interaction passes the filters:\n{rows}\nLower filters.min_video_views or filters.min_user_exposures."
         )
-    counts = [asdict(step) for step in steps]
+    counts, notes = [asdict(step) for step in steps], shrinkage(steps, filters)
     result = split(interactions, splits, seed)
     with job.writing() as out:
         out.write_table("interactions", result.interactions)
@@ -34,8 +35,10 @@ def make(job: StageJob, filters: FilterSettings, splits: SplitSettings, seed: in
         out.write_table("users", _used(raw.table("users"), "user_id", result.interactions))
         out.write_table("videos", _used(raw.table("videos"), "video_id", result.interactions))
         out.write_table("filter_steps", pa.Table.from_pylist(counts))
-        out.info = {"splits": result.report, "filter_steps": counts}
+        out.info = {"splits": result.report, "filter_steps": counts, "notes": notes}
         out.summary = row_counts(out.tables)
+    for note in notes:
+        say(f"         note: {note}")
     return out.summary
 
 

@@ -4,9 +4,10 @@ Plain functions over tables: no Ray, no files. A filter that needs columns which
 note.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +51,45 @@ def apply_filters(interactions: pa.Table, settings: FilterSettings) -> tuple[pa.
             interactions, step = _apply_criterion(criterion, interactions, settings.noise_scope)
             steps.append(step)
     return _minimum_counts(interactions, settings, steps), steps
+
+
+NEARLY_EMPTY = 0.05
+"""Share of the users or videos below which what the filters leave is worth a warning."""
+
+
+def shrinkage(steps: list[FilterStep], settings: FilterSettings) -> list[str]:
+    """A warning if hardly any users, or hardly any videos, are left: which filter removed most, and its setting."""
+    return [
+        _warning(steps, kind, settings)
+        for kind in ("users", "videos")
+        if getattr(steps[-1], kind) < NEARLY_EMPTY * getattr(steps[0], kind)
+    ]
+
+
+def _warning(steps: list[FilterStep], kind: str, settings: FilterSettings) -> str:
+    before, after = getattr(steps[0], kind), getattr(steps[-1], kind)
+    lost = Counter[str]()
+    for previous, step in pairwise(steps):
+        lost[step.name.partition(_ROUND)[0]] += getattr(previous, kind) - getattr(step, kind)
+    name, removed = lost.most_common(1)[0]
+    also = [f"'{other}' {n:,}" for other, n in lost.most_common()[1:] if n > 0]
+    rest = f" ({', '.join(also)})" if also else ""
+    return (
+        f"Only {after:,} of {before:,} {kind} are left after the filters. '{name}' removed {removed:,} of them{rest}; "
+        f"its setting is {_settings_by_filter(settings)[name]}."
+    )
+
+
+def _settings_by_filter(settings: FilterSettings) -> dict[str, str]:
+    """The setting that decides each filter, by the filter's name."""
+    operations, gap, stay = (criterion.name for criterion in _noise_criteria(settings))
+    return {
+        operations: f"filters.noise={str(settings.noise).lower()}",
+        gap: f"filters.max_gap_s={settings.max_gap_s:g}",
+        stay: f"filters.noise={str(settings.noise).lower()}",
+        _views_filter(settings): f"filters.min_video_views={settings.min_video_views}",
+        _exposures_filter(settings): f"filters.min_user_exposures={settings.min_user_exposures}",
+    }
 
 
 def has_operations(table: pa.Table) -> Mask:
@@ -121,15 +161,26 @@ def _minimum_counts(table: pa.Table, settings: FilterSettings, steps: list[Filte
     for number in count(1):
         by_video = table.filter(pa.array(_often_viewed(table, views)))
         by_user = by_video.filter(pa.array(_often_exposed(by_video, exposures)))
-        suffix = f", round {number}" if number > 1 else ""
+        suffix = f"{_ROUND} {number}" if number > 1 else ""
         stable = by_user.num_rows == table.num_rows
         if number == 1 or not stable:
-            steps.append(_step(f"videos with at least {views} views{suffix}", table, by_video))
-            steps.append(_step(f"click users with at least {exposures} exposures{suffix}", by_video, by_user))
+            steps.append(_step(f"{_views_filter(settings)}{suffix}", table, by_video))
+            steps.append(_step(f"{_exposures_filter(settings)}{suffix}", by_video, by_user))
         if stable or not settings.fixed_point:
             break
         table = by_user
     return by_user
+
+
+_ROUND = ", round"
+
+
+def _views_filter(settings: FilterSettings) -> str:
+    return f"videos with at least {settings.min_video_views} views"
+
+
+def _exposures_filter(settings: FilterSettings) -> str:
+    return f"click users with at least {settings.min_user_exposures} exposures"
 
 
 def _often_viewed(table: pa.Table, minimum: int) -> Mask:

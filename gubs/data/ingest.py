@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from gubs.artifacts import StageJob, TableInfo, fingerprint_files
+from gubs.artifacts import StageJob, TableInfo, fingerprint, fingerprint_files
 from gubs.console import say
 from gubs.data.settings import SourceSettings
 from gubs.data.sources import SourceTables, read_source
+from gubs.data.sources.logs import companions
+from gubs.data.sources.media import videos_identity
 from gubs.errors import InputError
 
 _TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".dat", ".data", ".item", ".user", ".gz")
@@ -23,18 +25,23 @@ def make(job: StageJob, source: SourceSettings) -> str:
 
 
 def source_identity(source: SourceSettings) -> str:
-    """Hash of the contents of the source's files.
+    """Hash of the contents of the source's tables, and of the names in `source.videos_dir`.
 
     Raises:
-        InputError: the path does not exist or holds no data file.
+        InputError: the path does not exist or holds no data file, or the folder of videos does not exist.
     """
     path = Path(source.path)
     if not path.exists():
         raise InputError(f"source.path={path}: no such file or folder")
     files = [path] if path.is_file() else [p for p in path.iterdir() if p.is_file() and p.suffix in _TABLE_SUFFIXES]
+    if path.is_file() and source.kind == "logs":
+        files += companions(path)
     if not files:
         raise InputError(f"source.path={path}: no data file in it (looked for {', '.join(_TABLE_SUFFIXES)})")
-    return fingerprint_files(files)
+    tables = fingerprint_files(files)
+    if not source.videos_dir:
+        return tables
+    return fingerprint("source", [tables, videos_identity(source.videos_dir, contents=False)])
 
 
 def write_raw(job: StageJob, tables: SourceTables) -> str:

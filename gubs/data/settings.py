@@ -6,6 +6,15 @@ from pydantic import Field, model_validator
 
 from gubs.section import Section
 
+NULLS = (
+    *("nan", "null", "none", "na", "n/a", "nil", "nat", "undefined", "(null)", "<na>", "#n/a", "#na", "<null>"),
+    *("\\N", "-", "--"),
+)
+"""Words for a missing value, as data frames, databases and spreadsheets write them."""
+
+SEPARATORS = "|;,"
+"""Separators of lists, strongest first."""
+
 
 class SourceSettings(Section):
     """The source of logs and videos."""
@@ -17,8 +26,16 @@ class SourceSettings(Section):
     """Folder of video files, if the source's table names none; a file's stem is the id of its video."""
     max_bad_rows: float = Field(0.01, ge=0, le=1)
     """Share of malformed rows above which a file is refused."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """`logs` only: our column name -> its name in your files, where they differ."""
+    columns: dict[str, str | dict[str, str]] = Field(default_factory=dict)
+    """`logs` only: our column name -> its name in your files, where they differ; for one table only with the table's
+    name before it: `source.columns.videos.duration_s=length`."""
+    units: dict[str, str | dict[str, str]] = Field(default_factory=dict)
+    """`logs` only: unit of a column, if its name does not tell: `source.units.watch=ms`,
+    `source.units.videos.duration=min`, `source.units.play_rate=percent`."""
+    nulls: tuple[str, ...] = NULLS
+    """`logs` only: words that mean that a value is missing, in any case; titles are free text and keep them."""
+    separators: str = SEPARATORS
+    """`logs` only: characters that separate the tags of a cell, strongest first; the first that the cell has counts."""
 
     @model_validator(mode="after")
     def _has_a_path(self) -> "SourceSettings":

@@ -2,14 +2,16 @@
 
 The rule for times: the decodable span, from the first frame's time to the end of the last, is divided into `count`
 equal segments, and each gives the frame shown at its middle. A video with no more than `count` frames gives all of
-them, the last one twice if their number is odd.
+them, the last one twice if their number is odd. If the resolution changes within a video, all frames get the size of
+the first.
 
 PyAV decodes H.264, the most common codec, after one pass that scans the packets and keeps them in memory; it skips what
 no requested frame depends on (whole groups before a clean keyframe, and pictures to which no other refers). decord
 decodes other codecs if it can be trusted: it seeks to a keyframe and counts frames from there, so it silently returns
 wrong frames if a keyframe is no clean entry point (open groups of pictures, intra refresh) or if packets have no times
 (MPEG-TS and PS). The scan detects these; PyAV, which can check each frame's time, decodes them instead. If anything
-looks damaged, PyAV decodes the file again, strictly and from front to back.
+looks damaged, or packets have times of decoding only (B-frames in AVI), PyAV decodes the file again, strictly and from
+front to back: decoders give frames in the order in which they are shown, whatever their times say.
 """
 
 import io
@@ -22,7 +24,9 @@ from itertools import islice, pairwise
 from typing import BinaryIO, cast
 
 import av
+import numpy as np
 from av.container import InputContainer
+from av.sidedata.sidedata import SideData
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
@@ -30,13 +34,28 @@ from PIL import Image
 
 from gubs.video.decoded import Decoded, DecodeOptions, Verdict
 from gubs.video.file import Unfit, fd_path, opened, refuse_encrypted_matroska, refuse_text
-from gubs.video.scan import Scan, container_of, error_count, packets_of, prepare, reason, scan_packets, video_stream
+from gubs.video.scan import (
+    MATROSKA,
+    MOV,
+    Scan,
+    container_of,
+    error_count,
+    packets_of,
+    prepare,
+    reason,
+    refuse_still_picture,
+    scan_packets,
+    video_stream,
+)
 
 GRID = 28
 """Sides are multiples of this: Qwen2.5-VL's patch of 14, merged two by two."""
 
-_EXACT_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"}
+_EXACT_FORMATS = {MOV, MATROSKA, "avi"}
 """Containers with an index, in which seeks have proved exact."""
+
+_DECORD_CODECS = {"vp8", "libvpx", "vp9", "libvpx-vp9", "mpeg4", "hevc"}
+"""Codecs that decord decodes exactly. It gives wrong frames of H.263 and RPZA, and does not know newer ones."""
 
 _SEEK_WORTH = 64
 """Number of packets to skip above which a seek pays off."""
@@ -84,19 +103,29 @@ def decode(
         return Decoded(Verdict.TOO_LARGE, f"out of memory: {reason(e)}")
 
 
-def sample(pts: Sequence[int], count: int) -> list[int]:
+def sample(pts: Sequence[int], end: Fraction | int, count: int) -> list[int]:
     """Indices of the frames to take, by the rule of this module.
 
     Args:
         pts: times of the frames in any unit, ascending.
+        end: when the last frame ceases to be shown.
         count: number of frames to take, even.
     """
     n = len(pts)
     if n <= count:
         return [*range(n), *([n - 1] if n % 2 else [])]
-    first, length = pts[0], pts[-1] - pts[0]
-    middles = (first + (2 * k + 1) * length * n // (2 * count * (n - 1)) for k in range(count))
+    middles = (pts[0] + Fraction(2 * k + 1, 2 * count) * (end - pts[0]) for k in range(count))
     return [bisect_right(pts, m) - 1 for m in middles]
+
+
+def _end(pts: Sequence[int], scan: Scan) -> Fraction | int:
+    """When the last frame ceases to be shown; it counts as long as the average frame if the file does not tell."""
+    if scan.end is not None and scan.end > pts[-1]:
+        return scan.end
+    step = (
+        Fraction(pts[-1] - pts[0], len(pts) - 1) if len(pts) > 1 else 1 / (Fraction(scan.rate or 25) * scan.time_base)
+    )
+    return pts[-1] + step
 
 
 def target_size(width: int, height: int, min_pixels: int, max_pixels: int) -> Size:
@@ -132,6 +161,8 @@ class _VideoFile:
         self.file, self.options, self.stderr_size, self.loading = file, options, stderr_size, loading
         self.reformatter = VideoReformatter()
         self.pixel_aspect = 1.0
+        self.display_size: Size | None = None
+        """Size of the first frame as players show it; it decides the size of all frames."""
 
     def decode(self) -> Decoded:
         """Scans, then takes the frames the fast way, or the strict way if anything is wrong."""
@@ -141,13 +172,13 @@ class _VideoFile:
             pts = sorted(p for p in scan.pts if p is not None)
             sound = scan.damage is None and scan.timed
             if sound and scan.packets is not None:
-                indices = sample(pts, self.options.count)
+                indices = sample(pts, _end(pts, scan), self.options.count)
                 times = [pts[0], *(pts[i] for i in indices)]
                 images = self._frames_at(times, _needed_frames(stream, scan, times))
                 return self._pack(scan, pts, indices, images, "pyav") if images else self._strictly(scan)
         if not sound or scan.first is None:
             return self._strictly(scan)
-        indices = sample(pts, self.options.count)
+        indices = sample(pts, _end(pts, scan), self.options.count)
         cover = self._shrink(scan.first)
         images, decoder = self._with_decord(scan, indices, cover.size), "decord"
         if images is None:
@@ -162,9 +193,10 @@ class _VideoFile:
         self.pixel_aspect = float(stream.sample_aspect_ratio or 1)
         # In other formats the two fields of a picture may come in separate packets.
         exact = stream.codec_context.name == "h264" and container.format.name in _EXACT_FORMATS
-        scan = scan_packets(container, stream, keep=exact and container.size <= _KEPT_BYTES)
+        scan = scan_packets(self.file, container, stream, keep=exact and container.size <= _KEPT_BYTES)
         if not scan.pts:
             raise Unfit(Verdict.UNDECODABLE, f"0 frames of {scan.declared} ({scan.damage or 'no packets'})")
+        refuse_still_picture(self.file, scan)
         if scan.first is not None:
             self._refuse_giant(scan.first.width, scan.first.height)
         return scan
@@ -180,7 +212,7 @@ class _VideoFile:
         errors = error_count()
         try:
             for frame in frames:
-                if frame.is_corrupt:
+                if frame.is_corrupt or any(t > cast(int, frame.pts) for t in images):
                     return None
                 self._refuse_giant(frame.width, frame.height)
                 images[cast(int, frame.pts)] = self._shrink(frame)
@@ -195,6 +227,9 @@ class _VideoFile:
     def _with_decord(self, scan: Scan, indices: list[int], size: Size) -> list[Image.Image] | None:
         """The frames by decord; None if it cannot be trusted, fails, or reports errors."""
         if not (scan.only_stream and scan.format in _EXACT_FORMATS and scan.clean_seeks and not scan.hidden):
+            return None
+        turn = _orientation(scan.first) if scan.first is not None else None
+        if scan.codec not in _DECORD_CODECS or not (turn is None or (scan.format == MOV and turn in _TURNS.values())):
             return None
         with self.loading():
             import decord
@@ -214,14 +249,17 @@ class _VideoFile:
 
     def _strictly(self, scan: Scan) -> Decoded:
         """Decodes everything and takes the frames from those without damage."""
+        self.display_size = None
         problems = [scan.damage] if scan.damage else []
         times = [frame.pts for frame in self._clean_frames(problems)]
         if not times:
             raise Unfit(Verdict.UNDECODABLE, f"0 frames of {self._declared(scan)} ({'; '.join(problems[:2])})")
-        pts = [t for t in times if t is not None]
-        if len(pts) < len(times) or any(a >= b for a, b in pairwise(pts)):  # the times are useless: count instead
+        pts = _times_in_order(times, scan)
+        if scan.raw or pts is None:
             pts, scan.time_base = list(range(len(times))), 1 / Fraction(scan.rate or 25).limit_denominator(10**6)
-        indices = sample(pts, self.options.count)
+            scan.end = None
+            scan.pts = list(pts) if scan.raw and not problems else scan.pts  # some of its packets hold no picture
+        indices = sample(pts, _end(pts, scan), self.options.count)
         selected = {0, *indices}
         frames = enumerate(islice(self._clean_frames([]), max(selected) + 1))
         small = {i: self._shrink(f) for i, f in frames if i in selected}
@@ -262,18 +300,16 @@ class _VideoFile:
                         yield frame
 
     def _shrink(self, frame: VideoFrame) -> Image.Image:
-        """The frame upright, with square pixels, at the target size."""
-        display_size = _display_size(frame, self.pixel_aspect)
-        width, height = target_size(*display_size, self.options.min_pixels, self.options.max_pixels)
-        turn = _quarter_turns(frame)
-        size = (height, width) if turn % 180 else (width, height)
+        """The frame upright, with square pixels, at the target size of the first frame."""
+        turn = _orientation(frame)
+        if self.display_size is None:
+            self.display_size = _display_size(frame, self.pixel_aspect, turn)
+        width, height = target_size(*self.display_size, self.options.min_pixels, self.options.max_pixels)
+        size = (height, width) if turn in _SIDEWAYS else (width, height)
         small = self.reformatter.reformat(frame, *size, format="rgb24", interpolation="BILINEAR", threads=1)
         plane = small.planes[0]
         image = Image.frombytes("RGB", size, bytes(plane), "raw", "RGB", plane.line_size, 1)
-        if turn:
-            image = image.rotate(turn, expand=True)
-        image.info["display_size"] = display_size
-        return image
+        return image if turn is None else image.transpose(turn)
 
     def _pack(
         self, scan: Scan, pts: Sequence[int], indices: list[int], images: list[Image.Image], decoder: str
@@ -281,7 +317,7 @@ class _VideoFile:
         n, seconds = len(pts), float(scan.time_base)
         cover, *frames = images
         jpegs = {i: self._jpeg(image) for i, image in dict(zip(indices, frames, strict=True)).items()}
-        step = (pts[-1] - pts[0]) / (n - 1) if n > 1 else 1 / (scan.rate or 25) / seconds
+        assert self.display_size is not None
         declared = self._declared(scan) or n
         partial = n < declared
         return Decoded(
@@ -292,9 +328,9 @@ class _VideoFile:
             times_s=[(pts[i] - pts[0]) * seconds for i in indices],
             width=cover.width,
             height=cover.height,
-            source_width=cover.info["display_size"][0],
-            source_height=cover.info["display_size"][1],
-            duration_s=(pts[-1] - pts[0] + step) * seconds,
+            source_width=self.display_size[0],
+            source_height=self.display_size[1],
+            duration_s=float(_end(pts, scan) - pts[0]) * seconds,
             declared_frames=declared,
             decodable_frames=n,
             decoder=decoder,
@@ -307,6 +343,23 @@ class _VideoFile:
         out = io.BytesIO()
         image.save(out, "JPEG", quality=self.options.quality)
         return out.getvalue()
+
+
+def _times_in_order(times: Sequence[int | None], scan: Scan) -> list[int] | None:
+    """Ascending times of frames that were decoded in this order; None if they are useless.
+
+    If they come from times of decoding, the first frame is shown at the first of these, the second at the second, and
+    so on.
+    """
+    pts = [t for t in times if t is not None]
+    if len(pts) < len(times) or len(set(pts)) < len(pts):
+        return None
+    dts = sorted(t for t in scan.dts if t is not None)
+    decoding = scan.without_pts or any(a > b for a, b in pairwise(pts))
+    if not decoding or len(set(dts)) != len(pts):
+        return sorted(pts)
+    scan.end = scan.end and scan.end - max(pts) + dts[-1]
+    return dts
 
 
 def _needed_frames(stream: VideoStream, scan: Scan, times: Sequence[int]) -> Iterator[VideoFrame]:
@@ -367,13 +420,48 @@ def _parts(scan: Scan, times: Sequence[int]) -> list[tuple[int | None, list[int]
     return [part for part in parts if part[1]]
 
 
-def _display_size(frame: VideoFrame, pixel_aspect: float) -> Size:
+_Turn = Image.Transpose
+_TURNS = {90: _Turn.ROTATE_90, 180: _Turn.ROTATE_180, 270: _Turn.ROTATE_270}
+_SIDEWAYS = {_Turn.ROTATE_90, _Turn.ROTATE_270, _Turn.TRANSPOSE, _Turn.TRANSVERSE}
+_UPRIGHT: dict[tuple[bool, bool], _Turn | None] = {
+    (True, True): None,
+    (False, True): _Turn.FLIP_LEFT_RIGHT,
+    (True, False): _Turn.FLIP_TOP_BOTTOM,
+    (False, False): _Turn.ROTATE_180,
+}
+"""Signs of a and d of a display matrix, if it has no other entries."""
+_TURNED = {
+    (True, True): _Turn.TRANSPOSE,
+    (True, False): _Turn.ROTATE_270,
+    (False, True): _Turn.ROTATE_90,
+    (False, False): _Turn.TRANSVERSE,
+}
+"""Signs of b and c of a display matrix, if it has no other entries."""
+_SKEW = 0.02
+"""Share of the other entries up to which a matrix counts as a quarter turn."""
+
+
+def _display_size(frame: VideoFrame, pixel_aspect: float, turn: _Turn | None) -> Size:
     """Width and height as players show them."""
     stretch = pixel_aspect if 0.1 < pixel_aspect < 10 else 1.0
     width, height = max(1, round(frame.width * stretch)), frame.height
-    return (height, width) if _quarter_turns(frame) % 180 else (width, height)
+    return (height, width) if turn in _SIDEWAYS else (width, height)
 
 
-def _quarter_turns(frame: VideoFrame) -> int:
-    """Degrees to turn the frame anticlockwise; only quarter turns, as in players."""
-    return frame.rotation % 360 if frame.rotation % 90 == 0 else 0
+def _orientation(frame: VideoFrame) -> _Turn | None:
+    """How the frame is to be turned or mirrored; only quarter turns, as in players.
+
+    A display matrix moves the point (x, y) to (a x + c y, b x + d y), with y downwards.
+    """
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV knows not all types of side data, such as EXIF, and refuses them all if there is another
+        return _TURNS.get(frame.rotation % 360)
+    if matrix is None:
+        return None
+    a, b, _, c, d = np.frombuffer(bytes(cast(SideData, matrix)), "=i4")[:5].tolist()
+    if max(abs(b), abs(c)) <= _SKEW * min(abs(a), abs(d)):
+        return _UPRIGHT[a > 0, d > 0]
+    if max(abs(a), abs(d)) <= _SKEW * min(abs(b), abs(c)):
+        return _TURNED[b > 0, c > 0]
+    return None

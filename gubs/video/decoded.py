@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from gubs.video.settings import FrameSettings
 
-DECODER_VERSION = 2
+DECODER_VERSION = 3
 """Raise it when the same settings give other pixels than before."""
 
 

@@ -88,6 +88,55 @@ def refuse_encrypted_matroska(file: BinaryIO) -> None:
             raise Unfit(Verdict.ENCRYPTED, "its video track has ContentEncryption")
 
 
+def is_whole(file: BinaryIO, container: str) -> bool:
+    """Whether a file is as long as its container says; false if that is not known.
+
+    Args:
+        file: the file.
+        container: FFmpeg's name of its format.
+    """
+    check = {"matroska,webm": _is_whole_matroska, "avi": _is_whole_riff, "flv": _is_whole_flv, "asf": _is_whole_asf}
+    return container in check and check[container](file.fileno(), os.fstat(file.fileno()).st_size)
+
+
+def _is_whole_riff(fd: int, size: int) -> bool:
+    end = 0
+    while end < size and os.pread(fd, 4, end) == b"RIFF":
+        length = int.from_bytes(os.pread(fd, 4, end + 4), "little")
+        if not length:  # its writer was stopped
+            return False
+        end += 8 + length
+    return 0 < end <= size
+
+
+def _is_whole_flv(fd: int, size: int) -> bool:
+    """Whether the file ends with a whole tag, behind which its length is repeated."""
+    length = int.from_bytes(os.pread(fd, 4, size - 4), "big")
+    if not 11 < length < size - 4:
+        return False
+    return int.from_bytes(os.pread(fd, 3, size - 4 - length + 1), "big") + 11 == length
+
+
+_ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+
+
+def _is_whole_asf(fd: int, size: int) -> bool:
+    head = os.pread(fd, 1 << 16, 0)
+    at = head.find(_ASF_FILE_PROPERTIES)
+    return at >= 0 and 0 < int.from_bytes(head[at + 40 : at + 48], "little") <= size
+
+
+def _is_whole_matroska(fd: int, file_size: int) -> bool:
+    """Whether the file holds all of its first segment."""
+    data = os.pread(fd, _EBML_HEAD, 0)
+    position = 0
+    for _ in range(2):  # the header, then the segment
+        ident, start = _ebml_number(data, position, keep_marker=True)
+        size, start = _ebml_number(data, start, keep_marker=False)
+        position = start + size
+    return ident == _SEGMENT and size != len(data) and position <= file_size
+
+
 def _elements(data: bytes, span: _Span, *path: int) -> Iterator[_Span]:
     """Spans of the elements inside data[span] that have this path of element ids."""
     start, end = span

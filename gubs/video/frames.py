@@ -21,6 +21,8 @@ import pyarrow as pa
 from gubs.artifacts import StageJob
 from gubs.console import progress
 from gubs.data.ifvr import IFVR
+from gubs.data.settings import SourceSettings
+from gubs.data.sources.media import videos_identity
 from gubs.errors import PlatformError
 from gubs.ray_runtime import beside_driver
 from gubs.video.claims import Claims
@@ -124,7 +126,16 @@ def extract_frames(
     return summary, table
 
 
-def make(job: StageJob, frames: FrameSettings) -> str:
+def files_identity(source: SourceSettings, **_: object) -> str:
+    """Identity of the files in `source.videos_dir`; empty if there is none. Other videos belong to a stage of the run.
+
+    Raises:
+        InputError: the folder is missing.
+    """
+    return videos_identity(source.videos_dir, contents=True) if source.videos_dir else ""
+
+
+def make(job: StageJob, frames: FrameSettings, **_: object) -> str:
     """Decodes the video files of the data set (table frames); returns a summary.
 
     With `job.force`, videos that timed out, crashed or were too large are decoded again.

@@ -5,21 +5,26 @@ attached pictures, rotation. One pass over the packets shows whether decord's re
 """
 
 import logging
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 from typing import BinaryIO
 
 import av
 import av.logging
+import numpy as np
 from av.container import InputContainer
+from av.format import Flags
 from av.stream import Disposition, Stream
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from gubs.video.decoded import Verdict
-from gubs.video.file import Unfit, fd_path
+from gubs.video.file import Unfit, fd_path, is_whole
 
 _PLAYLISTS_AND_TEXT = {
     *("hls", "dash", "concat", "sdp", "rtsp", "rtp", "sap", "hds", "smoothstreaming", "webm_dash_manifest", "imf"),
@@ -30,11 +35,16 @@ _PLAYLISTS_AND_TEXT = {
 
 _ALLOWED_FORMATS = ",".join(sorted(av.formats_available - _PLAYLISTS_AND_TEXT))
 _ENCRYPTED_TAGS = {"encv", "drmi", "drms", "drmt"}
+_STILL_BRANDS = {b"avif", b"heic", b"heix", b"heim", b"heis", b"mif1"}
+_PICTURE_FORMATS = {"gif", "apng", "mjpeg", "ico"}
+"""Formats of animations whose files hold a picture if they have a single frame."""
+MOV, MATROSKA = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"
 av.logging.set_level(av.logging.ERROR)
 logging.getLogger("libav").addHandler(logging.NullHandler())
 logging.getLogger("libav").propagate = False  # its errors are read file by file instead
 
 _END_TOLERANCE_S = 1.0
+_DURATION_TAG = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 
 
 @contextmanager
@@ -52,7 +62,21 @@ def container_of(file: BinaryIO) -> Iterator[InputContainer]:
             raise
         raise Unfit(Verdict.UNDECODABLE, reason(e)) from None
     with container:
+        if container.format.name.endswith("_pipe"):
+            raise Unfit(Verdict.UNDECODABLE, f"a picture ({container.format.name.removesuffix('_pipe')}), not a video")
         yield container
+
+
+def refuse_still_picture(file: BinaryIO, scan: "Scan") -> None:
+    """Refuses a file with a single frame in a format for pictures.
+
+    Raises:
+        Unfit: undecodable.
+    """
+    head = os.pread(file.fileno(), 12, 0)
+    may_be_still = scan.format in _PICTURE_FORMATS or (head[4:8] == b"ftyp" and head[8:] in _STILL_BRANDS)
+    if may_be_still and len(scan.pts) + scan.hidden == 1:
+        raise Unfit(Verdict.UNDECODABLE, f"a picture ({scan.codec}), not a video")
 
 
 def reason(e: BaseException) -> str:
@@ -110,6 +134,8 @@ class Scan:
     """Frames that the file declares; 0 if it declares none."""
     pts: list[int | None] = field(default_factory=list)
     """Presentation times of the packets that are shown, in decoding order."""
+    dts: list[int | None] = field(default_factory=list)
+    """Their times of decoding."""
     keys: list[int] = field(default_factory=list)
     """Positions of keyframes in `pts`."""
     hidden: int = 0
@@ -122,14 +148,38 @@ class Scan:
     """Whether decoding from any keyframe gives the same frames as decoding from the start."""
     damage: str | None = None
     """The first error."""
+    reorders: bool = False
+    """Whether the codec may show frames in another order than it decodes them."""
+    raw: bool = False
+    """Whether the format is a bare stream without times; those that FFmpeg makes up are not used."""
+    end: int | None = None
+    """When the last frame ceases to be shown; None if the file does not tell."""
 
     @property
     def timed(self) -> bool:
-        """Whether each packet has a different time, so that frames can be selected by time."""
-        return bool(self.pts) and None not in self.pts and len(set(self.pts)) == len(self.pts)
+        """Whether each packet has the time at which its frame is shown, so that frames can be selected by time.
+
+        Some formats (AVI, ASF) have only times of decoding. These ascend from packet to packet, which times of showing
+        do not if frames change their order. What FFmpeg makes of them may leave a gap behind the first frame.
+        """
+        pts = [p for p in self.pts if p is not None]
+        if not pts or self.raw or len(set(pts)) < len(self.pts):
+            return False
+        if not self.reorders or len(pts) == 1:
+            return True
+        return any(a > b for a, b in pairwise(pts)) and not (self.without_pts and self._has_gaps(pts))
+
+    @property
+    def without_pts(self) -> bool:
+        """Whether the format holds times of decoding only."""
+        return self.format in {"avi", "asf"}
+
+    def _has_gaps(self, pts: list[int]) -> bool:
+        dts = sorted(t for t in self.dts if t is not None)
+        return len({p - d for p, d in zip(sorted(pts), dts, strict=False)}) > 1
 
 
-def scan_packets(container: InputContainer, stream: VideoStream, keep: bool = False) -> Scan:
+def scan_packets(file: BinaryIO, container: InputContainer, stream: VideoStream, keep: bool = False) -> Scan:
     """Reads all packets and decodes the first frame; with `keep` it keeps the packets instead.
 
     Raises:
@@ -144,11 +194,14 @@ def scan_packets(container: InputContainer, stream: VideoStream, keep: bool = Fa
         only_stream=len(container.streams.video) == 1,
         declared=stream.frames,
         packets=[] if keep else None,
+        reorders=context.reorder_depth > 0,
+        raw=bool(Flags(container.format.flags) & Flags.no_timestamps),
     )
     prepare(stream)
     nal_length = _nal_length(context.extradata) if scan.codec == "h264" else None
     tick_s = {s.index: float(s.time_base or 0) for s in container.streams}
     key_pts, end_s = None, 0.0
+    durations: list[int] = []
     errors = error_count()
     try:
         for packet in packets_of(container, *container.streams):
@@ -159,9 +212,7 @@ def scan_packets(container: InputContainer, stream: VideoStream, keep: bool = Fa
                 _decode_first(scan, packet)
             if packet.size == 0:
                 continue
-            if packet.is_keyframe and (
-                packet.has_sidedata("encryption_info") or packet.has_sidedata("encryption_init_info")
-            ):
+            if packet.is_keyframe and _is_encrypted(packet):
                 raise Unfit(Verdict.ENCRYPTED, "its packets are encrypted")
             if packet.is_corrupt:
                 scan.damage = scan.damage or f"packet {len(scan.pts)} is cut short"
@@ -178,15 +229,28 @@ def scan_packets(container: InputContainer, stream: VideoStream, keep: bool = Fa
             elif key_pts is not None and packet.pts is not None and packet.pts < key_pts:
                 scan.clean_seeks = False  # a picture before its keyframe depends on the previous group
             scan.pts.append(packet.pts)
+            scan.dts.append(packet.dts)
+            durations.append(packet.duration or 0)
     except av.FFmpegError as e:
         if isinstance(e, MemoryError):
             raise
         scan.damage = scan.damage or reason(e)
     if scan.damage is None and error_count() != errors:
-        last = av.logging.get_last_error()[1]
-        scan.damage = last[2].strip() if last else "FFmpeg reported an error"
-    _note_shortfall(scan, container, stream, end_s)
+        scan.damage = _last_error()
+    _note_shortfall(scan, file, container, stream, end_s)
+    pts = [p for p in scan.pts if p is not None]
+    if scan.damage is None and len(pts) == len(durations):
+        scan.end = _end(np.array(pts), np.array(durations), scan, container, stream)
     return scan
+
+
+def _is_encrypted(packet: av.Packet) -> bool:
+    return packet.has_sidedata("encryption_info") or packet.has_sidedata("encryption_init_info")
+
+
+def _last_error() -> str:
+    last = av.logging.get_last_error()[1]
+    return last[2].strip() if last else "FFmpeg reported an error"
 
 
 def packets_of(container: InputContainer, *streams: Stream) -> Iterator[av.Packet]:
@@ -206,9 +270,12 @@ def _decode_first(scan: Scan, packet: av.Packet) -> None:
         scan.first = next((f for f in frames if isinstance(f, VideoFrame)), None)
 
 
-def _note_shortfall(scan: Scan, container: InputContainer, stream: VideoStream, end_s: float) -> None:
+def _note_shortfall(scan: Scan, file: BinaryIO, container: InputContainer, stream: VideoStream, end_s: float) -> None:
     """Compares the packets with what the header declares."""
     present = len(scan.pts) + scan.hidden
+    whole = is_whole(file, scan.format)
+    if scan.format == "avi" and whole:
+        scan.declared = present  # an empty chunk, which shows the frame before again, is no packet
     if scan.declared:
         missing = scan.declared - present
         if missing > 0 and scan.damage is None and not _cut_short(container, stream):
@@ -218,9 +285,39 @@ def _note_shortfall(scan: Scan, container: InputContainer, stream: VideoStream, 
         return
     declared_s, start_s = (container.duration or 0) / 1e6, (container.start_time or 0) / 1e6
     lost_s = declared_s - (end_s - start_s)
-    if scan.rate and present and lost_s > max(_END_TOLERANCE_S, 0.05 * declared_s):
+    if scan.rate and present and lost_s > max(_END_TOLERANCE_S, 0.05 * declared_s) and not whole:
         scan.declared = present + round(lost_s * scan.rate)
         scan.damage = scan.damage or f"ends {lost_s:.1f} s before its {declared_s:.1f} s"
+
+
+def _end(
+    pts: np.ndarray, durations: np.ndarray, scan: Scan, container: InputContainer, stream: VideoStream
+) -> int | None:
+    """The end of the last frame by its packet's duration or by the stream's; None if neither can be believed."""
+    order = np.argsort(pts)
+    pts, durations = pts[order], durations[order]
+    last = by_packet = int(pts[-1])
+    known = durations[:-1] > 0
+    ratio = np.median(durations[:-1][known] / np.maximum(np.diff(pts)[known], 1)) if known.any() else 1.0
+    if ratio >= 2:  # some writers give durations in another unit, and sum them up
+        return None
+    if ratio > 0.5:  # else they are a default that the frames do not keep
+        by_packet += int(durations[-1])
+    declared = _declared_end(container, stream, scan.time_base) or 0
+    end = declared if scan.format == MOV and declared > last else max(by_packet, declared)
+    return end if end > last else None
+
+
+def _declared_end(container: InputContainer, stream: VideoStream, time_base: Fraction) -> int | None:
+    """The end of the stream by its header (after edit lists), in its time base; other streams may be longer."""
+    whole = container.duration and round(Fraction(container.duration, 10**6) / time_base)
+    if tag := _DURATION_TAG.fullmatch(stream.metadata.get("DURATION", "")):  # Matroska
+        hours, minutes, seconds = tag.groups()
+        end = round((int(hours) * 3600 + int(minutes) * 60 + Fraction(seconds)) / time_base)
+        return min(end, whole or end)
+    if stream.duration:
+        return (stream.start_time or 0) + stream.duration
+    return whole if len(container.streams) == 1 else None
 
 
 def _cut_short(container: InputContainer, stream: VideoStream) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gubs.data.filters import apply_filters, is_view
+from gubs.data.filters import apply_filters, is_view, shrinkage
 from gubs.data.settings import FilterSettings
 from gubs.records import SCHEMAS, conform
 
@@ -182,3 +182,27 @@ def test_the_fixed_point_is_the_largest_valid_set(rows, wanted):
 def test_tiny_tables(rows):
     kept, _ = apply_filters(table(*[view(i) for i in range(rows)]), FilterSettings())
     assert kept.num_rows == 0
+
+
+def test_a_nearly_empty_result_names_the_filter_and_its_setting():
+    rows = [view(0, user_id="fan", video_id="hit", exited_app=None)]
+    rows += [view(i, user_id=f"u{i}", video_id=f"v{i}", task="click", clicked=True) for i in range(1, 41)]
+    wanted = FilterSettings(min_video_views=1, min_user_exposures=30)
+    users, videos = shrinkage(apply_filters(table(*rows), wanted)[1], wanted)
+    assert users == (
+        "Only 1 of 41 users are left after the filters. 'click users with at least 30 exposures' removed 40 of them; "
+        "its setting is filters.min_user_exposures=30."
+    )
+    assert "1 of 41 videos" in videos
+    rare = FilterSettings(min_video_views=2, min_user_exposures=0)
+    assert "filters.min_video_views=2" in shrinkage(apply_filters(table(*rows), rare)[1], rare)[0]
+    noisy = FilterSettings(min_video_views=0, min_user_exposures=0)
+    skips = [view(i, user_id=f"u{i}", exited_app=i > 0) for i in range(40)]
+    [warning] = shrinkage(apply_filters(table(*skips), noisy)[1], noisy)
+    assert "'no app exit' removed 39 of them; its setting is filters.noise=true" in warning
+
+
+def test_a_result_of_some_size_is_no_warning():
+    rows = [view(i, user_id=f"u{i}", video_id=f"v{i % 2}") for i in range(20)]
+    assert shrinkage(apply_filters(table(*rows), FilterSettings(**LOOSE))[1], FilterSettings(**LOOSE)) == []
+    assert shrinkage(apply_filters(table(), FilterSettings())[1], FilterSettings()) == []

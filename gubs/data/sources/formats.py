@@ -20,6 +20,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
+from gubs.data.sources.columns import EXACT
 from gubs.errors import InputError
 
 BLOCK_BYTES = 8 << 20
@@ -113,6 +114,11 @@ def guess_encoding(path: Path) -> str:
     return "utf-8"
 
 
+def _refuse_repeated(where: str, names: list[str]) -> None:
+    if repeated := sorted({n for n in names if names.count(n) > 1}):
+        raise InputError(f"{where}: the header names column {repeated[0]!r} twice; rename one of them")
+
+
 @contextmanager
 def _readable(label: str, problem: str) -> Iterator[None]:
     """Turns errors of reading into an InputError that names the file."""
@@ -195,8 +201,7 @@ class Delimited(RawFile):
                 f"{self.label}: row 1: the header is not UTF-8 ({e.reason}); save the file as UTF-8"
             ) from None
         names = [n.strip() for n in next(csv.reader([line], delimiter=self._delimiter), [])]
-        if repeated := sorted({n for n in names if n and names.count(n) > 1}):
-            raise InputError(f"{self.label}: row 1: the header names column {repeated[0]!r} twice; rename one of them")
+        _refuse_repeated(f"{self.label}: row 1", [n for n in names if n])
         return [n or f"(unnamed {i})" for i, n in enumerate(names)]
 
     def batches(self, names: list[str]) -> Iterator[Batch]:  # noqa: ARG002
@@ -312,7 +317,9 @@ def _count(column: pa.Array, byte: bytes) -> np.ndarray:
 
 @dataclass
 class JsonLines(RawFile):
-    """One JSON object per line. Read by Arrow; if Arrow refuses the file, line by line, to find the bad lines."""
+    """One JSON object per line. Read by Arrow; line by line if Arrow refuses the file, to find the bad lines, or if it
+    cannot hold a number exactly.
+    """
 
     def __post_init__(self) -> None:
         self._line_numbers: np.ndarray | None = None
@@ -322,8 +329,9 @@ class JsonLines(RawFile):
 
     def _read_at_once(self) -> pa.Table | None:
         try:
-            with pa.input_stream(str(self.path), compression="detect") as stream:
-                table = pa_json.read_json(stream, pa_json.ReadOptions(use_threads=False, block_size=BLOCK_BYTES))
+            table = self._read_typed(None)
+            if (as_text := _dates_as_text(table.schema)) != table.schema:
+                table = self._read_typed(as_text)
             with pa.input_stream(str(self.path), compression="detect") as stream:
                 breaks, last = 0, b"\n"
                 while block := stream.read(BLOCK_BYTES):
@@ -331,7 +339,12 @@ class JsonLines(RawFile):
         except (pa.ArrowInvalid, OSError):
             return None
         one_per_line = table.num_rows == breaks + (last != b"\n")  # else blank lines would shift the numbers
-        return table if one_per_line and table.num_columns else None
+        return table if one_per_line and table.num_columns and not _has_rounded(table) else None
+
+    def _read_typed(self, schema: pa.Schema | None) -> pa.Table:
+        options = pa_json.ReadOptions(use_threads=False, block_size=BLOCK_BYTES)
+        with pa.input_stream(str(self.path), compression="detect") as stream:
+            return pa_json.read_json(stream, options, pa_json.ParseOptions(explicit_schema=schema))
 
     def _read_line_by_line(self) -> pa.Table:
         with (
@@ -341,7 +354,11 @@ class JsonLines(RawFile):
             raw_lines = bytes(stream.read()).removeprefix(b"\xef\xbb\xbf").splitlines()
         rows = {n: row for n, raw in enumerate(raw_lines, 1) if (row := self._parse(n, raw)) is not None}
         if not rows:
-            example = f", e.g. row {self.broken[0].line}: {self.broken[0].text!r}" if self.broken else ""
+            example = (
+                f", e.g. row {self.broken[0].line} ({self.broken[0].cause}): {self.broken[0].text!r}"
+                if self.broken
+                else ""
+            )
             raise InputError(f"{self.label}: no row holds a JSON object{example}; write one object a line, in UTF-8")
         names = dict.fromkeys(name for row in rows.values() for name in row)
         self._line_numbers = np.array(list(rows), np.int64)
@@ -353,9 +370,11 @@ class JsonLines(RawFile):
             self.broken.append(BrokenRow(line, "blank line", ""))
             return None
         try:
-            row = json.loads(raw.decode("utf-8"))
+            row = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
         except UnicodeDecodeError:
             cause = "not UTF-8 text"
+        except _RepeatedNameError as e:
+            cause = f"names {e.args[0]!r} twice"
         except json.JSONDecodeError:
             cause = "not JSON"
         else:
@@ -375,6 +394,46 @@ class JsonLines(RawFile):
         return rows + 1 if self._line_numbers is None else self._line_numbers[rows]
 
 
+class _RepeatedNameError(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise _RepeatedNameError(name)
+    return dict(pairs)
+
+
+def _dates_as_text(schema: pa.Schema) -> pa.Schema:
+    """The schema with text in place of times, which Arrow makes of texts that look like dates."""
+    return pa.schema([f.with_type(_date_as_text(f.type)) for f in schema])
+
+
+def _date_as_text(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_timestamp(kind):
+        return pa.string()
+    if pa.types.is_list(kind):
+        return pa.list_(_date_as_text(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([f.with_type(_date_as_text(f.type)) for f in kind])
+    return kind
+
+
+def _has_rounded(table: pa.Table) -> bool:
+    """Whether a number has digits that a float cannot hold, such as an id of more than 64 bits."""
+    return any(_rounded(chunk) for column in table.columns for chunk in column.chunks)
+
+
+def _rounded(values: pa.Array) -> bool:
+    if pa.types.is_list(values.type) or pa.types.is_struct(values.type):
+        return any(_rounded(part) for part in ([values.values] if pa.types.is_list(values.type) else values.flatten()))
+    if not pa.types.is_floating(values.type):
+        return False
+    return bool((pc.max(pc.abs(values)).as_py() or 0) > EXACT)
+
+
 def _texts(values: list[Any]) -> pa.Array:
     texts = [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
     return pa.array(texts, pa.string())
@@ -388,6 +447,7 @@ class Parquet(RawFile):
         with _readable(self.label, "not a Parquet file"):
             self._file = pq.ParquetFile(self.path)
         self.header = self._file.schema_arrow.names
+        _refuse_repeated(self.label, self.header)
 
     def batches(self, names: list[str]) -> Iterator[Batch]:
         """Yields the columns `names` with the types that they have in the file."""

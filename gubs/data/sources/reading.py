@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gubs.data.sources import FileCount, SourceTables
-from gubs.data.sources.columns import KINDS, Kind, convert, decode
+from gubs.data.sources.columns import KINDS, RULES, CellRules, Converted, Kind, convert, decode
 from gubs.data.sources.formats import Batch, RawFile, TextFormat, open_table
 from gubs.errors import InputError
 from gubs.records import SCHEMAS, Task, conform, empty
@@ -28,6 +28,9 @@ STARS_NOTE = f"liked means {LIKED_FROM:g} stars or more, disliked {DISLIKED_TO:g
 
 _VALUE_CHARS = 200
 """Characters kept of a rejected value."""
+
+_WORDS_NAMED = 8
+"""Words for missing values that a note names."""
 
 _CHUNK = 1 << 18
 """Rows of the shared chunk that a column of one value is made of."""
@@ -73,8 +76,12 @@ class Sheet:
     """Share of malformed rows above which the file is refused."""
     malformed: int = 0
     """Rejected rows that no good file has (duplicates, for example, are normal)."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Our name of each column that the file has -> its name there."""
     unused: list[str] = field(default_factory=list)
     """Columns of the file that were not read."""
+    nulls: dict[str, Counter[str]] = field(default_factory=dict)
+    """By column of the file: how often each word for a missing value occurs."""
 
     def reject(
         self, mask: np.ndarray | pa.ChunkedArray, cause: str, column: str | None = None, malformed: bool = False
@@ -140,7 +147,9 @@ class Sheet:
         return self.table[name]
 
 
-def read_sheet(path: Path, columns: Sequence[Column], max_bad: float, text: TextFormat | None = None) -> Sheet:
+def read_sheet(
+    path: Path, columns: Sequence[Column], max_bad: float, text: TextFormat | None = None, rules: CellRules = RULES
+) -> Sheet:
     """Reads columns of a file and converts them to their kinds.
 
     Args:
@@ -148,13 +157,14 @@ def read_sheet(path: Path, columns: Sequence[Column], max_bad: float, text: Text
         columns: what to read; other columns are ignored and listed in `Sheet.unused`.
         max_bad: share of malformed rows above which the file is refused (`source.max_bad_rows`).
         text: delimiter, header, quoting and encoding, if the suffix does not tell them.
+        rules: what cells mean.
 
     Raises:
         InputError: missing or empty file, missing column, or too many malformed rows; names file, row, column, remedy.
     """
     raw = open_table(path, text)
     names = _match_columns(raw, columns)
-    sheet = _SheetReader(raw, columns, names).read()
+    sheet = _SheetReader(raw, columns, names, rules).read()
     sheet.unused = [n for n in raw.header if n not in names.values() and not n.startswith("(unnamed")]
     if not sheet.rows_in:
         raise InputError(f"{raw.label}: row 1: a header and no rows below it; copy the file again from its origin")
@@ -182,15 +192,16 @@ def _match_columns(raw: RawFile, columns: Sequence[Column]) -> dict[str, str]:
 class _SheetReader:
     """Converts a raw file's batches and gathers them into a sheet."""
 
-    def __init__(self, raw: RawFile, columns: Sequence[Column], names: dict[str, str]) -> None:
-        self.raw, self.columns, self.names = raw, columns, names
+    def __init__(self, raw: RawFile, columns: Sequence[Column], names: dict[str, str], rules: CellRules) -> None:
+        self.raw, self.columns, self.names, self.rules = raw, columns, names, rules
+        self.nulls: dict[str, Counter[str]] = {}
         self.good: list[pa.Table] = []
         self.positions: list[np.ndarray] = []
         self.rejects: list[tuple[np.ndarray, str | None, str, list[object]]] = []
 
     def read(self) -> Sheet:
         base = 0
-        for batch in self.raw.batches(list(self.names.values())):
+        for batch in self.raw.batches(list(dict.fromkeys(self.names.values()))):
             self._add(batch, base)
             base += batch[0].num_rows
         schema = pa.schema([(c.name, KINDS[c.kind][0]) for c in self.columns])
@@ -198,6 +209,7 @@ class _SheetReader:
         positions = np.concatenate([np.zeros(0, np.int64), *self.positions])
         broken = self.raw.broken_rows()
         sheet = Sheet(self.raw.label, table, self.raw.lines(positions), base + len(broken))
+        sheet.names, sheet.nulls = self.names, self.nulls
         for rows, column, cause, values in self.rejects:
             sheet.record(self.raw.lines(rows), column, cause, values, cause not in _NOT_MALFORMED)
         for row in broken:
@@ -222,13 +234,25 @@ class _SheetReader:
         cells = batch.column(batch.schema.get_field_index(name))
         text, undecodable = decode(cells)
         self._reject(base, rejected, undecodable, name, "not UTF-8 text", cells)
-        values, unfit = convert(text, c.kind)
+        values, unfit = self._convert(text, c, name)
         self._reject(base, rejected, unfit, name, misfit, text)
         if not c.nullable and values.null_count:
             self._reject(base, rejected, np.asarray(values.is_null()), name, "missing value", text)
         for outside, cause in _outside(values, c):
             self._reject(base, rejected, outside, name, cause, text)
         return values
+
+    def _convert(self, text: pa.Array, c: Column, name: str) -> Converted:
+        try:
+            values, unfit = convert(text, c.kind, self.rules)
+        except (pa.ArrowException, TypeError, ValueError, KeyError) as e:
+            raise InputError(
+                f"{self.raw.label}: column {name!r}: its type {text.type} cannot be read as {c.kind} ({e}); write "
+                f"text or numbers"
+            ) from None
+        if c.kind != "text" and values.null_count and (words := self.rules.words(text)):
+            self.nulls.setdefault(name, Counter()).update(words)
+        return values, unfit
 
     def _reject(
         self, base: int, rejected: np.ndarray, mask: np.ndarray | None, column: str | None, cause: str, cells: pa.Array
@@ -240,6 +264,16 @@ class _SheetReader:
         if new.any():
             rejected |= new
             self.rejects.append((np.flatnonzero(new) + base, column, cause, cells.filter(pa.array(new)).to_pylist()))
+
+
+def null_note(sheet: Sheet) -> str | None:
+    """Which cells of the sheet's file count as missing because of a word in them; None if there are none."""
+    if not sheet.nulls:
+        return None
+    words = sum(sheet.nulls.values(), Counter[str]())
+    said = ", ".join(repr(word) for word, _ in words.most_common(_WORDS_NAMED))
+    columns = ", ".join(f"{name} {sum(counts.values()):,}" for name, counts in sheet.nulls.items())
+    return f"{sum(words.values()):,} cells of {sheet.label} count as missing, since they say {said} ({columns})."
 
 
 def _outside(values: pa.Array, c: Column) -> Iterator[tuple[np.ndarray, str]]:

@@ -1,0 +1,472 @@
+"""Faults of real logs that give wrong labels without a word: each is read right, or refused with the remedy."""
+
+import json
+from decimal import Decimal
+from itertools import pairwise
+from pathlib import Path
+from uuid import UUID
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gubs.data.settings import SourceSettings
+from gubs.data.sources import SourceTables, logs, read_source
+from gubs.data.sources.columns import CellRules, Kind, convert, decode
+from gubs.data.sources.units import Evidence, Sizes, named_unit, total
+from gubs.errors import InputError
+
+
+def read(folder: Path, **settings: object) -> SourceTables:
+    return read_source(SourceSettings(kind="logs", path=str(folder), **settings))
+
+
+def refusal(folder: Path, **settings: object) -> str:
+    with pytest.raises(InputError) as caught:
+        read(folder, **settings)
+    return str(caught.value)
+
+
+def write(folder: Path, name: str = "interactions", **columns: list) -> Path:
+    """A CSV file; missing values are empty cells."""
+    rows = zip(*columns.values(), strict=True)
+    lines = [",".join(columns), *(",".join("" if v is None else str(v) for v in row) for row in rows)]
+    (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def log(folder: Path, n: int = 30, **columns: list) -> Path:
+    """A log of n rows of three users and five videos, with these columns beside."""
+    users, videos = [f"u{i % 3}" for i in range(n)], [f"v{i % 5}" for i in range(n)]
+    times = [1_700_000_000 + 60 * i for i in range(n)]
+    return write(folder, user_id=users, video_id=videos, timestamp=times, **columns)
+
+
+def column(tables: SourceTables, name: str, table: str = "interactions") -> list:
+    return getattr(tables, table)[name].to_pylist()
+
+
+# Units
+
+SECONDS = [0, 5, 6, 7, 8] * 6
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "remedy"),
+    [
+        ({"watch_s": [s * 1000 for s in SECONDS], "duration_s": [20] * 30}, {}, "source.units.watch=ms"),
+        ({"watch_s": SECONDS, "duration_s": [20_000] * 30}, {}, "source.units.interactions.duration=ms"),
+        ({"watch_s": [s * 1000 for s in SECONDS], "duration_s": [20_000] * 30}, {}, "duration=ms"),
+        ({"watch_s": [s * 40 for s in SECONDS], "duration_s": [20] * 30}, {}, "source.units.watch=ms"),
+        ({"watch_s": SECONDS, "duration_s": [20 / 60] * 30}, {}, "source.units.interactions.duration"),
+        ({"watch_s": [s / 3600 for s in SECONDS], "duration_s": [20] * 30}, {}, "source.units.watch"),
+        ({"watch_s": [5, 5000] * 15, "duration_s": [20] * 30}, {}, "source.units.watch"),
+        ({"play_rate": [0] * 25 + [25, 50, 75, 100, 100]}, {}, "source.units.play_rate=percent"),
+        ({"watch_s": [s * 1e6 for s in SECONDS], "play_rate": [0.5] * 30}, {}, "source.units.watch=us"),
+        ({"play_rate": [0.5] * 30, "prev_op_gap_s": [20_000] * 30}, {}, "source.units.prev_op_gap=ms"),
+        ({"watch_s": SECONDS, "duration_s": [20] * 30}, {"units": {"duration": "ms"}}, "source.units"),
+        ({"play_rate": [0.5] * 30}, {"units": {"play_rate": "percent"}}, "source.units.play_rate=share"),
+    ],
+    ids=[
+        *("watch in ms", "duration in ms", "both in ms", "watch in odd units", "duration in minutes", "watch in hours"),
+        *("a share of the rows in ms", "percentages with many zeros", "watch in us beside rates", "gaps in ms"),
+        *("seconds stated to be ms", "shares stated to be percentages"),
+    ],
+)
+def test_a_wrong_unit_is_refused_with_the_setting(tmp_path, columns, settings, remedy):
+    message = refusal(log(tmp_path, **columns), **settings)
+    assert remedy in message
+    assert "interactions.csv: column" in message
+    assert "(row " in message
+
+
+def test_the_table_of_videos_is_checked_too_and_both_tables_must_agree(tmp_path):
+    log(tmp_path, watch_s=SECONDS)
+    write(tmp_path, "videos", video_id=["v0", "v1", "v2", "v3", "v4"], duration_s=[20_000] * 5)
+    message = refusal(tmp_path)
+    assert "videos.csv: column 'duration_s' (row 2 has 20000 s)" in message
+    assert "source.units.videos.duration=ms" in message
+    assert column(read(tmp_path, units={"videos": {"duration": "ms"}}), "play_rate")[:2] == [0, 0.25]
+    log(tmp_path, watch_s=SECONDS, duration_s=[20] * 30)
+    write(tmp_path, "videos", video_id=["v0", "v1", "v2", "v3", "v4"], duration_s=[300] * 5)
+    assert "times those of the same videos" in refusal(tmp_path)
+
+
+def test_stated_units_are_believed(tmp_path):
+    log(tmp_path, watch_s=[3000] * 30, duration_s=[6000] * 30)
+    assert "source.units.watch=s if they are seconds" in refusal(tmp_path)
+    films = read(tmp_path, units={"watch": "s", "duration": "s"})
+    assert set(column(films, "play_rate")) == {0.5}
+    in_ms = read(tmp_path, units={"watch": "ms", "interactions": {"duration": "ms"}})
+    assert set(column(in_ms, "watch_s")) == {3.0}
+    log(tmp_path, play_rate=[200] * 30)
+    assert set(column(read(tmp_path, units={"play_rate": "share"}), "play_rate")) == {1.0}
+
+
+def test_a_mapping_meant_for_one_table_leaves_the_other_alone(tmp_path):
+    log(tmp_path, watch_s=SECONDS, duration_s=[20] * 30)
+    write(tmp_path, "videos", video_id=["v0", "v1"], duration_ms=[20_000, 20_000])
+    for columns in ({"duration_s": "duration_ms"}, {"videos": {"duration_s": "duration_ms"}}):
+        tables = read(tmp_path, columns=columns)
+        assert column(tables, "play_rate")[:5] == [0, 0.25, 0.3, 0.35, 0.4]
+        assert column(tables, "duration_s", "videos")[:2] == [20, 20]
+    log(tmp_path, play_ms=[1000 * s for s in SECONDS], length=[20] * 30)
+    write(tmp_path, "videos", video_id=["v0", "v1"], length=["short", "long"], duration_s=[20, 20])
+    columns = {"watch_s": "play_ms", "interactions": {"duration_s": "length"}}
+    assert column(read(tmp_path, columns=columns), "play_rate")[:2] == [0, 0.25]
+
+
+def test_units_and_mappings_that_fit_nothing_are_refused(tmp_path):
+    log(tmp_path, watch_s=SECONDS, duration_s=[20] * 30)
+    assert "source.units.watch=days: no such unit" in refusal(tmp_path, units={"watch": "days"})
+    assert "source.units.wach: no such column" in refusal(tmp_path, units={"wach": "ms"})
+    assert "source.units.users: no such table" in refusal(tmp_path, units={"users": {"age": "s"}})
+    assert "source.units.videos.watch: no such column" in refusal(tmp_path, units={"videos": {"watch": "s"}})
+    assert "source.columns.films: no such table" in refusal(tmp_path, columns={"films": {"title": "t"}})
+    assert "there is no file of videos" in refusal(tmp_path, columns={"videos": {"title": "t"}})
+    message = refusal(tmp_path, columns={"interactions": {"watch_s": "t"}})
+    assert "source.columns.interactions.watch_s=t: none of interactions.csv has a column 't'" in message
+    assert "source.units.prev_op_gap: no file has this column" in refusal(tmp_path, units={"prev_op_gap": "ms"})
+
+
+def test_names_tell_units():
+    names = ("play_time_ms", "durationMillis", "len_us", "watch_minutes", "rate_percent", "items", "atoms", "duration")
+    assert [named_unit(n) for n in names] == ["ms", "ms", "us", "min", "percent", None, None, None]
+
+
+def test_evidence_of_blocks_adds_up_to_that_of_the_whole():
+    rng = np.random.default_rng(0)
+    names = ("watch_s", "duration_s", "play_rate", "prev_op_gap_s")
+    table = pa.table({n: pa.array(rng.exponential(20, 1000), mask=rng.random(1000) < 0.2) for n in names})
+    durations = pa.chunked_array([pa.array(rng.exponential(20, 1000))])
+    starts = [0, 1, 500, 1000]
+    blocks = [(table.slice(a, b - a), durations.slice(a, b - a)) for a, b in pairwise(starts)]
+    parts, whole = total(Evidence.of(*block) for block in blocks), Evidence.of(table, durations)
+    assert all((getattr(parts, n).counts == getattr(whole, n).counts).all() for n in vars(whole))
+    values = np.sort(table["watch_s"].drop_null().to_numpy())
+    assert whole.watch.n == len(values)
+    assert whole.watch.median == pytest.approx(np.median(values), rel=0.05)
+    assert whole.watch.share_above(20) == pytest.approx((values > 20).mean(), abs=0.02)
+    assert np.isnan(Sizes().median)
+
+
+# Cells
+
+TEA = ["tea", "cats"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "items"),
+    [
+        *(
+            (cell, TEA)
+            for cell in ("['tea', 'cats']", '["tea", "cats"]', "['tea' 'cats']", "[tea, cats]", "{tea,cats}")
+        ),
+        *((cell, TEA) for cell in ("('tea', 'cats')", "{'tea', 'cats'}", "tea,cats", "tea | cats", "tea;cats;")),
+        *(
+            (cell, TEA)
+            for cell in ("[u'tea', None, nan, 'cats']", "tea,,cats, N/A", '["tea", null, "cats"]', '["tea"\n "cats"]')
+        ),
+        ("['it\\'s', \"a 'b'\"]", ["it's", "a 'b'"]),
+        ("['a,b', 'c|d']", ["a,b", "c|d"]),
+        ("rock, pop|jazz", ["rock, pop", "jazz"]),
+        ("[1, 2]", ["1", "2"]),
+        ("[1 2]", ["1", "2"]),
+        ("(live)", ["(live)"]),
+        *((cell, []) for cell in ("[]", "{}", "['']", "[None]", "|")),
+        *((cell, None) for cell in ("", "N/A")),
+        *((cell, "not a list") for cell in ("[tea", "{'tea': 1}", "['tea'] cats")),
+    ],
+)
+def test_lists_by_one_rule(cell, items):
+    values, bad = convert(pa.array([cell]), "texts")
+    assert bad is None or bad.tolist() == [items == "not a list"]
+    assert values.to_pylist() == [None if items == "not a list" else items]
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [
+        pa.array([["tea", None, " cats "], None, []]),
+        pa.array([["tea", "nan", "cats"], None, []], pa.large_list(pa.large_string())),
+        pa.array([["tea", "cats"], None, []], pa.list_view(pa.string_view())),
+        pa.array([[b"tea", b"cats"], None, []]),
+    ],
+    ids=["list", "large", "view", "bytes"],
+)
+def test_native_lists_lose_missing_items_only(lists):
+    decoded, _ = decode(lists)
+    assert convert(decoded, "texts")[0].to_pylist() == [TEA, None, []]
+
+
+HALF_PAST = 1_709_289_000_000
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        *("2024-03-01 10:30:00 UTC", "2024-03-01 10:30:00.000000 UTC", "2024-03-01T10:30:00Z", "2024-03-01 10:30 GMT"),
+        *(
+            "2024-03-01 18:30:00+08:00",
+            "2024-03-01 18:30:00 +0800",
+            "2024-03-01T18:30:00+08",
+            "2024-03-01 18:30:00 UTC+8",
+        ),
+        *("2024-03-01 10:30:00,000", "2024/03/01 10:30:00", "2024-03-01 10:30:00 +0000 UTC", "2024-03-01t10:30:00z"),
+        *("2024-03-01T11:30:00.000000000+01:00[Europe/Berlin]", "20240301T103000Z", "1709289000.0", "1709289000000.0"),
+        "2024-03-01 07:00:00.0000000001 -03:30",
+    ],
+)
+def test_times_in_every_spelling(cell):
+    values, bad = convert(pa.array([cell, "1709289000"]), "time")
+    assert (values.to_pylist(), bad) == ([HALF_PAST] * 2, None) or (values.to_pylist(), bad.any()) == (
+        [HALF_PAST] * 2,
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    "cell", ["2024-03-01 10:30:00 PST", "2024-03-01 10:30:00 Europe/Berlin", "yesterday", "01/02/2024"]
+)
+def test_times_that_may_mean_two_things_are_rejected(cell):
+    values, bad = convert(pa.array([cell, "1709289000"]), "time")
+    assert (values.to_pylist(), bad.tolist()) == ([None, HALF_PAST], [True, False])
+
+
+def test_fractions_of_seconds_are_kept():
+    cells = ["2024-03-01 10:30:00.25 UTC", "1709289000.25", "2024-03-01T18:30:00.250+08:00"]
+    assert convert(pa.array(cells), "time")[0].to_pylist() == [HALF_PAST + 250] * 3
+    assert convert(pa.array([Decimal("1709289000.250")]), "time")[0].to_pylist() == [HALF_PAST + 250]
+
+
+@pytest.mark.parametrize(
+    "cell", ["78e51061", "1e5", "12E40", "0e10", "007", "18446744073709551617", "2024-03-01", "a-b"]
+)
+def test_an_id_is_kept_as_it_is_written(cell):
+    assert convert(pa.array([cell, "x"]), "id")[0].to_pylist() == [cell, "x"]
+
+
+@pytest.mark.parametrize("cell", ["1.65E+12", "1e+20", "1.65E12"])
+def test_a_rounded_number_is_no_id(cell):
+    values, bad = convert(pa.array([cell]), "id")
+    assert (values.to_pylist(), bad.tolist()) == ([None], [True])
+
+
+@pytest.mark.parametrize("kind", ["id", "word", "integer", "number", "flag", "time"])
+def test_words_for_missing_values_are_null_in_every_kind_but_free_text(kind: Kind):
+    cells = pa.array(
+        ["<NA>", "N/A", "(null)", "undefined", "-", "nan", "#N/A", "\\N", " NULL ", "None", "", "1700000000"]
+    )
+    values, bad = convert(cells, kind)
+    assert (values.null_count, bad is not None) == ((12, True) if kind == "flag" else (11, False))
+    assert convert(cells, "text")[0].null_count == 1
+    assert CellRules().words(cells).total() == 10
+    own = CellRules(nulls=("gone",))
+    assert convert(pa.array(["gone", "N/A"]), "id", own)[0].to_pylist() == [None, "N/A"]
+
+
+# Files
+
+
+@pytest.mark.parametrize("word", ["<NA>", "N/A", "(null)", "undefined", "-", "#N/A"])
+def test_no_user_is_called_missing_and_the_words_are_counted(tmp_path, word):
+    write(tmp_path, user_id=["u0"] * 200 + [word], video_id=["v"] * 201, play_rate=[0.5] * 201)
+    tables = read(tmp_path)
+    assert column(tables, "user_id", "users") == ["u0"]
+    assert tables.files["interactions.csv"].rejected == {"missing value": 1}
+    assert f"1 cells of interactions.csv count as missing, since they say {word!r} (user_id 1)." in tables.notes
+
+
+def test_facts_and_tags_that_are_missing_are_left_out(tmp_path):
+    log(tmp_path, play_rate=[0.5] * 30)
+    write(tmp_path, "users", user_id=["u0", "u1"], gender=["N/A", "f"], tags=["-", "tea"], city=["undefined", "Rome"])
+    users = read(tmp_path).users.to_pylist()
+    assert [(u["gender"], u["tags"], dict(u["other"])) for u in users[:2]] == [
+        (None, [], {}),
+        ("f", ["tea"], {"city": "Rome"}),
+    ]
+    (tmp_path / "users.csv").unlink()
+    (tmp_path / "users.jsonl").write_text('{"user_id": "u0", "other": {"city": "N/A", "home": "flat"}}\n')
+    assert dict(read(tmp_path).users["other"][0].as_py()) == {"home": "flat"}
+
+
+def json_lines(path: Path, *rows: dict) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_json_keeps_ids_of_any_length_and_texts_that_look_like_dates(tmp_path):
+    ids = [2**53 + 1, 2**53 + 2, 2**63, 2**64 + 1, 10**25]
+    json_lines(
+        tmp_path / "interactions.jsonl", *({"user_id": i, "video_id": "2024-01-01", "play_rate": 0.5} for i in ids)
+    )
+    facts = {"tags": ["2024-03-01", "2024-03-02"], "other": {"since": "2024-03-01"}, "joined": "2024-03-01 10:00:00"}
+    json_lines(tmp_path / "users.jsonl", *({"user_id": i, **facts} for i in ids))
+    json_lines(tmp_path / "videos.jsonl", {"video_id": "2024-01-01", "title": "2024-03-01"})
+    tables = read(tmp_path)
+    assert column(tables, "user_id") == [str(i) for i in ids]
+    assert column(tables, "title", "videos") == ["2024-03-01"]
+    assert column(tables, "tags", "users")[0] == ["2024-03-01", "2024-03-02"]
+    assert dict(column(tables, "other", "users")[0]) == {"since": "2024-03-01", "joined": "2024-03-01 10:00:00"}
+    assert not tables.rejects.num_rows
+
+
+def test_a_name_that_occurs_twice_is_refused_by_name(tmp_path):
+    names = ["user_id", "video_id", "watch_s", "watch_s", "duration_s"]
+    columns = [pa.array(["u"]), pa.array(["v"]), pa.array([1.0]), pa.array([2.0]), pa.array([20.0])]
+    pq.write_table(pa.table(columns, names), tmp_path / "interactions.parquet")
+    assert "interactions.parquet: the header names column 'watch_s' twice" in refusal(tmp_path)
+    (tmp_path / "interactions.parquet").unlink()
+    row = '{"user_id": "u", "video_id": "v", "play_rate": 0.5, "play_rate": 0.6}\n'
+    (tmp_path / "interactions.jsonl").write_text(row)
+    assert "names 'play_rate' twice" in refusal(tmp_path)
+
+
+RARE_TYPES = {
+    "string_view": pa.array(["u", "w"], pa.string_view()),
+    "large_string": pa.array(["u", "w"], pa.large_string()),
+    "binary_view": pa.array([b"u", b"w"], pa.binary_view()),
+    "fixed": pa.array([b"u", b"w"], pa.binary(1)),
+    "dictionary": pa.array(["u", "w"]).dictionary_encode(),
+}
+
+
+@pytest.mark.parametrize("kind", RARE_TYPES)
+def test_parquet_files_with_rare_types_are_read(tmp_path, kind):
+    table = pa.table(
+        {"user_id": RARE_TYPES[kind], "video_id": ["v", "v"], "play_rate": pa.array([0.5, 0.25], pa.float32())}
+    )
+    pq.write_table(table, tmp_path / "interactions.parquet")
+    tables = read(tmp_path)
+    assert column(tables, "user_id") == ["u", "w"]
+    assert column(tables, "play_rate") == [0.5, 0.25]
+
+
+def test_decimal_and_uuid_ids_are_exact(tmp_path):
+    users = pa.array([Decimal(2**64), Decimal(5)], pa.decimal128(38, 0))
+    videos = pa.array([UUID(int=i).bytes for i in (1, 2)], pa.uuid())
+    pq.write_table(
+        pa.table({"user_id": users, "video_id": videos, "play_rate": [0.5, 0.5]}), tmp_path / "interactions.parquet"
+    )
+    tables = read(tmp_path)
+    assert column(tables, "user_id") == [str(2**64), "5"]
+    assert column(tables, "video_id") == [str(UUID(int=i)) for i in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    "values", [pa.array([1], pa.duration("ms")), pa.array([[1.0]]), pa.array([1], pa.time64("us"))]
+)
+def test_types_that_cannot_be_read_are_refused_by_name(tmp_path, values):
+    table = pa.table({"user_id": ["u"], "video_id": ["v"], "watch_s": values, "duration_s": [20.0]})
+    pq.write_table(table, tmp_path / "interactions.parquet")
+    assert "column 'watch_s'" in refusal(tmp_path)
+
+
+# Clicks and views
+
+
+def test_a_click_and_the_view_it_starts_are_two_records(tmp_path):
+    view = {"task": [None, "sequential", "sequential"], "clicked": [1, None, None], "play_rate": [None, 0.5, 0.5]}
+    for tasks in (view, {**view, "task": ["click", None, None]}, {n: view[n] for n in ("clicked", "play_rate")}):
+        write(tmp_path, user_id=["u"] * 3, video_id=["v"] * 3, timestamp=[1_700_000_000] * 3, **tasks)
+        tables = read(tmp_path)
+        assert column(tables, "task") == ["click", "sequential"]
+        assert tables.files["interactions.csv"].rejected == {"duplicate": 1}
+
+
+@pytest.mark.parametrize("never_played", [0, None])
+@pytest.mark.parametrize("known", ["watch_s", "play_rate"])
+def test_what_was_not_clicked_in_a_feed_of_covers_is_no_skip(tmp_path, never_played, known):
+    clicked = [int(i % 10 == 0) for i in range(40)]
+    watched = [(8 if known == "watch_s" else 0.4) if c else never_played for c in clicked]
+    log(tmp_path, 40, clicked=clicked, **{known: watched}, duration_s=[20] * 40)
+    tables = read(tmp_path)
+    assert set(column(tables, "task")) == {"click"}
+    assert column(tables, "clicked") == [bool(c) for c in clicked]
+    assert any("are exposures of the click task" in n for n in tables.notes)
+
+
+def test_views_that_start_by_themselves_stay_views(tmp_path):
+    clicked, watched = [i % 2 for i in range(40)], [1 + i % 19 for i in range(40)]
+    log(tmp_path, 40, clicked=clicked, watch_s=watched, duration_s=[20] * 40)
+    assert set(column(read(tmp_path), "task")) == {"sequential"}
+
+
+def test_a_mixed_feed_and_empty_clicks_are_refused(tmp_path):
+    log(tmp_path, 40, clicked=[0] * 40, watch_s=[0, 5] * 20, duration_s=[20] * 40)
+    message = refusal(tmp_path)
+    assert "column 'clicked': 20 of 40 rows" in message
+    assert "'task'" in message
+    log(tmp_path, 40, clicked=[1, None] * 20, watch_s=[5, 0] * 20, duration_s=[20] * 40)
+    assert "'clicked' is empty in 20 rows" in refusal(tmp_path)
+
+
+def test_counts_of_unclicked_rows_add_up():
+    names = {
+        "task": pa.string(),
+        "page_id": pa.string(),
+        "clicked": pa.bool_(),
+        "watch_s": pa.float64(),
+        "play_rate": pa.float64(),
+    }
+    rows = [
+        (None, None, False, 0, None),
+        (None, None, False, 3, None),
+        (None, "p", False, 3, None),
+        (None, None, True, 1, None),
+    ]
+    rows += [("click", None, False, 1, None), (None, None, None, None, 0.5), (None, None, None, 0, None)]
+    table = pa.Table.from_pylist([dict(zip(names, r, strict=True)) for r in rows], pa.schema(names))
+    assert logs.Unclicked.of(table) == logs.Unclicked(2, 1, 2, 1, 1)
+    assert logs.Unclicked.of(table.slice(0, 3)) + logs.Unclicked.of(table.slice(3)) == logs.Unclicked.of(table)
+
+
+@pytest.mark.parametrize("unknown", [0, None])
+def test_a_duration_of_zero_does_not_hide_a_good_one(tmp_path, unknown):
+    log(tmp_path, watch_s=[5] * 30, duration_s=[unknown] * 15 + [10] * 15)
+    write(tmp_path, "videos", video_id=["v0", "v1", "v2", "v3", "v4"], duration_s=[20] * 5)
+    tables = read(tmp_path)
+    assert column(tables, "play_rate") == [0.25] * 15 + [0.5] * 15
+    assert not tables.rejects.num_rows
+
+
+# The folders of faults, where they are
+
+
+REAL: dict[str, tuple[dict, str, str]] = {
+    "bigquery_utc": ({}, "", ""),
+    "click_and_view_same_time": ({}, "", ""),
+    "click_feed_with_watch": ({}, "", ""),
+    "duration_ms": ({}, "source.units.interactions.duration=ms", ""),
+    "ids_hex8": ({}, "", ""),
+    "jsonl_big_ids": ({}, "", ""),
+    "kuairec_ms": (
+        {"columns": {"watch_s": "play_duration", "duration_s": "video_duration"}},
+        "source.units.watch=ms",
+        "",
+    ),
+    "mapping_divides_other_file": ({"columns": {"duration_s": "duration_ms"}}, "", ""),
+    "na_ids": ({}, "missing value ('<NA>')", ""),
+    "null_times_are_history": ({}, "", "40 interactions have no time."),
+    "pandas_lists": ({}, "", ""),
+    "parquet_string_view": ({}, "", ""),
+    "tags_comma": ({}, "", ""),
+    "watch_ms_duration_s": ({}, "source.units.watch=ms", ""),
+    "zero_duration_in_log": ({}, "", ""),
+}
+"""Settings, what the refusal says (empty: it is read), and a note."""
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_known_faults_are_read_right_or_refused(name: str, real_data: Path):
+    settings, refused, note = REAL[name]
+    folder = real_data / "faults" / name
+    if refused:
+        assert refused in refusal(folder, **settings)
+        return
+    tables = read(folder, **settings)
+    assert not tables.rejects.num_rows
+    assert note in ["", *tables.notes]
+    if "task" not in name and "click" not in name:
+        assert set(column(tables, "task")) == {"sequential"}
+        assert max(column(tables, "play_rate")) < 1
