@@ -173,6 +173,8 @@ class EndpointCaller:
 
     def _set_aside(self, call: Call, copy: "asyncio.Task[Timed]") -> bool:
         """Notes the failure of a copy beside which others run; False if it answered or all must stop."""
+        if copy.cancelled():  # it was not sent any more
+            return True
         fault = copy.exception()
         if not isinstance(fault, AttemptError) or fault.advice == "stop":
             return False
@@ -193,6 +195,8 @@ class EndpointCaller:
         reserved = await self._limits.admit(lambda: prompt + int(self._mean_out.get(name, most_out)))
         async with self._limits.slots:
             await self._pace.turn()
+            if self.draining:
+                raise asyncio.CancelledError
             with self.hedging.flight(name, call.work.key, overdue) as flight:
                 try:
                     reply = await self._ask(call)
@@ -229,6 +233,8 @@ class EndpointCaller:
                 elif fallback := self._support.fallback(request, mode, fault.message):
                     mode = fallback
                 else:
+                    if self._refusals.refused(fault, len(self.in_flight) - 1):
+                        fault.advice, self.draining = "stop", True  # before another call takes its turn
                     raise
                 self._note(call, fault)
                 await self._limits.admit(lambda: 0)
@@ -283,25 +289,28 @@ class EndpointCaller:
         where = f"endpoint {self.name} ({self._settings.base_url}, model {self._settings.model})"
         kept = ". Finished calls are kept: run again when it is up"
         if fault.advice == "give_up":
-            if fault.cause == "rejected" and self._refusals.refused(fault, len(self.in_flight)):
-                self._note(call, fault)
-                remedy = self._remedy(call, fault)
-                raise EndpointRefusedError(f"{where} refuses every call: {fault.message}. {remedy}", self.name)
             return None
         if fault.advice == "stop":
-            self._note(call, fault)
-            message = f"{where} refuses: {fault.message}. Check llm.endpoints.{self.name}"
-            raise EndpointRefusedError(message, self.name)
+            self._give_up(call, fault)
+            rejected = fault.cause == "rejected"
+            remedy = self._remedy(call, fault) if rejected else f"Check llm.endpoints.{self.name}"
+            every = " every call" if rejected else ""
+            raise EndpointRefusedError(f"{where} refuses{every}: {fault.message}. {remedy}", self.name)
         pause_s = patience.pause_s(fault, self._health.answered_at)
         if not fault.alive and self._health.down():
-            self._note(call, fault)
+            self._give_up(call, fault)
             message = f"{where} is down: {self._health.explain()}; last: {fault.message}{kept}"
             raise EndpointDownError(message, self.name)
         if fault.advice == "wait" and pause_s is None:
-            self._note(call, fault)
+            self._give_up(call, fault)
             message = f"{where} only asks to slow down, for {self._retries.patience_s:g} s: {fault.message}{kept}"
             raise EndpointDownError(message, self.name)
         return pause_s
+
+    def _give_up(self, call: Call, fault: AttemptError) -> None:
+        """Notes the attempt after which nothing more is sent."""
+        self._note(call, fault)
+        self.draining = True
 
     def _remedy(self, call: Call, fault: AttemptError) -> str:
         """Which parameter to drop, as far as the server says."""

@@ -61,7 +61,7 @@ def block(text: str, limit: int = 20000) -> str:
 
     So no line can look like one of ours, which start without the bar.
     """
-    lines = [plain(line, limit) for line in text[: _READ * limit].splitlines()]
+    lines = [plain(line, limit) for line in text[: _READ * limit].splitlines() if line]
     quoted = "\n".join(f"| {line}" for line in lines if line)
     return quoted if len(quoted) <= limit else quoted[: limit - 1] + "…"
 

@@ -16,7 +16,8 @@ _VERDICT_END = " \t.,;!*_`\u3002\uff0c\uff1b\uff01"
 _MIN_PROFILE = 20
 _LONGEST_PROFILE = 20_000
 _LONGEST_LINE = 4000
-"""Characters of a line that are read."""
+_LONGEST_ANSWER = 200_000
+"""Characters that are read of a line, of an answer."""
 
 
 class AnswerError(ValueError):
@@ -41,7 +42,7 @@ def find_categories(text: str) -> list[Category]:
     """All categories that a text has, well-formed as a whole or not. Reads line by line, in linear time."""
     found: list[Category] = []
     name, features, part = "", [""], ""
-    for line in text.splitlines():
+    for line in filter(str.strip, text[:_LONGEST_ANSWER].splitlines()):
         if rest := _labelled(line, _CATEGORY_LABEL):
             name, features, part = rest, [], "name"
         elif (rest := _labelled(line, _FEATURES_LABEL)) is not None:
@@ -106,7 +107,7 @@ def parse_verdict(text: str) -> Verdict:
     Raises:
         AnswerError: no_verdict; so is the form itself (`Yes/No`), and both a Yes and a No.
     """
-    lines = _unfenced(text).splitlines()
+    lines = [line for line in _unfenced(text[:_LONGEST_ANSWER]).splitlines() if line.strip()]
     verdicts: dict[bool, tuple[int, str]] = {}
     for number, line in enumerate(lines):
         if (said := _labelled(line, _VERDICT_LABEL)) is not None and (verdict := _yes_or_no(said)) is not None:
@@ -172,7 +173,7 @@ def _yes_or_no(said: str) -> bool | None:
 def _reason(said: str, following: list[str]) -> str:
     """The reason: behind the verdict on its line, or in the lines that follow."""
     rest = re.sub(r"^(?:[A-Za-z]+|[\u4e00-\u9fff]+)", "", said).lstrip(_VERDICT_END)
-    texts = [t for t in (rest, *following) if t.strip()]
+    texts = [rest, *following] if rest.strip() else following
     if not texts:
         return ""
     first = _labelled(texts[0], _REASON_LABEL)

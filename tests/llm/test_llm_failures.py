@@ -84,7 +84,7 @@ def test_a_narrow_rate_limit_costs_few_requests_and_no_call(server, settings_for
     server.configure(per_s=12)
     out = run_actor(settings_for(retries={"patience_s": 3.0}), tmp_path, many(50))
     assert all(e.text for e in out.entries)
-    assert server.stats()["total"] < 2 * 50
+    assert server.stats()["total"] < 2.5 * 50, "the first crowd, and a few later"
     assert {e.failure for e in out.attempts if e.retried} == {"rate_limited"}
     assert not any(e.billed for e in out.attempts if e.retried)
 
