@@ -211,6 +211,8 @@ class LLMClient:
                 progress.finished(answer)
                 yield dialog.index, answer
         self._show(progress, always=True)
+        if stop := self._interrupted():
+            raise stop
 
     def dry_run(self, requests: Iterable[LLMRequest]) -> CostEstimate:
         """What the requests would cost, without those that the journal answers."""

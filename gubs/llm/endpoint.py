@@ -170,6 +170,8 @@ class EndpointCaller:
                 for copy in copies:
                     copy.cancel()
                 await asyncio.gather(*copies, return_exceptions=True)
+            elif not copies[0].cancelled():
+                copies[0].exception()  # else asyncio complains if this call was cancelled at the same moment
 
     def _set_aside(self, call: Call, copy: "asyncio.Task[Timed]") -> bool:
         """Notes the failure of a copy beside which others run; False if it answered or all must stop."""

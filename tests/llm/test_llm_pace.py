@@ -149,7 +149,7 @@ def test_refusals_that_are_more_than_chance_slow_all_calls_down_together():
         pace = Pace(RetrySettings(base_s=0.2))
         for _ in range(100):
             await pace.turn()
-        for _ in range(10):
+        for _ in range(4):
             pace.refused(time.monotonic(), None)
         began = time.monotonic()
         await pace.turn()
@@ -164,7 +164,7 @@ def test_refusals_that_are_more_than_chance_slow_all_calls_down_together():
         return few, time.monotonic() - began
 
     few, many = asyncio.run(main())
-    assert few < 0.05, "10 % are noise"
+    assert few < 0.05, "a few are noise"
     assert many > 0.3, "Retry-After, once for all"
 
 
