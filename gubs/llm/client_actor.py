@@ -72,6 +72,7 @@ class ClientActor:
         self._asked: dict[str, asyncio.Future[bool]] = {}
         self._returned: list[Work] = []
         self._notes: list[str] = []
+        self._told: set[str] = set()
         self._stop: Exception | None = None
         self._changed = asyncio.Event()
         gc.freeze()  # what is imported by now stays: the collector need not look at it again
@@ -152,8 +153,10 @@ class ClientActor:
         return await answer
 
     def _tell(self, note: str) -> None:
-        self._notes.append(note)
-        self._changed.set()
+        if note not in self._told:
+            self._told.add(note)
+            self._notes.append(note)
+            self._changed.set()
 
     def _load(self) -> float:
         """Share of `_MANY` that is open, from 0 to 1."""

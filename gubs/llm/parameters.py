@@ -31,11 +31,10 @@ class Parameters:
         if refused in _OPTIONAL:
             self._left_out.add(refused)
             return f"without {refused}"
-        if refused and not self._renamed:
-            other = _LIMITS[1 - _LIMITS.index(refused)]
-            self._renamed[refused] = other
-            return f"with {other} for {refused}"
-        return ""
+        if not refused or (self._renamed and refused not in self._renamed):  # neither name is taken
+            return ""
+        other = self._renamed.setdefault(refused, _LIMITS[1 - _LIMITS.index(refused)])
+        return f"with {other} for {refused}"
 
 
 def named(sent: JsonObject, fault: AttemptError) -> list[str]:
