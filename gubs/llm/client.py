@@ -312,7 +312,7 @@ class LLMClient:
 
     def _interrupted(self) -> StoppedError | None:
         """The error to end with after a signal."""
-        number, self._interrupts.received = self._interrupts.received, None
+        number = self._interrupts.received
         if number is None:
             return None
         kept = "Finished calls are kept: the same command goes on from here"

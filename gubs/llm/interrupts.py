@@ -22,6 +22,7 @@ class Interrupts:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Context in which signals are held (nowhere but in the main thread, which gets them)."""
+        self.received = None
         if threading.current_thread() is not threading.main_thread():
             yield
             return
