@@ -48,6 +48,8 @@ class StandinConfig:
     """Seconds, or `date:SECONDS` for the HTTP-date form."""
     key: str = ""
     """Where set, calls without this bearer key are answered 401, with the header they sent in the message."""
+    per_s: float = 0.0
+    """Calls that are taken per second, and at once after a pause; further ones are answered 429. 0 = all."""
     refuses: list[str] = field(default_factory=list)
     """Body fields (as `response_format`) that are answered 400 as unknown."""
     rules: list[Rule] = field(default_factory=list)
@@ -98,6 +100,8 @@ class Standin:
         self.in_flight = self.peak = self.total = 0
         self.arrivals: list[float] = []
         self.bodies: list[dict[str, Any]] = []
+        self._level = 0.0
+        self._level_at = float("-inf")
 
     def app(self) -> web.Application:
         """The web application."""
@@ -140,6 +144,8 @@ class Standin:
         for unknown in self.config.refuses:
             if unknown in body:
                 return _error(400, f"Unrecognized request argument supplied: {unknown}")
+        if self.config.per_s and not self._takes():
+            return _error(429, "Rate limit reached; see your plan and billing details", code="rate_limit_exceeded")
         rule = next((r for r in self.config.rules if r.get("match", "") in text and r.get("nth", nth) == nth), {})
         fault = rule.get("fault") or (None if rule else fault_of(self.config, text, nth))
         if fault:
@@ -147,6 +153,15 @@ class Standin:
         await asyncio.sleep(rule.get("latency_s", latency_s(self.config, text)))
         self.answered[request_id(text)] += 1
         return _answer(rule, body, text)
+
+    def _takes(self) -> bool:
+        now = asyncio.get_running_loop().time()
+        self._level = min(self.config.per_s, self._level + (now - self._level_at) * self.config.per_s)
+        self._level_at = now
+        if self._level < 1:
+            return False
+        self._level -= 1
+        return True
 
     async def _fail(self, request: web.Request, fault: str) -> web.StreamResponse:
         if fault == "429":
@@ -173,8 +188,8 @@ class Standin:
         return self.config.retry_after
 
 
-def _error(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
-    return web.json_response({"error": {"message": message, "code": None}}, status=status, headers=headers)
+def _error(status: int, message: str, headers: dict[str, str] | None = None, code: str | None = None) -> web.Response:
+    return web.json_response({"error": {"message": message, "code": code}}, status=status, headers=headers)
 
 
 def _answer(rule: Rule, body: dict[str, Any], text: str) -> web.Response:

@@ -1,4 +1,4 @@
-"""What calls may cost: a budget over everything in the journal, and an estimate before anything is spent."""
+"""What calls may cost: a budget over every attempt in the journal, and an estimate before anything is spent."""
 
 from dataclasses import dataclass, field
 
@@ -13,13 +13,13 @@ _MIN_CALLS = 5
 class Budget:
     """Admits calls while they fit.
 
-    A call in flight counts with its estimate until its true cost is known, so the budget is overrun by no more than the
-    estimates err. The number of calls is exact.
+    An attempt in flight counts with its estimate until its true cost is known, so the budget is overrun by no more than
+    the estimates err. The number of attempts is exact.
     """
 
     def __init__(self, settings: BudgetSettings, journal: Journal):
         self._settings, self._journal = settings, journal
-        self._reserved: dict[str, Cost] = {}
+        self._reserved: dict[str, list[Cost]] = {}
         self._total_reserved = Cost()
 
     def fits(self, cost: Cost) -> bool:
@@ -27,14 +27,18 @@ class Budget:
         return not self._exceeded(cost)
 
     def reserve(self, key: str, cost: Cost) -> None:
-        """Reserves the cost of a call that is sent."""
-        self.release(key)
-        self._reserved[key] = cost
+        """Reserves the cost of an attempt of a call."""
+        self._reserved.setdefault(key, []).append(cost)
         self._total_reserved.add(cost)
 
+    def spent(self, key: str) -> None:
+        """Ends one reservation of a call: the attempt's true cost is in the journal."""
+        if costs := self._reserved.get(key):
+            self._total_reserved.add(costs.pop(), -1)
+
     def release(self, key: str) -> None:
-        """Ends a reservation: the true cost is in the journal, or the call was not made."""
-        if cost := self._reserved.pop(key, None):
+        """Ends all reservations of a call: it has ended, or was not made."""
+        for cost in self._reserved.pop(key, ()):
             self._total_reserved.add(cost, -1)
 
     def explain(self, cost: Cost) -> str:

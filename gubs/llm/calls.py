@@ -1,4 +1,4 @@
-"""The records of this package: a request, the journal's entry for a finished call, the answer the caller gets."""
+"""The records of this package: a request, the journal's entry for an attempt, the answer the caller gets."""
 
 import hashlib
 import json
@@ -31,6 +31,10 @@ class LLMRequest:
     value, or raises a ValueError; its attribute `cause`, if any, names the kind of failure."""
     parser_args: JsonObject = field(default_factory=dict)
     """Further arguments of the parser, by name."""
+    salvage: str = ""
+    """`module:function` that makes something of the last answer where it cannot be used even after the re-asks, or
+    raises; it gets the text, and the arguments of the parser. What it returns is the value, and no later run asks
+    anew."""
     sample: int = 0
     """Distinguishes deliberate repeats of the same request."""
     metadata: JsonObject = field(default_factory=dict)
@@ -68,14 +72,20 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A finished call in the journal: one HTTP answer, or the failure it ended in."""
+    """An attempt in the journal: an HTTP answer, or why there is none.
+
+    Attempts are facts; what they mean for a run is decided when they are read (see `Journal.get`): answers last, a
+    failure is tried again by the next run.
+    """
 
     key: str
     role: str
     label: str
     endpoint: str
     request: JsonObject
-    """What the key is a hash of: model, messages, parameters, schema, regex, sample."""
+    """What the key is a hash of: model, messages, parameters, schema, regex, sample; empty if another attempt follows,
+    which has it."""
+    model: str = ""
     text: str = ""
     reasoning: str = ""
     finish_reason: str = ""
@@ -86,19 +96,22 @@ class Entry:
     latency_s: float = 0.0
     """Of the attempt that succeeded."""
     attempts: int = 1
+    """Number of attempts of this call so far, in this run."""
     price: float = 0.0
+    billed: bool = True
+    """The server may charge for it: it answered, or worked on it for a while."""
     failure: str = ""
-    """Cause, if the endpoint refused this request or never answered it; empty = there is an answer."""
+    """Cause, if the endpoint refused this request or did not answer it; empty = there is an answer."""
     error: str = ""
-    lasting: bool = True
-    """False: the failure was the endpoint's, not the request's, and a later run asks again."""
+    retried: bool = False
+    """Another attempt followed or ran beside it, in the same run: the call did not end with this one."""
     time: str = ""
     """UTC, ISO 8601."""
 
     @property
     def cost(self) -> Cost:
-        """What the call cost."""
-        return Cost(1, self.tokens_in, self.tokens_out, self.price)
+        """What the attempt cost."""
+        return Cost(int(self.billed), self.tokens_in, self.tokens_out, self.price)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +127,8 @@ class Answer:
     value: Any
     """The text, the parsed JSON, or what the parser returned; None after a failure."""
     failure: str
-    """Empty, or the cause: not_json, schema, no_match, empty, truncated, refused, rejected, unreachable, rate_limited,
-    or a cause of the parser."""
+    """Empty, or the cause: one of the answer (not_json, schema, no_match, empty, only_reasoning, truncated, too_long,
+    refused, moderated, or a cause of the parser), or one of `gubs.llm.contract.UNANSWERED`."""
     error: str
     finish_reason: str
     tokens_in: int
@@ -124,7 +137,7 @@ class Answer:
     attempts: int
     """HTTP attempts over all calls."""
     calls: int
-    """1, or more after re-asks."""
+    """1, or more after re-asks and answers that were cut off."""
     price: float
     metadata: JsonObject = field(default_factory=dict)
     replayed: bool = field(default=False, compare=False)
@@ -136,13 +149,22 @@ class Answer:
         return not self.failure
 
 
-def identity(request: LLMRequest, role: RoleSettings, model: str) -> JsonObject:
+def identity(request: LLMRequest, role: RoleSettings, model: str, *, fresh: int = 0, room: int = 1) -> JsonObject:
     """What identifies a request: the journal answers equal identities with equal answers.
 
     The endpoint's address, its limits and the way it enforces structure are not part of it: an answer stays valid when
     a run resumes with another endpoint for the same model.
+
+    Args:
+        request: the request.
+        role: parameters of its role.
+        model: model that answers.
+        fresh: number of earlier samples that could not be used.
+        room: multiple of the role's `max_tokens`.
     """
     parameters = {name: getattr(role, name) for name in ("temperature", "top_p", "max_tokens", "seed")} | role.extra
+    parameters["max_tokens"] = role.max_tokens * room
+    again = {"fresh": fresh} if fresh else {}
     return {
         "model": model,
         "messages": list(request.messages),
@@ -150,6 +172,7 @@ def identity(request: LLMRequest, role: RoleSettings, model: str) -> JsonObject:
         "schema": request.schema,
         "regex": request.regex,
         "sample": request.sample,
+        **again,
     }
 
 

@@ -2,34 +2,42 @@
 
 A request is a short dialog: a call and, if its answer cannot be used, a re-ask that shows the error. Each call is
 looked up in the journal first, then goes to the pool. So a run that starts again passes everything finished without a
-call, and a replay is the same without the pool; neither starts an actor or a server before it needs one.
+call, and a replay is the same without the pool; neither starts an actor or a server before it needs one. What stayed
+without a usable answer in an earlier run is asked again, as a fresh sample.
 """
 
 import collections
 import contextlib
 import dataclasses
+import signal
 import time
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from gubs.console import say
 from gubs.errors import SettingsError
 from gubs.llm import embedded
 from gubs.llm.budget import Budget, CostEstimate, RoleCost, mean_output
 from gubs.llm.calls import Answer, Cost, Entry, LLMRequest, estimate_prompt, identity, key_of
 from gubs.llm.client_actor import Report
 from gubs.llm.endpoint import Assignment, Work, price
-from gubs.llm.errors import BudgetReachedError, NotInJournalError
+from gubs.llm.errors import BudgetReachedError, EndpointError, NotInJournalError, StoppedError
+from gubs.llm.interrupts import Interrupts
 from gubs.llm.journal import Journal
 from gubs.llm.progress import OnProgress, Progress
 from gubs.llm.redact import read_keys
 from gubs.llm.settings import EMBEDDED, LLMSettings, RoleSettings
-from gubs.llm.structured import UnusableError, read, reask
+from gubs.llm.structured import UnusableError, read, reask, salvaged
 
 if TYPE_CHECKING:
     from gubs.llm.pool import PollResult, Pool
 
 _SHOW_S = 0.5
+_ROOM = 4
+"""Times the tokens for an answer that was cut off."""
+_PLAIN = ("empty", "only_reasoning")
+"""Failures after which the same question is asked again as it was: there is no text to complain about."""
 
 
 class Dialog:
@@ -38,29 +46,67 @@ class Dialog:
     def __init__(self, index: int, request: LLMRequest, role: RoleSettings, endpoint: str, model: str):
         self.index, self.request, self.endpoint = index, request, endpoint
         self._role, self._model = role, model
-        self._entries: list[Entry] = []
+        self._fresh = 0
+        """Samples of the request that could not be used."""
         self.live = False
         """Some call of it was made now, not replayed."""
-        self._ask(request)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._entries: list[Entry] = []
+        self._reasks, self._room = 0, 1
+        self._ask(self.request)
 
     def _ask(self, request: LLMRequest) -> None:
         self.current = request
-        self.identity = identity(request, self._role, self._model)
+        self.identity = identity(request, self._role, self._model, fresh=self._fresh, room=self._room)
         self.key = key_of(self.identity)
+
+    def renew(self) -> None:
+        """Asks the request anew, as another sample than those that could not be used."""
+        self._fresh += 1
+        self._begin()
+
+    @property
+    def renewed_key(self) -> str:
+        """The key that `renew` would ask for."""
+        return key_of(identity(self.request, self._role, self._model, fresh=self._fresh + 1))
 
     def advance(self, entry: Entry) -> Answer | None:
         """Takes a finished call; returns the answer, or None if a re-ask is now the call to make."""
         self._entries.append(entry)
-        if entry.failure and entry.failure != "refused":
+        if entry.failure and self._room > 1 and len(self._entries) > 1:
+            return self._answer(self._entries[-2], None, "truncated", f"with more room: {entry.failure}: {entry.error}")
+        if entry.failure:
             return self._answer(entry, None, entry.failure, entry.error)
         try:
-            value = read(self.request, entry.text, entry.finish_reason, entry.error)
+            value = read(self.request, entry.text, entry.finish_reason, entry.reasoning)
         except UnusableError as e:
-            if e.cause == "refused" or len(self._entries) > self._role.reasks:
-                return self._answer(entry, None, e.cause, str(e))
-            self._ask(dataclasses.replace(self.current, messages=reask(self.current.messages, entry.text, str(e))))
-            return None
+            return None if self._asks_again(entry, e) else self._unusable(entry, e)
         return self._answer(entry, value, "", "")
+
+    def _asks_again(self, entry: Entry, error: UnusableError) -> bool:
+        """Prepares the next call after an unusable answer; False if there is none."""
+        if error.cause == "truncated":
+            if self._room > 1:
+                return False
+            self._room = _ROOM
+            self._ask(self.current)
+            return True
+        if error.cause == "refused" or self._reasks >= self._role.reasks:
+            return False
+        self._reasks += 1
+        if error.cause in _PLAIN:
+            self._fresh += 1
+            self._ask(self.current)
+        else:
+            messages = reask(self.current.messages, entry.text, str(error))
+            self._ask(dataclasses.replace(self.current, messages=messages))
+        return True
+
+    def _unusable(self, entry: Entry, error: UnusableError) -> Answer:
+        value = None if error.cause in ("truncated", "refused", *_PLAIN) else salvaged(self.request, entry.text)
+        return self._answer(entry, value, "" if value is not None else error.cause, str(error))
 
     def _answer(self, last: Entry, value: object, failure: str, error: str) -> Answer:
         calls = self._entries
@@ -107,6 +153,7 @@ class LLMClient:
         self._budget = Budget(settings.budget, self.journal)
         self._on_progress = on_progress
         self._shown_at = 0.0
+        self._interrupts = Interrupts()
         self._waiting: dict[str, list[Dialog]] = {}
         self._server: embedded.EmbeddedServer | None = None
         self._pool: Pool | None = None
@@ -148,7 +195,8 @@ class LLMClient:
 
         Raises:
             EndpointDownError, EndpointRefusedError: an endpoint will answer nothing more.
-            BudgetReachedError: the next call does not fit; calls in flight have finished.
+            BudgetReachedError: the next attempt does not fit; calls in flight have finished.
+            StoppedError: Ctrl-C or SIGTERM; calls in flight have finished, as far as `llm.retries.drain_s` allowed.
             NotInJournalError: replay, and the journal lacks a call. JournalError: it cannot be written.
             PlatformError: see `start`.
             In all cases the journal has what was finished.
@@ -158,10 +206,13 @@ class LLMClient:
         for dialog in self._dialogs(requests):
             queues[dialog.endpoint].append(dialog)
         progress = Progress(sum(map(len, queues.values())))
-        for dialog, answer in self._answers(queues, progress):
-            progress.finished(answer)
-            yield dialog.index, answer
+        with self._interrupts.held():
+            for dialog, answer in self._answers(queues, progress):
+                progress.finished(answer)
+                yield dialog.index, answer
         self._show(progress, always=True)
+        if stop := self._interrupted():
+            raise stop
 
     def dry_run(self, requests: Iterable[LLMRequest]) -> CostEstimate:
         """What the requests would cost, without those that the journal answers."""
@@ -189,10 +240,18 @@ class LLMClient:
             yield Dialog(index, request, role, endpoint, self._endpoints[endpoint].model)
 
     def _replay(self, dialog: Dialog) -> Answer | None:
-        """Advances a dialog as far as the journal goes; the answer, or None if a call has to be made."""
+        """Advances a dialog as far as the journal goes; the answer, or None if a call has to be made.
+
+        What could not be used in an earlier run becomes a fresh sample. A replay makes none, but follows those that
+        later runs made.
+        """
         answer = None
         while answer is None and (entry := self.journal.get(dialog.key)):
+            earlier = not self.journal.recent(dialog.key)
             answer = dialog.advance(entry)
+            if answer and not answer.ok and (earlier if self._live else dialog.renewed_key in self.journal):
+                dialog.renew()
+                answer = None
         return answer
 
     def _answers(self, queues: Queues, progress: Progress) -> Iterator[tuple[Dialog, Answer]]:
@@ -245,23 +304,50 @@ class LLMClient:
         pool = self._running_pool(progress)
         result = pool.poll()
         yield from self._process(result, queues, progress)
-        if result.stop:
-            yield from self._process(pool.drain(getattr(result.stop, "endpoint", "")), queues, progress)
-            for key in self._waiting:
-                self._budget.release(key)
-            self._waiting, self._pool = {}, None
-            pool.close()
-            raise result.stop
+        if stop := result.stop or self._interrupted():
+            yield from self._drain(pool, stop, queues, progress)
+            raise stop
         counts = pool.counts
         progress.in_flight, progress.retried, progress.copies = counts.in_flight, counts.retried, counts.copies
+
+    def _interrupted(self) -> StoppedError | None:
+        """The error to end with after a signal."""
+        number = self._interrupts.received
+        if number is None:
+            return None
+        kept = "Finished calls are kept: the same command goes on from here"
+        return StoppedError(f"stopped by {signal.Signals(number).name}. {kept}", 128 + number)
+
+    def _drain(self, pool: "Pool", stop: Exception, queues: Queues, progress: Progress) -> list[tuple[Dialog, Answer]]:
+        """Lets calls in flight finish, which are paid for; what came in. The pool is gone then."""
+        seconds = self.settings.retries.drain_s
+        reason = str(stop) if isinstance(stop, StoppedError | EndpointError) else type(stop).__name__
+        say(f"         calls in flight may finish for {seconds:g} s (Ctrl-C: end at once). {reason}")
+
+        def show(left_s: float) -> None:
+            progress.note = f"finishing calls in flight, {max(0.0, left_s):.0f} s left"
+            self._show(progress, always=True)
+
+        finished = self._process(pool.drain(seconds, show), queues, progress)
+        for key in self._waiting:
+            self._budget.release(key)
+        self._waiting, self._pool = {}, None
+        pool.close()
+        return finished
 
     def _process(self, result: "PollResult", queues: Queues, progress: Progress) -> list[tuple[Dialog, Answer]]:
         """Processes all of the result, since the caller may stop at the first answer and must not lose the others."""
         finished = []
+        for note in result.notes:
+            say(f"         {note}")
         for entry, place in result.done:
             self.journal.add(entry, place)
-            self._budget.release(entry.key)
             progress.cost.add(entry.cost)
+            if entry.retried:
+                if entry.billed:
+                    self._budget.spent(entry.key)
+                continue
+            self._budget.release(entry.key)
             for dialog in self._waiting.pop(entry.key, []):
                 dialog.live = True
                 answer = dialog.advance(entry)
@@ -274,7 +360,17 @@ class LLMClient:
         for work in result.lost:
             self._budget.release(work.key)
             queues[work.endpoint].extendleft(self._waiting.pop(work.key, []))
+        for member, key in result.asking:
+            self._running_pool(progress).admit(member, key, self._admits(key))
         return finished
+
+    def _admits(self, key: str) -> bool:
+        """Whether a call may have another attempt; if so, its cost is reserved."""
+        dialogs = self._waiting.get(key)
+        if not dialogs or not self._budget.fits(cost := self._cost(dialogs[0])):
+            return False
+        self._budget.reserve(key, cost)
+        return True
 
     def _cost(self, dialog: Dialog) -> Cost:
         """Expected cost of a dialog's next call."""

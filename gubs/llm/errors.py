@@ -12,17 +12,31 @@ class EndpointError(GubsError):
 
 
 class EndpointDownError(EndpointError, PlatformError):
-    """An endpoint has not responded for too long."""
+    """An endpoint has answered nothing for too long."""
 
 
 class EndpointRefusedError(EndpointError, SettingsError):
-    """An endpoint refuses every call: wrong key, unknown model, exhausted quota."""
+    """An endpoint refuses every call: wrong key, unknown model or parameter, exhausted quota."""
 
 
 class BudgetReachedError(GubsError):
     """The next call does not fit the budget; raise it and run again."""
 
     exit_code = 6
+
+
+class IncompleteError(GubsError):
+    """Too many of a stage's calls have no usable answer; the same command goes on from what is finished."""
+
+    exit_code = 6
+
+
+class StoppedError(GubsError):
+    """A signal (Ctrl-C, SIGTERM) ended the run after its calls in flight had finished."""
+
+    def __init__(self, message: str, exit_code: int = 130):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class NotInJournalError(ArtifactError):

@@ -1,6 +1,7 @@
 """Notices overdue answers (a hung connection), so that a second copy of the request can be sent.
 
-An answer is overdue after 1.25 times the 95th percentile of the role's recent latencies. A fixed timeout would either
+An answer is overdue after 1.25 times the 95th percentile of the role's recent latencies; from the first answer on, with
+a wider margin while there are few. A fixed timeout would either
 cut off slow but healthy answers or wait minutes for dead ones; beside a second copy, the slow first one may still win.
 The share of second copies is capped, so that an endpoint that merely slows down under load gets little more of it.
 """
@@ -14,7 +15,9 @@ from dataclasses import dataclass, field
 
 _CHECK_S = 0.25
 _SAMPLES = 400
-_MIN_SAMPLES = 8
+_MARGIN = 3.0
+"""Added to the factor, divided by the number of latencies known: one of them says little about the others."""
+_ENOUGH = 8
 _FACTOR = 1.25
 _SHORTEST_S = 1.0
 _FREE_COPIES = 3
@@ -58,11 +61,12 @@ class HedgeTimer:
         self._latencies.setdefault(role, collections.deque(maxlen=_SAMPLES)).append(latency_s)
 
     def overdue_after_s(self, role: str) -> float:
-        """Time after which an answer for the role is overdue; infinite after too few answers."""
+        """Time after which an answer for the role is overdue; infinite before the first answer."""
         latencies = sorted(self._latencies.get(role, ()))
-        if len(latencies) < _MIN_SAMPLES:
+        if not latencies:
             return float("inf")
-        return max(_SHORTEST_S, _FACTOR * latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))])
+        factor = _FACTOR + (_MARGIN / len(latencies) if len(latencies) < _ENOUGH else 0.0)
+        return max(_SHORTEST_S, factor * latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))])
 
     async def run(self) -> None:
         """Checks until it is cancelled."""

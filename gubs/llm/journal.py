@@ -1,9 +1,9 @@
-"""The journal: every finished call, on disk before it counts as done.
+"""The journal: every attempt, on disk before its call counts as done.
 
 A journal is a folder of segments, `<time>-<host>-<pid>-<random>.jsonl`. Every writer has its own segment, locked while
-the writer lives, so any number of actors, processes and nodes can write at once. A line is one call, and counts once it
-is complete: the half line at the end of a killed writer's segment is ignored, and cut off by the next run. Readers keep
-only the place of each entry in memory, not the entry.
+the writer lives, so any number of actors, processes and nodes can write at once. A line is one attempt, and counts
+once it is complete: the half line at the end of a killed writer's segment is ignored, and cut off by the next run.
+Readers keep only the place of each entry in memory, not the entry.
 """
 
 import asyncio
@@ -27,6 +27,8 @@ FOLDER = "llm-journal"
 """In a run's folder; all stages share it."""
 _SUFFIX = ".jsonl"
 _ID = "journal-id"
+_FIELDS = tuple(f.name for f in fields(Entry))
+"""Journals of other versions may have others."""
 
 
 def journal_folder(run: Run) -> str:
@@ -71,7 +73,7 @@ class JournalWriter:
         Raises:
             JournalError: it cannot be written (e.g. the disk is full).
         """
-        row = {f.name: getattr(entry, f.name) for f in fields(entry)}  # `asdict` would copy every prompt deeply
+        row = {name: getattr(entry, name) for name in _FIELDS}  # `asdict` would copy every prompt deeply
         line = self._redact(json.dumps(row, ensure_ascii=False)).encode("utf-8", "replace") + b"\n"
         done: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
         self._waiting.append((line, done))
@@ -114,7 +116,11 @@ class JournalWriter:
 
 
 class Journal:
-    """Reads a journal: which calls are finished, what they answered, what they cost."""
+    """Reads a journal: which calls are finished, what they answered, what all attempts cost.
+
+    Only answers last: the first one to a request counts. A failure counts for the run in which it happened (and for a
+    replay, which shows what the last run saw); a later run asks again.
+    """
 
     def __init__(self, folder: str | Path, *, writable: bool = True):
         """Opens a journal. With `writable`, a missing folder is made and torn ends are repaired.
@@ -130,12 +136,16 @@ class Journal:
         elif not self.folder.is_dir():
             raise JournalError(f"{self.folder}: there is no journal to replay")
         self._places: dict[str, tuple[Place, bool]] = {}
+        """Where the entry that counts for a key is, and whether it is an answer."""
+        self._recent: set[str] = set()
+        """Keys of calls that ended since the journal was opened."""
         self._read_until: dict[str, int] = {}
         self._files: dict[str, int] = {}
         self.spent: dict[str, Cost] = defaultdict(Cost)
-        """What all calls have cost, by role."""
+        """What all attempts have cost, by role."""
         self.total = Cost()
         self.load()
+        self._recent.clear()
 
     def __len__(self) -> int:
         return len(self._places)
@@ -163,6 +173,10 @@ class Journal:
         place = self._place(key)
         return self._entry(place) if place else None
 
+    def recent(self, key: str) -> bool:
+        """Whether the call ended since the journal was opened, and not in an earlier run."""
+        return key in self._recent
+
     def close(self) -> None:
         """Closes the files."""
         for fd in self._files.values():
@@ -170,15 +184,18 @@ class Journal:
         self._files.clear()
 
     def _place(self, key: str) -> Place | None:
-        place, lasting = self._places.get(key, (None, True))
-        return place if lasting or not self._writable else None  # a new run tries again what the endpoint failed
+        place, answered = self._places.get(key, (None, True))
+        return place if answered or not self._writable or key in self._recent else None
 
     def _add(self, entry: Entry, place: Place) -> None:
         self.spent[entry.role].add(entry.cost)
         self.total.add(entry.cost)
-        previous = self._places.get(entry.key)
-        if previous is None or (entry.lasting and not previous[1]):  # the first lasting entry counts
-            self._places[entry.key] = (place, entry.lasting)
+        if entry.retried:
+            return
+        self._recent.add(entry.key)
+        _, answered = self._places.get(entry.key, (place, False))
+        if not answered:
+            self._places[entry.key] = (place, not entry.failure)
 
     def _entry(self, place: Place) -> Entry:
         if place.segment not in self._files:
@@ -224,7 +241,8 @@ def check_same(folder: str | Path, expected: str) -> None:
 
 def _parse(line: bytes) -> Entry | None:
     try:
-        return Entry(**json.loads(line))
+        values = json.loads(line)
+        return Entry(**{name: values[name] for name in _FIELDS if name in values})
     except (ValueError, TypeError):
         return None  # torn, or zeros after a power cut
 

@@ -6,7 +6,9 @@ missing there.
 """
 
 import logging
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import ray
@@ -28,7 +30,8 @@ _AHEAD = 1.5
 while answers wait to be reported."""
 _WAIT_S = 1.0
 _START_S = 120.0
-_GRACE_S = 60.0
+_LATE_S = 10.0
+"""How much longer than allowed an actor may take to report."""
 _MOST_DEATHS = 3
 
 
@@ -58,7 +61,11 @@ class PollResult:
 
     done: list[tuple[Entry, Place]] = field(default_factory=list)
     lost: list[Work] = field(default_factory=list)
-    """Unfinished work of actors that died."""
+    """Unfinished work of actors that died, and calls that the budget ended."""
+    asking: list[tuple[Member, str]] = field(default_factory=list)
+    """Calls (by key) that need another attempt, and the actors that wait for an answer; see `Pool.admit`."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know."""
     stop: Exception | None = None
 
 
@@ -66,8 +73,8 @@ class _Metrics:
     """Finished calls and their tokens in Ray's metrics, for dashboards."""
 
     def __init__(self) -> None:
-        self._calls = RayCounter("gubs_llm_calls", "Finished LLM calls", ("role", "endpoint", "failure"))
-        self._tokens = RayCounter("gubs_llm_tokens", "Tokens of finished LLM calls", ("role", "endpoint", "direction"))
+        self._calls = RayCounter("gubs_llm_calls", "Attempts of LLM calls", ("role", "endpoint", "failure"))
+        self._tokens = RayCounter("gubs_llm_tokens", "Tokens of LLM calls", ("role", "endpoint", "direction"))
 
     def count(self, entry: Entry) -> None:
         """Counts a call."""
@@ -129,15 +136,26 @@ class Pool:
                 self._settle(member, report, result)
         return result
 
-    def drain(self, dead: str = "") -> PollResult:
-        """Lets calls in flight finish, drops the rest (see `ClientActor.drain`), and returns what came in."""
-        result = PollResult()
-        refs = [m.actor.drain.remote(_GRACE_S, dead) for m in self._members]
+    def admit(self, member: Member, key: str, admitted: bool) -> None:
+        """Answers a call that asked for another attempt."""
+        member.actor.admit.remote(key, admitted)
+
+    def drain(self, grace_s: float, waiting: Callable[[float], None]) -> PollResult:
+        """Lets calls in flight finish, drops the rest (see `ClientActor.drain`), and returns what came in.
+
+        `waiting` is called every second with the time left.
+        """
+        result, deadline = PollResult(), time.monotonic() + grace_s
+        refs = [m.actor.drain.remote(grace_s) for m in self._members]
+        while len(ray.wait(refs, num_returns=len(refs), timeout=_WAIT_S)[0]) < len(refs):
+            waiting(left_s := deadline - time.monotonic())
+            if left_s < -_LATE_S:
+                break
         for member, ref in zip(self._members, refs, strict=True):
             try:
                 if member.collecting is not None:
-                    self._settle(member, ray.get(member.collecting, timeout=_WAIT_S + 10), result)
-                self._settle(member, ray.get(ref, timeout=_GRACE_S + 10), result)
+                    self._settle(member, ray.get(member.collecting, timeout=_WAIT_S + _LATE_S), result)
+                self._settle(member, ray.get(ref, timeout=_LATE_S), result)
             except (RayActorError, GetTimeoutError) as e:
                 log.warning("a client actor did not finish in order (%s); what it journaled is kept", type(e).__name__)
             member.collecting = None
@@ -183,9 +201,14 @@ class Pool:
         member.last = report
         result.done += report.done
         result.stop = result.stop or report.stop
+        result.asking += [(member, key) for key in report.asking]
+        result.notes += report.notes
+        result.lost += report.returned
         for entry, _ in report.done:
             self._metrics.count(entry)
-            if work := member.outstanding.pop(entry.key, None):
+        ended = [entry.key for entry, _ in report.done if not entry.retried] + [w.key for w in report.returned]
+        for key in ended:
+            if work := member.outstanding.pop(key, None):
                 member.per_endpoint[work.endpoint] -= 1
 
     def _replace(self, member: Member, result: PollResult, error: Exception) -> None:

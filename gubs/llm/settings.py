@@ -89,22 +89,38 @@ class RetrySettings(Section):
     """What is tried again, and when an endpoint counts as down."""
 
     attempts: int = Field(8, ge=1)
-    """Attempts per call after 5xx responses, timeouts, broken connections or truncated responses."""
+    """Attempts per call after 5xx responses, timeouts, broken connections or unreadable responses."""
     base_s: float = Field(0.5, gt=0)
     """First pause; it doubles with each attempt, times a random factor from 0.5 to 1."""
     max_s: float = Field(60.0, gt=0)
     """Longest such pause; a `Retry-After` may be longer."""
+    longest_retry_after_s: float = Field(120.0, gt=0)
+    """A server's longer `Retry-After` counts as this."""
     patience_s: float = Field(900.0, gt=0)
-    """How long to retry a call that is only asked to slow down (429)."""
+    """How long an endpoint may do nothing but ask to slow down (429) before the stage stops."""
     down_after_s: float = Field(60.0, gt=0)
-    """An endpoint is down after this time without a response and `down_failures` failures."""
+    """An endpoint is down, and the stage stops, when this time has passed with `down_failures` failures and no answer;
+    if it responds (5xx), that many different calls must have failed, so that a few prompts it cannot take stop
+    nothing."""
     down_failures: int = Field(8, ge=1)
+    drain_s: float = Field(120.0, ge=0)
+    """How long calls in flight may take to finish when the stage stops, on Ctrl-C for example."""
+
+
+class ContractSettings(Section):
+    """Which share of a stage's calls may end without a usable answer; above it, the stage ends incomplete."""
+
+    unusable: float = Field(0.01, ge=0, le=1)
+    """Of a role's calls: answers that are cut off, refused or not of the required form, even when asked again."""
+    unanswered: float = Field(0.0, ge=0, le=1)
+    """Of a role's calls: no answer at all (rejected, unreachable, rate-limited, too long for the context)."""
 
 
 class BudgetSettings(Section):
     """What a journal's calls may cost in total, over every run that uses it. 0 = no limit."""
 
     calls: int = Field(0, ge=0)
+    """Attempts that a server may bill: retries after errors and second copies count too."""
     tokens: int = Field(0, ge=0)
     """Input and output tokens."""
     money: float = Field(0.0, ge=0)
@@ -135,6 +151,7 @@ class LLMSettings(Section):
     """Endpoints by name; `default` serves roles that name none. Without any, the embedded server answers."""
     roles: RolesSettings = RolesSettings()
     retries: RetrySettings = RetrySettings()
+    contract: ContractSettings = ContractSettings()
     budget: BudgetSettings = BudgetSettings()
     embedded: EmbeddedSettings = EmbeddedSettings()
     journal: str = ""

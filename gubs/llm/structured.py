@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 from gubs.artifacts import JsonObject
 from gubs.llm.calls import LLMRequest, Message
+from gubs.prompts.fields import plain, quoted_answer
 
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator
 
-_FENCED = re.compile(r"\s*```[a-zA-Z]*\s*\n(.*?)\n?\s*```\s*", re.S)
-_UNSUPPORTED = re.compile(
+UNSUPPORTED = re.compile(
     r"unsupported|not supported|does not support|unrecognized|unknown|unexpected|extra (inputs|fields)|not permitted"
     r"|not allowed|invalid (parameter|argument)|response_format|json_schema|structured_outputs|guided_(json|regex)",
     re.I,
 )
 _LONGEST_QUOTE = 6000
+_LONGEST_ANSWER = 200_000
+"""Characters."""
+_SHOWN = 200
+_LONGEST_ERROR = 800
 
 
 class UnusableError(ValueError):
@@ -48,7 +52,7 @@ class Support:
     def fallback(self, request: LLMRequest, rejected: str, message: str) -> str | None:
         """The mode to try after `rejected` was rejected with a message; None if the message is about something else."""
         ladder = self._ladders.get(_form(request), ())
-        if rejected not in ladder[:-1] or not _UNSUPPORTED.search(message):
+        if rejected not in ladder[:-1] or not UNSUPPORTED.search(message):
             return None
         return ladder[ladder.index(rejected) + 1]
 
@@ -75,31 +79,51 @@ def fields(request: LLMRequest, mode: str) -> JsonObject:
     return {"structured_outputs": {form: value}} if mode == "structured_outputs" else {f"guided_{form}": value}
 
 
-def read(request: LLMRequest, text: str, finish_reason: str = "", refusal: str = "") -> Any:
+def read(request: LLMRequest, text: str, finish_reason: str = "", reasoning: str = "") -> Any:
     """The value of an answer: the text, its JSON, or what the request's parser returns.
 
     Raises:
-        UnusableError: with the cause. A parser's errors other than ValueError are bugs and pass through.
+        UnusableError: with the cause. Whatever a parser raises is a failure of this answer.
     """
-    if refusal or finish_reason == "content_filter":
-        raise UnusableError("refused", refusal or "the endpoint filtered the answer out")
+    if finish_reason == "content_filter":
+        raise UnusableError("refused", "the endpoint filtered the answer out")
+    if finish_reason == "length":
+        raise UnusableError("truncated", "the answer was cut off at the token limit")
     if not text.strip():
-        raise UnusableError("truncated" if finish_reason == "length" else "empty", "the answer is empty")
+        if reasoning.strip():
+            raise UnusableError("only_reasoning", f"only reasoning came, no answer: {plain(reasoning, _SHOWN)}")
+        raise UnusableError("empty", "the answer is empty")
+    if len(text) > _LONGEST_ANSWER:
+        raise UnusableError("too_long", f"the answer must have fewer than {_LONGEST_ANSWER:,} characters")
     try:
         return _value(request, text)
-    except ValueError as e:
+    except Exception as e:  # noqa: BLE001 - a parser must not end the run for one answer
+        known = isinstance(e, ValueError)
         cause = str(getattr(e, "cause", "") or "unusable")
-        if finish_reason == "length":
-            raise UnusableError("truncated", f"the answer was cut off at the token limit ({e})") from None
-        raise UnusableError(cause, str(e)) from None
+        raise UnusableError(cause, str(e) if known else f"it cannot be read ({type(e).__name__})") from None
+
+
+def salvaged(request: LLMRequest, text: str) -> object:
+    """What the request's `salvage` makes of an unusable answer; None if nothing."""
+    if not request.salvage or len(text) > _LONGEST_ANSWER:
+        return None
+    try:
+        return _parser(request.salvage)(text, **request.parser_args)
+    except Exception:  # noqa: BLE001 - as in `read`
+        return None
 
 
 def reask(messages: tuple[Message, ...], answer: str, error: str) -> tuple[Message, ...]:
-    """The messages of a second try: the first ones, the answer, and what is wrong with it."""
-    complaint = f"Your answer cannot be used: {error}\nAnswer the request above once more, in the required form only."
+    """The messages of a second try: the first ones, the answer, and what is wrong with it; both made harmless, since
+    they may repeat texts from outside.
+    """
+    complaint = (
+        f"Your answer cannot be used: {plain(error, _LONGEST_ERROR)}\n"
+        "Answer the request above once more, in the required form only."
+    )
     return (
         *messages,
-        {"role": "assistant", "content": answer[:_LONGEST_QUOTE]},
+        {"role": "assistant", "content": quoted_answer(answer, _LONGEST_QUOTE)},
         {"role": "user", "content": complaint},
     )
 
@@ -111,14 +135,13 @@ def _value(request: LLMRequest, text: str) -> object:
     elif request.regex is not None:
         value = stripped = text.strip()
         if not re.fullmatch(request.regex, stripped):
-            raise UnusableError("no_match", f"it must match the pattern {request.regex}")
+            raise UnusableError("no_match", f"it must match the pattern {plain(request.regex, _SHOWN)}")
     return _parser(request.parser)(value, **request.parser_args) if request.parser else value
 
 
 def _json(text: str, schema: JsonObject) -> object:
-    fenced = _FENCED.fullmatch(text)
     try:
-        value = json.loads(fenced[1] if fenced else text)
+        value = json.loads(_unfenced(text))
     except ValueError as e:
         raise UnusableError("not_json", f"it must be one JSON value and nothing else ({e})") from None
     error = next(iter(_validator(json.dumps(schema, sort_keys=True)).iter_errors(value)), None)
@@ -126,6 +149,14 @@ def _json(text: str, schema: JsonObject) -> object:
         where = "/".join(map(str, error.absolute_path)) or "the top level"
         raise UnusableError("schema", f"at {where}: {error.message[:300]}")
     return value
+
+
+def _unfenced(text: str) -> str:
+    """The text without a fence of three backticks around it."""
+    text = text.strip()
+    if not (text.startswith("```") and text.endswith("```") and "\n" in text):
+        return text
+    return text[text.index("\n") : -3]
 
 
 @functools.lru_cache(maxsize=256)

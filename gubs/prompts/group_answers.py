@@ -3,15 +3,21 @@
 import re
 from dataclasses import dataclass
 
-_CATEGORY = re.compile(
-    r"^\W*Category\s+(\d+)\W*?:[ \t*]*(?P<name>.+?)\s*"
-    r"^\W*Features\W*?:(?P<features>.*?)"
-    r"^\W*Typical user\W*?:[ \t*]*(?:User\s*)?#?(?P<user>\d+)",
-    re.M | re.S | re.I,
-)
-_VERDICT = re.compile(r"\s*Match or not\s*:\s*(Yes|No)\b[.\s]*(?:Reason\s*:(.*))?", re.S | re.I)
-_FENCE = re.compile(r"^```\w*\n(.*)\n```$", re.S)
+_EMPHASIS = " \t*_#>-•`"
+_COLONS = ":\uff1a"
+_CATEGORY_LABEL = re.compile(r"(?:Category|Group|类别|分类|群组|组别|第)\s*(\d{1,4})\s*(?:类|组)?", re.I)
+_FEATURES_LABEL = re.compile(r"(?:Features|特征|特点|典型特征)", re.I)
+_TYPICAL_LABEL = re.compile(r"(?:Typical\s+user|典型用户|代表用户)", re.I)
+_USER = re.compile(r"(?:User|用户)?\s*#?\s*(\d{1,9})", re.I)
+_VERDICT_LABEL = re.compile(r"(?:Match\s+or\s+not|是否匹配|匹配与否|匹配)", re.I)
+_REASON_LABEL = re.compile(r"(?:Reason|原因|理由)", re.I)
+_YES, _NO = {"yes", "是", "是的", "匹配", "符合"}, {"no", "否", "不是", "不匹配", "不符合"}
+_VERDICT_END = " \t.,;!*_`\u3002\uff0c\uff1b\uff01"
 _MIN_PROFILE = 20
+_LONGEST_PROFILE = 20_000
+_LONGEST_LINE = 4000
+_LONGEST_ANSWER = 200_000
+"""Characters that are read of a line, of an answer."""
 
 
 class AnswerError(ValueError):
@@ -33,9 +39,34 @@ class Category:
 
 
 def find_categories(text: str) -> list[Category]:
-    """All categories that a text has, well-formed as a whole or not."""
-    parts = ((_line(m["name"]), _line(m["features"]), int(m["user"])) for m in _CATEGORY.finditer(text))
-    return [Category(name, features, user) for name, features, user in parts if name and features]
+    """All categories that a text has, well-formed as a whole or not. Reads line by line, in linear time."""
+    found: list[Category] = []
+    name, features, part = "", [""], ""
+    for line in filter(str.strip, text[:_LONGEST_ANSWER].splitlines()):
+        if rest := _labelled(line, _CATEGORY_LABEL):
+            name, features, part = rest, [], "name"
+        elif (rest := _labelled(line, _FEATURES_LABEL)) is not None:
+            features, part = [rest], "features"
+        elif (rest := _labelled(line, _TYPICAL_LABEL)) is not None:
+            user = _USER.match(rest.strip(_EMPHASIS))
+            if user and _line(name) and _line(" ".join(features)):
+                found.append(Category(_line(name), _line(" ".join(features)), int(user[1])))
+            name, features, part = "", [], ""
+        elif part == "features":
+            features.append(line)
+    return found
+
+
+def salvage_categories(text: str, groups: int, **_: object) -> list[Category]:
+    """The first `groups` categories of an answer that names typical users wrongly, or too many categories.
+
+    Raises:
+        AnswerError: wrong_count, if there are fewer.
+    """
+    categories = find_categories(text)[:groups]
+    if len(categories) < groups:
+        raise AnswerError("wrong_count", f"it has {len(categories)} complete categories, not {groups}")
+    return categories
 
 
 def parse_categories(text: str, groups: int, users: int) -> list[Category]:
@@ -71,23 +102,30 @@ class Verdict:
 
 
 def parse_verdict(text: str) -> Verdict:
-    """Reads `Match or not: Yes/No` and the reason.
+    """Reads `Match or not: Yes` (or `No`) and the reason; other lines may stand before, and marks around.
 
     Raises:
-        AnswerError: no_verdict.
+        AnswerError: no_verdict; so is the form itself (`Yes/No`), and both a Yes and a No.
     """
-    m = _VERDICT.match(_unfenced(text))
-    if not m:
+    lines = [line for line in _unfenced(text[:_LONGEST_ANSWER]).splitlines() if line.strip()]
+    verdicts: dict[bool, tuple[int, str]] = {}
+    for number, line in enumerate(lines):
+        if (said := _labelled(line, _VERDICT_LABEL)) is not None and (verdict := _yes_or_no(said)) is not None:
+            verdicts.setdefault(verdict, (number, said))
+    if len(verdicts) != 1:
         raise AnswerError("no_verdict", 'it must begin with "Match or not: Yes" or "Match or not: No"')
-    return Verdict(m[1].casefold() == "yes", _line(m[2] or ""))
+    ((matched, (number, said)),) = verdicts.items()
+    return Verdict(matched, _reason(said, lines[number + 1 :]))
 
 
 def parse_profile(text: str) -> str:
     """The text of a profile.
 
     Raises:
-        AnswerError: too_short.
+        AnswerError: too_short, too_long.
     """
+    if len(text) > _LONGEST_PROFILE:
+        raise AnswerError("too_long", f"a profile must have fewer than {_LONGEST_PROFILE:,} characters")
     profile = _unfenced(text)
     if len(profile) < _MIN_PROFILE:
         raise AnswerError("too_short", f"a profile needs more than {_MIN_PROFILE} characters")
@@ -109,11 +147,45 @@ def categories_regex(groups: int, users: int) -> str:
 VERDICT_REGEX = r"Match or not: (Yes|No)\nReason: [A-Za-z][^\n]{1,80}"
 
 
+PROFILE_REGEX = r"[A-Z][^\n]{40,240}\."
+"""For engines that enforce a form: one line that ends."""
+
+
+def _labelled(line: str, label: re.Pattern[str]) -> str | None:
+    """What follows a label and its colon in a line, whatever marks stand around the label; None without it."""
+    line = line[:_LONGEST_LINE].lstrip(_EMPHASIS)
+    m = label.match(line)
+    if not m:
+        return None
+    rest = line[m.end() :].lstrip(_EMPHASIS)
+    return rest[1:].strip(_EMPHASIS) if rest[:1] and rest[0] in _COLONS else None
+
+
+def _yes_or_no(said: str) -> bool | None:
+    """The verdict at the start of a text; None for neither, or for both (`Yes/No`)."""
+    word = re.match(r"[A-Za-z]+|[\u4e00-\u9fff]+", said)
+    if not word or said[word.end() :].lstrip(_EMPHASIS)[:1] in ("/", "|", "\\", "\uff0f"):
+        return None
+    said = word[0].casefold()
+    return True if said in _YES else False if said in _NO else None
+
+
+def _reason(said: str, following: list[str]) -> str:
+    """The reason: behind the verdict on its line, or in the lines that follow."""
+    rest = re.sub(r"^(?:[A-Za-z]+|[\u4e00-\u9fff]+)", "", said).lstrip(_VERDICT_END)
+    texts = [rest, *following] if rest.strip() else following
+    if not texts:
+        return ""
+    first = _labelled(texts[0], _REASON_LABEL)
+    return _line(" ".join([texts[0] if first is None else first, *texts[1:]])[:_LONGEST_LINE]) if texts else ""
+
+
 def _line(text: str) -> str:
     return " ".join(text.replace("**", " ").split())
 
 
 def _unfenced(text: str) -> str:
     text = text.strip()
-    m = _FENCE.match(text)
-    return m[1].strip() if m else text
+    if not (text.startswith("```") and text.endswith("```") and "\n" in text):
+        return text
+    return text[text.index("\n") : -3].strip()

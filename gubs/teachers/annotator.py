@@ -12,6 +12,7 @@ from gubs.artifacts import JsonObject, Run
 from gubs.llm.budget import CostEstimate
 from gubs.llm.calls import Answer, LLMRequest, question
 from gubs.llm.client import LLMClient
+from gubs.llm.contract import Contract
 from gubs.llm.journal import journal_folder
 from gubs.llm.progress import OnProgress, llm_progress
 from gubs.llm.settings import LLMSettings
@@ -39,6 +40,7 @@ class Annotator:
     def __init__(self, run: Run, llm: LLMSettings, on_progress: OnProgress | None = None):
         self._run, self._settings, self._on_progress = run, llm, on_progress
         self._client: LLMClient | None = None
+        self._contract = Contract(llm.contract)
 
     def __enter__(self) -> Self:
         return self
@@ -61,8 +63,14 @@ class Annotator:
         return self._client
 
     def ask(self, requests: list[LLMRequest]) -> list[Answer]:
-        """Answers the requests; opens no client if there are none. Errors: see `LLMClient.stream`."""
-        return self.client.ask(requests) if requests else []
+        """Answers the requests; opens no client if there are none.
+
+        Raises:
+            IncompleteError: too many answers are missing, of all so far. What stops the client: see `LLMClient.stream`.
+        """
+        answers = self.client.ask(requests) if requests else []
+        self._contract.check(answers)
+        return answers
 
     def estimate(self, requests: Iterable[LLMRequest]) -> CostEstimate:
         """What the requests would cost; those that the journal answers are free."""
@@ -94,3 +102,9 @@ def failures(answers: Iterable[Answer]) -> pa.Table:
 def by_cause(table: pa.Table) -> dict[str, int]:
     """Number of rows by `cause`, most frequent first."""
     return dict(collections.Counter(table["cause"].to_pylist()).most_common())
+
+
+def in_words(failed: pa.Table) -> str:
+    """Number of failures, and their causes."""
+    causes = ", ".join(f"{cause} {n}" for cause, n in by_cause(failed).items())
+    return f"{failed.num_rows:,} failures" + (f" ({causes})" if causes else "")

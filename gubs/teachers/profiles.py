@@ -21,7 +21,7 @@ from gubs.prompts.fields import plain
 from gubs.prompts.people import Person
 from gubs.prompts.question import video_line
 from gubs.records import Role, Split, User, Video
-from gubs.teachers.annotator import annotator, by_cause, failures, request_about
+from gubs.teachers.annotator import annotator, by_cause, failures, in_words, request_about
 from gubs.teachers.forms import profile_form, words
 from gubs.teachers.settings import TeacherSettings
 
@@ -69,7 +69,7 @@ def make(job: StageJob, teachers: TeacherSettings, llm: LLMSettings, seed: int, 
         out.write_table("failures", failed := failures(answers))
         notes = [] if users else ["no user without tags has rated anything in the history: no profiles are written"]
         out.info = {"asked": len(users), "left_out": left_out, "failures": by_cause(failed), "notes": notes}
-        out.summary = f"{len(rows):,} profiles, {failed.num_rows:,} failures"
+        out.summary = f"{len(rows):,} profiles, {in_words(failed)}"
     return out.summary
 
 

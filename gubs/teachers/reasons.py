@@ -22,7 +22,7 @@ from gubs.prompts import fill
 from gubs.prompts.options import SKIP_CAUSES, option_lines
 from gubs.records import FAST_SKIP_BELOW, Interaction, Option, Split, Task
 from gubs.teachers import script
-from gubs.teachers.annotator import Ask, annotator, by_cause, failures, request_about
+from gubs.teachers.annotator import Ask, annotator, by_cause, failures, in_words, request_about
 from gubs.teachers.cases import Case, clicked, draw, load_cases, target_ids, with_split
 from gubs.teachers.forms import label_form, verdict_form, words
 from gubs.teachers.score import score, true_causes
@@ -113,11 +113,13 @@ def make(job: StageJob, teachers: TeacherSettings, llm: LLMSettings, seed: int) 
     with job.writing() as out:
         out.write_table("labels", pa.concat_tables([rules, pa.Table.from_pylist(rows, schema=LABELS)]))
         out.write_table("queue", queue := queue_table(skips))
-        out.write_table("failures", failures(s.failed for s in skips if s.failed))
+        out.write_table("failures", failed := failures(s.failed for s in skips if s.failed))
         out.info = _report(skips, rules, queue, unknown)
         out.info["skips_left_out"] = fast_skips(ifvr.targets(Task.SEQUENTIAL)).num_rows - len(skips)
         out.info["truth"] = _score(skips, truth)
-        out.summary = f"{out.tables['labels'].rows:,} labels, {queue.num_rows:,} skips for people to decide"
+        out.summary = (
+            f"{out.tables['labels'].rows:,} labels, {queue.num_rows:,} skips for people to decide, {in_words(failed)}"
+        )
     for note in out.info["notes"]:
         say(f"         note: {note}")
     return out.summary
@@ -137,11 +139,15 @@ def _find_reasons(skips: list[Skip], teachers: TeacherSettings, truth: Mapping[s
 
 
 def requests(run: Run, teachers: TeacherSettings, seed: int) -> list[LLMRequest]:
-    """The labels of the first round, for an estimate. A skip costs two calls per round: a label and a verdict on it."""
+    """The labels of the first round and the verdicts on them, for an estimate; rationales that are found wanting cost
+    two further calls each time.
+    """
     if teachers.author == "script" or (teachers.truth and true_causes(run)):
         return []
     skips = open_skips(IFVR(run), teachers, seed, tastes=teachers.profiles and run.has(PROFILES))
-    return [label_request(s, teachers) for s in skips]
+    labels = [label_request(s, teachers) for s in skips]
+    foreseen = Attempt(SKIP_CAUSES[0].value, "x" * teachers.reason_chars)
+    return labels + [verdict_request(Skip(s.case, [foreseen]), teachers) for s in skips]
 
 
 def open_skips(ifvr: IFVR, settings: TeacherSettings, seed: int, *, tastes: bool = False) -> list[Skip]:

@@ -23,7 +23,7 @@ from gubs.prompts.fields import inline, plain
 from gubs.prompts.options import OPTION_TEXTS, SKIP_CAUSES, option_lines
 from gubs.records import SCHEMAS, TASK_OPTIONS, Interaction, Option, Split, Task
 from gubs.teachers import script
-from gubs.teachers.annotator import Annotator, annotator, by_cause, failures, request_about
+from gubs.teachers.annotator import Annotator, annotator, by_cause, failures, in_words, request_about
 from gubs.teachers.cases import Case, by_id, clicked, draw, load_cases
 from gubs.teachers.forms import thought_form, words
 from gubs.teachers.score import true_flaws
@@ -62,7 +62,7 @@ def make(job: StageJob, teachers: TeacherSettings, llm: LLMSettings, seed: int) 
         out.write_table("examples", pa.Table.from_pylist(rows, schema=SCHEMA))
         out.write_table("failures", failed)
         out.info = _report(rows, cases, failed, knows_flaws=bool(flaws))
-        out.summary = f"{len(rows):,} examples, {failed.num_rows:,} failures"
+        out.summary = f"{len(rows):,} examples, {in_words(failed)}"
     for note in out.info["notes"]:
         say(f"         note: {note}")
     return out.summary

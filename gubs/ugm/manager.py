@@ -19,10 +19,11 @@ from gubs.console import say
 from gubs.errors import PlatformError
 from gubs.llm.calls import LLMRequest, estimate_tokens, question
 from gubs.llm.client import LLMClient
+from gubs.llm.contract import require
 from gubs.llm.settings import LLMSettings
 from gubs.prompts import fill
 from gubs.prompts.fields import block
-from gubs.prompts.group_answers import VERDICT_REGEX
+from gubs.prompts.group_answers import PROFILE_REGEX, VERDICT_REGEX
 from gubs.prompts.people import Person
 from gubs.records import GroupMember
 from gubs.ugm.cluster import BertEncoder, Cluster, Encoder, TfidfEncoder, cluster, cluster_kmeans
@@ -48,8 +49,10 @@ class Group:
 
     @property
     def matched(self) -> list[GroupMember]:
-        """C'_g of Eq. 3; without reflection, all members."""
-        return [m for m in self.members if m.matched is not False]
+        """C'_g of Eq. 3, without members whose verdict is missing (they have a reason for that); all without
+        reflection.
+        """
+        return [m for m in self.members if m.matched or (m.matched is None and m.reason is None)]
 
 
 @dataclass
@@ -77,7 +80,8 @@ def manage(llm: LLMClient, people: Sequence[Person], settings: UGMSettings, *, s
         seed: of K-Means.
 
     Raises:
-        InputError, SummaryError: see `summarize`. What stops the client: see `LLMClient.stream`.
+        InputError, SummaryError: see `summarize`. IncompleteError: too many answers are missing. What stops the client:
+            see `LLMClient.stream`.
     """
     report: JsonObject = {"users": len(people)}
     by_id = {p.user.user_id: p for p in people}
@@ -156,7 +160,11 @@ def _write_profiles(
 ) -> list[Group]:
     """Asks the profiler about every group that is not dropped."""
     numbers = [i for i, g in enumerate(groups) if not g.dropped]
-    answers = llm.ask([_profile_request(groups[i], i, by_id, settings, final=final) for i in numbers])
+    requests = [_profile_request(groups[i], i, by_id, settings, final=final) for i in numbers]
+    if llm.settings.guided("profiler"):  # a small model would go on until it is cut off
+        requests = [replace(r, regex=PROFILE_REGEX) for r in requests]
+    answers = llm.ask(requests)
+    require(answers, llm.settings.contract)
     result = list(groups)
     for i, answer in zip(numbers, answers, strict=True):
         group = replace(groups[i], dropped=answer.failure)
@@ -172,10 +180,10 @@ def _match(
     pairs = [(i, m) for i, g in enumerate(groups) if not g.dropped for m in g.members]
     guided = llm.settings.guided("matcher")
     answers = llm.ask([_match_request(groups[i], i, by_id[m.user_id], settings, guided) for i, m in pairs])
+    require(answers, llm.settings.contract)
     members: dict[int, list[GroupMember]] = defaultdict(list)
     for (i, member), answer in zip(pairs, answers, strict=True):
-        # A member whose call failed did not match: nobody said Yes.
-        matched = answer.ok and answer.value.matched
+        matched = answer.value.matched if answer.ok else None  # nobody said Yes, and nobody said No
         reason = answer.value.reason if answer.ok else f"no verdict ({answer.failure})"
         members[i].append(replace(member, matched=matched, reason=reason))
     result = list(groups)

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pyarrow as pa
 
-from gubs.artifacts import Run, StageJob
+from gubs.artifacts import JsonObject, Run, StageJob
 from gubs.data.ifvr import IFVR, PROFILES
 from gubs.errors import GubsError
 from gubs.llm.budget import CostEstimate
@@ -62,7 +62,7 @@ def make(job: StageJob, ugm: UGMSettings, llm: LLMSettings, seed: int) -> str:
         out.info = {**report, "until": ugm.until, "llm": spent}
         out.summary = (
             f"{report['kept']} of {report['groups']} groups have a profile, {report['grouped_users']} of "
-            f"{report['users']} users are in them; {members.num_rows:,} memberships in all"
+            f"{report['users']} users are in them; {members.num_rows:,} memberships in all{_undecided(report)}"
         )
     return out.summary
 
@@ -80,6 +80,13 @@ def ugm_people(ifvr: IFVR, ugm: UGMSettings, *, tastes: bool) -> list[Person]:
     """The users that groups are made from, as known at the time `ugm.until`, with their latest views."""
     people = ifvr.people(ifvr.ugm_users, tastes=tastes).values()
     return [p.before(ugm.until_ms).latest(ugm.history_items) for p in people]
+
+
+def _undecided(report: JsonObject) -> str:
+    """How many members have no verdict, by cause."""
+    failures = report.get("match_failures", {})
+    causes = ", ".join(f"{cause} {n}" for cause, n in failures.items())
+    return f"; {sum(failures.values())} members without a verdict ({causes})" if failures else ""
 
 
 def _groups_table(result: UGMResult, people: Sequence[Person], version: str) -> pa.Table:

@@ -12,6 +12,7 @@ from gubs.artifacts import JsonObject
 from gubs.errors import GubsError, InputError
 from gubs.llm.calls import Answer, LLMRequest, estimate_tokens, question
 from gubs.llm.client import LLMClient
+from gubs.llm.contract import UNANSWERED, require
 from gubs.prompts import fill
 from gubs.prompts.fields import record
 from gubs.prompts.group_answers import Category, categories_regex, find_categories
@@ -66,6 +67,7 @@ def summarize(llm: LLMClient, people: Sequence[Person], settings: UGMSettings) -
 
     Raises:
         InputError: fewer users than groups, or the context is too small. SummaryError: no usable answer.
+        IncompleteError: no answer at all.
     """
     guided = llm.settings.guided("summarizer")
     items = _items(people, settings)
@@ -75,6 +77,7 @@ def summarize(llm: LLMClient, people: Sequence[Person], settings: UGMSettings) -
         report["levels"] += 1
         report["calls"] += len(chunks)
         answers = llm.ask(_requests(chunks, settings, guided, report["levels"]))
+        require([a for a in answers if a.failure in UNANSWERED], llm.settings.contract)
         sketches = []
         for chunk, answer in zip(chunks, answers, strict=True):
             sketches += _sketches(chunk, _categories(answer, settings.groups), people, report)
@@ -143,6 +146,7 @@ def _requests(chunks: Sequence[Sequence[_Item]], settings: UGMSettings, guided: 
             ),
             regex=categories_regex(k, len(chunk)) if guided else None,
             parser="gubs.prompts.group_answers:parse_categories",
+            salvage="gubs.prompts.group_answers:salvage_categories",
             parser_args={"groups": k, "users": len(chunk)},
             metadata={"of": total},
         )

@@ -4,6 +4,7 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -11,7 +12,7 @@ import pytest
 
 from gubs.data.settings import SourceSettings
 from gubs.data.sources import SourceTables, amazon, kuairand, logs, microlens, movielens
-from gubs.data.sources.formats import TextFormat
+from gubs.data.sources.formats import TextFormat, open_table
 from gubs.data.sources.reading import Column, Sheet, constant, duplicated, read_sheet
 from gubs.errors import InputError
 from gubs.records import SCHEMAS
@@ -246,6 +247,15 @@ def test_refuses_utf_16_and_binaries(tmp_path):
     refused(lambda: read(path), "b.csv", "row 1", "not a text file", ".parquet")
     path = write(tmp_path / "c.csv", b"user\xe9,b\n1,2\n")
     refused(lambda: read(path), "c.csv", "row 1", "header", "save the file as UTF-8")
+
+
+def test_a_nul_byte_costs_its_row_and_not_the_file(tmp_path):
+    path = write(tmp_path / "a.csv", b"user_id,watch_s,title\n" + b"1,2,a\n" * 60 + b"1,2,a\0b\n" + b"1,2,c\n" * 60)
+    opened = open_table(path)
+    batches = [(batch.num_rows, flags) for batch, flags in opened.batches(opened.header)]
+    assert sum(rows for rows, _ in batches) == 121
+    marked = np.concatenate([np.broadcast_to(flags["NUL byte"], rows) for rows, flags in batches])
+    assert np.flatnonzero(marked).tolist() == [60]
 
 
 def test_refuses_damaged_files(tmp_path):

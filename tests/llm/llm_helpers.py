@@ -70,9 +70,12 @@ class Outcome:
     """The result of a client actor's work."""
 
     entries: list[Entry | None]
-    """In the order of the requests."""
+    """How each call ended, in the order of the requests."""
     report: Report
     """The last one."""
+    attempts: list[Entry]
+    """All that was journaled."""
+    notes: list[str]
 
 
 def run_actor(
@@ -88,12 +91,14 @@ def run_actor(
             ident = identity(request, settings.role(request.role), "m")
             works.append(Work(key_of(ident), "default", request, ident))
         await actor.submit(works)
-        entries, report = {}, Report([])
+        attempts, notes, report = [], [], Report([])
         async with asyncio.timeout(60):
-            while len(entries) < len({w.key for w in works}) and not report.stop:
+            while len({e.key for e in attempts if not e.retried}) < len({w.key for w in works}) and not report.stop:
                 report = await actor.collect(1.0)
-                entries |= {entry.key: entry for entry, _ in report.done}
+                attempts += [entry for entry, _ in report.done]
+                notes += report.notes
         await actor.close()
-        return Outcome([entries.get(w.key) for w in works], report)
+        ended = {entry.key: entry for entry in attempts if not entry.retried}
+        return Outcome([ended.get(w.key) for w in works], report, attempts, notes)
 
     return asyncio.run(main())

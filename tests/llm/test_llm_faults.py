@@ -72,13 +72,13 @@ def test_a_rejected_request_fails_alone_with_the_servers_message(server, setting
     server.configure(rules=[{"match": "bad", "status": 400, "body": {"error": {"message": "prompt is too long"}}}])
     out = run_actor(settings_for(), tmp_path, [simple("bad"), simple("good")])
     bad, good = out.entries
-    assert (bad.failure, bad.attempts, bad.lasting) == ("rejected", 1, True)
+    assert (bad.failure, bad.attempts, bad.billed) == ("rejected", 1, False)
     assert "prompt is too long" in bad.error
     assert good.text
     assert out.report.stop is None
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize("status", [401, 402, 404])
 def test_an_endpoint_that_refuses_everything_stops_the_run(server, settings_for, tmp_path, status):
     server.configure(rules=[{"status": status, "body": {"error": {"message": "not with me"}}}])
     out = run_actor(settings_for(), tmp_path, [simple("a")])
@@ -91,7 +91,7 @@ def test_attempts_end_as_a_failure_where_others_succeed(server, settings_for, tm
     server.configure(rules=[{"match": "bad", "fault": "500"}, {"latency_s": 0.01}])
     requests = [simple("bad"), *(simple(f"good {i}") for i in range(300))]
     out = run_actor(settings_for(retries={"attempts": 3}, max_concurrency=4), tmp_path, requests)
-    assert (out.entries[0].failure, out.entries[0].lasting) == ("unreachable", False)
+    assert (out.entries[0].failure, out.entries[0].attempts) == ("unreachable", 3)
     assert "HTTP 500" in out.entries[0].error
     assert out.report.stop is None
 

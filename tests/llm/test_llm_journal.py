@@ -135,11 +135,35 @@ def test_damage_in_the_middle_is_an_error(tmp_path):
     assert len(places) == 2
 
 
-def test_temporary_failures_are_tried_again_but_replayed(tmp_path):
-    write(tmp_path, entry("a", failure="unreachable", lasting=False), entry("b", failure="rejected"))
-    assert "a" not in Journal(tmp_path)
-    assert "b" in Journal(tmp_path)
+def test_only_answers_last_and_failures_are_replayed(tmp_path):
+    write(tmp_path, entry("a", failure="unreachable"), entry("b", failure="rejected"), entry("c"))
+    journal = Journal(tmp_path)
+    assert [key in journal for key in "abc"] == [False, False, True]
     assert Journal(tmp_path, writable=False).get("a").failure == "unreachable"
+    (again,) = (later := [entry("b", failure="rate_limited")])
+    _, (place,) = write(tmp_path, *later)
+    journal.add(again, place)
+    assert journal.get("b").failure == "rate_limited", "a failure counts for the run in which it happened"
+    assert Journal(tmp_path, writable=False).get("b").failure == "rate_limited", "a replay shows what the last run saw"
+
+
+def test_attempts_that_others_followed_cost_but_end_no_call(tmp_path):
+    write(tmp_path, entry("a", retried=True, failure="unreachable", tokens_in=7, tokens_out=0))
+    write(tmp_path, entry("b", retried=True, failure="rate_limited", billed=False))
+    for journal in (Journal(tmp_path), Journal(tmp_path, writable=False)):
+        assert "a" not in journal
+        assert (journal.total.calls, journal.total.tokens_in) == (1, 7)
+
+
+def test_journals_of_earlier_versions_are_read(tmp_path):
+    segment, _ = write(tmp_path, entry("a"))
+    path = tmp_path / segment
+    path.write_text(path.read_text().replace('"retried": false', '"lasting": true'))
+    assert Journal(tmp_path).get("a").text == "t"
+
+
+def test_an_answer_replaces_a_failure(tmp_path):
+    write(tmp_path, entry("a", failure="unreachable"))
     write(tmp_path, entry("a", "now"))
     assert Journal(tmp_path).get("a").text == "now"
     assert Journal(tmp_path, writable=False).get("a").text == "now"

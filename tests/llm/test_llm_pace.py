@@ -6,8 +6,8 @@ import time
 import pytest
 
 from gubs.llm.hedging import HedgeTimer
-from gubs.llm.limits import Limits, TokenBucket, share
-from gubs.llm.retry import Health, Patience
+from gubs.llm.limits import Limits, Pace, TokenBucket, share
+from gubs.llm.retry import Health, Patience, Refusals
 from gubs.llm.settings import RetrySettings
 from gubs.llm.wire import AttemptError
 
@@ -76,6 +76,7 @@ def test_pauses_double_within_bounds_and_end():
 def test_retry_after_is_never_undercut():
     patience = Patience(RetrySettings(base_s=0.1), Clock())
     assert all(10 <= patience.pause_s(fault("wait", 10)) <= 11.1 for _ in range(20))
+    assert patience.pause_s(fault("wait", 86_400)) < 122, "but for a day's"
 
 
 def test_requests_to_slow_down_use_up_time_not_attempts():
@@ -85,6 +86,7 @@ def test_requests_to_slow_down_use_up_time_not_attempts():
         assert patience.pause_s(fault("wait")) is not None
     clock.now = 100
     assert patience.pause_s(fault("wait")) is None
+    assert patience.pause_s(fault("wait"), answered_at=50) is not None, "others are answered meanwhile"
     assert patience.pause_s(fault()) is not None
 
 
@@ -94,11 +96,13 @@ def test_an_endpoint_is_down_after_time_and_failures(gap):
     health = Health(RetrySettings(down_after_s=60, down_failures=3), clock)
     health.alive()
     clock.now = gap  # an idle hour does not count as silence
-    for _ in range(500):
-        health.failed(clock.now)
+    for i in range(500):
+        health.failed(fault(), clock.now, f"call {i}")
     assert not health.down()
-    clock.now += 61
-    health.failed(clock.now)
+    clock.now += 59
+    assert not health.down(), "the setting is obeyed"
+    clock.now += 1
+    health.failed(fault(), clock.now, "call 0")
     assert health.down()
     health.alive()
     assert not health.down()
@@ -108,17 +112,60 @@ def test_hung_calls_count_from_their_beginning():
     clock = Clock()
     health = Health(RetrySettings(down_after_s=60, down_failures=3), clock)
     clock.now = 300.0
-    for _ in range(3):
-        health.failed(0.0)
+    for i in range(3):
+        health.failed(fault(), 0.0, f"call {i}")
     assert health.down()
 
 
-def test_one_call_that_used_up_its_attempts_is_proof_enough():
-    health = Health(RetrySettings(attempts=2, down_failures=8), Clock())
-    health.failed(0)
-    assert not health.down(exhausted=True)
-    health.failed(0)
-    assert health.down(exhausted=True)
+def test_a_few_calls_that_a_server_cannot_take_are_no_outage_but_silence_is():
+    clock = Clock()
+    health = Health(RetrySettings(down_after_s=60, down_failures=8), clock)
+    for i in range(100):
+        health.failed(fault(), 0.0, f"call {i % 7}")
+    clock.now = 1000
+    assert not health.down()
+    health.alive()
+    for _ in range(8):
+        health.failed(AttemptError("unreachable", "x", "retry", responded=False), 1000.0, "call 0")
+    clock.now = 1060
+    assert health.down()
+
+
+def test_refusals_stop_only_if_they_are_equal_and_in_a_row():
+    refusals = Refusals()
+    refused = [refusals.refused(rejected(f"temperature {i}"), 0) for i in range(5)]
+    assert refused == [False] * 4 + [True]
+    refusals.answered()
+    assert not any(refusals.refused(rejected(text), 0) for text in ("a", "b") * 20)
+    assert not any(refusals.refused(rejected("a"), in_flight=30) for _ in range(28)), "answers may still come"
+
+
+def rejected(message):
+    return AttemptError("rejected", message, "give_up")
+
+
+def test_refusals_that_are_more_than_chance_slow_all_calls_down_together():
+    async def main():
+        pace = Pace(RetrySettings(base_s=0.2))
+        for _ in range(100):
+            await pace.turn()
+        for _ in range(4):
+            pace.refused(time.monotonic(), None)
+        began = time.monotonic()
+        await pace.turn()
+        few = time.monotonic() - began
+        for _ in range(40):
+            await pace.turn()
+        sent = time.monotonic()
+        for _ in range(200):
+            pace.refused(sent, 0.3)
+        began = time.monotonic()
+        await asyncio.gather(*(pace.turn() for _ in range(3)))
+        return few, time.monotonic() - began
+
+    few, many = asyncio.run(main())
+    assert few < 0.05, "a few are noise"
+    assert many > 0.3, "Retry-After, once for all"
 
 
 def test_overdue_follows_from_recent_latencies_and_copies_are_capped():
@@ -130,6 +177,9 @@ def test_overdue_follows_from_recent_latencies_and_copies_are_capped():
             f.__enter__()
         watch.check(time.monotonic() + 1000)
         assert watch.copies == 0, "no answers yet"
+        other = HedgeTimer(share=0.05)
+        other.answered("matcher", 4)
+        assert other.overdue_after_s("matcher") == 4.25 * 4, "from the first answer on, with a wide margin"
         for i in range(20):
             watch.answered("matcher", 4 + i / 10)
         assert watch.overdue_after_s("matcher") == pytest.approx(1.25 * 5.9)

@@ -1,6 +1,8 @@
 """How responses of the chat API are read."""
 
 import json
+import re
+import time
 from datetime import UTC, datetime
 
 import pytest
@@ -63,6 +65,16 @@ def test_content_parts_and_lone_surrogates():
     assert read_response(200, {}, body(content=parts)).text == "a?!"
 
 
+DOWN = ("unreachable", "retry")
+OPENAI_429 = b"""{"error": {"message": "Rate limit reached for gpt on requests per min. Visit
+ https://platform.openai.com/account/billing to add a payment method.", "type": "requests",
+ "code": "rate_limit_exceeded"}}""".replace(b"\n", b"")
+GROQ_429 = b"""{"error": {"message": "Rate limit reached for model. Need more tokens? Upgrade today at
+ https://console.groq.com/settings/billing", "type": "tokens", "code": "rate_limit_exceeded"}}""".replace(b"\n", b"")
+GEMINI_429 = b"""[{"error": {"code": 429, "message": "You exceeded your current quota, check your plan and billing
+ details.", "status": "RESOURCE_EXHAUSTED"}}]""".replace(b"\n", b"")
+
+
 @pytest.mark.parametrize(
     ("status", "content", "cause", "advice"),
     [
@@ -74,17 +86,60 @@ def test_content_parts_and_lone_surrogates():
         (422, b"nonsense", "rejected", "give_up"),
         (500, b"", "unreachable", "retry"),
         (503, b"<html>", "unreachable", "retry"),
-        (200, b'{"choices": [{"mess', "cut_off", "retry"),
-        (200, b'{"choices": []}', "cut_off", "retry"),
-        (200, b"null", "cut_off", "retry"),
+        (200, b'{"choices": [{"mess', "unreadable", "retry"),
+        (200, b'{"choices": []}', "unreadable", "retry"),
+        (200, b"null", "unreadable", "retry"),
         (200, b'{"error": {"message": "upstream", "code": 502}}', "unreachable", "retry"),
         (200, b'{"error": {"message": "upstream", "code": 429}}', "rate_limited", "wait"),
+        (200, b'{"choices": [{"error": {"message": "x", "code": 502}, "message": {"content": "half"}}]}', *DOWN),
+        (200, b'{"choices": [{"message": {"content": "half"}, "finish_reason": "network_error"}]}', *DOWN),
+        (429, OPENAI_429, "rate_limited", "wait"),
+        (429, GROQ_429, "rate_limited", "wait"),
+        (429, GEMINI_429, "rate_limited", "wait"),
+        (429, b'{"error": {"message": "x", "type": "insufficient_quota"}}', "refused", "stop"),
+        (403, b'{"error": {"code": 403, "message": "x", "metadata": {"reasons": ["y"]}}}', "moderated", "give_up"),
+        (403, b'{"error": {"message": "forbidden"}}', "rejected", "give_up"),
+        (400, b'{"error": {"message": "x", "code": "content_policy_violation"}}', "moderated", "give_up"),
+        (400, b'{"error": {"message": "x", "code": "context_length_exceeded"}}', "context", "give_up"),
+        (413, b"<html>", "context", "give_up"),
+        (498, b'{"error": {"message": "over capacity"}}', *DOWN),
+        (400, b'{"error": {"message": ["a", {"b": 1}], "code": ["c"], "type": {}}}', "rejected", "give_up"),
+        (400, b'{"error": ' + b"[" * 100_000, "rejected", "give_up"),
+        (200, b'{"choices": ' + b"[" * 100_000, "unreadable", "retry"),
+        (200, b'[{"choices": []}]', "unreadable", "retry"),
+        (200, b'{"choices": [{"message": "text"}]}', "unreadable", "retry"),
+        (200, b'{"choices": [{"message": {"content": "' + b"x" * 10_000_000 + b'"}}]}', "unreadable", "retry"),
     ],
+    ids=range(31),
 )
 def test_faults(status, content, cause, advice):
     with pytest.raises(AttemptError) as e:
         read_response(status, {}, content)
     assert (e.value.cause, e.value.advice) == (cause, advice)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"), [("text/html", b"<html>busy</html>"), ("text/event-stream", b"data: {}\n\n")]
+)
+def test_a_response_that_is_no_answer_is_shown(kind, content):
+    with pytest.raises(AttemptError, match=re.escape(f"{kind}; it begins '{content.decode().strip()}")):
+        read_response(200, {"content-type": kind}, content)
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [({"prompt_tokens": "3", "completion_tokens": "4"}, (3, 4)), ("many", (None, None)), ([1], (None, None))],
+)
+def test_odd_counts_spoil_no_answer(usage, tokens):
+    message = {"content": "Yes", "reasoning_content": {"steps": ["a"]}}
+    reply = read_response(200, {}, json.dumps({"choices": [{"message": message}], "usage": usage}).encode())
+    assert (reply.text, reply.reasoning, reply.tokens_in, reply.tokens_out) == ("Yes", '{"steps": ["a"]}', *tokens)
+
+
+def test_closing_tags_are_found_in_linear_time():
+    began = time.monotonic()
+    split_think("\n" * 300_000 + "x")
+    assert time.monotonic() - began < 1
 
 
 def test_the_servers_message_is_shown():

@@ -220,7 +220,7 @@ def test_score():
 def test_end_to_end_over_http_and_ray(server, settings_for, simulated, tmp_path, ray_local):
     """A finished label, one that needs two rounds, one for the queue, one failure; then the same without a server."""
     run = copy_run(simulated, tmp_path / "run")
-    llm = settings_for(retries={"attempts": 2})
+    llm = settings_for(retries={"attempts": 2}, rest={"contract": {"unusable": 0.1}})
     settings = with_teachers(synthetic_settings(), train_skips=6, test_skips=4).model_copy(update={"llm": llm})
     teachers = settings.teachers
     skips = open_skips(IFVR(run), teachers, settings.seed)
@@ -234,10 +234,12 @@ def test_end_to_end_over_http_and_ray(server, settings_for, simulated, tmp_path,
 
     seen = []
     with Annotator(run, llm, lambda p: seen.append((p.done, p.total))) as annotator:
-        assert annotator.estimate(requests(run, teachers, settings.seed)).calls == 10
+        assert annotator.estimate(requests(run, teachers, settings.seed)).calls == 20, (
+            "10 labels and the verdicts on them"
+        )
         annotator.ask(requests(run, teachers, settings.seed)[:1])
         assert seen[-1] == (1, 1)
-        assert annotator.estimate(requests(run, teachers, settings.seed)).calls == 9
+        assert annotator.estimate(requests(run, teachers, settings.seed)).calls == 19
     artifact = make_stage("labels", run, settings)
     labels, queue = artifact.table("labels").to_pylist(), artifact.table("queue").to_pylist()
     told = [r for r in labels if r["label_source"] != "rule"]

@@ -6,12 +6,14 @@ from collections import Counter
 import pytest
 from ugm_helpers import EVIL, PLAIN, ScriptedLLM, people, well_behaved
 
-from gubs.llm.settings import LLMSettings
+from gubs.llm.errors import IncompleteError
+from gubs.llm.settings import ContractSettings, LLMSettings
 from gubs.prompts.people import Person, Taste, View
 from gubs.records import User, Video
 from gubs.ugm.manager import foreseen_requests, manage
 from gubs.ugm.settings import UGMSettings
 
+LENIENT = PLAIN.model_copy(update={"contract": ContractSettings(unusable=0.5)})
 SMALL = {"groups": 3, "top": 8, "min_matched": 4}
 
 
@@ -60,18 +62,26 @@ def test_reflection_can_be_off():
     assert result.report["grouped_users"] == 24
 
 
-def test_a_match_without_a_verdict_counts_as_no_and_is_counted():
-    result, _ = run(lambda r: "well..." if r.label == "match/g00/u000" else well_behaved(r))
+def test_a_match_without_a_verdict_is_neither_yes_nor_no_and_is_counted():
+    result, llm = run(lambda r: "well..." if r.label == "match/g00/u000" else well_behaved(r), llm_settings=LENIENT)
     member = next(m for m in result.groups[0].members if m.user_id == "u000")
-    assert member.matched is False
+    assert member.matched is None
     assert member.reason == "no verdict (no_verdict)"
+    assert member not in result.groups[0].matched
+    assert 'own0"' not in llm.prompts("final/g00")[0]
     assert result.report["match_failures"] == {"no_verdict": 1}
 
 
 def test_a_failed_profile_drops_the_group_with_its_cause():
-    result, _ = run(lambda r: "" if r.label.startswith("initial/g02") else well_behaved(r))
+    result, _ = run(lambda r: "" if r.label.startswith("initial/g02") else well_behaved(r), llm_settings=LENIENT)
     assert result.groups[2].dropped == "empty"
     assert result.report["kept"] == 2
+
+
+@pytest.mark.parametrize("label", ["initial/g02", "match/g01/u001", "final/g00"])
+def test_missing_answers_end_the_phase(label):
+    with pytest.raises(IncompleteError, match=r"incomplete: 1 of \d+ answers of the \w+ are missing"):
+        run(lambda r: "" if r.label == label else well_behaved(r))
 
 
 def test_the_least_similar_members_are_left_out_if_the_prompt_is_full():

@@ -1,10 +1,13 @@
 """The UGM end to end over real HTTP: the artifact, SIGKILL and resume, offline replay, budgets."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,9 +18,11 @@ from ugm_helpers import categories
 
 from gubs import stages
 from gubs.artifacts import Run
+from gubs.cli import app
 from gubs.config import load_settings
 from gubs.data.ifvr import IFVR
-from gubs.llm.errors import BudgetReachedError, NotInJournalError
+from gubs.jobs import run_app
+from gubs.llm.errors import BudgetReachedError, IncompleteError, NotInJournalError
 from gubs.records import GroupProfile, conform
 from gubs.teachers.profiles import SCHEMA as PROFILES
 from gubs.ugm.settings import UGMSettings
@@ -158,6 +163,45 @@ def test_a_budget_stops_cleanly_and_can_be_raised(run, server, ray_local):
     assert "ugm" not in run.stages()
     make_groups(run, load_settings("tiny", overrides(server)))
     assert max(calls(server).values()) == 1, "nothing is asked twice"
+
+
+def test_missing_verdicts_end_the_command_with_causes_and_the_same_command_goes_on(run, server, ray_local, capsys):
+    server.configure(rules=[RULES[0], {"match": "You check whether", "text": "well..."}, RULES[2]])
+    command = ["ugm", "--run", run.uri, *overrides(server)]
+    with pytest.raises(SystemExit) as e:
+        run_app(app, command)
+    assert e.value.code == 6
+    last = " ".join(capsys.readouterr().err.splitlines()[-1].split())
+    assert re.search(r"incomplete: (\d+) of \1 answers of the matcher are missing \(no_verdict \1\)", last)
+    assert "ugm" not in run.stages()
+    before = calls(server)
+    server.configure(rules=RULES)
+    with pytest.raises(SystemExit) as e:
+        run_app(app, command)
+    assert e.value.code == 0
+    info = run.artifact("ugm").manifest.info
+    assert (info["kept"], info["match_failures"]) == (4, {})
+    asked = sum(calls(server).values()) - sum(before.values())
+    verdicts = sum(len(g.members) for g in GroupProfile.from_table(run.artifact("ugm").table("groups")))
+    assert asked == verdicts + 4, "the verdicts and the final profiles, and nothing that was finished"
+
+
+def test_a_narrow_rate_limit_is_no_verdict(run, server, ray_local):
+    server.configure(rules=RULES, per_s=25)
+    made = make_groups(run, load_settings("tiny", overrides(server, "llm.retries.patience_s=3")))
+    assert made.manifest.info["match_failures"] == {}
+    groups = GroupProfile.from_table(made.table("groups"))
+    assert all(m.matched for g in groups for m in g.members)
+
+
+def test_a_repaired_summary_is_kept_by_a_run_that_starts_again(run, server, ray_local):
+    """Otherwise the groups, and all that was asked about them, would be others after a stop."""
+    server.configure(rules=[{"match": "", "text": categories([1, 1, 2, 3])}])
+    for _ in range(2):
+        with pytest.raises(IncompleteError):  # the verdicts
+            make_groups(run, load_settings("tiny", overrides(server)))
+    roles = Counter(json.loads(line)["role"] for line in journaled(run).splitlines())
+    assert (roles["summarizer"], roles["profiler"]) == (2, 4), "a question and a re-ask, and a profile for each group"
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 """The summarizer's groups: from good, bad and repaired answers, in one prompt or in chunks."""
 
+import contextlib
 import re
+import time
 
 import pytest
 from ugm_helpers import EVIL, ScriptedLLM, categories, people, well_behaved
 
 from gubs.errors import InputError
 from gubs.prompts.group_answers import (
+    PROFILE_REGEX,
     VERDICT_REGEX,
     AnswerError,
     Category,
@@ -15,6 +18,7 @@ from gubs.prompts.group_answers import (
     parse_categories,
     parse_profile,
     parse_verdict,
+    salvage_categories,
 )
 from gubs.prompts.people import Person, Taste, View
 from gubs.records import User, Video
@@ -162,7 +166,78 @@ def test_verdicts_and_profiles():
         parse_profile(" short ")
 
 
+@pytest.mark.parametrize(
+    ("text", "matched", "reason"),
+    [
+        ("**Match or not:** Yes\n**Reason:** fits", True, "fits"),
+        ("Sure! Here is my answer.\n\nMatch or not: No\nReason: skips it", False, "skips it"),
+        ("Match or not\uff1a No\nReason\uff1askips it", False, "skips it"),
+        ("\u662f\u5426\u5339\u914d\uff1a\u662f\n\u7406\u7531\uff1a\u559c\u6b22", True, "\u559c\u6b22"),
+        ("\u662f\u5426\u5339\u914d: \u5426\u3002\n\u539f\u56e0: x", False, "x"),
+        ("- Match or not: **Yes**. Reason: both", True, "both"),
+        ("Match or not: Yes/No\nReason: one sentence\n\nMatch or not: No\nReason: why", False, "why"),
+    ],
+)
+def test_verdicts_are_read_through_marks_preambles_and_chinese(text, matched, reason):
+    verdict = parse_verdict(text)
+    assert (verdict.matched, verdict.reason) == (matched, reason)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Match or not: Yes/No\nReason: one sentence",
+        "Match or not: Yes / No",
+        "Match or not: Yes\nMatch or not: No",
+        "Match or not: Yesterday",
+        "Match or not:",
+    ],
+)
+def test_the_form_itself_and_contradictions_are_no_verdict(text):
+    with pytest.raises(AnswerError) as e:
+        parse_verdict(text)
+    assert e.value.cause == "no_verdict"
+
+
+def test_categories_with_chinese_labels_are_understood():
+    lines = [
+        "\u7c7b\u522b1\uff1a\u7f8e\u98df",
+        "\u7279\u5f81\uff1a\u559c\u6b22\u505a\u996d",
+        "\u5178\u578b\u7528\u6237\uff1a\u7528\u6237 2",
+    ]
+    assert find_categories("\n".join(lines)) == [Category("\u7f8e\u98df", "\u559c\u6b22\u505a\u996d", 2)]
+
+
+def test_what_can_be_repaired_is_salvaged_and_the_rest_is_not():
+    assert len(salvage_categories(categories([1, 1, 99]), 2, users=5)) == 2
+    with pytest.raises(AnswerError):
+        salvage_categories(categories([1]), 2, users=5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n" * 2500,
+        "\n" * 1_000_000,
+        "Category 1: " * 50_000,
+        "Category 1: x\nFeatures: " + "\n" * 100_000,
+        "Match or not: " * 100_000,
+        " * " * 1_000_000,
+        "Category 1: x\n" * 100_000,
+        "x" * 10_000_000,
+    ],
+)
+def test_hostile_answers_cost_no_time(text):
+    began = time.monotonic()
+    find_categories(text)
+    for parse in (parse_verdict, parse_profile):
+        with contextlib.suppress(AnswerError):
+            parse(text)
+    assert time.monotonic() - began < 2
+
+
 def test_guides_are_parsed_by_the_parsers():
+    assert re.fullmatch(PROFILE_REGEX, "They like cooking videos and quiet films, and skip what is loud.")
     assert re.fullmatch(categories_regex(3, 12), categories([1, 12, 3]))
     assert not re.fullmatch(categories_regex(3, 12), categories([1, 13, 3]))
     assert re.fullmatch(VERDICT_REGEX, "Match or not: No\nReason: they skip these")

@@ -27,6 +27,8 @@ BLOCK_BYTES = 8 << 20
 """Bytes read at once; a single row must be shorter."""
 
 _BROKEN_CHARS = 1000
+_NUL_SHARE = 0.01
+"""A text file with more NUL bytes is none; of a few, each costs its row."""
 _OPEN_QUOTE = "quote left open"
 _SEPARATOR = "\x1f"
 """Replaces a delimiter of several characters (`::`), which Arrow does not support. Text files do not contain it."""
@@ -136,6 +138,7 @@ class _Bytes:
         self.text = text
         self.tail = b""
         self.pending = b""
+        self.has_nul = False
         self.closed = False
 
     def read(self, size: int = -1) -> bytes:
@@ -150,6 +153,7 @@ class _Bytes:
     def _transcoded(self, raw: bytes) -> bytes:
         """Holds back what depends on the next bytes: half a delimiter, or a CR whose LF Arrow would drop."""
         block = self.pending + (raw if self.text.encoding == "utf-8" else raw.decode(self.text.encoding).encode())
+        self.has_nul = self.has_nul or b"\0" in block
         ambiguous = [b"\r"]
         if len(self.text.delimiter) > 1:
             block = block.replace(self.text.delimiter.encode(), _SEPARATOR.encode())
@@ -185,7 +189,7 @@ class Delimited(RawFile):
             start = bytes(stream.read(1 << 16))
         if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise InputError(f"{self.label}: row 1: the file is in UTF-16; save it as UTF-8")
-        if b"\0" in start:
+        if b"\0" in start.split(b"\n", 1)[0] or start.count(b"\0") > len(start) * _NUL_SHARE:
             raise InputError(
                 f"{self.label}: row 1: not a text file; give .csv, .tsv or .jsonl text, or a .parquet file"
             )
@@ -214,6 +218,9 @@ class Delimited(RawFile):
                 if last is not None:
                     yield last
                 last = batch, self._flag(batch, base)
+                if source.has_nul:
+                    nuls = sum((_count(c, b"\0") for c in batch.columns), np.zeros(1, np.int64))
+                    last[1]["NUL byte"] = np.broadcast_to(nuls > 0, batch.num_rows)
                 base += batch.num_rows
             if last is not None:
                 self._flag_open_end(last, source.tail)

@@ -1,0 +1,289 @@
+"""Failures are no data: what an endpoint refuses, breaks off or does not answer is tried again, counted, and said."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from llm_helpers import run_actor, simple
+
+from gubs.llm.client import LLMClient
+from gubs.llm.errors import BudgetReachedError, EndpointRefusedError, StoppedError
+
+MODERATED = {"status": 403, "body": {"error": {"code": 403, "message": "x", "metadata": {"reasons": ["violence"]}}}}
+
+
+def gaps(server):
+    return [b - a for a, b in itertools.pairwise(server.stats()["arrivals"])]
+
+
+def many(n, text="ask"):
+    return [simple(f"{text} {i}") for i in range(n)]
+
+
+def test_parameters_that_are_not_taken_are_found_out_by_one_call_ahead_of_the_crowd(server, settings_for, tmp_path):
+    server.configure(refuses=["temperature", "max_tokens"], rules=[{"latency_s": 0.1}])
+    out = run_actor(settings_for(), tmp_path, many(30))
+    assert all(e.text for e in out.entries)
+    assert server.stats()["total"] == 32
+    body = server.stats()["bodies"][-1]
+    assert body["max_completion_tokens"] == 256
+    assert not {"temperature", "max_tokens"} & set(body)
+    assert "max_completion_tokens for max_tokens" in str(out.notes)
+    assert [(e.failure, e.billed) for e in out.attempts if e.retried] == [("rejected", False)] * 2
+
+
+def test_a_handful_of_equal_refusals_stops_the_run_and_says_what_to_drop(server, settings_for, tmp_path):
+    server.configure(refuses=["reasoning_effort"])
+    settings = settings_for(rest={"roles": {"matcher": {"extra": {"reasoning_effort": "low"}}}})
+    out = run_actor(settings, tmp_path, many(60))
+    assert isinstance(out.report.stop, EndpointRefusedError)
+    assert "Unrecognized request argument supplied: reasoning_effort" in str(out.report.stop)
+    assert "take reasoning_effort out of llm.roles.matcher.extra" in str(out.report.stop)
+    assert server.stats()["total"] == 5
+
+
+def test_a_key_that_may_do_nothing_stops_the_run(server, settings_for, tmp_path):
+    server.configure(rules=[{"status": 403, "body": {"error": {"message": "not with me"}}}])
+    out = run_actor(settings_for(), tmp_path, many(60))
+    assert isinstance(out.report.stop, EndpointRefusedError)
+    assert "HTTP 403: not with me" in str(out.report.stop)
+    assert server.stats()["total"] == 5
+
+
+def test_a_moderated_prompt_fails_alone(server, settings_for, tmp_path):
+    server.configure(rules=[{"match": "bad", **MODERATED}])
+    out = run_actor(settings_for(), tmp_path, [*many(8, "bad"), simple("good")])
+    assert [e.failure for e in out.entries] == ["moderated"] * 8 + [""]
+    assert out.report.stop is None
+
+
+def test_a_few_prompts_that_always_fail_are_no_outage(server, settings_for, tmp_path):
+    server.configure(rules=[{"match": "bad", "fault": "500"}])
+    settings = settings_for(retries={"attempts": 5, "down_after_s": 0.2})
+    out = run_actor(settings, tmp_path, [*many(50), *many(6, "bad")])
+    assert [e.failure for e in out.entries] == [""] * 50 + ["unreachable"] * 6
+    assert out.report.stop is None
+
+
+def test_an_endpoint_is_down_no_sooner_than_the_setting_says(server, settings_for, tmp_path):
+    server.configure(rules=[{"fault": "500"}])
+    began = time.monotonic()
+    out = run_actor(settings_for(retries={"attempts": 9, "down_after_s": 2.0}), tmp_path, many(20))
+    assert "is down" in str(out.report.stop)
+    assert 2.0 <= time.monotonic() - began < 5
+
+
+def test_a_narrow_rate_limit_costs_few_requests_and_no_call(server, settings_for, tmp_path):
+    server.configure(per_s=12)
+    out = run_actor(settings_for(retries={"patience_s": 3.0}), tmp_path, many(50))
+    assert all(e.text for e in out.entries)
+    assert server.stats()["total"] < 2.5 * 50, "the first crowd, and a few later"
+    assert {e.failure for e in out.attempts if e.retried} == {"rate_limited"}
+    assert not any(e.billed for e in out.attempts if e.retried)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_obeyed_up_to_a_cap(server, settings_for, tmp_path, status):
+    busy = {"status": status, "headers": {"Retry-After": "3600"}, "body": {"error": {"message": "busy"}}}
+    server.configure(rules=[{"nth": 1, **busy}])
+    settings = settings_for(retries={"longest_retry_after_s": 0.7})
+    assert run_actor(settings, tmp_path, [simple("a")]).entries[0].attempts == 2
+    assert 0.7 <= gaps(server)[0] < 2
+
+
+def test_a_hung_call_is_overtaken_as_soon_as_one_answer_is_known(server, settings_for, tmp_path):
+    server.configure(rules=[{"match": "hung", "nth": 1, "fault": "hang"}])
+    began = time.monotonic()
+    out = run_actor(settings_for(timeout_s=60.0), tmp_path, [simple("hung"), simple("ok")])
+    assert all(e.text for e in out.entries)
+    assert time.monotonic() - began < 10
+    lost = [e for e in out.attempts if e.retried]
+    assert [(e.failure, e.billed) for e in lost] == [("overtaken", True)]
+    assert lost[0].tokens_in > 0, "the server may bill it"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"text": "half an ans", "finish_reason": "network_error"},
+        {"body": {"choices": [{"message": {"content": "half"}, "error": {"code": 502, "message": "upstream"}}]}},
+        {"raw": "data: {}"},
+        {"raw": '{"choices": ' + "[" * 5000},
+        {"body": {"choices": [{"message": {"content": {"a": 1}}}]}},
+    ],
+)
+def test_broken_answers_are_tried_again(server, settings_for, tmp_path, broken):
+    server.configure(rules=[{"nth": 1, **broken}])
+    out = run_actor(settings_for(), tmp_path, [simple("a")])
+    assert (out.entries[0].attempts, out.entries[0].failure) == (2, "")
+
+
+def test_a_body_that_stays_odd_is_a_failure_that_shows_it(server, settings_for, tmp_path):
+    server.configure(rules=[{"match": "odd", "raw": "<html>busy</html>"}])
+    out = run_actor(settings_for(retries={"attempts": 2}), tmp_path, [simple("odd"), simple("good")])
+    assert out.entries[0].failure == "unreadable"
+    assert "application/json" in out.entries[0].error
+    assert "<html>busy" in out.entries[0].error
+    assert out.report.stop is None
+
+
+@pytest.mark.usefixtures("ray_local")
+class TestRuns:
+    """One run after another, on the same journal."""
+
+    def test_an_unusable_answer_is_sampled_afresh_by_the_next_run_and_replayed(self, server, settings_for, tmp_path):
+        bad, request = "nonsense", simple("question", regex="yes|no")
+        server.configure(rules=[{"text": bad}])
+        for total in (2, 4):  # a question and a re-ask
+            with LLMClient(settings_for(), tmp_path) as client:
+                answers = client.ask([request, request])
+                assert [a.failure for a in answers] == ["no_match"] * 2
+                assert client.ask([request])[0].failure == "no_match", "not twice in the same run"
+            assert server.stats()["total"] == total
+        server.configure(rules=[{"text": "yes"}])
+        with LLMClient(settings_for(), tmp_path) as client:
+            assert client.dry_run([request]).calls == 1
+            assert client.ask([request])[0].value == "yes"
+        for mode in ("record", "replay"):
+            with LLMClient(settings_for(rest={"mode": mode}), tmp_path) as client:
+                assert client.ask([request])[0].value == "yes"
+        assert server.stats()["total"] == 5
+
+    def test_what_was_refused_or_not_answered_is_asked_again_by_the_next_run(self, server, settings_for, tmp_path):
+        refusal = {"match": "sorry", "text": "", "message": {"refusal": "I cannot"}}
+        server.configure(
+            rules=[refusal, {"match": "bad", "status": 400, "body": {}}, {"match": "down", "fault": "500"}]
+        )
+        requests = [simple("sorry"), simple("bad"), simple("down"), simple("good")]
+        settings = settings_for(retries={"attempts": 2})
+        with LLMClient(settings, tmp_path) as client:
+            failed = client.ask(requests)
+        assert [a.failure for a in failed] == ["refused", "rejected", "unreachable", ""]
+        with LLMClient(settings.model_copy(update={"mode": "replay"}), tmp_path) as client:
+            assert [a.failure for a in client.ask(requests)] == [a.failure for a in failed]
+        server.configure()
+        with LLMClient(settings, tmp_path) as client:
+            assert all(a.ok for a in client.ask(requests))
+        assert server.calls("good") == 1
+
+    def test_an_answer_that_is_cut_off_gets_more_room_once(self, server, settings_for, tmp_path):
+        cut = {"text": "it is half", "finish_reason": "length"}
+        server.configure(rules=[{"match": "long", "nth": 1, **cut}, {"match": "endless", **cut}])
+        with LLMClient(settings_for(), tmp_path) as client:
+            long, endless = client.ask([simple("long"), simple("endless")])
+        assert (long.ok, long.calls) == (True, 2)
+        assert (endless.failure, endless.calls, server.calls("endless")) == ("truncated", 2, 2)
+        assert sorted(b["max_tokens"] for b in server.stats()["bodies"]) == [256, 256, 1024, 1024]
+
+    def test_an_empty_answer_is_asked_for_again_plainly(self, server, settings_for, tmp_path):
+        thinking = {"text": "", "message": {"reasoning_content": "Yes, they match."}}
+        server.configure(rules=[{"match": "empty", "nth": 1, "text": ""}, {"match": "think", **thinking}])
+        with LLMClient(settings_for(), tmp_path) as client:
+            empty, think = client.ask([simple("empty"), simple("think")])
+        assert empty.ok
+        assert (think.failure, think.calls) == ("only_reasoning", 2)
+        assert all([m["role"] for m in b["messages"]] == ["user"] for b in server.stats()["bodies"])
+
+    @pytest.mark.parametrize("fault", [{"fault": "500"}, {"raw": "<html>"}])
+    def test_the_budget_counts_every_attempt_that_may_be_billed(self, server, settings_for, tmp_path, fault):
+        server.configure(rules=[fault])
+        settings = settings_for(rest={"budget": {"calls": 10}}, retries={"attempts": 20})
+        with (
+            LLMClient(settings, tmp_path) as client,
+            pytest.raises(BudgetReachedError, match=r"llm\.budget\.calls=10 .*10 spent"),
+        ):
+            client.ask(many(8))
+        assert server.stats()["total"] == 10
+
+    def test_the_budget_counts_second_copies(self, server, settings_for, tmp_path):
+        server.configure(rules=[{"match": "hung", "fault": "hang"}])
+        settings = settings_for(rest={"budget": {"calls": 12}}, timeout_s=3.0)
+        with LLMClient(settings, tmp_path) as client, pytest.raises(BudgetReachedError):
+            client.ask([simple("hung"), *many(10)])
+        assert server.stats()["total"] <= 12
+        assert server.calls("hung") == 2
+
+    def test_a_stop_finishes_what_is_in_flight(self, server, settings_for, tmp_path):
+        refused = {"match": "bad", "status": 401, "body": {"error": {"message": "no"}}, "latency_s": 0.5}
+        server.configure(rules=[refused, {"latency_s": 1.5}])
+        with LLMClient(settings_for(), tmp_path) as client:
+            client.start()
+            with pytest.raises(EndpointRefusedError):
+                client.ask([*many(19), simple("bad")])
+        with LLMClient(settings_for(), tmp_path) as client:
+            assert client.dry_run(many(19)).calls == 0, "paid for, and kept"
+
+
+DRIVER = """
+import sys, ray
+sys.path[:0] = {paths}
+from llm_helpers import simple
+from gubs.errors import GubsError
+from gubs.llm.client import LLMClient
+from gubs.llm.settings import LLMSettings
+ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
+try:
+    with LLMClient(LLMSettings.model_validate_json({settings!r}), {folder!r}) as client:
+        client.ask([simple(f"ask {{i}}") for i in range(160)])
+except GubsError as e:
+    print(e, file=sys.stderr)
+    sys.exit(e.exit_code)
+"""
+
+
+def test_ctrl_c_lets_calls_in_flight_finish_so_that_none_is_paid_twice(server, settings_for, tmp_path, ray_local):
+    server.configure(rules=[{"latency_s": 2.0}])
+    settings = settings_for(max_concurrency=60)
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "benchmarks")]
+    script = DRIVER.format(paths=paths, settings=settings.model_dump_json(), folder=str(tmp_path))
+    driver = subprocess.Popen([sys.executable, "-c", script], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while server.stats()["total"] < 60:
+        assert time.monotonic() < deadline, "the driver makes no calls"
+        time.sleep(0.05)
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
+    said = driver.communicate(timeout=60)[1]
+    assert driver.returncode == 130, said
+    assert re.search(r"calls in flight may finish for 120 s", said)
+    assert "the same command goes on from here" in said
+    sent = server.stats()["total"]
+    kept = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert len([e for e in kept if not e["failure"]]) == sent < 160
+    server.configure()
+    with LLMClient(settings, tmp_path) as client:
+        assert all(a.ok for a in client.ask(many(160)))
+    assert set(server.stats()["calls"].values()) == {1}
+
+
+def test_sigterm_lets_calls_in_flight_finish_and_a_second_one_ends_at_once(server, settings_for, tmp_path, ray_local):
+    server.configure(rules=[{"match": "slow", "latency_s": 30.0}, {"latency_s": 1.0}])
+
+    def terminate_after(calls, times):
+        while server.stats()["total"] < calls:
+            time.sleep(0.02)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+
+    with LLMClient(settings_for(max_concurrency=20), tmp_path) as client:
+        client.start()
+        threading.Thread(target=terminate_after, args=(20, 1)).start()
+        with pytest.raises(StoppedError, match="stopped by SIGTERM") as e:
+            client.ask(many(60))
+    assert e.value.exit_code == 143
+    with LLMClient(settings_for(), tmp_path) as client:
+        assert client.dry_run(many(60)).calls == 60 - server.stats()["total"] > 0
+        client.start()
+        threading.Thread(target=terminate_after, args=(server.stats()["total"] + 1, 2)).start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            client.ask([simple("slow")])
+    assert time.monotonic() - began < 10
