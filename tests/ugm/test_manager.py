@@ -4,7 +4,7 @@ import re
 from collections import Counter
 
 import pytest
-from ugm_helpers import EVIL, PLAIN, ScriptedLLM, people, well_behaved
+from ugm_helpers import EVIL, PLAIN, ScriptedLLM, people, records_of, well_behaved
 
 from gubs.llm.settings import LLMSettings
 from gubs.prompts.people import Person, Taste, View
@@ -16,8 +16,8 @@ SMALL = {"groups": 3, "top": 8, "min_matched": 4}
 
 
 def run(reply=well_behaved, crowd=None, llm_settings=PLAIN, **settings):
-    llm = ScriptedLLM(reply, llm_settings)
-    return manage(llm, crowd or people(30), UGMSettings(**{**SMALL, **settings}), seed=0), llm
+    llm, crowd = ScriptedLLM(reply, llm_settings), crowd or people(30)
+    return manage(llm, crowd, UGMSettings(**{**SMALL, **settings}), records=records_of(crowd), seed=0), llm
 
 
 def test_the_three_phases_ask_what_they_should():
@@ -60,10 +60,11 @@ def test_reflection_can_be_off():
     assert result.report["grouped_users"] == 24
 
 
-def test_a_match_without_a_verdict_counts_as_no_and_is_counted():
+def test_a_match_without_a_verdict_is_no_refusal_and_is_counted():
     result, _ = run(lambda r: "well..." if r.label == "match/g00/u000" else well_behaved(r))
     member = next(m for m in result.groups[0].members if m.user_id == "u000")
-    assert member.matched is False
+    assert member.matched is None
+    assert member in result.groups[0].matched, "it stays where Eq. 2 put it"
     assert member.reason == "no verdict (no_verdict)"
     assert result.report["match_failures"] == {"no_verdict": 1}
 
@@ -91,7 +92,7 @@ def test_match_prompts_of_a_group_share_their_beginning():
 
 def test_a_dry_run_foresees_the_calls():
     _, llm = run()
-    foreseen = foreseen_requests(people(30), UGMSettings(**SMALL), llm.settings)
+    foreseen = foreseen_requests(people(30), UGMSettings(**SMALL), llm.settings, records_of(people(30)))
     assert Counter(r.role for r in foreseen) == Counter(r.role for r in llm.requests)
 
 
@@ -110,7 +111,7 @@ def test_forms_are_enforced_for_the_roles_whose_endpoint_can(roles, guided):
     endpoints = {"default": large, "local": {**large, "model": "small", "structured": "guided"}}
     settings = LLMSettings(endpoints=endpoints, roles={role: {"endpoint": name} for role, name in roles.items()})
     _, llm = run(llm_settings=settings)
-    foreseen = foreseen_requests(people(30), UGMSettings(**SMALL), settings)
+    foreseen = foreseen_requests(people(30), UGMSettings(**SMALL), settings, records_of(people(30)))
     for requests in (llm.requests, foreseen):
         assert {r.role for r in requests if r.regex} == guided
         assert all(bool(r.regex) is (r.role in guided) for r in requests)

@@ -1,0 +1,237 @@
+"""Checks of what an author wrote about a group: that it is about the group at all, and that its claims hold.
+
+A text fails if it is a placeholder, repeats the prompt, talks about being an assistant, or goes round in circles. Its
+claims are checked one sentence at a time: topics it says the group likes or skips, lengths, percentages. A claim that
+the evidence contradicts is unsupported; one that the evidence says nothing about is left alone.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from gubs.records import Finding
+from gubs.ugm.author import likes, skips
+from gubs.ugm.evidence import LENGTHS, LENGTHS_S
+from gubs.ugm.words import words
+
+PLACEHOLDERS = re.compile(
+    r"\bx{3,}\b|\[(?:your|name|insert|group|user|topic|age|tag|describe)\b[^\]]*\]|\blorem ipsum\b|<[a-z _]+>|\btbd\b"
+    r"|\{\{?\s*\w+\s*\}?\}|\bcategory \d+\b|\bgroup name\b|_{3,}",
+    re.I,
+)
+_ASSISTANT = re.compile(
+    r"\bas an ai\b|\bai (?:assistant|model|language model)\b|\bhelpful (?:ai )?assistant\b|\blanguage model\b"
+    r"|\bsmollm\b|\bchatgpt\b|\bi(?:'m| am) (?:sorry|here to|happy to|an? (?:ai|assistant|model))\b"
+    r"|\bi can(?:no|')t (?:help|assist)"
+    r"|\bhere(?:'s| is) (?:a|the|an) (?:breakdown|edited|revised|updated|possible|profile)\b"
+    r"|\byour (?:profile|own profile|name|answer)\b|作为(?:一个)?(?:AI|人工智能|语言模型)",
+    re.I,
+)
+_POSITIVE = re.compile(
+    r"\b(?:like|likes|liked|love|loves|enjoy|enjoys|prefer|prefers|preferred|preference|favou?rite|fans?|interested"
+    r"|high interest|keen|finish|finishes|watch|watches|recommend|more|suits?|best)\b|喜欢|偏好|感兴趣|爱看|推荐",
+    re.I,
+)
+_NEGATIVE = re.compile(
+    r"\b(?:skip|skips|skipped|avoid|avoids|dislike|dislikes|hate|hates|fewer|less|lower|little interest|low interest"
+    r"|not interested|no interest|uninterested|driven away|put off|puts off|drives away|bored|reduce|do(?:es)? not"
+    r"|don't|doesn't|rarely|never|without)\b|不喜欢|不感兴趣|跳过|避免|减少|反感",
+    re.I,
+)
+_LENGTH = re.compile(
+    r"(?P<bound>under|below|up to|less than|shorter than|over|above|longer than|more than)?\s*"
+    r"(?P<a>\d+)\s*(?:s|sec|seconds?)?\s*(?:(?:-|–|to)\s*(?P<b>\d+)\s*)?(?P<unit>s|sec|seconds?|min|minutes?)\b",
+    re.I,
+)
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s?%")
+_SENTENCE = re.compile(r"(?<=[.!?;。！？；])\s+|\n+")
+_COPIED = 9
+"""So many words in a row are not repeated by chance."""
+_CIRCLES = 0.5
+"""Share of different runs of four words below which a text goes round in circles."""
+_ROUNDING = 0.02
+"""Percentages are rounded, and intervals are not exact."""
+_FEW = 0.15
+"""A tag that fewer members list, and fewer than of everybody, does not say what unites a group."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What texts about one group are checked against."""
+
+    findings: Sequence[Finding]
+    topics: Sequence[str]
+    """All tags and topics that the data have."""
+
+    @cached_property
+    def likes(self) -> set[str]:
+        """Topics that the group likes."""
+        return set(likes(self.findings))
+
+    @cached_property
+    def skips(self) -> set[str]:
+        """Topics that the group skips."""
+        return set(skips(self.findings))
+
+    def finding(self, section: str, item: str) -> Finding | None:
+        """The finding about an item of a section."""
+        return next((f for f in self.findings if f.section == section and f.item == item), None)
+
+    def mentioned(self, text: str) -> list[str]:
+        """The topics that a text mentions."""
+        folded = text.casefold()
+        return [t for t in self.topics if re.search(_as_word(t), folded)]
+
+
+def sentences(text: str) -> list[str]:
+    """A text as sentences and lines."""
+    return [s.strip() for s in _SENTENCE.split(text) if s.strip()]
+
+
+def fault_of(text: str, instructions: str = "") -> str:
+    """Why a text cannot be about the group at all; empty if it can.
+
+    Args:
+        text: a name or a profile.
+        instructions: our words in the prompt, which must not come back.
+    """
+    if m := PLACEHOLDERS.search(text):
+        return f"it holds the placeholder {m[0]!r}"
+    if m := _ASSISTANT.search(text):
+        return f"it talks about the assistant or the reader, not about the group: {m[0]!r}"
+    if copied := _copied(text, instructions):
+        return f"it repeats the question: {copied!r}"
+    runs = list(zip(*(words(text)[i:] for i in range(4)), strict=False))
+    if len(runs) >= 12 and len(set(runs)) < _CIRCLES * len(runs):
+        return "it says the same over and over"
+    return ""
+
+
+def fault_of_name(name: str, evidence: Evidence, others: Iterable[str]) -> str:
+    """Why a name cannot stand; empty if it can."""
+    if fault := fault_of(name):
+        return fault
+    if name.casefold() in {o.casefold() for o in others}:
+        return "another group has the same name"
+    if re.fullmatch(r"\W*(?:group|users?|viewers?|members?|category|cluster|others?)?\W*\d*\W*", name, re.I):
+        return "it says nothing about the members"
+    foreign = [t for t in evidence.mentioned(name) if not _unites(t, evidence)]
+    return f"{foreign[0]} is nothing that its members share" if foreign else ""
+
+
+def unsupported(text: str, evidence: Evidence) -> dict[str, str]:
+    """Sentences that claim what the evidence contradicts, with the reason; in their order."""
+    found = {}
+    for sentence in sentences(text):
+        why = _topics(sentence, evidence) or _lengths(sentence, evidence) or _shares(sentence, evidence)
+        if why:
+            found[sentence] = why
+    return found
+
+
+def without(text: str, claims: Mapping[str, str]) -> str:
+    """The text without some of its sentences; lines stay lines."""
+    lines = [" ".join(s for s in sentences(line) if s not in claims) for line in text.splitlines()]
+    return "\n".join(line for line in lines if line)
+
+
+def covers(text: str, evidence: Evidence) -> bool:
+    """Whether a profile says at least half of what most members share."""
+    shared = [f.item for f in evidence.findings if f.section == "interest" and f.value >= 0.5]
+    return 2 * len(set(evidence.mentioned(text)) & set(shared)) >= len(shared)
+
+
+def _topics(sentence: str, evidence: Evidence) -> str:
+    mentioned = evidence.mentioned(sentence)
+    if not mentioned:
+        return ""
+    if _NEGATIVE.search(sentence):  # also in "likes X, skips Y": then nothing is sure
+        wrong = [] if _POSITIVE.search(_NEGATIVE.sub(" ", sentence)) else [t for t in mentioned if t in evidence.likes]
+        return f"the members like {wrong[0]}" if wrong else ""
+    if not _POSITIVE.search(sentence):
+        return ""
+    wrong = [t for t in mentioned if t in evidence.skips or _foreign(t, evidence)]
+    if not wrong:
+        return ""
+    return f"the members skip {wrong[0]}" if wrong[0] in evidence.skips else f"hardly a member lists {wrong[0]}"
+
+
+def _lengths(sentence: str, evidence: Evidence) -> str:
+    """A length that is praised although most such views are skipped, or blamed although it is played longest."""
+    known = {f.item: f for f in evidence.findings if f.section == "length"}
+    skipped = {f.item: f for f in evidence.findings if f.section == "skipped by length"}
+    if len(known) < 2:
+        return ""
+    negative = bool(_NEGATIVE.search(sentence))
+    if negative == bool(_POSITIVE.search(_NEGATIVE.sub(" ", sentence))):
+        return ""
+    best = max(known.values(), key=lambda f: f.value).item
+    for m in _LENGTH.finditer(sentence):
+        classes = [c for c in _classes(m) if c in known]
+        if negative and classes == [best]:
+            return f"videos of {best} are played longest"
+        if not negative and classes and all(c in skipped and skipped[c].value > 0.5 for c in classes):
+            return f"most videos of {classes[0]} are skipped"
+    return ""
+
+
+def _shares(sentence: str, evidence: Evidence) -> str:
+    """A percentage that no finding about the sentence's items has."""
+    folded = sentence.casefold()
+    about = [f for f in evidence.findings if re.search(_as_word(f.item.partition(": ")[2] or f.item), folded)]
+    for m in _PERCENT.finditer(sentence) if about else ():
+        share = float(m[1]) / 100
+        if not any(_says(f, share) for f in about):
+            return f"{m[0]} is not what the records say about {about[0].item}"
+    return ""
+
+
+def _says(finding: Finding, share: float) -> bool:
+    inside = finding.low - _ROUNDING <= share <= finding.high + _ROUNDING
+    return inside or abs(share - finding.overall) <= _ROUNDING
+
+
+def _classes(m: re.Match[str]) -> list[str]:
+    """The classes of length that a range of seconds or minutes covers."""
+    factor = 60 if m["unit"].casefold().startswith("min") else 1
+    low, high = float(m["a"]) * factor, float(m["b"] or m["a"]) * factor
+    bound = (m["bound"] or "").casefold()
+    if bound in ("under", "below", "up to", "less than", "shorter than"):
+        low, high = 0.0, low
+    elif bound:
+        high = float("inf")
+    edges = [0.0, *LENGTHS_S, float("inf")]
+    return [c for c, a, b in zip(LENGTHS, edges, edges[1:], strict=False) if low < b and high > a]
+
+
+def _unites(topic: str, evidence: Evidence) -> bool:
+    f = evidence.finding("interest", topic)
+    listed = f is not None and (f.value >= f.overall or f.value >= 0.5) and f.value > _FEW
+    return listed or topic in evidence.likes
+
+
+def _foreign(topic: str, evidence: Evidence) -> bool:
+    f = evidence.finding("interest", topic)
+    return f is not None and f.below and f.value <= _FEW and topic not in evidence.likes
+
+
+def _copied(text: str, instructions: str) -> str:
+    said, given = _plain_words(text), _plain_words(instructions)
+    runs = {tuple(given[i : i + _COPIED]) for i in range(len(given) - _COPIED + 1)}
+    for i in range(len(said) - _COPIED + 1):
+        if tuple(said[i : i + _COPIED]) in runs:
+            return " ".join(said[i : i + _COPIED])
+    return ""
+
+
+def _plain_words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def _as_word(item: str) -> str:
+    """Pattern of an item as a whole word; scripts without spaces have no word boundaries."""
+    escaped = re.escape(item.casefold())
+    left = r"(?<![^\W\d_])" if item[:1].isascii() else ""
+    right = r"(?![^\W\d_])" if item[-1:].isascii() else ""
+    return f"{left}{escaped}{right}"
