@@ -70,7 +70,7 @@ class IFVR:
         """
         wanted = pa.array(sorted(set(user_ids)), pa.string())
         needed, schema = list(dict.fromkeys([*columns, "user_id", "role", "task"])), SCHEMAS["ifvr"]
-        pieces = [pa.table([pa.array([], schema.field(c).type) for c in columns], names=list(columns))]
+        pieces = [pa.schema([schema.field(c) for c in columns]).empty_table()]
         for piece in self.artifact.batches("interactions", needed):
             mask = pc.and_(pc.is_in(piece["user_id"], value_set=wanted), pc.equal(piece["role"], str(Role.HISTORY)))
             if task is not None:
