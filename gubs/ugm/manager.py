@@ -64,7 +64,6 @@ class Group:
     cluster: Cluster
     members: list[GroupMember]
     evidence: list[Finding] = field(default_factory=list)
-    name_author: str = "llm"
     profile_author: str = "llm"
     unsupported: list[str] = field(default_factory=list)
     initial_profile: str | None = None
@@ -268,14 +267,14 @@ def _named(groups: Sequence[Group], work: _Phases) -> list[Group]:
     for group in groups:
         names = [g.sketch.name for g in named]
         evidence = _evidence(group, work, PROFILE_SECTIONS)
-        fault = fault_of_name(group.sketch.name, evidence, names) if work.author != "evidence" else "it has none"
-        if fault and work.author != "llm" and group.members:
+        made_up = group.sketch.author == "evidence"
+        fault = "" if made_up else fault_of_name(group.sketch.name, evidence, names)
+        if group.members and (made_up or (fault and work.author == "both")):
             name = name_group(evidence.findings, work.settings.mode, {n.casefold() for n in names})
-            sketch = replace(group.sketch, name=name, features=features(evidence.findings))
-            group = replace(group, sketch=sketch, name_author="evidence")
-        elif fault:
-            group = replace(group, unsupported=[f"{group.sketch.name}: {fault}"])
-        named.append(group)
+            sketch = replace(group.sketch, name=name, features=features(evidence.findings), author="evidence")
+            group = replace(group, sketch=sketch)
+        listed = [f"{groups[len(named)].sketch.name}: {fault}"] if fault else []
+        named.append(replace(group, unsupported=listed))
     return named
 
 
@@ -466,7 +465,7 @@ def _report(groups: Sequence[Group], people: Sequence[Person]) -> JsonObject:
         "grouped_users": len(memberships),
         "ungrouped_users": len(people) - len(memberships),
         "users_by_number_of_groups": {str(n): users for n, users in sorted(Counter(memberships.values()).items())},
-        "names_by": dict(Counter(g.name_author for g in kept)),
+        "names_by": dict(Counter(g.sketch.author for g in kept)),
         "profiles_by": dict(Counter(g.profile_author for g in kept)),
         "unsupported": sum(len(g.unsupported) for g in kept),
     }

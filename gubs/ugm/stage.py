@@ -143,7 +143,7 @@ def _groups_table(result: UGMResult, people: Sequence[Person], version: str) -> 
             members=group.members,
             version=version,
             evidence=group.evidence,
-            name_author=group.name_author,
+            name_author=group.sketch.author,
             profile_author=group.profile_author,
             unsupported=group.unsupported,
         )

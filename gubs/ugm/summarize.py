@@ -58,6 +58,8 @@ class Sketch:
     features: str
     typical: int
     """Index into the people."""
+    author: str = "llm"
+    """`llm`; or `evidence`: made up around the typical user."""
 
 
 @dataclass(frozen=True)
@@ -230,8 +232,8 @@ def _group_line(sketch: Sketch, people: Sequence[Person], settings: UGMSettings)
 
 
 def _categories(answer: Answer, k: int, author: Author) -> list[Category]:
-    categories = find_categories(answer.text) if answer.ok else []
-    if len(categories) < k and (author != "both" or not answer.ok):
+    categories = find_categories(answer.text)
+    if len(categories) < k and not (author == "both" and answer.text.strip()):
         raise SummaryError(
             f"the summarizer did not give {k} groups, even when asked again "
             f"({answer.failure or f'{len(categories)} complete ones'}: {answer.error}). "
@@ -294,7 +296,7 @@ def _different_names(sketches: Sequence[Sketch], people: Sequence[Person], repor
         if sketch.name.casefold() in names:
             new = around(sketch.typical, people, names)
             report["repairs"].append({"group": sketch.name, "renamed": new.name})
-            sketch = dataclasses.replace(sketch, name=new.name)
+            sketch = dataclasses.replace(sketch, name=new.name, author="evidence")
         different.append(sketch)
     return different
 
@@ -308,4 +310,4 @@ def around(person: int, people: Sequence[Person], taken: Container[str] = ()) ->
         names = [f"Fans of {', '.join(tags[:n])}" for n in range(min(2, len(tags)), len(tags) + 1)]
         names += [f"{names[-1]} ({', '.join(facts)})", f"{names[-1]} (like {user.user_id})"]
     name = next((n for n in names if n.casefold() not in taken), names[-1])
-    return Sketch(name, ", ".join([*tags, *facts]) or name, person)
+    return Sketch(name, ", ".join([*tags, *facts]) or name, person, "evidence")

@@ -26,8 +26,14 @@ PLAIN = LLMSettings(endpoints={"default": {"base_url": "http://nowhere/v1", "mod
 class ScriptedLLM:
     """Answers without a network, reads as the client does, with one re-ask; keeps all requests."""
 
-    def __init__(self, reply: Callable[[LLMRequest], str], settings: LLMSettings = PLAIN):
-        self.reply, self.settings, self.requests = reply, settings, []
+    def __init__(
+        self,
+        reply: Callable[[LLMRequest], str],
+        settings: LLMSettings = PLAIN,
+        replays: Callable[[LLMRequest], bool] = lambda _: False,
+    ):
+        """`replays`: whether an answer comes from the journal."""
+        self.reply, self.settings, self.requests, self.replays = reply, settings, [], replays
 
     def ask(self, requests: Iterable[LLMRequest]) -> list[Answer]:
         return [self._answer(r) for r in requests]
@@ -45,7 +51,25 @@ class ScriptedLLM:
                 again = dataclasses.replace(request, messages=reask(request.messages, text, str(e)))
                 return self._answer(again, 0)
             failure, error = e.cause, str(e)
-        return Answer(request.role, request.label, "k", text, "", value, failure, error, "stop", 1, 1, 0.1, 1, 1, 0.0)
+        return Answer(
+            request.role,
+            request.label,
+            "k",
+            text,
+            "",
+            value,
+            failure,
+            error,
+            "stop",
+            1,
+            1,
+            0.1,
+            1,
+            1,
+            0.0,
+            {},
+            self.replays(request),
+        )
 
 
 def categories(typical: Iterable[int]) -> str:
@@ -88,3 +112,33 @@ def records_of(crowd: Sequence[Person]) -> Records:
     return read_records(
         crowd, log.select(list(RECORD_COLUMNS)), {v.video.video_id: v.video for p in crowd for v in p.history}
     )
+
+
+VIDEOS = {
+    "cook": Video("cook", "Easy noodles", 10.0, tags=["Cooking"]),
+    "ball": Video("ball", "Derby goals", 20.0, tags=["football"]),
+    "bait": Video("bait", "Shocking cooking trick", 100.0, tags=["cooking"]),
+}
+
+
+def log_of(*rows: dict) -> pa.Table:
+    """A log with these fields."""
+    full = [{"interaction_id": str(i), "task": "sequential", **r} for i, r in enumerate(rows)]
+    return conform(pa.Table.from_pylist(full, schema=SCHEMAS["interactions"]), "interactions").select(RECORD_COLUMNS)
+
+
+def cooks_and_fans() -> Records:
+    """Ten cooks, who finish cooking, skip football and dislike clickbait; fans do the reverse."""
+    crowd, rows = [], []
+    for i in range(20):
+        cook = i < 10
+        tags = ["Cooking"] if cook else ["football"]
+        crowd.append(Person(User(f"u{i}", 60 if cook else 20, "female" if cook else "male", tags=tags)))
+        for video in VIDEOS:
+            mine = (video == "cook") if cook else (video != "cook")
+            bad = cook and video == "bait"
+            rows.append(
+                {"user_id": f"u{i}", "video_id": video, "play_rate": 0.95 if mine else 0.1, "disliked": bad}
+                | {"dislike_reason": "Clickbait, nothing of the title is in it" if bad else None}
+            )
+    return read_records(crowd, log_of(*rows), VIDEOS)
