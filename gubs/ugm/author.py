@@ -48,17 +48,25 @@ def likes(findings: Findings) -> list[str]:
 
 
 def skips(findings: Findings) -> list[str]:
-    """Topics that the members skip more than everybody, or click or like less; strongest first."""
+    """Topics that the members skip more than everybody, or click or like less (unless they list or watch them);
+    strongest first.
+    """
     more = of(findings, "skipped", lambda f: f.above)
     less = [f for s in ("clicked", "liked") for f in reversed(of(findings, s, lambda f: f.below))]
-    listed = {f.item for f in of(findings, "interest", lambda f: f.value >= SHARED)}
-    sure = [f.item for f in more] + [f.item for f in less if f.item not in listed]
+    kept = {f.item for f in of(findings, "interest", lambda f: f.value >= SHARED)} | _watched(findings)
+    sure = [f.item for f in more] + [f.item for f in less if f.item not in kept]
     return list(dict.fromkeys(sure))
 
 
 def rarely_listed(findings: Findings) -> list[str]:
-    """Tags that fewer members list than others do."""
-    return [f.item for f in reversed(of(findings, "interest", lambda f: f.below))]
+    """Tags that fewer members list than others do, and whose videos they do not watch more."""
+    watched = _watched(findings)
+    return [f.item for f in reversed(of(findings, "interest", lambda f: f.below)) if f.item not in watched]
+
+
+def _watched(findings: Findings) -> set[str]:
+    """Topics that they skip less than everybody."""
+    return {f.item for f in of(findings, "skipped", lambda f: f.value < f.overall)}
 
 
 def name_group(findings: Findings, mode: Mode, taken: Container[str] = ()) -> str:
@@ -107,6 +115,7 @@ def _triggers(findings: Findings) -> str:
 def _lengths(findings: Findings) -> str:
     best = of(findings, "length", lambda f: f.n >= 5)[:2]
     worst = of(findings, "skipped by length", lambda f: f.above or (f.value >= 0.4 and f.low > 0.25))
+    worst = [f for f in worst if f.item not in {b.item for b in best[:1]}]
     parts = [f"{f.item} suits best (played {number(f, f.value)})" for f in best[:1]]
     return "; ".join([*parts, *(f"{f.item} is skipped {number(f, f.value)} of the time" for f in worst[:2])])
 

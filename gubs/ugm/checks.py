@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gubs.records import Finding
-from gubs.ugm.author import likes, skips
+from gubs.ugm.author import COMPLAINT_WORDS, likes, skips
 from gubs.ugm.evidence import LENGTHS, LENGTHS_S
 from gubs.ugm.words import words
 
@@ -52,8 +52,9 @@ _CIRCLES = 0.5
 """Share of different runs of four words below which a text goes round in circles."""
 _ROUNDING = 0.02
 """Percentages are rounded, and intervals are not exact."""
-_FEW = 0.15
-"""A tag that fewer members list, and fewer than of everybody, does not say what unites a group."""
+_FEW, _SOME, _SHARED = 0.15, 0.25, 0.5
+"""Shares of members who list a tag: what unites a group has more than the first, what it likes more than the second
+or more than others have; most members share what has the third."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def unsupported(text: str, evidence: Evidence) -> dict[str, str]:
     """Sentences that claim what the evidence contradicts, with the reason; in their order."""
     found = {}
     for sentence in sentences(text):
-        why = _topics(sentence, evidence) or _lengths(sentence, evidence) or _shares(sentence, evidence)
+        why = next((w for check in _CHECKS if (w := check(sentence, evidence))), "")
         if why:
             found[sentence] = why
     return found
@@ -136,43 +137,75 @@ def without(text: str, claims: Mapping[str, str]) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def covers(text: str, evidence: Evidence) -> bool:
-    """Whether a profile says at least half of what most members share."""
-    shared = [f.item for f in evidence.findings if f.section == "interest" and f.value >= 0.5]
-    return 2 * len(set(evidence.mentioned(text)) & set(shared)) >= len(shared)
+def complete(text: str, evidence: Evidence) -> bool:
+    """Whether a profile says at least half of what most members share, half of what they skip most, and a length, as
+    far as the evidence has any.
+    """
+    said = set(evidence.mentioned(text))
+    shared = [f.item for f in evidence.findings if f.section == "interest" and f.value >= _SHARED]
+    skipped = skips(evidence.findings)[:3]
+    halves = all(2 * len(said & set(items)) >= len(items) for items in (shared, skipped))
+    return halves and (bool(_LENGTH.search(text)) or not any(f.section == "length" for f in evidence.findings))
+
+
+def _claim(sentence: str) -> str:
+    """`likes`, `skips`, or empty where a sentence claims neither or both ("likes X, skips Y")."""
+    negative = bool(_NEGATIVE.search(sentence))
+    positive = bool(_POSITIVE.search(_NEGATIVE.sub(" ", sentence)))
+    return "" if negative == positive else "skips" if negative else "likes"
 
 
 def _topics(sentence: str, evidence: Evidence) -> str:
     mentioned = evidence.mentioned(sentence)
-    if not mentioned:
+    for topic in mentioned:
+        if len(re.findall(rf"(?:^|[:,]) ?{re.escape(topic)}(?=[,.]|$)", sentence.casefold())) > 1:
+            return f"it lists {topic} twice"
+    against = {"likes": _against_liking, "skips": _against_skipping}.get(_claim(sentence))
+    return next((why for t in mentioned if against and (why := against(t, evidence))), "")
+
+
+def _against_liking(topic: str, evidence: Evidence) -> str:
+    f = evidence.finding("interest", topic)
+    if topic in evidence.skips:
+        return f"the members skip {topic}"
+    few = f is not None and f.value < f.overall and f.value < _SOME and topic not in evidence.likes
+    return f"hardly a member lists {topic}" if few else ""
+
+
+def _against_skipping(topic: str, evidence: Evidence) -> str:
+    f = evidence.finding("skipped", topic)
+    if topic in evidence.likes:
+        return f"the members like {topic}"
+    return f"they skip {topic} less than all users" if f is not None and f.value < f.overall else ""
+
+
+def _complaints(sentence: str, evidence: Evidence) -> str:
+    """Something that is said to put the members off, although they complain of it no more than everybody."""
+    if not _NEGATIVE.search(sentence):
         return ""
-    if _NEGATIVE.search(sentence):  # also in "likes X, skips Y": then nothing is sure
-        wrong = [] if _POSITIVE.search(_NEGATIVE.sub(" ", sentence)) else [t for t in mentioned if t in evidence.likes]
-        return f"the members like {wrong[0]}" if wrong else ""
-    if not _POSITIVE.search(sentence):
-        return ""
-    wrong = [t for t in mentioned if t in evidence.skips or _foreign(t, evidence)]
-    if not wrong:
-        return ""
-    return f"the members skip {wrong[0]}" if wrong[0] in evidence.skips else f"hardly a member lists {wrong[0]}"
+    for name, text in COMPLAINT_WORDS.items():
+        f = evidence.finding("complaint", name)
+        if f is not None and f.value <= f.overall and text in sentence:
+            return f"they complain of {text} no more than all users"
+    return ""
 
 
 def _lengths(sentence: str, evidence: Evidence) -> str:
-    """A length that is praised although most such views are skipped, or blamed although it is played longest."""
+    """A length that is praised although others suit better, or blamed although it is played longest."""
     known = {f.item: f for f in evidence.findings if f.section == "length"}
     skipped = {f.item: f for f in evidence.findings if f.section == "skipped by length"}
-    if len(known) < 2:
+    claim = _claim(sentence)
+    if len(known) < 2 or not claim:
         return ""
-    negative = bool(_NEGATIVE.search(sentence))
-    if negative == bool(_POSITIVE.search(_NEGATIVE.sub(" ", sentence))):
-        return ""
-    best = max(known.values(), key=lambda f: f.value).item
+    best = max(known.values(), key=lambda f: f.value)
     for m in _LENGTH.finditer(sentence):
         classes = [c for c in _classes(m) if c in known]
-        if negative and classes == [best]:
-            return f"videos of {best} are played longest"
-        if not negative and classes and all(c in skipped and skipped[c].value > 0.5 for c in classes):
+        if claim == "skips" and classes == [best.item]:
+            return f"videos of {best.item} are played longest"
+        if claim == "likes" and classes and all(c in skipped and skipped[c].value > _SHARED for c in classes):
             return f"most videos of {classes[0]} are skipped"
+        if "best" in sentence and classes and all(known[c].value < best.low for c in classes):
+            return f"videos of {best.item} are played longer"
     return ""
 
 
@@ -207,13 +240,8 @@ def _classes(m: re.Match[str]) -> list[str]:
 
 def _unites(topic: str, evidence: Evidence) -> bool:
     f = evidence.finding("interest", topic)
-    listed = f is not None and (f.value >= f.overall or f.value >= 0.5) and f.value > _FEW
+    listed = f is not None and (f.value >= f.overall or f.value >= _SHARED) and f.value > _FEW
     return listed or topic in evidence.likes
-
-
-def _foreign(topic: str, evidence: Evidence) -> bool:
-    f = evidence.finding("interest", topic)
-    return f is not None and f.below and f.value <= _FEW and topic not in evidence.likes
 
 
 def _copied(text: str, instructions: str) -> str:
@@ -235,3 +263,7 @@ def _as_word(item: str) -> str:
     left = r"(?<![^\W\d_])" if item[:1].isascii() else ""
     right = r"(?![^\W\d_])" if item[-1:].isascii() else ""
     return f"{left}{escaped}{right}"
+
+
+_CHECKS = (_topics, _complaints, _lengths, _shares)
+"""Each returns why a sentence does not hold, or an empty text."""

@@ -190,7 +190,7 @@ def interval(total: float, n: float, squares: float | None = None) -> tuple[floa
         return mean - half, mean + half
     centre = (mean + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z * float(np.sqrt(mean * (1 - mean) / n + _Z**2 / (4 * n**2))) / (1 + _Z**2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return (centre - half if total else 0.0), (centre + half if total < n else 1.0)
 
 
 def in_words(findings: Iterable[Finding], limit: int = 5) -> list[str]:

@@ -28,7 +28,7 @@ from gubs.prompts.people import Person
 from gubs.records import Finding, GroupMember, User
 from gubs.ugm.asking import ask_checked
 from gubs.ugm.author import COMPLAINT_WORDS, features, name_group, write_profile
-from gubs.ugm.checks import Evidence, covers, fault_of, fault_of_name, unsupported, without
+from gubs.ugm.checks import Evidence, complete, fault_of, fault_of_name, unsupported, without
 from gubs.ugm.cluster import (
     BertEncoder,
     Cluster,
@@ -316,7 +316,7 @@ def _written(group: Group, answer: Answer | None, evidence: Evidence, author: Au
     if author == "llm" and fault:
         return replace(group, dropped=UNUSABLE, unsupported=[*group.unsupported, *listed])
     kept = text if author == "llm" else without(text, claims)
-    stands = author == "llm" or (not fault and kept and covers(kept, evidence))
+    stands = author == "llm" or (not fault and kept and complete(kept, evidence))
     profile, writer = (kept, "llm") if stands else (write_profile(evidence.findings), "evidence")
     group = replace(group, profile_author=writer, unsupported=[*group.unsupported, *listed])
     return replace(group, final_profile=profile) if final else replace(group, initial_profile=profile)

@@ -3,7 +3,7 @@
 import pytest
 
 from gubs.prompts import fill
-from gubs.ugm.checks import Evidence, covers, fault_of, fault_of_name, unsupported, without
+from gubs.ugm.checks import Evidence, complete, fault_of, fault_of_name, unsupported, without
 from gubs.ugm.manager import _BLANK
 
 
@@ -50,6 +50,8 @@ def test_texts_that_are(text):
         ("They prefer videos over 90 s.", "most videos of over 90 s are skipped"),
         ("Videos under 15 seconds are skipped.", "played longest"),
         ("About 60 % of them are female.", "60 %"),
+        ("Put off by: vulgar words", "no more than all users"),
+        ("Likes: cooking, cooking, travel", "twice"),
     ],
 )
 def test_claims_that_do_not_hold(claim, why, evidence):
@@ -66,6 +68,8 @@ def test_claims_that_do_not_hold(claim, why, evidence):
         "They enjoy travel.",  # nothing is known
         "Videos of 10 s suit them best.",
         "They skip 100 % of football.",
+        "Put off by: titles that promise more than the video shows",
+        "Lengths: under 15 s suits best",
         "Avoid long videos, over 2 minutes.",
         "Recommend more cooking, at most 15 seconds.",
     ],
@@ -100,6 +104,8 @@ def test_names_that_can(evidence):
         assert fault_of_name(name, evidence, ["Gamers"]) == ""
 
 
-def test_a_profile_covers_what_most_members_share(evidence):
-    assert covers("They cook: cooking every day.", evidence)
-    assert not covers("They watch short and friendly videos.", evidence)
+def test_a_profile_is_complete_if_it_says_what_the_evidence_says(evidence):
+    assert complete("They cook: cooking every day, under 15 s. Football is skipped.", evidence)
+    assert not complete("They cook: cooking every day, under 15 s.", evidence), "what do they skip?"
+    assert not complete("They watch short and friendly videos of 10 s, no football.", evidence), "what do they like?"
+    assert not complete("They cook: cooking every day, no football.", evidence), "which lengths?"

@@ -195,7 +195,7 @@ def test_a_good_model_stays_the_author():
         if request.role == "profiler":
             name = re.search(r'Name of the group: "(\w+)', request.messages[0]["content"])[1]
             topic = {"Home": "cooking", "Football": "football", "Gaming": "gaming"}[name]
-            return f"These people live for {topic}. They watch short clips of it every evening."
+            return f"These people live for {topic}. They watch clips of 20 s of it every evening."
         return well_behaved(request)
 
     result, _ = run(good, author="both")
