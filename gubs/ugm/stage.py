@@ -1,5 +1,6 @@
 """The stage `ugm`: group profiles and everybody's memberships, as a versioned artifact with the evidence."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -189,11 +190,15 @@ def _held_out_skips(
     ifvr: IFVR, records: Records, result: UGMResult, memberships: Sequence[Membership], seed: int
 ) -> JsonObject:
     """See `quality.skips`; the held-out members are training users whom no group was made from."""
-    table = ifvr.user_splits
-    training = set(table.filter(pc.equal(table["split"], str(Split.TRAIN)))["user_id"].to_pylist())
-    training -= set(table.filter(pc.equal(table["split"], str(Split.TEST)))["user_id"].to_pylist())
-    others = sorted((m[0], m[1]) for m in memberships if m[3] == "assigned" and m[0] in training)
-    drawn = np.random.default_rng([seed, 71]).permutation(len(others))[:_HELD_OUT]
-    held_out = dict(others[i] for i in drawn)
+    others = sorted((m[0], m[1]) for m in memberships if m[3] == "assigned")
+    drawn = np.random.default_rng([seed, 71]).permutation(len(others))[: 4 * _HELD_OUT]
+    group_of = dict(others[i] for i in drawn)
+    splits = ifvr.user_splits
+    splits = splits.filter(pc.is_in(splits["user_id"], value_set=pa.array(list(group_of), pa.string())))
+    roles = defaultdict[str, set[str | None]](set)
+    for user, split in zip(splits["user_id"].to_pylist(), splits["split"].to_pylist(), strict=True):
+        roles[user].add(split)
+    training = [u for u in group_of if str(Split.TRAIN) in roles[u] and str(Split.TEST) not in roles[u]]
+    held_out = {u: group_of[u] for u in training[:_HELD_OUT]}
     groups = {group_id(i): [m.user_id for m in g.matched] for i, g in enumerate(result.groups) if not g.dropped}
     return skips(records, groups, held_out, ifvr.history_log(held_out, HELD_OUT_COLUMNS), ifvr.videos)
