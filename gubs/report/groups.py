@@ -109,7 +109,7 @@ def render(run: Run) -> str:
         info=manifest.info,
         quality=manifest.info.get("quality") or {},
         repairs=(manifest.info.get("summarize") or {}).get("repairs", []),
-        purity=_purity(run, ugm),
+        purity=purity_of(run, ugm),
         groups=view_groups(ugm),
         sections=SECTIONS,
         number=number,
@@ -127,7 +127,7 @@ def _view(row: dict[str, Any], assigned: int) -> GroupView:
     return GroupView(row, members, diff(row["initial_profile"], row["final_profile"]), evidence, assigned)
 
 
-def _purity(run: Run, ugm: Artifact) -> Purity | None:
+def purity_of(run: Run, ugm: Artifact) -> Purity | None:
     """On a simulated app, whose truth is known; the groups were made without it."""
     if not run.has("truth"):
         return None
