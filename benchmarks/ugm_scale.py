@@ -55,7 +55,7 @@ def make_data(run: Run, users: int, settings: Settings) -> None:
             for start in range(0, users, _BLOCK):
                 n = min(_BLOCK, users - start)
                 block, own = ids.slice(start, n), kinds[rng.integers(0, ARCHETYPES, n)].astype(np.int32)
-                lengths = np.where(np.arange(start, start + n) % 100 == 0, 0, TAGS)
+                lengths = np.where(np.arange(start, start + n) % 100 == 50, 0, TAGS)
                 flat = topics.take(pa.array(own[lengths > 0].ravel()))
                 offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
                 write_users(user_id=block, age=rng.integers(15, 80, n), tags=pa.ListArray.from_arrays(offsets, flat))

@@ -208,6 +208,16 @@ def in_words(findings: Iterable[Finding], limit: int = 5) -> list[str]:
     return lines
 
 
+def overview(records: Records, limit: int = 10) -> list[str]:
+    """What is known of all users without their histories, as lines for a prompt: the commonest interests and facts."""
+    lines = []
+    for section in PROFILE_SECTIONS:
+        if counts := records.counts.get(section):
+            common = sorted(zip(counts.rates(None), counts.items, strict=True), key=lambda pair: (-pair[0], pair[1]))
+            lines.append(f"{section}: {'; '.join(f'{item} {rate:.0%}' for rate, item in common[:limit])}")
+    return lines
+
+
 def number(finding: Finding, value: float) -> str:
     """A value as text: a percentage, or a mean number."""
     return f"{value:.1f}" if finding.item == VIEWS_EACH else f"{value:.0%}"

@@ -41,7 +41,7 @@ from gubs.ugm.cluster import (
     coverage,
     farthest,
 )
-from gubs.ugm.evidence import LENGTHS, PROFILE_SECTIONS, SECTIONS, Records, in_words, odds
+from gubs.ugm.evidence import LENGTHS, PROFILE_SECTIONS, SECTIONS, Records, in_words, odds, overview
 from gubs.ugm.settings import Author, UGMSettings
 from gubs.ugm.summarize import MOST_CHARS, MOST_CHOICES, Sketch, around, first_requests, summarize
 
@@ -103,6 +103,11 @@ class _Phases:
     @cached_property
     def by_id(self) -> PeopleById:
         return {p.user.user_id: p for p in self.people}
+
+    @cached_property
+    def overview(self) -> str:
+        """What the summarizer's prompt shows of all users."""
+        return block("\n".join(overview(self.records))) if self.settings.show_evidence else ""
 
     @cached_property
     def topics(self) -> list[str]:
@@ -168,7 +173,7 @@ def foreseen_requests(
     groups, _ = _cluster(people, sketches, make_encoder(settings), settings, 0, [])
     groups = [replace(g, initial_profile="what it likes and what it skips\n" * 40) for g in groups if g.members]
     work = _Phases(_Foreseen(llm), people, records, settings, author)  # type: ignore[arg-type]
-    requests = first_requests(people, settings, author, guided=llm.guided("summarizer"))
+    requests = first_requests(people, settings, author, work.overview, guided=llm.guided("summarizer"))
     requests += [_profile_request(g, i, work, final=False) for i, g in enumerate(groups)]
     if settings.reflect:
         requests += _match_requests(groups, work)
@@ -192,9 +197,9 @@ def _summarize(work: _Phases, users: Sequence[User], encoder: Encoder, seed: int
     """The summarizer's groups; with `both`, around other typical users if its own stand for too few."""
     k = work.settings.groups
     if work.author == "llm":
-        return summarize(work.llm, work.people, work.settings)
+        return summarize(work.llm, work.people, work.settings, overview=work.overview)
     if work.author == "both":
-        sketches, report = summarize(work.llm, work.people, work.settings, "both")
+        sketches, report = summarize(work.llm, work.people, work.settings, "both", work.overview)
     else:
         sketches, report = [], {"calls": 0, "levels": 0, "repairs": []}
     vectors = encoder.encode(users)

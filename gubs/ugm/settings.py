@@ -31,7 +31,7 @@ class UGMSettings(Section):
     call; `both`: the LLM writes and the evidence corrects (typical users that stand for too few, names and profiles
     that fail the checks). `auto`: `both` where the embedded model is the profiler, else `llm`."""
     show_evidence: bool = True
-    """Give the evidence to profiler and matcher in their prompts (the paper's prompts have none)."""
+    """Give the evidence to summarizer, profiler and matcher in their prompts (the paper's have none)."""
     overlap: bool = True
     """A user may be in several groups (paper); false: only in that of the nearest typical user."""
     reflect: bool = True

@@ -72,7 +72,7 @@ class _Item:
 
 
 def summarize(
-    llm: LLMClient, people: Sequence[Person], settings: UGMSettings, author: Author = "llm"
+    llm: LLMClient, people: Sequence[Person], settings: UGMSettings, author: Author = "llm", overview: str = ""
 ) -> tuple[list[Sketch], JsonObject]:
     """Makes k groups.
 
@@ -82,6 +82,7 @@ def summarize(
         settings: k, mode, context.
         author: with `both`, groups that the summarizer does not give are made up around free users; what is wrong with
             them is corrected later, by the evidence.
+        overview: what is known of all users, as a block of lines; empty = the prompt has none.
 
     Returns:
         Exactly `settings.groups` sketches with different names and typical users, and a report (calls, levels,
@@ -94,10 +95,10 @@ def summarize(
     items = _items(people, settings)
     report: JsonObject = {"calls": 0, "levels": 0, "repairs": []}
     while True:
-        chunks = chunked(items, settings.context_tokens, settings.groups)
+        chunks = chunked(items, settings.context_tokens - estimate_tokens(overview), settings.groups)
         report["levels"] += 1
         report["calls"] += len(chunks)
-        requests = _requests(chunks, settings, guided, report["levels"], names)
+        requests = _requests(chunks, settings, guided, report["levels"], names, overview)
         sketches: list[Sketch] = []
         for chunk, answer in zip(chunks, _ask(llm, requests, chunks, settings.groups, author), strict=True):
             categories = _categories(answer, settings.groups, author)
@@ -108,12 +109,12 @@ def summarize(
 
 
 def first_requests(
-    people: Sequence[Person], settings: UGMSettings, author: Author = "llm", *, guided: bool
+    people: Sequence[Person], settings: UGMSettings, author: Author = "llm", overview: str = "", *, guided: bool
 ) -> list[LLMRequest]:
     """The questions of the first level, which a dry run can know."""
     names = _choices(people, author)
-    chunks = chunked(_items(people, settings), settings.context_tokens, settings.groups)
-    return _requests(chunks, settings, guided, 1, names)
+    chunks = chunked(_items(people, settings), settings.context_tokens - estimate_tokens(overview), settings.groups)
+    return _requests(chunks, settings, guided, 1, names, overview)
 
 
 def _items(people: Sequence[Person], settings: UGMSettings) -> list[_Item]:
@@ -155,7 +156,12 @@ def _even(chunks: list[list[_Item]], k: int) -> list[list[_Item]]:
 
 
 def _requests(
-    chunks: Sequence[Sequence[_Item]], settings: UGMSettings, guided: bool, level: int, names: Sequence[str]
+    chunks: Sequence[Sequence[_Item]],
+    settings: UGMSettings,
+    guided: bool,
+    level: int,
+    names: Sequence[str],
+    overview: str,
 ) -> list[LLMRequest]:
     k, total = settings.groups, sum(map(len, chunks))
     noun = "small groups of users, each standing for its typical user" if chunks[0][0].is_group else "users"
@@ -168,6 +174,7 @@ def _requests(
                 count=len(chunk),
                 noun=noun,
                 lines=[item.line for item in chunk],
+                overview=overview,
                 groups=k,
                 criterion=CRITERIA[settings.mode],
             ),

@@ -103,7 +103,7 @@ def test_the_page_shows_evidence_authors_and_what_does_not_hold(run):
     page = render(run)
     assert "named by the evidence" in page
     assert "profile by the evidence" not in page
-    assert "1 claims of the language model that the evidence does not support" in page
+    assert "1 claim of the language model that the evidence does not support" in page
     assert page.index("members who list the tag") < page.index("views of the topic that are fast skips")
     row = page[page.index('<th scope="row">news') :][:300]
     assert '<td class="more">80%</td><td>40% to 90%</td><td>20%</td><td>4.00</td><td>12</td>' in row
@@ -120,7 +120,7 @@ def test_the_page_shows_how_good_the_groups_are(run):
     info["summarize"] = {"repairs": [{"group": EVIL, "merged_into": "Cooks"}]}
     put(run, "ugm", {name: ugm.table(name) for name in ("groups", "memberships")}, info=info)
     page = " ".join(render(run).split())
-    for text in ("75.0 %", "0.40", "0.71", "what everybody skips: 0.63", "1 repairs", "merged into: Cooks"):
+    for text in ("75.0 %", "0.40", "0.71", "what everybody skips: 0.63", "1 repair of", "merged into: Cooks"):
         assert text in page
     assert EVIL not in page
 

@@ -224,6 +224,7 @@ def test_the_prompts_show_the_evidence_unless_told_otherwise():
     shown = "Counted over"
     assert all(shown in p for p in [*llm.prompts("initial"), *llm.prompts("match"), *llm.prompts("final")])
     assert "| interest (members who list the tag): cooking 100% (all users 33%)" in llm.prompts("match/g00")[0]
+    assert "| interest: cooking 33%; football 33%; gaming 33%" in llm.prompts("summarize")[0]
     _, llm = run(show_evidence=False)
     assert not any(shown in p for p in llm.prompts(""))
     assert load_settings("paper").ugm.show_evidence is False, "the paper's inputs"

@@ -6,9 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from artifact_helpers import put
+from typer.testing import CliRunner
 from ugm_helpers import people
 
 from gubs.artifacts import Run
+from gubs.cli import app
 from gubs.errors import InputError
 from gubs.records import SCHEMAS, User
 from gubs.ugm.assign import assign_table
@@ -94,6 +96,17 @@ def test_a_table_of_new_users_is_placed(tmp_path):
     assert target == str(tmp_path / "new.groups.parquet")
     rows = pq.read_table(target).to_pylist()
     assert [(r["user_id"], r["group_id"], r["name"]) for r in rows] == [("a", "g01", "Fans"), ("b", None, None)]
+
+
+def test_the_command_places_a_table(tmp_path):
+    saved(placement([p.user for p in people(60)]), tmp_path / "run")
+    source = tmp_path / "new.parquet"
+    pq.write_table(pa.table({"user_id": ["a"], "tags": [["gaming"]]}), source)
+    out = tmp_path / "placed.parquet"
+    done = CliRunner().invoke(app, ["groups", "assign", str(source), "--run", str(tmp_path / "run"), "--out", str(out)])
+    assert done.exit_code == 0
+    assert "1 of 1 users are in a group" in done.stderr
+    assert pq.read_table(out).to_pylist()[0]["name"] == "Gamers"
 
 
 def test_tables_that_are_no_users_are_refused(tmp_path):
