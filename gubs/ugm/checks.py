@@ -21,10 +21,9 @@ PLACEHOLDERS = re.compile(
     re.I,
 )
 _ASSISTANT = re.compile(
-    r"\bas an ai\b|\bai (?:assistant|model|language model)\b|\bhelpful (?:ai )?assistant\b|\blanguage model\b"
-    r"|\bsmollm\b|\bchatgpt\b|\bi(?:'m| am) (?:sorry|here to|happy to|an? (?:ai|assistant|model))\b"
+    r"\bas an ai\b|\b(?:as|am|i'm) an? (?:large |ai )?language model\b|\bhelpful (?:ai )?assistant\b|\bsmollm\b"
+    r"|\bi(?:'m| am) (?:sorry|here to|happy to|an? (?:ai|assistant|model))\b"
     r"|\bi can(?:no|')t (?:help|assist)"
-    r"|\bhere(?:'s| is) (?:a|the|an) (?:breakdown|edited|revised|updated|possible|profile)\b"
     r"|\byour (?:profile|own profile|name|answer)\b|作为(?:一个)?(?:AI|人工智能|语言模型)",
     re.I,
 )
@@ -35,8 +34,8 @@ _POSITIVE = re.compile(
 )
 _NEGATIVE = re.compile(
     r"\b(?:skip|skips|skipped|avoid|avoids|dislike|dislikes|hate|hates|fewer|less|lower|little interest|low interest"
-    r"|not interested|no interest|uninterested|driven away|put off|puts off|drives away|bored|reduce|do(?:es)? not"
-    r"|don't|doesn't|rarely|never|without)\b|不喜欢|不感兴趣|跳过|避免|减少|反感",
+    r"|not interested|no interest|uninterested|driven away|put off|puts off|drives away|bored|reduce|not"
+    r"|no|rarely|never|without|rather than|instead of|except|unlike)\b|n't\b|不喜欢|不感兴趣|跳过|避免|减少|反感",
     re.I,
 )
 _LENGTH = re.compile(
@@ -47,7 +46,9 @@ _LENGTH = re.compile(
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s?%")
 _SENTENCE = re.compile(r"(?<=[.!?;。！？；])\s+|\n+")
 _COPIED = 9
-"""So many words in a row are not repeated by chance."""
+"""So many words in a row are not repeated by chance ..."""
+_COPY = 0.3
+"""... and a text of which this share is so repeated is no answer; a heading may be."""
 _CIRCLES = 0.5
 """Share of different runs of four words below which a text goes round in circles."""
 _ROUNDING = 0.02
@@ -245,16 +246,15 @@ def _unites(topic: str, evidence: Evidence) -> bool:
 
 
 def _copied(text: str, instructions: str) -> str:
-    said, given = _plain_words(text), _plain_words(instructions)
-    runs = {tuple(given[i : i + _COPIED]) for i in range(len(given) - _COPIED + 1)}
-    for i in range(len(said) - _COPIED + 1):
-        if tuple(said[i : i + _COPIED]) in runs:
-            return " ".join(said[i : i + _COPIED])
-    return ""
+    """A run of words that a text has from our instructions, if it has much from them."""
+    said, given = _runs(text), set(_runs(instructions))
+    found = [run for run in said if run in given]
+    return " ".join(found[0]) if len(found) > _COPY * len(said) else ""
 
 
-def _plain_words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
+def _runs(text: str) -> list[tuple[str, ...]]:
+    plain = re.findall(r"\w+", text.casefold())
+    return [tuple(plain[i : i + _COPIED]) for i in range(len(plain) - _COPIED + 1)]
 
 
 def _as_word(item: str) -> str:

@@ -36,6 +36,8 @@ def test_texts_that_are_not_about_the_group(text):
         "喜欢养生和美食的退休用户，反感标题党。",
         "Members like what they list; show them short and friendly videos.",
         "They prefer what calms them, negative or unpleasant content drives them away.",
+        "Here is the revised profile of this group:\nWhat drives them away (negative or unpleasant content, style of "
+        "titles): they leave at the first crude word, and titles in capitals are skipped by nearly all of them.",
     ],
 )
 def test_texts_that_are(text):
@@ -66,6 +68,8 @@ def test_claims_that_do_not_hold(claim, why, evidence):
     [
         "They like cooking and skip football.",
         "They enjoy travel.",  # nothing is known
+        "They like cooking, but not football.",
+        "They watch cooking rather than football.",
         "Videos of 10 s suit them best.",
         "They skip 100 % of football.",
         "Put off by: titles that promise more than the video shows",
