@@ -16,6 +16,8 @@ SHARED = 0.5
 """Share of members from which a tag (or a fact about a person) is what unites them."""
 _SOME = 0.25
 """Share of members from which a tag says something about the group, if others list it less."""
+_FEW_VIEWS = 5
+"""Views of a length below which it is not said to suit best."""
 _MOST = 4
 """Items in a line."""
 _WORD_GAP = 0.1
@@ -112,12 +114,18 @@ def _triggers(findings: Findings) -> str:
     return "; ".join([*said, *([f"titles with {', '.join(f.item for f in words)}"] if words else [])])
 
 
+def best_length(findings: Findings) -> Finding | None:
+    """The length that is played longest, if it is longer than another by more than chance."""
+    known = of(findings, "length", lambda f: f.n >= _FEW_VIEWS)
+    return known[0] if known and known[-1].value < known[0].low else None
+
+
 def _lengths(findings: Findings) -> str:
-    best = of(findings, "length", lambda f: f.n >= 5)[:2]
+    best = best_length(findings)
     worst = of(findings, "skipped by length", lambda f: f.above or (f.value >= 0.4 and f.low > 0.25))
-    worst = [f for f in worst if f.item not in {b.item for b in best[:1]}]
-    parts = [f"{f.item} suits best (played {number(f, f.value)})" for f in best[:1]]
-    return "; ".join([*parts, *(f"{f.item} is skipped {number(f, f.value)} of the time" for f in worst[:2])])
+    parts = [f"{best.item} suits best (played {number(best, best.value)})"] if best else []
+    worst = [f for f in worst if best is None or f.item != best.item][:2]
+    return "; ".join([*parts, *(f"{f.item} is skipped {number(f, f.value)} of the time" for f in worst)])
 
 
 def _tags(findings: Findings) -> str:
@@ -131,10 +139,10 @@ def _tags(findings: Findings) -> str:
 
 
 def _directions(findings: Findings, liked: Sequence[str], skipped: Sequence[str]) -> str:
-    best = of(findings, "length", lambda f: f.n >= 5)
+    best = best_length(findings)
     more = f"more {', '.join(liked[:3])}" if liked else ""
     if more and best:
-        more += f", preferably {best[0].item}"
+        more += f", preferably {best.item}"
     return "; ".join(p for p in (more, f"fewer videos about {', '.join(skipped[:3])}" if skipped else "") if p)
 
 
@@ -154,8 +162,9 @@ def _name_options(findings: Findings, mode: Mode) -> list[str]:
 
 
 def _person(item: str) -> str:
+    """An item in words: `age: 30s` as `in their 30s`, `occupation: nurse` as `nurse`, a topic as it is."""
     name, _, value = item.partition(": ")
-    return f"in their {value}" if name == "age" else value
+    return f"in their {value}" if name == "age" else value or item
 
 
 def _with_numbers(findings: Findings, section: str, items: Sequence[str]) -> str:
@@ -165,7 +174,7 @@ def _with_numbers(findings: Findings, section: str, items: Sequence[str]) -> str
 
 
 def _list(findings: Iterable[Finding]) -> str:
-    return ", ".join(f"{f.item.removeprefix('gender: ')} {number(f, f.value)}" for f in findings)
+    return ", ".join(f"{_person(f.item)} {number(f, f.value)}" for f in findings)
 
 
 def _line(heading: str, text: str) -> str:

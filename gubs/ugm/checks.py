@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gubs.records import Finding
-from gubs.ugm.author import COMPLAINT_WORDS, likes, skips
+from gubs.ugm.author import COMPLAINT_WORDS, best_length, likes, skips
 from gubs.ugm.evidence import LENGTHS, LENGTHS_S
 from gubs.ugm.words import words
 
@@ -146,7 +146,7 @@ def complete(text: str, evidence: Evidence) -> bool:
     shared = [f.item for f in evidence.findings if f.section == "interest" and f.value >= _SHARED]
     skipped = skips(evidence.findings)[:3]
     halves = all(2 * len(said & set(items)) >= len(items) for items in (shared, skipped))
-    return halves and (bool(_LENGTH.search(text)) or not any(f.section == "length" for f in evidence.findings))
+    return halves and (best_length(evidence.findings) is None or bool(_LENGTH.search(text)))
 
 
 def _claim(sentence: str) -> str:
@@ -198,14 +198,14 @@ def _lengths(sentence: str, evidence: Evidence) -> str:
     claim = _claim(sentence)
     if len(known) < 2 or not claim:
         return ""
-    best = max(known.values(), key=lambda f: f.value)
+    best = best_length(evidence.findings)
     for m in _LENGTH.finditer(sentence):
         classes = [c for c in _classes(m) if c in known]
-        if claim == "skips" and classes == [best.item]:
+        if claim == "skips" and best and classes == [best.item]:
             return f"videos of {best.item} are played longest"
         if claim == "likes" and classes and all(c in skipped and skipped[c].value > _SHARED for c in classes):
             return f"most videos of {classes[0]} are skipped"
-        if "best" in sentence and classes and all(known[c].value < best.low for c in classes):
+        if best and "best" in sentence and classes and all(known[c].value < best.low for c in classes):
             return f"videos of {best.item} are played longer"
     return ""
 
