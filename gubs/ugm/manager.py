@@ -333,12 +333,15 @@ def _match(groups: Sequence[Group], work: _Phases) -> tuple[list[Group], dict[st
     if work.author == "evidence":
         return _judged(groups, {i: _by_records(groups[i], work) for i, _ in pairs}, work.settings.min_matched), {}
     answers = work.llm.ask(_match_requests(groups, work))
+    unanswered = {i for (i, _), a in zip(pairs, answers, strict=True) if not a.ok} if work.author == "both" else set()
+    by_records = {i: {m.user_id: m for m in _by_records(groups[i], work)} for i in unanswered}
     members: dict[int, list[GroupMember]] = defaultdict(list)
     for (i, member), answer in zip(pairs, answers, strict=True):
-        # A member whose call failed was neither accepted nor refused.
-        matched = answer.value.matched if answer.ok else None
-        reason = answer.value.reason if answer.ok else f"no verdict ({answer.failure})"
-        members[i].append(replace(member, matched=matched, reason=reason))
+        # A member whose call failed was neither accepted nor refused; with `both`, the records decide.
+        judged = by_records[i][member.user_id] if i in by_records else member
+        matched = answer.value.matched if answer.ok else judged.matched
+        no_verdict = "; ".join(filter(None, (f"no verdict ({answer.failure})", judged.reason)))
+        members[i].append(replace(member, matched=matched, reason=answer.value.reason if answer.ok else no_verdict))
     return _judged(groups, members, work.settings.min_matched), dict(Counter(a.failure for a in answers if not a.ok))
 
 

@@ -70,6 +70,14 @@ def test_a_match_without_a_verdict_is_no_refusal_and_is_counted():
     assert result.report["match_failures"] == {"no_verdict": 1}
 
 
+def test_where_the_matcher_is_silent_the_evidence_decides():
+    silent = lambda r: "well..." if r.label.startswith("match/g00") else well_behaved(r)  # noqa: E731
+    result, _ = run(silent, author="both")
+    assert all(m.matched is True and "log odds" in m.reason for m in result.groups[0].members)
+    assert result.groups[0].members[0].reason.startswith("no verdict (no_verdict); ")
+    assert result.groups[1].members[0].reason == "it fits."
+
+
 def test_a_failed_profile_drops_the_group_with_its_cause():
     result, _ = run(lambda r: "" if r.label.startswith("initial/g02") else well_behaved(r))
     assert result.groups[2].dropped == "empty"
