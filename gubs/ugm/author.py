@@ -35,16 +35,16 @@ COMPLAINT_WORDS = {
 Findings = Sequence[Finding]
 
 
-def of(findings: Findings, section: str, wanted: Callable[[Finding], bool] = lambda _: True) -> list[Finding]:
+def in_section(findings: Findings, section: str, wanted: Callable[[Finding], bool] = lambda _: True) -> list[Finding]:
     """The findings of a section that are wanted, highest value first."""
     return sorted((f for f in findings if f.section == section and wanted(f)), key=lambda f: (-f.value, f.item))
 
 
 def likes(findings: Findings) -> list[str]:
     """What the members like: tags that most of them list, or more of them than of everybody; strongest first."""
-    listed = of(findings, "interest", lambda f: f.value >= SHARED or (f.above and f.value >= _SOME))
+    listed = in_section(findings, "interest", lambda f: f.value >= SHARED or (f.above and f.value >= _SOME))
     listed.sort(key=lambda f: f.overall - f.value)
-    watched = [f for s in ("liked", "clicked", "finished") for f in of(findings, s, lambda f: f.above)]
+    watched = [f for s in ("liked", "clicked", "finished") for f in in_section(findings, s, lambda f: f.above)]
     skipped = set(skips(findings))
     return list(dict.fromkeys(f.item for f in [*listed, *watched] if f.item not in skipped))
 
@@ -53,9 +53,9 @@ def skips(findings: Findings) -> list[str]:
     """Topics that the members skip more than everybody, or click or like less (unless they list or watch them);
     strongest first.
     """
-    more = of(findings, "skipped", lambda f: f.above)
-    less = [f for s in ("clicked", "liked") for f in reversed(of(findings, s, lambda f: f.below))]
-    kept = {f.item for f in of(findings, "interest", lambda f: f.value >= SHARED)} | _watched(findings)
+    more = in_section(findings, "skipped", lambda f: f.above)
+    less = [f for s in ("clicked", "liked") for f in reversed(in_section(findings, s, lambda f: f.below))]
+    kept = {f.item for f in in_section(findings, "interest", lambda f: f.value >= SHARED)} | _watched(findings)
     sure = [f.item for f in more] + [f.item for f in less if f.item not in kept]
     return list(dict.fromkeys(sure))
 
@@ -63,12 +63,12 @@ def skips(findings: Findings) -> list[str]:
 def rarely_listed(findings: Findings) -> list[str]:
     """Tags that fewer members list than others do, and whose videos they do not watch more."""
     watched = _watched(findings)
-    return [f.item for f in reversed(of(findings, "interest", lambda f: f.below)) if f.item not in watched]
+    return [f.item for f in reversed(in_section(findings, "interest", lambda f: f.below)) if f.item not in watched]
 
 
 def _watched(findings: Findings) -> set[str]:
     """Topics that they skip less than everybody."""
-    return {f.item for f in of(findings, "skipped", lambda f: f.value < f.overall)}
+    return {f.item for f in in_section(findings, "skipped", lambda f: f.value < f.overall)}
 
 
 def name_group(findings: Findings, mode: Mode, taken: Container[str] = ()) -> str:
@@ -80,8 +80,8 @@ def name_group(findings: Findings, mode: Mode, taken: Container[str] = ()) -> st
 
 def features(findings: Findings) -> str:
     """What unites the members, in a line."""
-    tags = of(findings, "interest", lambda f: f.value >= _SOME and (f.above or f.value >= SHARED))
-    people = of(findings, "person", lambda f: f.value >= SHARED)
+    tags = in_section(findings, "interest", lambda f: f.value >= _SOME and (f.above or f.value >= SHARED))
+    people = in_section(findings, "person", lambda f: f.value >= SHARED)
     parts = [_list(tags[:6]), _list(people[:3])]
     return "; ".join(p for p in parts if p) or "nothing that most members share"
 
@@ -97,10 +97,10 @@ def _lines(findings: Findings) -> Iterable[str]:
     yield _line("Skips", _with_numbers(findings, "skipped", skipped) or ", ".join(skipped[:_MOST]))
     yield _line("Put off by", _triggers(findings))
     yield _line("Lengths", _lengths(findings))
-    yield _line("Members", _list(of(findings, "person", lambda f: f.value >= SHARED or f.above)[:5]))
-    yield _line("Listed interests", _list(of(findings, "interest", lambda f: f.value >= _SOME)[:8]))
+    yield _line("Members", _list(in_section(findings, "person", lambda f: f.value >= SHARED or f.above)[:5]))
+    yield _line("Listed interests", _list(in_section(findings, "interest", lambda f: f.value >= _SOME)[:8]))
     yield _line("Low interest", ", ".join(t for t in rarely_listed(findings)[:6] if t not in liked))
-    yield _line("Habits", _list([f for f in of(findings, "activity") if f.above or f.below]))
+    yield _line("Habits", _list([f for f in in_section(findings, "activity") if f.above or f.below]))
     yield _line("Tags", _tags(findings))
     yield _line("Directions", _directions(findings, liked, skipped))
 
@@ -108,29 +108,29 @@ def _lines(findings: Findings) -> Iterable[str]:
 def _triggers(findings: Findings) -> str:
     said = [
         f"{COMPLAINT_WORDS[f.item]} ({number(f, f.value)} of views, all users {number(f, f.overall)})"
-        for f in of(findings, "complaint", lambda f: f.above and f.item != "mismatch")
+        for f in in_section(findings, "complaint", lambda f: f.above and f.item != "mismatch")
     ]
-    words = of(findings, "word", lambda f: f.low > f.overall + _WORD_GAP)[:_MOST]
+    words = in_section(findings, "word", lambda f: f.low > f.overall + _WORD_GAP)[:_MOST]
     return "; ".join([*said, *([f"titles with {', '.join(f.item for f in words)}"] if words else [])])
 
 
 def best_length(findings: Findings) -> Finding | None:
     """The length that is played longest, if it is longer than another by more than chance."""
-    known = of(findings, "length", lambda f: f.n >= _FEW_VIEWS)
+    known = in_section(findings, "length", lambda f: f.n >= _FEW_VIEWS)
     return known[0] if known and known[-1].value < known[0].low else None
 
 
 def _lengths(findings: Findings) -> str:
     best = best_length(findings)
-    worst = of(findings, "skipped by length", lambda f: f.above or (f.value >= 0.4 and f.low > 0.25))
+    worst = in_section(findings, "skipped by length", lambda f: f.above or (f.value >= 0.4 and f.low > 0.25))
     parts = [f"{best.item} suits best (played {number(best, best.value)})"] if best else []
     worst = [f for f in worst if best is None or f.item != best.item][:2]
     return "; ".join([*parts, *(f"{f.item} is skipped {number(f, f.value)} of the time" for f in worst)])
 
 
 def _tags(findings: Findings) -> str:
-    listed = {f.item for f in of(findings, "interest", lambda f: f.value >= SHARED)}
-    some = {f.item for f in of(findings, "interest", lambda f: f.value >= _SOME)}
+    listed = {f.item for f in in_section(findings, "interest", lambda f: f.value >= SHARED)}
+    some = {f.item for f in in_section(findings, "interest", lambda f: f.value >= _SOME)}
     add = [t for t in likes(findings) if t not in listed and t not in some][:3]
     drop = [t for t in skips(findings) if t in some][:3]
     return "; ".join(
@@ -148,9 +148,9 @@ def _directions(findings: Findings, liked: Sequence[str], skipped: Sequence[str]
 
 def _name_options(findings: Findings, mode: Mode) -> list[str]:
     """Names from the shortest to the longest."""
-    tags = of(findings, "interest", lambda f: f.value >= SHARED) or of(findings, "interest")[:1]
+    tags = in_section(findings, "interest", lambda f: f.value >= SHARED) or in_section(findings, "interest")[:1]
     tags.sort(key=lambda f: (f.overall - f.value, f.item))
-    people = of(findings, "person", lambda f: f.value >= SHARED)
+    people = in_section(findings, "person", lambda f: f.value >= SHARED)
     people.sort(key=lambda f: (f.overall - f.value, f.item))
     fans = [f"Fans of {_and([f.item for f in tags[:n]])}" for n in range(min(3, len(tags)), len(tags) + 1) if n]
     people.sort(key=lambda f: not f.item.startswith("gender"))
