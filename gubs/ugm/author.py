@@ -40,9 +40,14 @@ def in_section(findings: Findings, section: str, wanted: Callable[[Finding], boo
     return sorted((f for f in findings if f.section == section and wanted(f)), key=lambda f: (-f.value, f.item))
 
 
+def _telling(finding: Finding) -> bool:
+    """Whether a share of members says something about the group."""
+    return finding.value >= SHARED or (finding.above and finding.value >= _SOME)
+
+
 def likes(findings: Findings) -> list[str]:
     """What the members like: tags that most of them list, or more of them than of everybody; strongest first."""
-    listed = in_section(findings, "interest", lambda f: f.value >= SHARED or (f.above and f.value >= _SOME))
+    listed = in_section(findings, "interest", _telling)
     listed.sort(key=lambda f: f.overall - f.value)
     watched = [f for s in ("liked", "clicked", "finished") for f in in_section(findings, s, lambda f: f.above)]
     skipped = set(skips(findings))
@@ -80,7 +85,7 @@ def name_group(findings: Findings, mode: Mode, taken: Container[str] = ()) -> st
 
 def features(findings: Findings) -> str:
     """What unites the members, in a line."""
-    tags = in_section(findings, "interest", lambda f: f.value >= _SOME and (f.above or f.value >= SHARED))
+    tags = in_section(findings, "interest", _telling)
     people = in_section(findings, "person", lambda f: f.value >= SHARED)
     parts = [_list(tags[:6]), _list(people[:3])]
     return "; ".join(p for p in parts if p) or "nothing that most members share"
@@ -97,7 +102,7 @@ def _lines(findings: Findings) -> Iterable[str]:
     yield _line("Skips", _with_numbers(findings, "skipped", skipped) or ", ".join(skipped[:_MOST]))
     yield _line("Put off by", _triggers(findings))
     yield _line("Lengths", _lengths(findings))
-    yield _line("Members", _list(in_section(findings, "person", lambda f: f.value >= SHARED or f.above)[:5]))
+    yield _line("Members", _list(in_section(findings, "person", _telling)[:5]))
     yield _line("Listed interests", _list(in_section(findings, "interest", lambda f: f.value >= _SOME)[:8]))
     yield _line("Low interest", ", ".join(t for t in rarely_listed(findings)[:6] if t not in liked))
     yield _line("Habits", _list([f for f in in_section(findings, "activity") if f.above or f.below]))
@@ -162,9 +167,9 @@ def _name_options(findings: Findings, mode: Mode) -> list[str]:
 
 
 def _person(item: str) -> str:
-    """An item in words: `age: 30s` as `in their 30s`, `occupation: nurse` as `nurse`, a topic as it is."""
+    """A fact about a person in words: `age: 30s` as `in their 30s`, `occupation: nurse` as `nurse`."""
     name, _, value = item.partition(": ")
-    return f"in their {value}" if name == "age" else value or item
+    return {"age": f"in their {value}", "gender": value, "occupation": value}.get(name, f"{name} {value}")
 
 
 def _with_numbers(findings: Findings, section: str, items: Sequence[str]) -> str:
@@ -174,7 +179,7 @@ def _with_numbers(findings: Findings, section: str, items: Sequence[str]) -> str
 
 
 def _list(findings: Iterable[Finding]) -> str:
-    return ", ".join(f"{_person(f.item)} {number(f, f.value)}" for f in findings)
+    return ", ".join(f"{_person(f.item) if f.section == 'person' else f.item} {number(f, f.value)}" for f in findings)
 
 
 def _line(heading: str, text: str) -> str:
