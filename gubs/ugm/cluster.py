@@ -76,7 +76,7 @@ def nearest_to_text(text: str, users: Users) -> int:
     """Index of the user whose profile shares most with a free text (the first if none shares a word)."""
     texts = [text, *(profile_sentence(u) for u in users)]
     vectors = TfidfVectorizer(analyzer=words).fit_transform(texts) if words(" ".join(texts)) else None
-    return 0 if vectors is None else int(_dense(vectors[1:] @ vectors[0].T).argmax())
+    return 0 if vectors is None else int(dense(vectors[1:] @ vectors[0].T).argmax())
 
 
 class BertEncoder:
@@ -208,7 +208,7 @@ def cluster_kmeans(
     """
     encoder.fit(users)
     start = encoder.encode([users[i] for i in typical])
-    model = MiniBatchKMeans(len(typical), init=_dense(start), n_init=1, batch_size=4096, random_state=seed)
+    model = MiniBatchKMeans(len(typical), init=dense(start), n_init=1, batch_size=4096, random_state=seed)
     for _, vectors in _blocks(users, encoder):
         if vectors.shape[0] >= len(typical):
             model.partial_fit(vectors)
@@ -234,10 +234,10 @@ def apart(users: Users, k: int, encoder: Encoder, seed: int, start: Sequence[int
         k different users, and how well they stand for all: the mean similarity of a user to the nearest of them.
     """
     vectors = encoder.encode(users)
-    init = _dense(vectors[list(start)]) if len(start) else "k-means++"
-    distinct = len(np.unique(_dense(vectors), axis=0))
+    init = dense(vectors[list(start)]) if len(start) else "k-means++"
+    distinct = len(np.unique(dense(vectors), axis=0))
     model = KMeans(min(k, distinct) if not len(start) else k, init=init, n_init=1 if len(start) else 10)
-    model.set_params(random_state=seed).fit(_dense(vectors))
+    model.set_params(random_state=seed).fit(dense(vectors))
     similarity = similarities(vectors, normalize(model.cluster_centers_.astype(np.float32)))
     chosen: list[int] = []
     for g in range(similarity.shape[1]):
@@ -291,7 +291,7 @@ def _blocks(users: Users, encoder: Encoder) -> Iterator[tuple[int, Vectors]]:
 
 def similarities(vectors: Vectors, centres: Vectors) -> Floats:
     """(users, groups), dense: 50 groups are few."""
-    return _dense(vectors @ centres.T)
+    return dense(vectors @ centres.T)
 
 
 def _nearest_only(similarity: Floats) -> Floats:
@@ -302,12 +302,12 @@ def _nearest_only(similarity: Floats) -> Floats:
 
 def _squares(vectors: Vectors) -> Floats:
     """Squared length of each vector."""
-    return (
-        np.asarray(vectors.multiply(vectors).sum(axis=1)).ravel() if sparse.issparse(vectors) else (vectors**2).sum(1)
-    )
+    squared = vectors**2 if isinstance(vectors, np.ndarray) else vectors.multiply(vectors)
+    return np.asarray(squared.sum(axis=1)).ravel()
 
 
-def _dense(matrix: Vectors) -> Floats:
+def dense(matrix: Vectors) -> Floats:
+    """As an array with all its zeros."""
     return np.asarray(matrix if isinstance(matrix, np.ndarray) else matrix.todense(), dtype=np.float32)
 
 

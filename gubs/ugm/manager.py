@@ -52,6 +52,8 @@ _GOOD_COVERAGE = 0.95
 """Typical users stand for all users well enough if they do nearly as well as those found without a model."""
 _AGAINST = -1.0
 """Log odds below which a member's records speak against the group: everybody's explain them e times better."""
+_CLEAR = 3.0
+"""Log odds from which the records overrule the matcher: twenty to one."""
 _ALL_SECTIONS = tuple(SECTIONS)
 UNUSABLE = "unusable_profile"
 
@@ -331,18 +333,28 @@ def _match(groups: Sequence[Group], work: _Phases) -> tuple[list[Group], dict[st
     """Judges every member of every group that is not dropped (Eq. 3); counts failed calls by cause."""
     pairs = [(i, m) for i, g in enumerate(groups) if not g.dropped for m in g.members]
     if work.author == "evidence":
-        return _judged(groups, {i: _by_records(groups[i], work) for i, _ in pairs}, work.settings.min_matched), {}
+        judged = {i: [m for m, _ in _by_records(groups[i], work).values()] for i, _ in pairs}
+        return _judged(groups, judged, work.settings.min_matched), {}
     answers = work.llm.ask(_match_requests(groups, work))
-    unanswered = {i for (i, _), a in zip(pairs, answers, strict=True) if not a.ok} if work.author == "both" else set()
-    by_records = {i: {m.user_id: m for m in _by_records(groups[i], work)} for i in unanswered}
+    by_records = {i: _by_records(groups[i], work) for i, _ in pairs} if work.author == "both" else {}
     members: dict[int, list[GroupMember]] = defaultdict(list)
     for (i, member), answer in zip(pairs, answers, strict=True):
-        # A member whose call failed was neither accepted nor refused; with `both`, the records decide.
-        judged = by_records[i][member.user_id] if i in by_records else member
-        matched = answer.value.matched if answer.ok else judged.matched
-        no_verdict = "; ".join(filter(None, (f"no verdict ({answer.failure})", judged.reason)))
-        members[i].append(replace(member, matched=matched, reason=answer.value.reason if answer.ok else no_verdict))
+        # A member whose call failed was neither accepted nor refused.
+        said = replace(
+            member,
+            matched=answer.value.matched if answer.ok else None,
+            reason=answer.value.reason if answer.ok else f"no verdict ({answer.failure})",
+        )
+        members[i].append(_corrected(said, by_records[i][member.user_id]) if i in by_records else said)
     return _judged(groups, members, work.settings.min_matched), dict(Counter(a.failure for a in answers if not a.ok))
+
+
+def _corrected(said: GroupMember, records: tuple[GroupMember, float]) -> GroupMember:
+    """The matcher's verdict, or that of the records where there is none or where they speak clearly against it."""
+    judged, value = records
+    if said.matched == judged.matched or (said.matched is not None and abs(value) < _CLEAR):
+        return said
+    return replace(judged, reason=f"{judged.reason}; the matcher: {said.reason}")
 
 
 def _judged(groups: Sequence[Group], members: Mapping[int, list[GroupMember]], min_matched: int) -> list[Group]:
@@ -353,17 +365,18 @@ def _judged(groups: Sequence[Group], members: Mapping[int, list[GroupMember]], m
     return result
 
 
-def _by_records(group: Group, work: _Phases) -> list[GroupMember]:
-    """Verdicts without a model: a member matches unless everybody's records explain its own clearly better."""
+def _by_records(group: Group, work: _Phases) -> dict[str, tuple[GroupMember, float]]:
+    """Verdicts without a model, with the log odds, by user: a member matches unless everybody's records explain its own
+    clearly better than the group's.
+    """
     found = odds(work.records, [m.user_id for m in group.members])
-
-    def judged(member: GroupMember) -> GroupMember:
+    judged = {}
+    for member in group.members:
         value = found[member.user_id]
-        fits = value > _AGAINST
-        reason = "the group's records explain the member's" if fits else "everybody's records explain the member's"
-        return replace(member, matched=fits, reason=f"{reason} better (log odds {value:+.1f})")
-
-    return [judged(m) for m in group.members]
+        whose = "the group's" if value > _AGAINST else "everybody's"
+        reason = f"{whose} records explain the member's better (log odds {value:+.1f})"
+        judged[member.user_id] = replace(member, matched=value > _AGAINST, reason=reason), value
+    return judged
 
 
 def _profile_request(group: Group, number: int, work: _Phases, *, final: bool) -> LLMRequest:

@@ -15,7 +15,7 @@ from scipy import sparse
 from gubs.artifacts import Artifact
 from gubs.errors import ArtifactError
 from gubs.records import User
-from gubs.ugm.cluster import BertEncoder, Encoder, TfidfEncoder, Vectors, place
+from gubs.ugm.cluster import BertEncoder, Encoder, TfidfEncoder, Vectors, dense, place
 from gubs.ugm.settings import Mode
 
 ENCODER, CENTRES = "encoder", "centres"
@@ -61,7 +61,7 @@ class Placement:
             about |= {"method": "bert", "model": self.encoder.name}
         words = pa.table({"word": list(idf), "idf": list(idf.values())}, schema=WORDS)
         rows = []
-        for group_id, threshold, centre in zip(self.group_ids, self.thresholds, _rows(self.centres), strict=True):
+        for group_id, threshold, centre in zip(self.group_ids, self.thresholds, dense(self.centres), strict=True):
             position = np.flatnonzero(centre)
             row = {"group_id": group_id, "threshold": threshold, "position": position, "weight": centre[position]}
             rows.append(row)
@@ -95,7 +95,3 @@ class Placement:
             matrix[i, row["position"]] = row["weight"]
         vectors = matrix.tocsr() if about["method"] == "tfidf" else matrix.toarray()
         return cls(encoder, centres["group_id"].to_pylist(), vectors, centres["threshold"].to_pylist())
-
-
-def _rows(vectors: Vectors) -> np.ndarray:
-    return vectors.toarray() if sparse.issparse(vectors) else np.asarray(vectors)

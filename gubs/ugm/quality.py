@@ -14,7 +14,7 @@ from sklearn.metrics import adjusted_rand_score, roc_auc_score, silhouette_score
 
 from gubs.artifacts import JsonObject
 from gubs.records import FAST_SKIP_BELOW, User, Video
-from gubs.ugm.cluster import Encoder, Floats, Vectors, apart, similarities
+from gubs.ugm.cluster import Encoder, Vectors, apart, similarities
 from gubs.ugm.evidence import LENGTHS, Records, length_of
 
 HELD_OUT_COLUMNS = ("user_id", "video_id", "play_rate")
@@ -101,7 +101,7 @@ def _rates(records: Records, user_ids: Iterable[str] | None, prior: _Skips | Non
     members = None if user_ids is None else np.array([place[u] for u in user_ids], np.int64)
     weight = _PRIOR if prior else 0.0
     overall = prior.overall if prior else float(topics.total.sum() / max(topics.n.sum(), 1))
-    before: Floats = np.array([prior.topics[t] for t in topics.items] if prior else [overall] * len(topics.items))
+    before = np.array([prior.topics[t] for t in topics.items] if prior else [overall] * len(topics.items))
     by_topic = dict(zip(topics.items, map(float, topics.rates(members, weight, before)), strict=True))
     if not lengths:
         return _Skips(by_topic, {}, overall)

@@ -27,7 +27,7 @@ from gubs.prompts.group_answers import (
     parse_categories,
 )
 from gubs.prompts.people import Person
-from gubs.ugm.asking import ask_checked
+from gubs.ugm.asking import Faults, ask_checked
 from gubs.ugm.checks import fault_of
 from gubs.ugm.cluster import TfidfEncoder, nearest_to_text
 from gubs.ugm.evidence import person_items
@@ -192,16 +192,16 @@ def _ask(
     is asked for anew, as another sample, instead of failing forever (unless the missing groups are made up anyway).
     """
 
-    def faults(i: int, text: str) -> list[str]:
-        return _faults(text, k, len(chunks[i]))
+    def faults_of(places: Sequence[int]) -> Faults:
+        return lambda i, text: _faults(text, k, len(chunks[places[i]]))
 
-    answers = ask_checked(llm, requests, faults)
+    answers = ask_checked(llm, requests, faults_of(range(len(requests))))
     asked = list(requests)
     while author != "both" and (
-        stuck := [i for i, a in enumerate(answers) if a.ok and a.replayed and len(find_categories(a.text)) < k]
+        stuck := [i for i, a in enumerate(answers) if a.replayed and (not a.ok or len(find_categories(a.text)) < k)]
     ):
         asked = [dataclasses.replace(r, sample=r.sample + 1) for r in asked]
-        again = ask_checked(llm, [asked[i] for i in stuck], lambda i, text, stuck=stuck: faults(stuck[i], text))
+        again = ask_checked(llm, [asked[i] for i in stuck], faults_of(stuck))
         for i, answer in zip(stuck, again, strict=True):
             answers[i] = answer
     return answers

@@ -74,8 +74,36 @@ def test_where_the_matcher_is_silent_the_evidence_decides():
     silent = lambda r: "well..." if r.label.startswith("match/g00") else well_behaved(r)  # noqa: E731
     result, _ = run(silent, author="both")
     assert all(m.matched is True and "log odds" in m.reason for m in result.groups[0].members)
-    assert result.groups[0].members[0].reason.startswith("no verdict (no_verdict); ")
+    assert result.groups[0].members[0].reason.endswith("; the matcher: no verdict (no_verdict)")
     assert result.groups[1].members[0].reason == "it fits."
+
+
+def test_records_that_speak_clearly_overrule_a_weak_matcher():
+    """Nine cooks of whom the matcher refuses one, and a fan whom it accepts."""
+    videos = {t: Video(t, None, 20.0, tags=[t]) for t in ("cooking", "football")}
+
+    def person(name, tags, taste):
+        views = [
+            View(videos[t], play_rate=0.9 if t == taste else 0.05) for t in ("cooking", "football") for _ in range(8)
+        ]
+        return Person(User(name, tags=tags), tuple(views))
+
+    crowd = [person(f"c{i}", ["cooking"], "cooking") for i in range(9)] + [person("odd", ["cooking"], "football")]
+    crowd += [person(f"f{i}", ["football"], "football") for i in range(10)]
+
+    def reply(request):
+        if request.role == "summarizer":
+            return categories([1, 11])
+        return "Match or not: No\nReason: no" if request.label.endswith("/c1") else well_behaved(request)
+
+    verdicts = {}
+    for author in ("llm", "both"):
+        result, _ = run(reply, crowd, groups=2, top=10, author=author)
+        verdicts[author] = {m.user_id: m for g in result.groups for m in g.members}
+    assert (verdicts["llm"]["c1"].matched, verdicts["llm"]["odd"].matched) == (False, True)
+    assert (verdicts["both"]["c1"].matched, verdicts["both"]["odd"].matched) == (True, False)
+    assert verdicts["both"]["c1"].reason.endswith("; the matcher: no")
+    assert verdicts["both"]["c2"].reason == "it fits."
 
 
 def test_a_failed_profile_drops_the_group_with_its_cause():
