@@ -76,8 +76,10 @@ class Group:
 
     @property
     def matched(self) -> list[GroupMember]:
-        """C'_g of Eq. 3; without reflection, all members."""
-        return [m for m in self.members if m.matched is not False]
+        """C'_g of Eq. 3, without members whose verdict is missing (they have a reason for that); all without
+        reflection.
+        """
+        return [m for m in self.members if m.matched or (m.matched is None and m.reason is None)]
 
 
 @dataclass
@@ -339,7 +341,7 @@ def _match(groups: Sequence[Group], work: _Phases) -> tuple[list[Group], dict[st
     by_records = {i: _by_records(groups[i], work) for i, _ in pairs} if work.author == "both" else {}
     members: dict[int, list[GroupMember]] = defaultdict(list)
     for (i, member), answer in zip(pairs, answers, strict=True):
-        # A member whose call failed was neither accepted nor refused.
+        # Of a member whose call failed, nobody said Yes and nobody said No.
         said = replace(
             member,
             matched=answer.value.matched if answer.ok else None,

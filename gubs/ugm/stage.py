@@ -40,7 +40,7 @@ MEMBERSHIPS = pa.schema(
     ]
 )
 """Table `memberships`: `how` is `matched` (one of the users the groups were made from, after reflection), `clustered`
-(the same without reflection, or without a verdict) or `assigned` (nearest typical user above the group's threshold)."""
+(the same without reflection) or `assigned` (nearest typical user above the group's threshold)."""
 
 
 class NoGroupsError(GubsError):
@@ -156,9 +156,7 @@ def _members(result: UGMResult, reflected: bool) -> list[Membership]:
     """Members of the groups among the users the groups were made from."""
     kept = [(group_id(i), g) for i, g in enumerate(result.groups) if not g.dropped]
     return [
-        (m.user_id, name, m.similarity, "matched" if reflected and m.matched else "clustered")
-        for name, g in kept
-        for m in g.matched
+        (m.user_id, name, m.similarity, "matched" if reflected else "clustered") for name, g in kept for m in g.matched
     ]
 
 
