@@ -14,7 +14,7 @@ it, and with the authors `both` and `evidence` it corrects or replaces what the 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 from gubs.artifacts import JsonObject
 from gubs.console import say
@@ -295,10 +295,9 @@ def _write_profiles(groups: Sequence[Group], work: _Phases, *, final: bool) -> l
     answers: list[Answer] = []
     if work.author != "evidence":
         requests = [_profile_request(groups[i], i, work, final=final) for i in numbers]
-        instructions = fill("ugm/group_profile", **_BLANK)
 
         def faults(place: int, text: str) -> list[str]:
-            fault = fault_of(text, instructions)
+            fault = fault_of(text, _instructions())
             claims = unsupported(text, evidence[numbers[place]])
             return [fault] if fault else [f'"{claim}" does not hold: {why}' for claim, why in claims.items()]
 
@@ -310,8 +309,11 @@ def _write_profiles(groups: Sequence[Group], work: _Phases, *, final: bool) -> l
     return result
 
 
-_BLANK = {"name": "", "features": "", "with_views": False, "members": [], "evidence": "", "initial": "x", "form": ""}
-"""The profiler's prompt without a group: our words."""
+@cache
+def _instructions() -> str:
+    """The profiler's prompt without a group: our words."""
+    nothing = {"name": "", "features": "", "members": [], "evidence": "", "initial": "x", "form": ""}
+    return fill("ugm/group_profile", with_views=False, **nothing)
 
 
 def _written(group: Group, answer: Answer | None, evidence: Evidence, author: Author, *, final: bool) -> Group:
@@ -320,7 +322,7 @@ def _written(group: Group, answer: Answer | None, evidence: Evidence, author: Au
         return replace(group, dropped=answer.failure)
     text = answer.value if answer and answer.ok else ""
     claims = unsupported(text, evidence)
-    fault = fault_of(text, fill("ugm/group_profile", **_BLANK))
+    fault = fault_of(text, _instructions())
     listed = [f"{claim}: {why}" for claim, why in claims.items()] or ([f"{text[:200]}: {fault}"] if fault else [])
     if author == "llm" and fault:
         return replace(group, dropped=UNUSABLE, unsupported=[*group.unsupported, *listed])

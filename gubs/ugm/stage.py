@@ -80,8 +80,8 @@ def make(job: StageJob, ugm: UGMSettings, llm: LLMSettings, seed: int) -> str:
     }
     with job.writing() as out:
         out.write_table("groups", _groups_table(result, people, version))
-        columns = dict(zip(MEMBERSHIPS.names, zip(*members, strict=True), strict=True)) if members else {}
-        out.write_table("memberships", pa.table(columns, schema=MEMBERSHIPS) if columns else MEMBERSHIPS.empty_table())
+        columns = [pa.array([m[i] for m in members], kind) for i, kind in enumerate(MEMBERSHIPS.types)]
+        out.write_table("memberships", pa.table(columns, schema=MEMBERSHIPS))
         for name, table in placement.tables().items():
             out.write_table(name, table)
         out.info = {**report, "until": ugm.until, "llm": spent}

@@ -2,9 +2,8 @@
 
 import pytest
 
-from gubs.prompts import fill
 from gubs.ugm.checks import Evidence, complete, fault_of, fault_of_name, unsupported, without
-from gubs.ugm.manager import _BLANK
+from gubs.ugm.manager import _instructions
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def evidence(records):
     ],
 )
 def test_texts_that_are_not_about_the_group(text):
-    assert fault_of(text, fill("ugm/group_profile", **_BLANK))
+    assert fault_of(text, _instructions())
 
 
 @pytest.mark.parametrize(
@@ -41,7 +40,7 @@ def test_texts_that_are_not_about_the_group(text):
     ],
 )
 def test_texts_that_are(text):
-    assert fault_of(text, fill("ugm/group_profile", **_BLANK)) == ""
+    assert fault_of(text, _instructions()) == ""
 
 
 @pytest.mark.parametrize(
