@@ -254,6 +254,19 @@ class Artifact:
         Raises:
             ArtifactError: the artifact has no such table.
         """
+        with self._open(name) as file:
+            return file.read(columns=None if columns is None else list(columns), use_threads=False)
+
+    def batches(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Reads a table piece by piece (at most 65,536 rows), for tables that do not fit the memory. Errors: see
+        `table`.
+        """
+        with self._open(name) as file:
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns=None if columns is None else list(columns), use_threads=False)
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[pq.ParquetFile]:
         if name not in self.manifest.tables:
             raise ArtifactError(
                 f"{self.uri} has no table {name!r} (it has: {', '.join(self.manifest.tables) or 'none'})"
@@ -261,9 +274,7 @@ class Artifact:
         with self.run.fs.open(self.run.path(self.stage, f"{name}.parquet"), "rb") as f:
             # No thread of Arrow may hold a Python file: one that lets go of it while the interpreter ends aborts the
             # process.
-            return pq.ParquetFile(f, pre_buffer=False).read(
-                columns=None if columns is None else list(columns), use_threads=False
-            )
+            yield pq.ParquetFile(f, pre_buffer=False)
 
 
 class ArtifactWriter:

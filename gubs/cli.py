@@ -131,7 +131,7 @@ def teach(
         return _print_estimate(annotator.estimate(requests))
 
 
-groups = typer.Typer(no_args_is_help=True, help="Look at the groups of users.")
+groups = typer.Typer(no_args_is_help=True, help="Look at the groups of users, and place others in them.")
 app.add_typer(groups, name="groups", rich_help_panel=_GROUPS)
 
 
@@ -145,6 +145,20 @@ def groups_show(run: RunArgument = DEFAULT_RUN, as_json: JsonOption = False) -> 
         console.print_json(opened.artifact("ugm").table("groups").to_pylist())
     else:
         console.print_line(write_page(opened))
+
+
+@groups.command("assign")
+def groups_assign(
+    users: Annotated[str, typer.Argument(help="Parquet: user_id, and what is known of age, gender, tags, ...")],
+    run: RunOption = DEFAULT_RUN,
+    out: Annotated[str, typer.Option(help="File to write; default: beside the table.")] = "",
+) -> None:
+    """Place the users of a table: each in the nearest group whose threshold it reaches. Asks no language model."""
+    from gubs.ugm.assign import assign_table
+
+    target, placed, total = assign_table(open_run(run), users, out)
+    console.say(f"{placed:,} of {total:,} users are in a group")
+    console.print_line(target)
 
 
 annotate = typer.Typer(no_args_is_help=True, help="Answer the skips whose reason a person has to decide.")

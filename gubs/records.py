@@ -185,6 +185,40 @@ class GroupMember(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Finding(Record):
+    """One line of a group's evidence: what the records of its members say about one thing."""
+
+    section: str
+    """What was counted; see `gubs.ugm.evidence.SECTIONS`."""
+    item: str
+    """A tag, a length, a word, ..."""
+    value: float
+    """A share or a mean, over the members' records."""
+    overall: float
+    """The same over all users that groups are made from."""
+    low: float
+    """95 % interval of `value`."""
+    high: float
+    n: int
+    """Records (or members) on which `value` rests."""
+
+    @property
+    def lift(self) -> float | None:
+        """`value` over `overall`; None where nobody has any."""
+        return self.value / self.overall if self.overall else None
+
+    @property
+    def above(self) -> bool:
+        """Whether the group is above everybody by more than chance."""
+        return self.low > self.overall
+
+    @property
+    def below(self) -> bool:
+        """Whether the group is below everybody by more than chance."""
+        return self.high < self.overall
+
+
+@dataclass(frozen=True, slots=True)
 class GroupProfile(Record):
     """A group of users and the profile the UGM wrote for it."""
 
@@ -198,6 +232,17 @@ class GroupProfile(Record):
     final_profile: str | None
     members: list[GroupMember]
     version: str
+    evidence: list[Finding] = field(default_factory=list)
+    """Computed from the members' records, without a language model."""
+    name_author: str | None = None
+    """Whose name it is: `llm`, or `evidence`."""
+    profile_author: str | None = None
+    """The same for the latest profile."""
+    unsupported: list[str] = field(default_factory=list)
+    """Claims of a language model that the evidence does not support; the author `both` leaves them out."""
+
+    def __post_init__(self) -> None:
+        _empty_for_null(self, evidence=list, unsupported=list)
 
     @property
     def text(self) -> str:
@@ -206,9 +251,13 @@ class GroupProfile(Record):
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Self:
-        """Builds the profile with its members as records."""
-        members = [GroupMember.from_row(m) for m in row["members"] or []]
-        return cls(**{f.name: row[f.name] for f in dataclasses.fields(cls) if f.name != "members"}, members=members)
+        """Builds the profile with its members and evidence as records."""
+        lists = {
+            "members": [GroupMember.from_row(m) for m in row["members"] or []],
+            "evidence": [Finding.from_row(f) for f in row.get("evidence") or []],
+        }
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: v for k, v in row.items() if k in names} | lists)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +281,7 @@ class Example(Record):
 _TYPES: dict[object, pa.DataType] = {
     **{kind: pa.string() for kind in (str, str | None)},
     **{kind: pa.float64() for kind in (float, float | None)},
-    int | None: pa.int64(),
+    **{kind: pa.int64() for kind in (int, int | None)},
     bool | None: pa.bool_(),
     list[str]: pa.list_(pa.string()),
     dict[str, str]: pa.map_(pa.string(), pa.string()),
@@ -250,7 +299,12 @@ SCHEMAS: dict[str, pa.Schema] = {
     "videos": _schema(Video, "video_id"),
     "interactions": _schema(Interaction, "interaction_id", "user_id", "video_id", "task", position=pa.int32()),
     "truth": _schema(SkipTruth, "interaction_id", "cause", "mechanism"),
-    "groups": _schema(GroupProfile, "group_id", members=pa.list_(pa.struct(_schema(GroupMember)))),
+    "groups": _schema(
+        GroupProfile,
+        "group_id",
+        members=pa.list_(pa.struct(_schema(GroupMember))),
+        evidence=pa.list_(pa.struct(_schema(Finding))),
+    ),
     "examples": _schema(Example, "example_id", "task", "split", "user_id", "video_id", "interaction_id"),
     "rejects": pa.schema(
         [

@@ -203,7 +203,9 @@ STAGES: tuple[Stage, ...] = (
         prompts=("ugm/summarize", "ugm/group_profile", "ugm/match"),
         sections=("ugm", "llm", "seed"),
         wanted=lambda s: s.ufm.grpo.groups,
+        asks=lambda s: s.ugm.author != "evidence",
         page="gubs.report.groups:write_page",
+        version=2,
     ),
     Stage(
         "sft",
@@ -307,8 +309,9 @@ STAGES: tuple[Stage, ...] = (
             *("serving.policy", "serving.held_out_items", "serving.score_gap"),
         ),
         prompts=(*_UFM_PROMPTS, *_GROUP_PROMPTS),
-        sections=("ufm", "serving", "ugm", "frames", "seed"),
+        sections=("ufm", "serving", "frames", "seed"),
         wanted=lambda _: False,
+        version=2,
     ),
 )
 """Every stage. Of two with one name, the one that is wanted under the settings counts."""

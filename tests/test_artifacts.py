@@ -72,6 +72,15 @@ def test_tables_are_read_by_the_calling_thread_alone(run, monkeypatch):
     assert readers == {threading.get_ident()}
 
 
+def test_large_tables_are_read_piece_by_piece(run):
+    artifact = write(run, table=pa.table({"x": range(150_000), "y": ["a"] * 150_000}))
+    pieces = list(artifact.batches("t", ["x"]))
+    assert max(p.num_rows for p in pieces) <= 65_536
+    assert pa.concat_tables(pieces) == artifact.table("t", ["x"])
+    with pytest.raises(ArtifactError, match="no table 'u'"):
+        list(artifact.batches("u"))
+
+
 def test_a_stage_may_be_a_link_to_a_stage_of_another_run(tmp_path):
     """So several trainings can share one data set."""
     write(Run(tmp_path / "data"))

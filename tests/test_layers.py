@@ -22,6 +22,9 @@ PURE = [
     "data/filters",
     "data/splits",
     "ugm/cluster",
+    "ugm/evidence",
+    "ugm/author",
+    "ugm/checks",
 ]
 HEAVY = {"ray", "vllm", "deepspeed"}
 

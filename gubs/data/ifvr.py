@@ -5,7 +5,7 @@
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import pyarrow as pa
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from gubs.artifacts import Run
 from gubs.prompts.people import Person, Taste, View
-from gubs.records import FAST_SKIP_BELOW, Role, Split, Task, User, Video
+from gubs.records import FAST_SKIP_BELOW, SCHEMAS, Role, Split, Task, User, Video
 
 STAGE = "ifvr"
 PROFILES = "profiles"
@@ -64,6 +64,26 @@ class IFVR:
         in_splits = pc.is_in(table["split"], value_set=pa.array([str(s) for s in splits], pa.string()))
         return table.filter(pc.and_(pc.equal(table["role"], str(Role.TARGET)), in_splits))
 
+    def history_log(self, user_ids: Iterable[str], columns: Sequence[str], task: Task | None = None) -> pa.Table:
+        """The records of some users that a model may see, by task, user and time; reads the log piece by piece, so that
+        the memory needed is that of the result.
+        """
+        wanted = pa.array(sorted(set(user_ids)), pa.string())
+        needed, schema = list(dict.fromkeys([*columns, "user_id", "role", "task"])), SCHEMAS["ifvr"]
+        pieces = [pa.schema([schema.field(c) for c in columns]).empty_table()]
+        for piece in self.artifact.batches("interactions", needed):
+            mask = pc.and_(pc.is_in(piece["user_id"], value_set=wanted), pc.equal(piece["role"], str(Role.HISTORY)))
+            if task is not None:
+                mask = pc.and_(mask, pc.equal(piece["task"], str(task)))
+            if pc.any(mask).as_py():
+                pieces.append(piece.filter(mask).select(list(columns)))
+        return pa.concat_tables(pieces)
+
+    def user_batches(self) -> Iterator[list[User]]:
+        """All users in the order of the table, in lists, without keeping them."""
+        for piece in self.artifact.batches("users"):
+            yield list(User.from_table(piece))
+
     def histories(self, user_ids: Iterable[str], task: Task | None = None) -> dict[str, tuple[View, ...]]:
         """The whole history of each user, oldest view first; users without one are left out.
 
@@ -71,9 +91,7 @@ class IFVR:
             user_ids: the users.
             task: only records of this task; None = both tasks.
         """
-        log = self.log([*VIEW_COLUMNS, "role"], task)
-        of_users = pc.is_in(log["user_id"], value_set=pa.array(sorted(set(user_ids)), pa.string()))
-        rows = log.filter(pc.and_(of_users, pc.equal(log["role"], str(Role.HISTORY)))).select(VIEW_COLUMNS)
+        rows = self.history_log(user_ids, VIEW_COLUMNS, task)
         histories = defaultdict[str, list[View]](list)
         for row in rows.to_pylist():
             user, video = row.pop("user_id"), self.videos[row.pop("video_id")]
@@ -90,10 +108,18 @@ class IFVR:
             task: see `histories`.
             tastes: add what the stage `profiles` wrote about users who list no tags.
         """
-        ids = set(self.users) if user_ids is None else set(user_ids)
-        histories = self.histories(ids, task)
-        taste = self._tastes if tastes else {}
-        return {u: Person(user, histories.get(u, ()), taste.get(u)) for u, user in self.users.items() if u in ids}
+        users = self.users if user_ids is None else self._some_users(set(user_ids))
+        histories = self.histories(users, task)
+        taste = self.tastes if tastes else {}
+        return {u: Person(user, histories.get(u, ()), taste.get(u)) for u, user in users.items()}
+
+    def _some_users(self, ids: set[str]) -> dict[str, User]:
+        """These users in the order of the table; of many, only they become objects."""
+        if "users" in self.__dict__:
+            return {u: user for u, user in self.users.items() if u in ids}
+        wanted = pa.array(sorted(ids), pa.string())
+        pieces = (p.filter(pc.is_in(p["user_id"], value_set=wanted)) for p in self.artifact.batches("users"))
+        return {u.user_id: u for piece in pieces for u in User.from_table(piece)}
 
     def split_users(self, task: Task, split: Split) -> list[str]:
         """Ids of the users of a split, per task, sorted."""
@@ -124,7 +150,8 @@ class IFVR:
         return {v.video_id: v.uri for v in self.videos.values() if v.uri}
 
     @cached_property
-    def _tastes(self) -> dict[str, Taste]:
+    def tastes(self) -> dict[str, Taste]:
+        """What the stage `profiles` wrote about users who list no tags, by user."""
         rows = self.run.artifact(PROFILES).table("profiles").to_pylist()
         return {r["user_id"]: Taste(r["text"], tuple(r["tags"]), r["until"]) for r in rows}
 

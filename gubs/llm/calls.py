@@ -31,10 +31,6 @@ class LLMRequest:
     value, or raises a ValueError; its attribute `cause`, if any, names the kind of failure."""
     parser_args: JsonObject = field(default_factory=dict)
     """Further arguments of the parser, by name."""
-    salvage: str = ""
-    """`module:function` that makes something of the last answer where it cannot be used even after the re-asks, or
-    raises; it gets the text, and the arguments of the parser. What it returns is the value, and no later run asks
-    anew."""
     sample: int = 0
     """Distinguishes deliberate repeats of the same request."""
     metadata: JsonObject = field(default_factory=dict)

@@ -28,7 +28,7 @@ from gubs.llm.journal import Journal
 from gubs.llm.progress import OnProgress, Progress
 from gubs.llm.redact import read_keys
 from gubs.llm.settings import EMBEDDED, LLMSettings, RoleSettings
-from gubs.llm.structured import UnusableError, read, reask, salvaged
+from gubs.llm.structured import UnusableError, read, reask
 
 if TYPE_CHECKING:
     from gubs.llm.pool import PollResult, Pool
@@ -82,7 +82,7 @@ class Dialog:
         try:
             value = read(self.request, entry.text, entry.finish_reason, entry.reasoning)
         except UnusableError as e:
-            return None if self._asks_again(entry, e) else self._unusable(entry, e)
+            return None if self._asks_again(entry, e) else self._answer(entry, None, e.cause, str(e))
         return self._answer(entry, value, "", "")
 
     def _asks_again(self, entry: Entry, error: UnusableError) -> bool:
@@ -103,10 +103,6 @@ class Dialog:
             messages = reask(self.current.messages, entry.text, str(error))
             self._ask(dataclasses.replace(self.current, messages=messages))
         return True
-
-    def _unusable(self, entry: Entry, error: UnusableError) -> Answer:
-        value = None if error.cause in ("truncated", "refused", *_PLAIN) else salvaged(self.request, entry.text)
-        return self._answer(entry, value, "" if value is not None else error.cause, str(error))
 
     def _answer(self, last: Entry, value: object, failure: str, error: str) -> Answer:
         calls = self._entries

@@ -103,16 +103,6 @@ def read(request: LLMRequest, text: str, finish_reason: str = "", reasoning: str
         raise UnusableError(cause, str(e) if known else f"it cannot be read ({type(e).__name__})") from None
 
 
-def salvaged(request: LLMRequest, text: str) -> object:
-    """What the request's `salvage` makes of an unusable answer; None if nothing."""
-    if not request.salvage or len(text) > _LONGEST_ANSWER:
-        return None
-    try:
-        return _parser(request.salvage)(text, **request.parser_args)
-    except Exception:  # noqa: BLE001 - as in `read`
-        return None
-
-
 def reask(messages: tuple[Message, ...], answer: str, error: str) -> tuple[Message, ...]:
     """The messages of a second try: the first ones, the answer, and what is wrong with it; both made harmless, since
     they may repeat texts from outside.

@@ -1,6 +1,7 @@
 """Models' answers about groups, parsed; an `AnswerError` says what is wrong, for the re-ask and the counts."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _EMPHASIS = " \t*_#>-•`"
@@ -18,6 +19,7 @@ _LONGEST_PROFILE = 20_000
 _LONGEST_LINE = 4000
 _LONGEST_ANSWER = 200_000
 """Characters that are read of a line, of an answer."""
+_SPECIAL, _ESCAPED = re.compile(r"([\\.^$*+?{}\[\]|()])"), r"\\\1"
 
 
 class AnswerError(ValueError):
@@ -55,18 +57,6 @@ def find_categories(text: str) -> list[Category]:
         elif part == "features":
             features.append(line)
     return found
-
-
-def salvage_categories(text: str, groups: int, **_: object) -> list[Category]:
-    """The first `groups` categories of an answer that names typical users wrongly, or too many categories.
-
-    Raises:
-        AnswerError: wrong_count, if there are fewer.
-    """
-    categories = find_categories(text)[:groups]
-    if len(categories) < groups:
-        raise AnswerError("wrong_count", f"it has {len(categories)} complete categories, not {groups}")
-    return categories
 
 
 def parse_categories(text: str, groups: int, users: int) -> list[Category]:
@@ -132,16 +122,38 @@ def parse_profile(text: str) -> str:
     return profile
 
 
-def categories_regex(groups: int, users: int) -> str:
+def categories_regex(groups: int, users: int, names: Sequence[str] = ()) -> str:
     """Pattern of the form that `parse_categories` reads, for engines that enforce one; lines are short, for small
-    models.
+    models. With `names` (tags), groups are named and described by these alone.
     """
     user = "|".join(map(str, range(1, users + 1)))
-    one = (
-        rf"Category {g}: [A-Za-z][^\n]{{1,40}}\nFeatures: [A-Za-z][^\n]{{1,80}}\nTypical user: User ({user})"
-        for g in range(1, groups + 1)
-    )
+    tag = one_of(names)
+    name = rf"Fans of {tag} and {tag}" if names else r"[A-Za-z][^\n]{1,40}"
+    features = rf"{tag}, {tag}, {tag}" if names else r"[A-Za-z][^\n]{1,80}"
+    one = (rf"Category {g}: {name}\nFeatures: {features}\nTypical user: User ({user})" for g in range(1, groups + 1))
     return "User definitions and typical features:\\n" + "\\n".join(one)
+
+
+def profile_regex(topics: Sequence[str], complaints: Sequence[str], lengths: Sequence[str]) -> str:
+    """Pattern of `profile_form`: a small model chooses from lists of what is there."""
+    topic = one_of(topics)
+    return (
+        rf"Likes: {topic}, {topic}, {topic}\nSkips: {topic}, {topic}\nPut off by: {one_of(complaints)}"
+        rf"\nLengths: {one_of(lengths)} suits best"
+    )
+
+
+def profile_form(topics: Sequence[str], complaints: Sequence[str], lengths: Sequence[str]) -> str:
+    """The same form for the prompt."""
+    return (
+        f"Likes: three of {', '.join(topics)}\nSkips: two of them\n"
+        f"Put off by: one of {', '.join(complaints)}\nLengths: one of {', '.join(lengths)} suits best"
+    )
+
+
+def one_of(choices: Sequence[str]) -> str:
+    """Pattern of a choice between texts."""
+    return f"({'|'.join(_SPECIAL.sub(_ESCAPED, c) for c in choices)})"
 
 
 VERDICT_REGEX = r"Match or not: (Yes|No)\nReason: [A-Za-z][^\n]{1,80}"

@@ -1,13 +1,15 @@
 """`gubs groups show`: the group profiles as a page, with what reflection changed and which members were refused."""
 
 import difflib
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gubs.artifacts import Artifact, Run
-from gubs.records import GroupMember
+from gubs.artifacts import Artifact, JsonObject, Run
+from gubs.records import Finding, GroupMember
 from gubs.report import pages
+from gubs.ugm.evidence import SECTIONS, number
 
 PAGE = "groups.html"
 _SHOWN_MEMBERS = 12
@@ -30,6 +32,8 @@ class GroupView:
     members: list[GroupMember]
     lines: list[Line]
     """Diff of the initial against the final profile; all `same` where there is one profile only."""
+    evidence: list[Finding]
+    """What the members' records say, section by section."""
     assigned: int
     """Users assigned to the group who are not among its founding members."""
 
@@ -39,9 +43,38 @@ class GroupView:
         return sum(m.matched is True for m in self.members)
 
     @property
+    def evidence_by_section(self) -> list[tuple[str, list[Finding]]]:
+        """The evidence in the order of the sections."""
+        found = {s: [f for f in self.evidence if f.section == s] for s in SECTIONS}
+        return [(s, findings) for s, findings in found.items() if findings]
+
+    @property
     def shown(self) -> list[GroupMember]:
         """The members on the page: refused ones first, then the most similar."""
         return sorted(self.members, key=lambda m: m.matched is True)[:_SHOWN_MEMBERS]
+
+
+@dataclass(frozen=True)
+class Purity:
+    """How far groups are the simulator's: the share of their users who belong to their commonest archetype."""
+
+    members: float | None
+    """Of the users whom groups were made from; None if none of them is in a group."""
+    everybody: float | None
+    """Of all memberships."""
+
+
+def purity(memberships: list[JsonObject], archetypes: Mapping[str, int]) -> Purity:
+    """From the table `memberships` and the true archetype of each user."""
+
+    def share(rows: list[JsonObject]) -> float | None:
+        by_group = defaultdict[str, list[int]](list)
+        for row in rows:
+            by_group[row["group_id"]].append(archetypes[row["user_id"]])
+        return sum(max(Counter(a).values()) for a in by_group.values()) / len(rows) if rows else None
+
+    known = [r for r in memberships if r["user_id"] in archetypes]
+    return Purity(share([r for r in known if r["how"] != "assigned"]), share(known))
 
 
 def view_groups(ugm: Artifact) -> list[GroupView]:
@@ -69,7 +102,18 @@ def render(run: Run) -> str:
     """
     ugm = run.artifact("ugm")
     manifest = ugm.manifest
-    return pages.render("groups", run=run.name, manifest=manifest, info=manifest.info, groups=view_groups(ugm))
+    return pages.render(
+        "groups",
+        run=run.name,
+        manifest=manifest,
+        info=manifest.info,
+        quality=manifest.info.get("quality") or {},
+        repairs=(manifest.info.get("summarize") or {}).get("repairs", []),
+        purity=purity_of(run, ugm),
+        groups=view_groups(ugm),
+        sections=SECTIONS,
+        number=number,
+    )
 
 
 def write_page(run: Run) -> str:
@@ -79,4 +123,14 @@ def write_page(run: Run) -> str:
 
 def _view(row: dict[str, Any], assigned: int) -> GroupView:
     members = [GroupMember.from_row(m) for m in row["members"] or []]
-    return GroupView(row, members, diff(row["initial_profile"], row["final_profile"]), assigned)
+    evidence = [Finding.from_row(f) for f in row["evidence"] or []]
+    return GroupView(row, members, diff(row["initial_profile"], row["final_profile"]), evidence, assigned)
+
+
+def purity_of(run: Run, ugm: Artifact) -> Purity | None:
+    """On a simulated app, whose truth is known; the groups were made without it."""
+    if not run.has("truth"):
+        return None
+    truth = run.artifact("truth").table("users", ["user_id", "archetype"])
+    archetypes = dict(zip(truth["user_id"].to_pylist(), truth["archetype"].to_pylist(), strict=True))
+    return purity(ugm.table("memberships").to_pylist(), archetypes)

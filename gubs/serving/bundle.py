@@ -4,7 +4,7 @@
       manifest.json       what made it; its content hash is the filter's version
       filter.json         see `FilterConfig`
       policy/             a checkpoint that transformers and vLLM load
-      users, videos, views, groups, memberships, frames, held_out  (Parquet)
+      users, videos, views, groups, memberships, encoder, centres, frames, held_out  (Parquet)
 
 Pictures stay in the frame store, whose address is in `filter.json`. The folder may be at any URI; `policy/` is copied
 to this machine once per version.
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gubs.artifacts import Artifact, JsonObject, Run
 from gubs.errors import ArtifactError
@@ -31,9 +31,7 @@ from gubs.records import GroupProfile, Task, User, Video
 from gubs.serving.filter import Mode, Threshold
 from gubs.ufm.checkpoint import POLICY
 from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
-from gubs.ugm.cluster import Encoder, assign
-from gubs.ugm.manager import make_encoder
-from gubs.ugm.settings import UGMSettings
+from gubs.ugm.placement import CENTRES, Placement
 from gubs.video.clips import StoredFrames
 from gubs.video.decoded import DecodeOptions
 from gubs.video.frame_store import FrameStore
@@ -76,8 +74,6 @@ class FilterConfig(BaseModel):
     """Why `score` may not be asked."""
     prompts: dict[str, str]
     """Hash of each prompt template that the policy was trained with."""
-    ugm: UGMSettings | None = None
-    """How users become vectors; None without groups."""
     frame_store: str = ""
     frames: DecodeOptions | None = None
 
@@ -111,7 +107,12 @@ class Bundle:
         if self.artifact.manifest.kind != STAGE:
             raise ArtifactError(f"{uri} is no filter: run `gubs filter make`")
         fs, path = self.artifact.run.fs, self.artifact.run.path(name, CONFIG)
-        self.config = FilterConfig.model_validate_json(fs.cat_file(path))
+        try:
+            self.config = FilterConfig.model_validate_json(fs.cat_file(path))
+        except ValidationError as e:
+            raise ArtifactError(
+                f"{uri}/{CONFIG} is of another version of gubs ({e.errors()[0]['msg']}): run `gubs filter --force`"
+            ) from None
         self._users = _Rows(self.artifact.table("users"), "user_id")
         self._videos = _Rows(self.artifact.table("videos"), "video_id")
         self._views = _Rows(self.artifact.table("views"), "user_id")
@@ -173,29 +174,15 @@ class Bundle:
 
     def place(self, person: Person) -> str | None:
         """The group of a person it does not know: that of the nearest typical user whose threshold is reached."""
-        if self._encoder is None:
+        if self._placement is None:
             return None
-        encoder, typical, thresholds, names = self._encoder
-        (place,) = assign([person.with_tags], typical, thresholds, encoder)
-        return names[place[0]] if place else None
+        (found,) = self._placement.place([person.with_tags])
+        return found[0] if found else None
 
     @cached_property
-    def _encoder(self) -> tuple[Encoder, list[User], list[float], list[str]] | None:
-        """Encoder, typical users, thresholds and names of the groups; fitted on the users they were made from."""
-        if self.config.ugm is None or not self.groups:
-            return None
-        fitted_on = self.artifact.table("grouped_users")
-        people = list(User.from_table(fitted_on))
-        encoder = make_encoder(self.config.ugm)
-        encoder.fit(people)
-        by_id = {u.user_id: u for u in people}
-        groups = [g for g in self.groups.values() if g.typical_user in by_id]
-        return (
-            encoder,
-            [by_id[g.typical_user] for g in groups],
-            [g.threshold for g in groups],
-            [g.group_id for g in groups],
-        )
+    def _placement(self) -> Placement | None:
+        """As the UGM left it; None without groups."""
+        return Placement.read(self.artifact) if CENTRES in self.artifact.manifest.tables and self.groups else None
 
     def local_policy(self) -> Path:
         """Folder of the policy on this machine; copied once per version if the filter is elsewhere."""

@@ -24,8 +24,8 @@ from gubs.ufm.predict import Predictor, Query
 from gubs.ufm.questions import UGM, Item, Questions, trainable_tasks
 from gubs.ufm.settings import UFMSettings
 from gubs.ufm.stage import policy_or_base, use_gpu
-from gubs.ugm.settings import UGMSettings
-from gubs.ugm.stage import MEMBERSHIPS, ugm_people
+from gubs.ugm.placement import CENTRES, ENCODER
+from gubs.ugm.stage import MEMBERSHIPS
 from gubs.video.clips import STAGE as FRAMES
 from gubs.video.decoded import DecodeOptions
 from gubs.video.settings import FrameSettings
@@ -43,9 +43,7 @@ HELD_OUT = pa.schema(
 """One row per target of a held-out training user: what happened, and P(skip) in each mode (null: unreadable)."""
 
 
-def make(
-    job: StageJob, ufm: UFMSettings, serving: ServingSettings, ugm: UGMSettings, frames: FrameSettings, seed: int
-) -> str:
+def make(job: StageJob, ufm: UFMSettings, serving: ServingSettings, frames: FrameSettings, seed: int) -> str:
     """Measures the policy on held-out training users, chooses thresholds, and writes the filter.
 
     Raises:
@@ -74,12 +72,11 @@ def make(
         modes=(Mode.REASON,) if refused else modes,
         refused=refused,
         prompts=dict(job.recipe.prompts),
-        ugm=ugm if job.reads(UGM) else None,
         frame_store=str(job.input(FRAMES).manifest.info["store_uri"]) if questions.pictures else "",
         frames=DecodeOptions.of(frames) if questions.pictures else None,
     )
     with job.writing() as out:
-        for name, table in _tables(job, questions, ugm).items():
+        for name, table in _tables(job, questions).items():
             out.write_table(name, table)
         out.write_table("held_out", _held_out_table(items, skips))
         shutil.copytree(folder, out.path(POLICY), dirs_exist_ok=True)
@@ -179,7 +176,7 @@ def _refusal(areas: dict[Task, dict[Mode, float]], gap: float, distilled: bool) 
     return f"its AUC is more than {gap:g} below that of mode reason ({'; '.join(bad)})" if bad else ""
 
 
-def _tables(job: StageJob, questions: Questions, ugm: UGMSettings) -> dict[str, pa.Table]:
+def _tables(job: StageJob, questions: Questions) -> dict[str, pa.Table]:
     """The tables of a filter; see `gubs.serving.bundle`."""
     ifvr = questions.ifvr
     tastes = {}
@@ -193,14 +190,13 @@ def _tables(job: StageJob, questions: Questions, ugm: UGMSettings) -> dict[str, 
     log = ifvr.log([*VIEW_COLUMNS, "task", "role"])
     views = log.filter(pc.equal(log["role"], str(Role.HISTORY))).drop_columns(["role"])
     tables = {"users": users, "videos": ifvr.artifact.table("videos"), "views": views}
-    groups, memberships, grouped = SCHEMAS["groups"].empty_table(), MEMBERSHIPS.empty_table(), []
+    groups, memberships = SCHEMAS["groups"].empty_table(), MEMBERSHIPS.empty_table()
     if job.reads(UGM):
         groups = job.input(UGM).table("groups")
         groups = groups.filter(pc.is_null(groups["dropped"])).drop_columns(["dropped"])
         memberships = job.input(UGM).table("memberships")
-        grouped = [p.with_tags.to_row() for p in ugm_people(ifvr, ugm, tastes=job.reads(PROFILES))]
+        tables |= {name: job.input(UGM).table(name) for name in (ENCODER, CENTRES)}
     tables |= {"groups": groups, "memberships": memberships}
-    tables["grouped_users"] = pa.Table.from_pylist(grouped, schema=SCHEMAS["users"])
     frames = pa.schema([("video_id", pa.string()), ("content_hash", pa.string())]).empty_table()
     if questions.pictures:
         frames = job.input(FRAMES).table("frames", ["video_id", "content_hash", "frames"])

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gubs.prompts.complaints import COMPLAINTS
 from gubs.prompts.people import Person
 from gubs.records import Option, Task, Video
 from gubs.teachers.cases import Case, clicked
@@ -36,14 +37,17 @@ REMARKS = {
 }
 """The remark about a flawed video, by the simulation's name of the flaw."""
 
-_WORDS: tuple[tuple[str, Option, str], ...] = (
-    (r"clickbait|promis|misleading|nothing of the title", Option.B, REMARKS["clickbait"]),
-    (r"disgust|creep|sick|blood|horrible|gross|gore|scary", Option.B, REMARKS["unpleasant"]),
-    (r"vulgar|crude|rude|swear|language|obscene", Option.B, REMARKS["vulgar"]),
-    (r"before|again|same|repeat|already", Option.C, "it was shown before"),
-    (r"not care|not my thing|not interest|why am i shown|boring|irrelevant", Option.C, "the topic does not fit"),
-    (r"too long|no time|watch that long", Option.D, "it takes too long"),
-    (r"not now|just now|wrong moment|at the moment|accident|by mistake", Option.D, "the moment is wrong"),
+_WORDS: tuple[tuple[str, Option, str], ...] = tuple(
+    (COMPLAINTS[name], option, remark)
+    for name, option, remark in (
+        ("clickbait", Option.B, REMARKS["clickbait"]),
+        ("unpleasant", Option.B, REMARKS["unpleasant"]),
+        ("vulgar", Option.B, REMARKS["vulgar"]),
+        ("repetition", Option.C, "it was shown before"),
+        ("mismatch", Option.C, "the topic does not fit"),
+        ("too_long", Option.D, "it takes too long"),
+        ("moment", Option.D, "the moment is wrong"),
+    )
 )
 """How people explain a dislike: pattern, cause, and remark about the video."""
 

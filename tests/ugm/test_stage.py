@@ -24,9 +24,12 @@ from gubs.data.ifvr import IFVR
 from gubs.jobs import run_app
 from gubs.llm.errors import BudgetReachedError, IncompleteError, NotInJournalError
 from gubs.records import GroupProfile, conform
+from gubs.report.groups import purity_of
 from gubs.teachers.profiles import SCHEMA as PROFILES
+from gubs.ugm.placement import Placement
 from gubs.ugm.settings import UGMSettings
 from gubs.ugm.stage import estimate, ugm_people
+from gubs.ugm.summarize import SummaryError
 
 BASE = ["users=120", "videos=60", "test_users=15", "ugm_users=60", "ugm.groups=4", "top=15", "min_matched=3"]
 BASE += ["context_tokens=60000"]
@@ -153,6 +156,88 @@ def test_profiles_of_users_without_tags_are_in_the_prompts_and_decide_the_group(
     without = load_settings("tiny", overrides(server, "teachers.profiles=false"))
     stages.make_stage("ugm", run, without)
     assert "profiles" not in run.artifact("ugm").manifest.recipe.inputs
+
+
+def test_an_answer_with_too_few_groups_does_not_stop_every_later_run(run, server, ray_local):
+    few = [{**RULES[0], "text": categories([1, 2, 3])}, *RULES[1:]]
+    server.configure(rules=few)
+    settings = load_settings("tiny", overrides(server))
+    with pytest.raises(SummaryError, match="3 complete ones"):
+        make_groups(run, settings)
+    server.configure(rules=RULES)
+    assert make_groups(run, settings).manifest.info["kept"] == 4
+
+
+@pytest.fixture(scope="module")
+def by_evidence(tmp_path_factory):
+    """A run with groups made without any call, and the ids of users whose histories were read for them."""
+    run = Run(tmp_path_factory.mktemp("evidence"))
+    stages.make(["ifvr", "truth"], run, load_settings("tiny", BASE))
+    ifvr = run.artifact("ifvr")
+    users = ifvr.table("users").to_pylist()
+    bare = [u["user_id"] for u in users if u["user_id"] not in set(IFVR(run).ugm_users)][:5]
+    for row in users:
+        row["tags"] = [] if row["user_id"] in bare else row["tags"]
+    kept = {name: ifvr.table(name) for name in ("interactions", "videos", "user_splits")}
+    settings = load_settings("tiny", [*BASE, "ugm.author=evidence", "teachers.profiles=false"])
+    put(
+        run,
+        "ifvr",
+        {**kept, "users": pa.Table.from_pylist(users, schema=ifvr.table("users").schema)},
+        settings=settings,
+    )
+    read, history_log = [], IFVR.history_log
+
+    def noted(self, user_ids, columns, task=None):
+        read.append(ids := set(user_ids))
+        return history_log(self, ids, columns, task)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(IFVR, "history_log", noted)
+        patch.setattr(IFVR, "users", property(lambda _: pytest.fail("all users at once")))
+        stages.make_stage("ugm", run, settings)
+    return run, read, set(bare)
+
+
+def test_histories_are_read_of_the_users_that_need_them_only(by_evidence):
+    """Of a million users, a thousand make the groups; the others are placed by what they list."""
+    run, read, bare = by_evidence
+    made_from = set(IFVR(run).ugm_users)
+    *first, held_out = read
+    assert set.union(*first) == made_from | bare
+    assert not held_out & made_from
+    assigned = [m for m in run.artifact("ugm").table("memberships").to_pylist() if m["how"] == "assigned"]
+    assert len(assigned) > 20
+    assert held_out <= {m["user_id"] for m in assigned}
+
+
+def test_the_artifact_places_everybody_as_the_stage_did(by_evidence):
+    run, _, _ = by_evidence
+    ugm, made_from = run.artifact("ugm"), set(IFVR(run).ugm_users)
+    people = [p for u, p in IFVR(run).people().items() if u not in made_from]
+    found = Placement.read(ugm).place([p.with_tags for p in people])
+    again = {p.user.user_id: f for p, f in zip(people, found, strict=True) if f}
+    table = ugm.table("memberships").to_pylist()
+    assert again == {m["user_id"]: (m["group_id"], m["similarity"]) for m in table if m["how"] == "assigned"}
+
+
+def test_the_artifact_has_evidence_authors_and_figures(by_evidence):
+    run, _, _ = by_evidence
+    ugm = run.artifact("ugm")
+    groups = [g for g in GroupProfile.from_table(ugm.table("groups")) if g.final_profile]
+    assert groups
+    for g in groups:
+        assert (g.name_author, g.profile_author, g.unsupported) == ("evidence", "evidence", [])
+        assert {"interest", "person", "skipped", "length"} <= {f.section for f in g.evidence}
+    assert len({g.name for g in groups}) == len(groups)
+    quality = ugm.manifest.info["quality"]
+    assert 0.4 < quality["in_some_group"] <= 1
+    assert quality["silhouette"] > 0
+    assert set(quality["skips"]) == {"users", "views", "group", "everybody"}
+    assert "names by the evidence" in ugm.manifest.summary
+    purity = purity_of(run, ugm)
+    assert 0.5 < purity.members <= 1, "of four groups for six true ones"
+    assert 0.5 < purity.everybody <= 1
 
 
 def test_a_budget_stops_cleanly_and_can_be_raised(run, server, ray_local):

@@ -18,7 +18,6 @@ from gubs.prompts.group_answers import (
     parse_categories,
     parse_profile,
     parse_verdict,
-    salvage_categories,
 )
 from gubs.prompts.people import Person, Taste, View
 from gubs.records import User, Video
@@ -80,10 +79,53 @@ def test_bad_typical_users_are_repaired_if_the_reask_does_not_help():
     assert len(report["repairs"]) == 2
 
 
-def test_too_many_groups_are_cut_too_few_are_an_error():
-    assert len(run(lambda _: categories([1, 2, 3, 4]))[0]) == 3
+def test_one_group_too_many_is_merged_and_reported_too_few_are_an_error():
+    sketches, report, _ = run(lambda _: categories([1, 2, 3, 4]))  # users 1 and 4 like the same
+    assert [s.name for s in sketches] == ["Group 1", "Group 2", "Group 3"]
+    assert sketches[0].features == "likes things of kind 1; likes things of kind 4"
+    assert report["repairs"] == [{"group": "Group 4", "merged_into": "Group 1"}]
     with pytest.raises(SummaryError, match="stronger model"):
         run(lambda _: categories([1, 2]))
+
+
+def test_an_answer_with_too_few_groups_is_asked_for_anew_by_the_next_run():
+    """It stands in the journal, which answers the same request with the same text forever."""
+    replayed = []
+
+    def reply(request):
+        replayed.append(request.sample)
+        return categories([1, 2, 3] if request.sample else [1, 2])
+
+    llm = ScriptedLLM(reply, replays=lambda request: not request.sample)
+    sketches, _ = summarize(llm, people(30), UGMSettings(groups=3))
+    assert len(sketches) == 3
+    assert replayed == [0, 0, 1]
+
+
+def test_equal_names_are_asked_about_then_told_apart():
+    twins = categories([1, 2, 3]).replace("Group 2", "Group 1")
+    sketches, report, llm = run(lambda _: twins)
+    assert 'two groups are called "group 1"' in llm.requests[1].messages[-1]["content"]
+    assert [s.name for s in sketches] == ["Group 1", "Fans of football, own1", "Group 3"]
+    assert {"group": "Group 1", "renamed": "Fans of football, own1"} in report["repairs"]
+
+
+def test_with_the_evidence_missing_groups_are_made_up_around_other_users():
+    llm = ScriptedLLM(lambda _: categories([1, 2]))
+    sketches, report = summarize(llm, people(30), UGMSettings(groups=4), "both")
+    assert len({s.typical for s in sketches}) == 4
+    assert len([r for r in report["repairs"] if "added" in r]) == 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "shown", "hidden"),
+    [("interest", ["cooking"], ["nurse"]), ("demographics", ["nurse", "female", '"typical age"'], ["cooking"])],
+)
+def test_lines_of_groups_show_what_the_mode_groups_by(mode, shown, hidden):
+    _, _, llm = run(well_behaved, n=200, context_tokens=2000, mode=mode)
+    (line, *_) = re.findall(r"^User 1: .*", llm.prompts("summarize/2")[0], re.M)
+    assert all(word in line for word in shown)
+    assert not any(word in line for word in hidden)
 
 
 def test_fewer_users_than_groups_is_a_clear_error():
@@ -126,6 +168,13 @@ def test_users_without_tags_and_other_scripts():
     prompt = llm.prompts("summarize")[0]
     assert "养生" in prompt
     assert "User 6: {}" in prompt
+
+
+def test_a_typical_user_is_found_by_words_of_a_language_without_spaces():
+    stubborn = "Category 1: 广场舞爱好者\nFeatures: 跳广场舞\nTypical user: User 99"
+    crowd = [Person(User(f"u{i}", tags=[t])) for i, t in enumerate(["钓鱼视频", "教广场舞", "做饭"])]
+    sketches, _ = summarize(ScriptedLLM(lambda _: stubborn), crowd, UGMSettings(groups=1))
+    assert sketches[0].typical == 1
 
 
 def test_users_without_tags_are_shown_with_their_inferred_taste():
@@ -206,12 +255,6 @@ def test_categories_with_chinese_labels_are_understood():
         "\u5178\u578b\u7528\u6237\uff1a\u7528\u6237 2",
     ]
     assert find_categories("\n".join(lines)) == [Category("\u7f8e\u98df", "\u559c\u6b22\u505a\u996d", 2)]
-
-
-def test_what_can_be_repaired_is_salvaged_and_the_rest_is_not():
-    assert len(salvage_categories(categories([1, 1, 99]), 2, users=5)) == 2
-    with pytest.raises(AnswerError):
-        salvage_categories(categories([1]), 2, users=5)
 
 
 @pytest.mark.parametrize(
