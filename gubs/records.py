@@ -237,7 +237,7 @@ class GroupProfile(Record):
     name_author: str | None = None
     """Whose name it is: `llm`, or `evidence`."""
     profile_author: str | None = None
-    """The same for the latest profile."""
+    """The same for the latest profile; `both`: the LLM's, completed by the evidence."""
     unsupported: list[str] = field(default_factory=list)
     """Claims of a language model that the evidence does not support; the author `both` leaves them out."""
 

@@ -329,11 +329,24 @@ def _written(group: Group, answer: Answer | None, evidence: Evidence, author: Au
     listed = [f"{claim}: {why}" for claim, why in claims.items()] or ([f"{text[:200]}: {fault}"] if fault else [])
     if author == "llm" and fault:
         return replace(group, dropped=UNUSABLE, unsupported=[*group.unsupported, *listed])
-    kept = text if author == "llm" else without(text, claims)
-    stands = author == "llm" or (not fault and kept and complete(kept, evidence))
-    profile, writer = (kept, "llm") if stands else (write_profile(evidence.findings), "evidence")
+    if author == "llm":
+        profile, writer = text, "llm"
+    else:
+        profile, writer = _corrected_profile("" if fault else without(text, claims), evidence)
     group = replace(group, profile_author=writer, unsupported=[*group.unsupported, *listed])
     return replace(group, final_profile=profile) if final else replace(group, initial_profile=profile)
+
+
+def _corrected_profile(text: str, evidence: Evidence) -> tuple[str, str]:
+    """What holds of the LLM's profile (completed by the evidence if it is thin), or the evidence's; and the author."""
+    own = write_profile(evidence.findings)
+    if not text or not complete(text, evidence):
+        return own, "evidence"
+    if len(text) >= len(own):
+        return text, "llm"
+    said = {line.partition(":")[0].casefold() for line in text.splitlines()}
+    added = [line for line in own.splitlines() if line.partition(":")[0].casefold() not in said]
+    return "\n".join([text, *added]), "both" if added else "llm"
 
 
 def _match(groups: Sequence[Group], work: _Phases) -> tuple[list[Group], dict[str, int]]:

@@ -245,8 +245,15 @@ def test_a_good_model_stays_the_author():
 
     result, _ = run(good, author="both")
     assert [g.sketch.name for g in result.groups] == ["Home cooks", "Football fans", "Gaming fans"]
-    assert all(g.sketch.author == g.profile_author == "llm" for g in result.groups)
+    assert all(g.sketch.author == "llm" for g in result.groups)
     assert [g.sketch.typical for g in result.groups] == [0, 1, 2]
+    first, *rest = result.groups[0].final_profile.splitlines()
+    assert first == "These people live for cooking. They watch clips of 20 s of it every evening."
+    assert any(line.startswith("Members: female 100%, nurse 100%") for line in rest), "thin: the evidence completes it"
+    assert {g.profile_author for g in result.groups} == {"both"}
+    many = " ".join(f"Some keep {a}ari{b} beside {b}omi{a}, others {a}u{b}e." for a in "bcdfg" for b in "klmnp")
+    long, _ = run(lambda r: f"{good(r)} {many}" if r.role == "profiler" else good(r), author="both")
+    assert {g.profile_author for g in long.groups} == {"llm"}
 
 
 def test_a_claim_that_does_not_hold_is_asked_about_once_then_shown():
