@@ -271,7 +271,7 @@ def test_sigterm_lets_calls_in_flight_finish_and_a_second_one_ends_at_once(serve
             time.sleep(0.02)
         for _ in range(times):
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.5)
+            time.sleep(3.0)  # two signals within a second may be seen as one
 
     with LLMClient(settings_for(max_concurrency=20), tmp_path) as client:
         client.start()
@@ -286,4 +286,4 @@ def test_sigterm_lets_calls_in_flight_finish_and_a_second_one_ends_at_once(serve
         began = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             client.ask([simple("slow")])
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 15
