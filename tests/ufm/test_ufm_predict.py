@@ -266,7 +266,7 @@ def test_no_more_engines_judge_than_there_is_work_for(monkeypatch):
             return []
 
     monkeypatch.setattr(judge, "Predictor", Noted)
-    ufm, questions = UFMSettings(workers={"count": 4}), SimpleNamespace(pictures=True)
+    ufm, questions = UFMSettings(workers={"count": 4}), SimpleNamespace(pictures=True, largest=None)
     for gpu in (True, False):
         monkeypatch.setattr(judge, "use_gpu", lambda _, gpu=gpu: gpu)
         for items in (
