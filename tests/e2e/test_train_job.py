@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import standin_llm
+import torch
 from node_helpers import several_nodes, wait_for
 from prometheus_helpers import needs_prometheus, panels, scraping
+from standin_llm import StandinConfig
 
 from gubs.artifacts import Run
 from gubs.ufm.monitor import read_metrics
@@ -35,13 +38,18 @@ SMALL = [
     "sft_click_users=10",
     "ufm.model.lessons=0",
     "ufm.sft.min_steps=4",
-    "ufm.grpo.groups=false",
+    "splits.ugm_users=12",
+    "ugm.author=both",
+    "ugm.groups=2",
+    "ugm.top=6",
+    "ugm.min_matched=1",
+    "llm.endpoints.default.model=m",
     "ufm.grpo.steps=2",
     "ufm.grpo.prompts=4",
     "evaluate.items=8",
     "evaluate.bootstrap=20",
 ]
-MADE = ["raw", "truth", "videos", "ifvr", "frames", "profiles", "labels", "sft", "sft_model"]
+MADE = ["raw", "truth", "videos", "ifvr", "frames", "profiles", "ugm", "labels", "sft", "sft_model"]
 """What the main job needs before it judges the policy at the start, trains, and judges again."""
 
 
@@ -50,6 +58,7 @@ class Finished:
     """The main job, after its end."""
 
     run: Run
+    settings: list[str]
     exit_code: int
     said: str
     drawn: dict[str, list[str]] | None
@@ -65,19 +74,21 @@ def finished(tmp_path_factory) -> Finished:
         shutil.copytree(REPO / part, folder / "upload" / part)
     with (
         pytest.MonkeyPatch.context() as environment,
+        standin_llm.running(StandinConfig()) as llm,
         several_nodes(environment) as nodes,
         scraping(nodes.address, folder) as prometheus,
     ):
+        settings = [*SMALL, f"llm.endpoints.default.base_url={llm}/v1"]
         command = [RAY, "job", "submit", "--address", nodes.address, "--working-dir", str(folder / "upload")]
         command += ["--runtime-env-json", json.dumps({"env_vars": {"GUBS_HOME": str(folder / "home")}})]
-        command += ["--", sys.executable, "ray_jobs/train_grpo.py", *SMALL]
+        command += ["--", sys.executable, "ray_jobs/train_grpo.py", *settings]
         with log.open("wb") as out:
             job = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "RAY_ADDRESS": ""})
         try:
-            nodes.lose("MapWorker(MapBatches(DecodeWorker))", PATIENCE)
+            nodes.lose("MapWorker(MapBatches(DecodeWorker))", PATIENCE, job)
             steps = Path(run.path("grpo.partial"))
             wait_for(lambda: job.poll() is not None or read_metrics(steps), PATIENCE, "the first step")
-            nodes.lose("ray::RayTrainWorker", PATIENCE)
+            nodes.lose("ray::RayTrainWorker", PATIENCE, job)
             job.wait(timeout=PATIENCE)
         finally:
             job.kill()
@@ -85,7 +96,7 @@ def finished(tmp_path_factory) -> Finished:
         if prometheus:
             shown = panels(DASHBOARD, *ROWS)
             drawn = {title: prometheus.without_data(expressions) for title, expressions in shown.items()}
-    return Finished(run, job.returncode, log.read_text(), drawn)
+    return Finished(run, settings, job.returncode, log.read_text(), drawn)
 
 
 @pytest.mark.slow
@@ -113,17 +124,17 @@ def test_what_is_there_is_used_and_never_silently_with_other_settings(finished):
     kept = {name: run.artifact(name).manifest.created for name in run.stages()}
     judged = {"eval-sft_model", "grpo", "eval-grpo"}
     for job, stages in (
-        ("train_sft", {*MADE} - {"labels"}),
+        ("train_sft", {*MADE} - {"labels", "ugm"}),
         ("train_grpo", {*MADE} | judged),
-        ("evaluate", {*MADE} - {"sft"} | judged),
+        ("evaluate", {*MADE} - {"sft", "ugm"} | judged),
     ):
-        again = _alone(job, run)
+        again = _alone(job, finished)
         said = again.stdout + again.stderr
         assert again.returncode == 0, said[-3000:]
         assert sorted(said_of_stages(said, "current: ")) == sorted(stages), job
         assert said_of_stages(said, "done in") == [], job
     assert "Sequential task, natural mix" in said
-    refused = _alone("train_grpo", run, "ufm.grpo.beta=0.5")
+    refused = _alone("train_grpo", finished, "ufm.grpo.beta=0.5")
     assert refused.returncode == 4, refused.stderr[-3000:]
     for part in ("grpo is stale: ufm.grpo.beta=0.04, now 0.5", "`gubs grpo --force` remakes it", "another --run"):
         assert part in refused.stderr
@@ -134,7 +145,8 @@ def test_what_is_there_is_used_and_never_silently_with_other_settings(finished):
 @needs_prometheus
 def test_every_panel_draws_what_the_job_did(finished):
     assert set(finished.drawn) >= {"Decoded videos per second", "Raw reward by role", "CPU utilisation"}
-    assert {title: left for title, left in finished.drawn.items() if left} == {}
+    without = {title for title, left in finished.drawn.items() if left}
+    assert without == ({t for t in finished.drawn if t.startswith("GPU")} if not torch.cuda.is_available() else set())
 
 
 BEFORE = {
@@ -146,7 +158,8 @@ BEFORE = {
     "labels": ["ifvr", "profiles"],
     "sft_model": ["sft", "frames"],
     "eval-sft_model": ["sft_model", "labels"],
-    "grpo": ["sft_model", "labels"],
+    "ugm": ["ifvr", "profiles"],
+    "grpo": ["sft_model", "labels", "ugm"],
     "eval-grpo": ["grpo"],
 }
 
@@ -157,8 +170,8 @@ def said_of_stages(log: str, what: str) -> list[str]:
     return [n for n in names if n != "model"]
 
 
-def _alone(job: str, run: Run, *overrides: str) -> subprocess.CompletedProcess[str]:
+def _alone(job: str, finished: Finished, *overrides: str) -> subprocess.CompletedProcess[str]:
     """A job on a cluster of its own, with the settings of the run."""
-    command = [sys.executable, f"ray_jobs/{job}.py", "--run", run.uri, *SMALL, *overrides]
+    command = [sys.executable, f"ray_jobs/{job}.py", "--run", finished.run.uri, *finished.settings, *overrides]
     env = {**os.environ, "RAY_ADDRESS": ""}
     return subprocess.run(command, cwd=REPO, env=env, text=True, capture_output=True, timeout=200)
