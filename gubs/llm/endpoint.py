@@ -15,7 +15,7 @@ from gubs.llm.calls import Entry, LLMRequest, estimate_prompt, estimate_tokens
 from gubs.llm.errors import EndpointDownError, EndpointRefusedError
 from gubs.llm.hedging import HedgeTimer
 from gubs.llm.limits import Limits, Pace, share
-from gubs.llm.parameters import Parameters, named
+from gubs.llm.parameters import Parameters, may_be_about_structure, named
 from gubs.llm.probing import Probes
 from gubs.llm.redact import Redactor
 from gubs.llm.retry import Health, Patience, Refusals
@@ -232,7 +232,9 @@ class EndpointCaller:
                     raise
                 if change := self._parameters.adapt(body, fault):
                     self._desk.tell(f"endpoint {self.name} is asked {change} from now on: {fault.message}")
-                elif fallback := self._support.fallback(request, mode, fault.message):
+                elif may_be_about_structure(body, fault) and (
+                    fallback := self._support.fallback(request, mode, fault.message)
+                ):
                     mode = fallback
                 else:
                     if self._refusals.refused(fault, len(self.in_flight) - 1):

@@ -8,6 +8,7 @@ from gubs.llm.wire import AttemptError
 
 _LIMITS = ("max_tokens", "max_completion_tokens")
 """Two names of one parameter."""
+_STRUCTURE = ("response_format", "structured_outputs", "guided_")
 _OPTIONAL = ("temperature", "top_p", "seed")
 """Reasoning models take some of them at their default only."""
 
@@ -38,8 +39,16 @@ class Parameters:
 
 
 def named(sent: JsonObject, fault: AttemptError) -> list[str]:
-    """The fields of a request that a refusal names."""
-    return [fault.parameter] if fault.parameter else [n for n in sent if _names(fault, n)]
+    """The fields of a request that a refusal names; any refusal may speak of a model or of messages."""
+    if fault.parameter:
+        return [fault.parameter]
+    return [n for n in sent if n not in ("model", "messages") and _names(fault, n)]
+
+
+def may_be_about_structure(sent: JsonObject, fault: AttemptError) -> bool:
+    """Whether another way to ask for structure may help: the refusal names that field, or none."""
+    names = named(sent, fault)
+    return not names or any(n.startswith(_STRUCTURE) for n in names)
 
 
 def _names(fault: AttemptError, parameter: str) -> bool:
