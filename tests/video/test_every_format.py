@@ -110,7 +110,7 @@ def put(encoded: Path, path: Path, container: str) -> bool:
     """Puts encoded frames into a container; false if it does not take them."""
     try:
         with av.open(str(encoded)) as source, av.open(str(path), "w", format=container) as out:
-            stream = out.add_stream_from_template(source.streams.video[0])
+            stream = out.add_stream_from_template(source.streams.video[0], opaque=True)
             stream.time_base = Fraction(1, FPS)
             for packet in source.demux(video=0):
                 if packet.size:
