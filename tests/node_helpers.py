@@ -51,7 +51,10 @@ class Nodes:
         return [n for n in self._workers if any(title in t for t in _titles(n.all_processes["raylet"][0].process.pid))]
 
     def _add(self, **options):
-        return self._cluster.add_node(wait=True, object_store_memory=STORE_BYTES, **options)
+        # On one machine, nodes would unpack an uploaded folder over each other's.
+        unpacked = f"uploads-{time.monotonic_ns()}"
+        node = {"object_store_memory": STORE_BYTES, "runtime_env_dir_name": unpacked}
+        return self._cluster.add_node(wait=True, **node, **options)
 
 
 def wait_for(what: Callable[[], object], seconds: float, says: str) -> None:
