@@ -44,7 +44,8 @@ SMALL = [
     "ugm.top=6",
     "ugm.min_matched=1",
     "llm.endpoints.default.model=m",
-    "ufm.grpo.steps=2",
+    "ufm.grpo.steps=3",
+    "ufm.grpo.checkpoint.every=1",
     "ufm.grpo.prompts=4",
     "evaluate.items=8",
     "evaluate.bootstrap=20",
@@ -110,7 +111,7 @@ def test_the_main_job_makes_what_is_missing_trains_judges_and_shows(finished):
     for later, before in BEFORE.items():
         assert all(made.index(name) < made.index(later) for name in before), (later, made)
     assert set(made) == set(run.stages())
-    assert run.artifact("grpo").table("steps")["step"].to_pylist() == [0, 1]
+    assert run.artifact("grpo").table("steps")["step"].to_pylist() == [0, 1, 2]
     verdicts = run.artifact("frames").manifest.info["verdicts"]
     assert verdicts == {"ok": run.artifact("ifvr").manifest.tables["videos"].rows}, "no video went with the node"
     assert re.search(r"grpo as a filter, greedy, on the targets of \d+ test users", said)
