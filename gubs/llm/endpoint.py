@@ -160,7 +160,9 @@ class EndpointCaller:
                 await wake
                 ended = [c for c in copies if c.done()]
                 for copy in ended:
-                    if len(copies) == 1 or not self._set_aside(call, copy):
+                    # All but the youngest are overdue, perhaps hung: if it fails, the call begins anew.
+                    decides = len(copies) == 1 or (copy is copies[-1] and not copy.cancelled())
+                    if decides or not self._set_aside(call, copy):
                         return copy.result()
                     copies.remove(copy)
                 another = not (ended or self.draining) and await self._may_repeat(call)

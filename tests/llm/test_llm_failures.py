@@ -110,6 +110,14 @@ def test_a_hung_call_is_overtaken_as_soon_as_one_answer_is_known(server, setting
     assert lost[0].tokens_in > 0, "the server may bill it"
 
 
+def test_a_hung_call_whose_second_copy_fails_begins_anew(server, settings_for, tmp_path):
+    server.configure(rules=[{"match": "hung", "nth": 1, "fault": "hang"}, {"match": "hung", "nth": 2, "fault": "500"}])
+    began = time.monotonic()
+    out = run_actor(settings_for(timeout_s=60.0), tmp_path, [simple("hung"), simple("ok")])
+    assert out.entries[0].attempts == 3
+    assert time.monotonic() - began < 10
+
+
 @pytest.mark.parametrize(
     "broken",
     [
