@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from gubs.artifacts import Run
-from gubs.ray_runtime import local_head
 
 pytestmark = pytest.mark.slow
 SMALL = ["users=80", "videos=40", "views_per_user=30", "max_seconds=2", "min_video_views=3"]
@@ -44,34 +42,3 @@ def test_submit_starts_a_head_with_a_token_and_leaves_nothing_behind(run):
     port = int(re.search(r"dashboard at http://127\.0\.0\.1:(\d+)", done.stderr)[1])
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0, "the head is gone with the command"
-
-
-def test_ray_job_submit_on_a_running_cluster(tmp_path):
-    with local_head(num_cpus=2) as address:
-        command = [
-            str(Path(sys.executable).parent / "ray"),
-            "job",
-            "submit",
-            "--address",
-            address,
-            "--working-dir",
-            str(tmp_path / "upload"),
-            "--",
-        ]
-        command += ["python", "ray_jobs/build_ifvr.py", "--run", str(tmp_path / "r"), *SMALL]
-        for part in ("gubs", "ray_jobs"):
-            shutil.copytree(REPO / part, tmp_path / "upload" / part)
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=280, env={**os.environ, "RAY_ADDRESS": ""}
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert Run(tmp_path / "r").stages() == STAGES
-        bad = subprocess.run(
-            [*command[:-1], "no_such_setting=1"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env={**os.environ, "RAY_ADDRESS": ""},
-        )
-        assert bad.returncode != 0
-        assert "unknown setting" in bad.stdout + bad.stderr

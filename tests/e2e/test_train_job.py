@@ -62,6 +62,8 @@ class Finished:
     settings: list[str]
     exit_code: int
     said: str
+    refused: subprocess.CompletedProcess[str]
+    """A job with a setting that does not exist."""
     drawn: dict[str, list[str]] | None
     """Panel of the dashboard -> its expressions without data; None without Prometheus."""
 
@@ -80,11 +82,14 @@ def finished(tmp_path_factory) -> Finished:
         scraping(nodes.address, folder) as prometheus,
     ):
         settings = [*SMALL, f"llm.endpoints.default.base_url={llm}/v1"]
-        command = [RAY, "job", "submit", "--address", nodes.address, "--working-dir", str(folder / "upload")]
-        command += ["--runtime-env-json", json.dumps({"env_vars": {"GUBS_HOME": str(folder / "home")}})]
-        command += ["--", sys.executable, "ray_jobs/train_grpo.py", *settings]
+        submit = [RAY, "job", "submit", "--address", nodes.address, "--working-dir", str(folder / "upload")]
+        submit += ["--runtime-env-json", json.dumps({"env_vars": {"GUBS_HOME": str(folder / "home")}})]
+        env = {**os.environ, "RAY_ADDRESS": ""}
+        wrong = [*submit, "--", "python", "ray_jobs/build_ifvr.py", "no_such_setting=1"]
+        refused = subprocess.run(wrong, capture_output=True, text=True, timeout=PATIENCE, env=env)
+        command = [*submit, "--", "python", "ray_jobs/train_grpo.py", *settings]
         with log.open("wb") as out:
-            job = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "RAY_ADDRESS": ""})
+            job = subprocess.Popen(command, stdout=out, stderr=out, env=env)
         try:
             nodes.lose("MapWorker(MapBatches(DecodeWorker))", PATIENCE, job)
             steps = Path(run.path("grpo.partial"))
@@ -97,7 +102,7 @@ def finished(tmp_path_factory) -> Finished:
         if prometheus:
             shown = panels(DASHBOARD, *ROWS)
             drawn = {title: prometheus.without_data(expressions) for title, expressions in shown.items()}
-    return Finished(run, settings, job.returncode, log.read_text(), drawn)
+    return Finished(run, settings, job.returncode, log.read_text(), refused, drawn)
 
 
 @pytest.mark.slow
@@ -140,6 +145,12 @@ def test_what_is_there_is_used_and_never_silently_with_other_settings(finished):
     for part in ("grpo is stale: ufm.grpo.beta=0.04, now 0.5", "`gubs grpo --force` remakes it", "another --run"):
         assert part in refused.stderr
     assert {name: run.artifact(name).manifest.created for name in run.stages()} == kept
+
+
+@pytest.mark.slow
+def test_a_wrong_setting_ends_a_job(finished):
+    assert finished.refused.returncode != 0
+    assert "unknown setting" in finished.refused.stdout + finished.refused.stderr
 
 
 @pytest.mark.slow
