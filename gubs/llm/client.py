@@ -311,7 +311,7 @@ class LLMClient:
         number = self._interrupts.received
         if number is None:
             return None
-        kept = "Finished calls are kept: the same command goes on from here"
+        kept = "Finished calls are kept: the same command resumes"
         return StoppedError(f"stopped by {signal.Signals(number).name}. {kept}", 128 + number)
 
     def _drain(self, pool: "Pool", stop: Exception, queues: Queues, progress: Progress) -> list[tuple[Dialog, Answer]]:

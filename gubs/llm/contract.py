@@ -59,7 +59,7 @@ class Contract:
 
     def _remedy(self) -> str:
         return (
-            "Everything finished is kept and the same command goes on from here; "
+            "Everything finished is kept and the same command resumes; "
             f"llm.contract.unusable={self._settings.unusable:g} and "
             f"llm.contract.unanswered={self._settings.unanswered:g} are the shares that may be missing"
         )

@@ -26,7 +26,7 @@ class BudgetReachedError(GubsError):
 
 
 class IncompleteError(GubsError):
-    """Too many of a stage's calls have no usable answer; the same command goes on from what is finished."""
+    """Too many of a stage's calls have no usable answer; the same command resumes."""
 
     exit_code = 6
 
