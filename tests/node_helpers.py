@@ -32,13 +32,14 @@ class Nodes:
         self._workers = [self._add(num_cpus=2) for _ in range(2)]
         wait_for(lambda: _listens(agent), 60, "the head's agent, which starts jobs")
 
-    def lose(self, title: str, within_s: float, job: subprocess.Popen) -> None:
-        """Waits until a worker node runs a process of the job with this text in its title, and ends all processes of
+    def lose(self, title: str, within_s: float, job: subprocess.Popen | None = None) -> None:
+        """Waits until a worker node runs a process (of a job) with this text in its title, and ends all processes of
         that node at one blow. Then it adds a new node.
         """
         says = f"a process with {title!r} in its title"
-        wait_for(lambda: self._running(title) or job.poll() is not None, within_s, says)
-        assert job.poll() is None, f"the job ended before {says}"
+        ended = lambda: job is not None and job.poll() is not None  # noqa: E731
+        wait_for(lambda: self._running(title) or ended(), within_s, says)
+        assert not ended(), f"the job ended before {says}"
         (lost, *_) = self._running(title)
         self._cluster.remove_node(lost, allow_graceful=False)
         self._workers = [*(n for n in self._workers if n is not lost), self._add(num_cpus=2)]

@@ -261,7 +261,7 @@ def test_ctrl_c_lets_calls_in_flight_finish_so_that_none_is_paid_twice(server, s
     said = driver.communicate(timeout=60)[1]
     assert driver.returncode == 130, said
     assert re.search(r"calls in flight may finish for 120 s", said)
-    assert "the same command goes on from here" in said
+    assert "the same command resumes" in said
     sent = server.stats()["total"]
     kept = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
     assert len([e for e in kept if not e["failure"]]) == sent < 160

@@ -12,15 +12,17 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prometheus_helpers import FAST, needs_prometheus, panels, scraping
+from node_helpers import several_nodes
+from prometheus_helpers import needs_prometheus, panels, scraping
 
 from gubs.artifacts import Run
 from gubs.cli import app
 from gubs.data.ifvr import IFVR
-from gubs.jobs import _serving_head, run_app
+from gubs.jobs import run_app
 from gubs.ray_runtime import free_port
 from gubs.records import Split, Task
 from gubs.serving.client import Client
+from gubs.serving.guard import LIMIT_VARIABLE
 from gubs.serving.keys import add_key
 from gubs.serving.settings import ServingSettings
 from gubs.stages import FILTER
@@ -106,12 +108,11 @@ def test_from_a_run_to_a_service(run, tmp_path, here, monkeypatch, drawn):
     key, port = add_key(tmp_path / "keys.json", "test", 10**6), free_port()
     settings = ServingSettings(keys_file=str(tmp_path / "keys.json"), port=port)
     served = [*SMALL, f"serving.port={port}", f"serving.keys_file={tmp_path / 'keys.json'}"]
-    for name, value in FAST.items():
-        monkeypatch.setenv(name, value)
     url = f"http://127.0.0.1:{port}"
-    with _serving_head(settings) as address, Client(url, key, retries=20) as client:
-        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", address)
-        with scraping(address, tmp_path) as prometheus:
+    monkeypatch.setenv(LIMIT_VARIABLE, str(settings.limits.body_mb))
+    with several_nodes(monkeypatch) as nodes, Client(url, key, retries=20) as client:
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", nodes.address)
+        with scraping(nodes.address, tmp_path) as prometheus:
             here("submit", "serve_ufm", "--", "--run", run.uri, *served)
             user, video = _agrees_with_batch(client, folder)
             assert len(client.explain(user, video).frames) == 4
@@ -119,6 +120,7 @@ def test_from_a_run_to_a_service(run, tmp_path, here, monkeypatch, drawn):
             if prometheus:
                 drawn |= {title: prometheus.without_data(e) for title, e in panels(DASHBOARD, "Filter").items()}
             _outlives_its_engine(client, user, video)
+            _outlives_a_node(client, nodes, user, video)
         _rolls_over(client, here, run, tmp_path, served, user, video)
 
 
@@ -164,6 +166,16 @@ def _outlives_its_engine(client, user, video):
     began = time.monotonic()
     after = client.filter(user, [video], mode="score")
     print(f"answers again {time.monotonic() - began:.1f} s after the engine was killed")
+    assert [r.decision for r in after.results] == [r.decision for r in before.results]
+
+
+def _outlives_a_node(client, nodes, user, video):
+    """The node of the engine is lost, and perhaps the ingress with it."""
+    before = client.filter(user, [video], mode="score")
+    nodes.lose("ServeReplica:filter-", 60)
+    began = time.monotonic()
+    after = client.filter(user, [video], mode="score")
+    print(f"answers again {time.monotonic() - began:.1f} s after the node was lost")
     assert [r.decision for r in after.results] == [r.decision for r in before.results]
 
 
