@@ -103,7 +103,8 @@ def test_without_an_endpoint_a_real_model_answers_and_is_gone_at_the_end(tmp_pat
         simple(f"User {i} likes cooking videos. Does a recipe fit? Answer.", regex="(Yes|No): [a-z ]{5,40}")
         for i in range(6)
     ]
-    requests += [simple("Does a car fit? Answer as JSON.", schema=schema), simple("Name one film.", role="profiler")]
+    film = simple("Name one film.", role="profiler", regex=r"[A-Z][A-Za-z ]{3,30}\.")
+    requests += [simple("Does a car fit? Answer as JSON.", schema=schema), film]
     notes = []
     settings = LLMSettings(actors=1, roles={"profiler": {"max_tokens": 24}, "matcher": {"max_tokens": 64, "reasks": 0}})
     with LLMClient(settings, tmp_path, on_progress=lambda p: notes.append(p.note)) as client:
