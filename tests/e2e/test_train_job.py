@@ -14,6 +14,7 @@ import standin_llm
 import torch
 from node_helpers import several_nodes, wait_for
 from prometheus_helpers import needs_prometheus, panels, scraping
+from small_world import WORLD
 from standin_llm import StandinConfig
 
 from gubs.artifacts import Run
@@ -26,16 +27,8 @@ RAY = str(Path(sys.executable).parent / "ray")
 PATIENCE = 500
 """Seconds for what takes a tenth of them on a quiet machine."""
 SMALL = [
-    "synthetic.users=60",
-    "synthetic.videos=40",
-    "views_per_user=24",
-    "exposures_per_user=24",
-    "filters.min_video_views=2",
-    "filters.min_user_exposures=8",
-    "splits.test_users=8",
-    "splits.click_targets=6",
+    *WORLD,
     "render.max_seconds=2",
-    "sft_click_users=10",
     "ufm.model.lessons=0",
     "ufm.sft.min_steps=4",
     "splits.ugm_users=12",

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from node_helpers import several_nodes
 from prometheus_helpers import needs_prometheus, panels, scraping
+from small_world import WORLD
 
 from gubs.artifacts import Run
 from gubs.cli import app
@@ -30,17 +31,9 @@ from gubs.stages import FILTER
 REPO = Path(__file__).resolve().parent.parent.parent
 DASHBOARD = REPO / "cluster" / "grafana" / "gubs.json"
 SMALL = [
-    "synthetic.users=60",
-    "synthetic.videos=40",
-    "views_per_user=24",
-    "exposures_per_user=24",
-    "filters.min_video_views=2",
-    "filters.min_user_exposures=8",
-    "splits.test_users=8",
-    "splits.click_targets=6",
+    *WORLD,
     "splits.ugm_users=24",
     "render.max_seconds=2",
-    "sft_click_users=10",
     "ufm.model.lessons=200",
     "ufm.grpo.groups=false",
     "ufm.distil.enabled=true",

@@ -17,6 +17,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for processes that tests start: pytest does it for itself
 
 from artifact_helpers import put
+from small_world import WORLD
 
 from gubs.artifacts import Run
 from gubs.config import Settings, load_settings
@@ -26,18 +27,10 @@ from gubs.ufm.settings import InputSettings
 from gubs.video.clips import Clip
 
 SMALL = [
-    "synthetic.users=60",
-    "synthetic.videos=40",
-    "views_per_user=24",
-    "exposures_per_user=24",
-    "filters.min_video_views=2",
-    "filters.min_user_exposures=8",
-    "splits.test_users=8",
+    *WORLD,
     "splits.ugm_users=12",
-    "splits.click_targets=6",
     "teachers.author=script",
     "teachers.truth=true",
-    "sft_click_users=10",
     "render.max_seconds=4",
     "ufm.model.lessons=0",
     "ufm.grpo.prompts=4",
