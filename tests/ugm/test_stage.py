@@ -281,7 +281,10 @@ def test_a_narrow_rate_limit_is_no_verdict(run, server, ray_local):
 
 def test_a_repaired_summary_is_kept_by_a_run_that_starts_again(run, server, ray_local):
     """Otherwise the groups, and all that was asked about them, would be others after a stop."""
-    server.configure(rules=[{"match": "", "text": categories([1, 1, 2, 3])}])
+    summary, _, profile = RULES
+    server.configure(
+        rules=[{**summary, "text": categories([1, 1, 2, 3])}, {"match": "You check", "text": "?"}, profile]
+    )
     for _ in range(2):
         with pytest.raises(IncompleteError):  # the verdicts
             make_groups(run, load_settings("tiny", overrides(server)))
