@@ -43,7 +43,7 @@ class StandinConfig:
     sigma: float = 0.5
     seed: int = 0
     faults: dict[str, float] = field(default_factory=dict)
-    """Share of calls per fault: `429`, `500`, `hang`, `cut`."""
+    """Share of calls per fault: `429`, `500`, `hang`, `drip`, `cut`, `reset`."""
     retry_after: str = "1"
     """Seconds, or `date:SECONDS` for the HTTP-date form."""
     key: str = ""
@@ -170,6 +170,8 @@ class Standin:
             return _error(500, "The server had an error")
         if fault == "hang":
             await asyncio.sleep(3600)
+        if fault == "drip":
+            return await self._drip(request)
         if fault == "reset":
             assert request.transport
             request.transport.abort()
@@ -180,6 +182,15 @@ class Standin:
         assert request.transport
         request.transport.close()
         return cut
+
+    async def _drip(self, request: web.Request) -> web.StreamResponse:
+        """A body that never ends, a byte now and then: no pause is long enough for a timeout between two reads."""
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        await response.prepare(request)
+        await response.write(b'{"id": "')
+        while True:
+            await response.write(b"x")
+            await asyncio.sleep(0.1)
 
     def _retry_after(self) -> str:
         if self.config.retry_after.startswith("date:"):

@@ -42,16 +42,19 @@ def test_malformed_responses_are_tried_again(server, settings_for, tmp_path, raw
     assert run_actor(settings_for(), tmp_path, [simple("a")]).entries[0].attempts == 2
 
 
-def test_a_hung_call_ends_at_the_timeout(server, settings_for, tmp_path):
-    server.configure(rules=[{"nth": 1, "fault": "hang"}])
+@pytest.mark.parametrize("fault", ["hang", "drip"])
+def test_a_call_without_an_end_is_ended_at_the_timeout(server, settings_for, tmp_path, fault):
+    """Also if bytes keep coming."""
+    server.configure(rules=[{"nth": 1, "fault": fault}])
     began = time.monotonic()
     out = run_actor(settings_for(timeout_s=1.0, hedge=False), tmp_path, [simple("a")])
     assert out.entries[0].attempts == 2
     assert time.monotonic() - began < 10
 
 
-def test_a_hung_call_among_healthy_ones_is_overtaken_long_before_the_timeout(server, settings_for, tmp_path):
-    server.configure(rules=[{"match": "hung", "nth": 1, "fault": "hang"}])
+@pytest.mark.parametrize("fault", ["hang", "drip"])
+def test_a_hung_call_among_healthy_ones_is_overtaken_long_before_the_timeout(server, settings_for, tmp_path, fault):
+    server.configure(rules=[{"match": "hung", "nth": 1, "fault": fault}])
     began = time.monotonic()
     out = run_actor(settings_for(timeout_s=60.0), tmp_path, [simple("hung"), *(simple(f"ok {i}") for i in range(20))])
     assert time.monotonic() - began < 15
