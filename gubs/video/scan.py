@@ -185,20 +185,9 @@ def scan_packets(file: BinaryIO, container: InputContainer, stream: VideoStream,
     Raises:
         Unfit: encrypted.
     """
-    context = stream.codec_context
-    scan = Scan(
-        codec=context.name,
-        format=container.format.name,
-        time_base=stream.time_base or Fraction(1, 90_000),
-        rate=float(stream.average_rate) if stream.average_rate else None,
-        only_stream=len(container.streams.video) == 1,
-        declared=stream.frames,
-        packets=[] if keep else None,
-        reorders=context.reorder_depth > 0,
-        raw=bool(Flags(container.format.flags) & Flags.no_timestamps),
-    )
+    scan = _begun(container, stream, keep)
     prepare(stream)
-    nal_length = _nal_length(context.extradata) if scan.codec == "h264" else None
+    nal_length = _nal_length(stream.codec_context.extradata) if scan.codec == "h264" else None
     tick_s = {s.index: float(s.time_base or 0) for s in container.streams}
     key_pts, end_s = None, 0.0
     durations: list[int] = []
@@ -242,6 +231,22 @@ def scan_packets(file: BinaryIO, container: InputContainer, stream: VideoStream,
     if scan.damage is None and len(pts) == len(durations):
         scan.end = _end(np.array(pts), np.array(durations), scan, container, stream)
     return scan
+
+
+def _begun(container: InputContainer, stream: VideoStream, keep: bool) -> Scan:
+    """What is known before the first packet."""
+    context = stream.codec_context
+    return Scan(
+        codec=context.name,
+        format=container.format.name,
+        time_base=stream.time_base or Fraction(1, 90_000),
+        rate=float(stream.average_rate) if stream.average_rate else None,
+        only_stream=len(container.streams.video) == 1,
+        declared=stream.frames,
+        packets=[] if keep else None,
+        reorders=context.reorder_depth > 0,
+        raw=bool(Flags(container.format.flags) & Flags.no_timestamps),
+    )
 
 
 def _is_encrypted(packet: av.Packet) -> bool:
