@@ -13,6 +13,8 @@ _USER = re.compile(r"(?:User|用户)?\s*#?\s*(\d{1,9})", re.I)
 _VERDICT_LABEL = re.compile(r"(?:Match\s+or\s+not|是否匹配|匹配与否|匹配)", re.I)
 _REASON_LABEL = re.compile(r"(?:Reason|原因|理由)", re.I)
 _YES, _NO = {"yes", "是", "是的", "匹配", "符合"}, {"no", "否", "不是", "不匹配", "不符合"}
+_OTHER = re.compile(r"[/|\\\uff0f]|[,\uff0c]?\s*(?:or|and|或|和)?\s*(?:yes|no|是|否)(?:\W*$|\W+Reason)", re.I)
+"""Behind a verdict: the form's second word, so that nothing was decided."""
 _VERDICT_END = " \t.,;!*_`\u3002\uff0c\uff1b\uff01"
 _MIN_PROFILE = 20
 _LONGEST_PROFILE = 20_000
@@ -176,7 +178,7 @@ def _labelled(line: str, label: re.Pattern[str]) -> str | None:
 def _yes_or_no(said: str) -> bool | None:
     """The verdict at the start of a text; None for neither, or for both (`Yes/No`)."""
     word = re.match(r"[A-Za-z]+|[\u4e00-\u9fff]+", said)
-    if not word or said[word.end() :].lstrip(_EMPHASIS)[:1] in ("/", "|", "\\", "\uff0f"):
+    if not word or _OTHER.match(said[word.end() :].lstrip(_EMPHASIS)):
         return None
     said = word[0].casefold()
     return True if said in _YES else False if said in _NO else None

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from gubs.llm.calls import Answer, LLMRequest
 from gubs.llm.client import LLMClient
+from gubs.llm.contract import UNANSWERED
 from gubs.llm.structured import reask
 
 Faults = Callable[[int, str], Sequence[str]]
@@ -24,6 +25,9 @@ def ask_checked(llm: LLMClient, requests: Sequence[LLMRequest], faults: Faults) 
         wrong = [i for i, f in enumerate(found) if f]
         again = llm.ask([_again(requests[i], answers[i], found[i]) for i in wrong]) if wrong else []
         for i, answer in zip(wrong, again, strict=True):
+            if answer.failure in UNANSWERED:  # the endpoint failed, which the contract has to see
+                answers[i], found[i] = answer, []
+                continue
             left = faults(i, answer.text) if answer.ok else found[i]
             if len(left) < len(found[i]):
                 answers[i], found[i] = answer, left

@@ -224,6 +224,7 @@ def test_verdicts_and_profiles():
         ("\u662f\u5426\u5339\u914d\uff1a\u662f\n\u7406\u7531\uff1a\u559c\u6b22", True, "\u559c\u6b22"),
         ("\u662f\u5426\u5339\u914d: \u5426\u3002\n\u539f\u56e0: x", False, "x"),
         ("- Match or not: **Yes**. Reason: both", True, "both"),
+        ("Match or not: No, no interest in cats", False, "no interest in cats"),
         ("Match or not: Yes/No\nReason: one sentence\n\nMatch or not: No\nReason: why", False, "why"),
     ],
 )
@@ -236,6 +237,9 @@ def test_verdicts_are_read_through_marks_preambles_and_chinese(text, matched, re
     "text",
     [
         "Match or not: Yes/No\nReason: one sentence",
+        "Match or not: Yes or No\nReason: one sentence",
+        "Match or not: Yes, no",
+        "**Match or not**: **Yes** | **No**",
         "Match or not: Yes / No",
         "Match or not: Yes\nMatch or not: No",
         "Match or not: Yesterday",
