@@ -126,6 +126,8 @@ class ClientActor:
     async def _do(self, work: Work) -> None:
         entry = await self._callers[work.endpoint].call(work)
         if entry is None:
+            if self._keeping:  # the budget counts its attempts before it ends the call's reservation
+                await asyncio.wait(list(self._keeping))
             self._returned.append(work)
             self._changed.set()
         else:
