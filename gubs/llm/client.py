@@ -75,7 +75,7 @@ class Dialog:
     def advance(self, entry: Entry) -> Answer | None:
         """Takes a finished call; returns the answer, or None if a re-ask is now the call to make."""
         self._entries.append(entry)
-        if entry.failure and self._room > 1 and len(self._entries) > 1:
+        if entry.failure in ("rejected", "context") and self._room > 1 and len(self._entries) > 1:  # of more room
             return self._answer(self._entries[-2], None, "truncated", f"with more room: {entry.failure}: {entry.error}")
         if entry.failure:
             return self._answer(entry, None, entry.failure, entry.error)
