@@ -33,6 +33,7 @@ from gubs.serving.control import Control
 from gubs.serving.filter import Mode
 from gubs.stages import FILTER
 
+_IDLE_S = 10.0
 PAPER_QPS = 5.3
 """Questions per second on four A100s (paper)."""
 
@@ -88,7 +89,11 @@ def _print(results: dict[str, Any], args: argparse.Namespace) -> None:
             refused = f"{o['refused']} refused (median {o['refused_ms']:.0f} ms)"
             counts = f"{o['answered']} answered, {refused}, {o['failed']} failed"
             print(f"  at {float(share):.0%} of capacity: {latency} ms; {counts}")
-    print(f"CPU of proxy and ingress per request: {results['overhead']['cpu_ms']:.1f} ms")
+    overhead = results["overhead"]
+    print(
+        f"CPU of proxy and ingress per request: {overhead['cpu_ms']:.1f} ms, and {overhead['idle_ms_per_s']:.0f} ms "
+        "per second when idle"
+    )
 
 
 class _service:  # noqa: N801 - used as a context manager
@@ -254,16 +259,24 @@ async def _post(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) 
         return 0, {}
 
 
-def _overhead(args: argparse.Namespace, url: str) -> dict[str, float]:
-    """CPU time of Serve's proxy and the ingress per request."""
+def _overhead(args: argparse.Namespace, url: str) -> dict[str, Any]:
+    """CPU time of Serve's proxy and the ingress per request, less what they take when idle."""
     names = ("ProxyActor", "ServeReplica:ingress")
     processes = [
         p for p in psutil.process_iter(["cmdline"]) if any(n in " ".join(p.info["cmdline"] or []) for n in names)
     ]
-    before = sum(sum(p.cpu_times()[:2]) for p in processes)
+
+    def spent() -> float:
+        return sum(sum(p.cpu_times()[:2]) for p in processes)
+
+    before = spent()
+    time.sleep(_IDLE_S)
+    idle = (spent() - before) / _IDLE_S
+    before, began = spent(), time.perf_counter()
     measured = _load(args, url, args.modes[-1], "0")
-    spent = sum(sum(p.cpu_times()[:2]) for p in processes) - before
-    return {"cpu_ms": 1e3 * spent / args.requests, "processes": len(processes), **measured}
+    seconds = time.perf_counter() - began
+    busy = spent() - before - idle * seconds
+    return {"cpu_ms": 1e3 * busy / args.requests, "idle_ms_per_s": 1e3 * idle, "processes": len(processes), **measured}
 
 
 _WORKERS = {"offline": offline, "load": load}

@@ -275,11 +275,15 @@ STAGES: tuple[Stage, ...] = (
         doing="judge test users",
         reads=("ifvr", "frames", "profiles", "labels"),
         may_read=("annotations",),
-        settings=("seed", "ufm.inputs", "ufm.model.dtype", "ufm.rollout.min_new_tokens", "evaluate"),
+        settings=(
+            *("seed", "ufm.inputs", "ufm.model.dtype", "ufm.rollout.min_new_tokens", "evaluate"),
+            *("ufm.distil.held_out", "ufm.grpo.tasks"),
+        ),
         prompts=_UFM_PROMPTS,
         outside=(_MODEL,),
         sections=("ufm", "evaluate", "seed"),
         wanted=lambda _: False,
+        version=2,
     ),
     Stage(
         DISTIL,
@@ -306,12 +310,12 @@ STAGES: tuple[Stage, ...] = (
         of_policy=True,
         settings=(
             *("seed", "ufm.inputs", "ufm.model.dtype", "ufm.distil.held_out", "ufm.grpo.tasks"),
-            *("serving.policy", "serving.held_out_items", "serving.score_gap"),
+            *("serving.policy", "serving.score_gap", "evaluate.decision"),
         ),
         prompts=(*_UFM_PROMPTS, *_GROUP_PROMPTS),
-        sections=("ufm", "serving", "frames", "seed"),
+        sections=("ufm", "evaluate", "serving", "frames", "seed"),
         wanted=lambda _: False,
-        version=2,
+        version=3,
     ),
 )
 """Every stage. Of two with one name, the one that is wanted under the settings counts."""

@@ -8,7 +8,17 @@ import gubs
 
 ROOT = Path(gubs.__file__).parent
 LAYERS = [
-    *("__init__", "torchvision_hook", "errors", "section", "records", "console", "artifacts", "ray_runtime"),
+    *(
+        "__init__",
+        "torchvision_hook",
+        "quick_imports",
+        "errors",
+        "section",
+        "records",
+        "console",
+        "artifacts",
+        "ray_runtime",
+    ),
     *("prompts", "llm", "data", "video", "simulator", "ugm", "teachers", "ufm", "evaluate", "serving", "report"),
     *("config", "doctor_gpu", "doctor", "stages", "jobs", "cli"),
 ]

@@ -13,7 +13,7 @@ import numpy as np
 from gubs import console
 from gubs.artifacts import Artifact, Run
 from gubs.errors import ArtifactError
-from gubs.evaluate.judge import BASE, MIXES, MODES, STAGE_PREFIX
+from gubs.evaluate.judge import BASE, CALIBRATED, FILTER, GREEDY, MIXES, MODES, STAGE_PREFIX
 from gubs.prompts.answers import as_answer
 from gubs.records import TASK_OPTIONS, Option, Task
 from gubs.ufm.rewards import reward_answer
@@ -55,9 +55,11 @@ CONSTANTS = {
     Task.CLICK: ("always click", "never click", "coin"),
 }
 DROP = "random drop"
-"""Baseline of the filter: the expected values when as many videos as the last policy drops are dropped at random."""
+"""Baseline of the filter: the expected values when as many videos as the last policy's filter drops go at random."""
 _LOG_WIDTH = 152
 """Width of the tables, in characters, when the output is not a terminal."""
+_PRINTED = (GREEDY, CALIBRATED, FILTER)
+"""Modes in the printed tables; the page has all."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,9 @@ class _Judged:
     def __init__(self, artifact: Artifact, name: str):
         self.name = name
         self.rows = artifact.table("predictions").to_pylist()
+        if missing := set(MODES) - {r["mode"] for r in self.rows}:
+            modes = ", ".join(sorted(missing))
+            raise ArtifactError(f"{artifact.uri} has no answers in mode {modes}: run `gubs judge {name} --force`")
         self.targets = {(r["interaction_id"], r["natural"], r["balanced"], r["gold"]) for r in self.rows}
         metrics = artifact.table("metrics").to_pylist()
         self.metrics = {(m["task"], m["mix"], m["mode"], m["method"], m["name"]): m for m in metrics}
@@ -199,7 +204,7 @@ def _metric_rows(judged: Sequence[_Judged], task: Task, mix: str) -> list[Row]:
         constants = {c: judged[0].metrics.get((task, mix, MODES[0], c, name)) for c in CONSTANTS[task]}
         figures = {p.name: {m: _figure(p.metrics[task, mix, m, "model", name]) for m in MODES} for p in judged}
         values = {c: _defined(m["value"]) for c, m in constants.items() if m}
-        if drop := judged[-1].metrics.get((task, mix, MODES[0], f"{DROP}, expected", name)):
+        if drop := judged[-1].metrics.get((task, mix, FILTER, f"{DROP}, expected", name)):
             values[DROP] = _defined(drop["value"])
         rows.append(Row(name, label, first["n"], _defined(first["base_rate"]), values, figures))
     return rows
@@ -232,12 +237,12 @@ def _defined(value: float | None) -> float | None:
 
 
 def verdict(blocks: Sequence[Block]) -> list[str]:
-    """What the last policy is worth as a filter, in at most eight lines: natural mix, greedy, beside the baselines."""
+    """What the last policy is worth as a filter, in at most eight lines: natural mix, beside the baselines."""
     natural = [b for b in blocks if b.mix == MIXES[0]]
     if not natural:
         return []
     users = max(b.users for b in natural)
-    lines = [f"{natural[0].policies[-1]} as a filter, greedy, on the targets of {users:,} test users as they come:"]
+    lines = [f"{natural[0].policies[-1]} as a filter, on the targets of {users:,} test users as they come:"]
     for block in natural:
         lines += _verdict_on(block)
     return lines
@@ -255,7 +260,7 @@ def _verdict_on(block: Block) -> list[str]:
 
     def share(name: str, column: str = "") -> str:
         row = rows[name]
-        value = row.constants.get(column) if column else row.figures[block.policies[-1]][MODES[0]].value
+        value = row.constants.get(column) if column else row.figures[block.policies[-1]][FILTER].value
         return "–" if value is None else f"{100 * value:.0f} %"
 
     unfiltered = rows[rate].base_rate
@@ -294,7 +299,7 @@ def _as_table(block: Block) -> "Table":
     table.add_column("metric (95 % interval)", no_wrap=True)
     table.add_column("n", justify="right")
     policies = list(dict.fromkeys((block.policies[0], block.policies[-1])))
-    for mode in MODES:
+    for mode in _PRINTED:
         for policy in policies:
             table.add_column(f"{policy}\n{mode}", justify="right")
     constants = (*CONSTANTS[Task(block.task)], DROP)
@@ -306,6 +311,6 @@ def _as_table(block: Block) -> "Table":
 
 
 def _cells(row: Row, policies: Sequence[str], constants: Sequence[str]) -> list[str]:
-    figures = [row.figures[p][m].text for m in MODES for p in policies]
+    figures = [row.figures[p][m].text for m in _PRINTED for p in policies]
     baselines = [row.base_rate, *(row.constants.get(c) for c in constants)]
     return [row.label, f"{row.n:,}", *figures, *("–" if v is None else f"{v:.3f}" for v in baselines)]

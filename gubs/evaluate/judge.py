@@ -1,12 +1,16 @@
 """The stage `eval-<policy>`: a policy's answers about the test users' targets, and their metrics.
 
 Each target is asked twice, greedy and sampled, with the user's own prompt (as in use); the metrics are computed on the
-natural mix of options and on a balanced one, since a policy trained on balanced batches may do well on only one.
+natural mix of options and on a balanced one, since a policy trained on balanced batches may do well on only one. Two
+more modes ask nothing: they take the option probabilities of the greedy answer, calibrated on training users that are
+held out. `calibrated` names the option with the highest expected reward; `filter` decides by the threshold that was
+chosen there for a stated goal, as the service does.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +21,16 @@ from gubs.artifacts import StageJob
 from gubs.console import progress
 from gubs.data.ifvr import PROFILES
 from gubs.errors import ArtifactError
+from gubs.evaluate.calibration import best_answer
+from gubs.evaluate.held_out import DecisionRule, decision_rule, held_out_items
 from gubs.evaluate.metrics import Predictions, table
-from gubs.evaluate.settings import EvalSettings
+from gubs.evaluate.settings import DecisionSettings, EvalSettings
 from gubs.records import TASK_OPTIONS, Option, Split, Task
+from gubs.ufm.inputs import Inputs
+from gubs.ufm.labels import Labels
 from gubs.ufm.predict import Prediction, Predictor, Query
 from gubs.ufm.questions import Item, Questions
-from gubs.ufm.rewards import reward_answer
+from gubs.ufm.rewards import reward_answer, skip_right
 from gubs.ufm.sampling import sample_seed
 from gubs.ufm.settings import RewardSettings, UFMSettings
 from gubs.ufm.stage import BASE as BASE
@@ -30,10 +38,13 @@ from gubs.ufm.stage import policy_or_base, use_gpu
 
 OnProgress = Callable[[int, int], None]
 Row = dict[str, Any]
+Answers = dict[tuple[str, int], Prediction]
+"""By mode and number of the item."""
 _Target = tuple[Item, dict[str, bool]]
 """An item, and whether it is in each mix."""
 STAGE_PREFIX = "eval-"
-MODES = ("greedy", "sampled")
+GREEDY, SAMPLED, CALIBRATED, FILTER = "greedy", "sampled", "calibrated", "filter"
+MODES = (GREEDY, SAMPLED, CALIBRATED, FILTER)
 MIXES = ("natural", "balanced")
 
 PREDICTIONS = pa.schema(
@@ -47,6 +58,7 @@ PREDICTIONS = pa.schema(
         ("gold", pa.string()),
         ("predicted", pa.string()),
         ("failure", pa.string()),
+        ("skip", pa.float64()),
         ("reward", pa.float64()),
         ("play_rate", pa.float64()),
         ("clicked", pa.bool_()),
@@ -54,9 +66,12 @@ PREDICTIONS = pa.schema(
     ]
 )
 """One row per target and mode. `natural`, `balanced`: the mixes that it belongs to; `reward`: R of Eq. 4 with all its
-parts, whatever training used. A skip whose reason is unknown has neither gold nor reward."""
+parts, whatever training used; `skip`: P(skip), calibrated in the modes that are (null: the answer names no
+option). A skip whose reason is unknown has neither gold nor reward."""
 
-_TEMPERATURE = {"greedy": 0.0, "sampled": 1.0}
+_TEMPERATURE = {GREEDY: 0.0, SAMPLED: 1.0}
+_HELD_OUT = "held out"
+Rules = dict[Task, DecisionRule]
 _REPORT_EVERY = 64
 """Answers between two progress reports."""
 _ANSWERS_PER_ENGINE = 512
@@ -73,13 +88,17 @@ def make(job: StageJob, ufm: UFMSettings, evaluate: EvalSettings, seed: int) -> 
     folder = policy_or_base(job.run, policy, ufm)
     questions = Questions(job.run, ufm.inputs, tastes=job.reads(PROFILES))
     items = test_items(questions, evaluate.items, seed)
+    held_out = held_out_items(questions, Task, ufm.distil.held_out, evaluate.decision, seed)
     with progress("answers") as on_progress:
-        rows = predictions(items, questions, folder, ufm, seed, on_progress)
+        answers = ask(items, held_out, questions, folder, ufm, seed, on_progress)
+    rules = decision_rules(held_out, answers, evaluate.decision)
+    rows = predictions(items, answers, rules)
     with job.writing() as out:
         out.write_table("predictions", pa.Table.from_pylist(rows, schema=PREDICTIONS))
         metrics = measure(rows, evaluate.bootstrap, seed)
         out.write_table("metrics", pa.Table.from_pylist(metrics))
-        out.info = {"policy": policy, "summary": summary(rows, metrics)}
+        decisions = {str(task): asdict(rule) for task, rule in rules.items()}
+        out.info = {"policy": policy, "summary": summary(rows, metrics), "decisions": decisions}
         out.summary = f"{len(rows):,} answers"
     return out.summary
 
@@ -104,27 +123,45 @@ def test_items(questions: Questions, count: int, seed: int) -> list[_Target]:
     return targets
 
 
-def predictions(
+def ask(
     items: Sequence[_Target],
+    held_out: Sequence[Item],
     questions: Questions,
     folder: Path,
     ufm: UFMSettings,
     seed: int,
     on_progress: OnProgress | None = None,
-) -> list[Row]:
-    """The answers of the policy in `folder` as rows of `PREDICTIONS`, ordered by mode and item."""
-    total, rows = len(MODES) * len(items), {}
+) -> Answers:
+    """Asks the policy in `folder` about the test targets, greedy and sampled, and about the held-out ones, greedy."""
+    total, answers = 2 * len(items) + len(held_out), {}
     gpu = use_gpu(ufm.workers)
     engines = min(ufm.workers.count, math.ceil(total / _ANSWERS_PER_ENGINE)) if gpu else 1
     pictures = ufm.inputs.vision and questions.pictures
-    largest = questions.largest
-    with Predictor(folder, ufm, pictures=pictures, largest=largest, engines=engines, gpu=gpu) as predictor:
-        for prediction in predictor.stream(_queries(items, questions, seed)):
-            mode, number = prediction.key
-            rows[prediction.key] = _row(items[number], MODES[mode], prediction)
-            if on_progress and (len(rows) % _REPORT_EVERY == 0 or len(rows) == total):
-                on_progress(len(rows), total)
-    return [rows[key] for key in sorted(rows)]
+    queries = _queries(items, held_out, questions, Inputs(folder, ufm.inputs), seed)
+    with Predictor(folder, ufm, pictures=pictures, largest=questions.largest, engines=engines, gpu=gpu) as predictor:
+        for prediction in predictor.stream(queries):
+            answers[prediction.key] = prediction
+            if on_progress and (len(answers) % _REPORT_EVERY == 0 or len(answers) == total):
+                on_progress(len(answers), total)
+    return answers
+
+
+def decision_rules(held_out: Sequence[Item], answers: Answers, settings: DecisionSettings) -> Rules:
+    """Calibration and threshold of each task, from the held-out targets; tasks that allow none are left out."""
+    options = [answers[_HELD_OUT, k].options for k in range(len(held_out))]
+    rules = {task: decision_rule(held_out, options, task, settings) for task in Task}
+    return {task: rule for task, rule in rules.items() if rule}
+
+
+def predictions(items: Sequence[_Target], answers: Answers, rules: Rules) -> list[Row]:
+    """The answers as rows of `PREDICTIONS`, ordered by mode and item."""
+    asked = {mode: [_row(t, mode, answers[mode, k]) for k, t in enumerate(items)] for mode in _TEMPERATURE}
+    decided = [
+        _decided(mode, target, row, answers[GREEDY, k], rules.get(target[0].task))
+        for mode in (CALIBRATED, FILTER)
+        for k, (target, row) in enumerate(zip(items, asked[GREEDY], strict=True))
+    ]
+    return [*asked[GREEDY], *asked[SAMPLED], *decided]
 
 
 def measure(rows: Sequence[Row], resamples: int, seed: int) -> list[Row]:
@@ -169,12 +206,18 @@ def as_predictions(rows: Sequence[Row], task: Task) -> Predictions:
     )
 
 
-def _queries(items: Sequence[_Target], questions: Questions, seed: int) -> Iterator[Query]:
-    """Each item's question in each mode; the key is (number of the mode, number of the item)."""
-    for m, mode in enumerate(MODES):
+def _queries(
+    items: Sequence[_Target], held_out: Sequence[Item], questions: Questions, inputs: Inputs, seed: int
+) -> Iterator[Query]:
+    """Each question in each mode; the key is (mode, number of the item)."""
+    labels = {task: Labels.of(inputs, task) for task in Task}
+    for mode, temperature in _TEMPERATURE.items():
         for k, (item, _) in enumerate(items):
             prompt = questions.about_user(item.task, item.user_id, item.video_id)
-            yield Query((m, k), prompt, sample_seed(seed, 0, k, mode, 0), _TEMPERATURE[mode])
+            yield Query((mode, k), prompt, sample_seed(seed, 0, k, mode, 0), temperature, labels[item.task])
+    for k, item in enumerate(held_out):
+        prompt = questions.about_user(item.task, item.user_id, item.video_id)
+        yield Query((_HELD_OUT, k), prompt, labels=labels[item.task])
 
 
 def _balanced(items: Sequence[Item], order: Sequence[int], count: int, task: Task) -> set[int]:
@@ -207,7 +250,27 @@ def _row(target: _Target, mode: str, prediction: Prediction) -> Row:
         **mixes,
         "gold": str(item.gold) if item.gold else None,
         **answer,
+        "skip": prediction.options.skip if prediction.options else None,
         "play_rate": item.play_rate,
         "clicked": item.gold == Option.A if item.task == Task.CLICK else None,
         "answer": prediction.text,
     }
+
+
+def _decided(mode: str, target: _Target, greedy: Row, prediction: Prediction, rule: DecisionRule | None) -> Row:
+    """The greedy row with the option that a decision names; unchanged if no option can be read, or there is no rule."""
+    row = {**greedy, "mode": mode}
+    if prediction.options is None or rule is None:
+        return row
+    options, gold = rule.calibration.options(prediction.options), target[0].gold
+    said = best_answer(options) if mode == CALIBRATED else options.at(rule.threshold.value)
+    row |= {"predicted": str(said), "skip": options.skip}
+    if gold:
+        of_form = greedy["reward"] - _of_option(greedy["predicted"], gold)
+        row["reward"] = of_form + _of_option(str(said), gold)
+    return row
+
+
+def _of_option(said: str | None, gold: Option) -> float:
+    """What an option adds to the reward: the judgement and the choice."""
+    return float(skip_right(Option(said), gold)) + float(said == gold) if said else 0.0

@@ -46,7 +46,8 @@ class BatchFilter:
         if not config.answers(task, mode):
             raise InputError(f"{uri} does not answer the {task} task in mode {mode} {config.refused}".rstrip())
         self._task, self._mode = task, mode
-        self._threshold = config.threshold(task, mode) if threshold is None else threshold
+        self._rule = config.rule(task, mode)
+        self._threshold = self._rule.threshold.value if threshold is None else threshold
         self._inputs = Inputs(folder, config.inputs)
         self._labels = Labels.of(self._inputs, task)
         self._prompts = PromptBuilder(config.inputs, config.pictures)
@@ -91,7 +92,8 @@ class BatchFilter:
         if options is None:
             return {"decision": str(Decision.KEEP), "error": "unreadable"}
         text, finished = ("", True) if score else self._inputs.text(response.ids)
-        judgement = judge(self._task, options, self._threshold, text=text, finished=finished)
+        calibrated = self._rule.calibration.options(options)
+        judgement = judge(self._task, calibrated, self._threshold, text=text, finished=finished)
         return {
             "decision": str(judgement.decision),
             "skip_probability": judgement.skip_probability,

@@ -26,9 +26,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gubs.artifacts import Artifact, JsonObject, Run
 from gubs.errors import ArtifactError
+from gubs.evaluate.held_out import DecisionRule
 from gubs.prompts.people import Person, Taste, View
 from gubs.records import GroupProfile, Task, User, Video
-from gubs.serving.filter import Mode, Threshold
+from gubs.serving.filter import Mode
 from gubs.ufm.checkpoint import POLICY
 from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
 from gubs.ugm.placement import CENTRES, Placement
@@ -39,15 +40,6 @@ from gubs.video.frame_store import FrameStore
 STAGE = "filter"
 CONFIG = "filter.json"
 _PEOPLE_CACHE = 4096
-
-
-class ScoreQuality(BaseModel):
-    """How well a mode ranks the targets of held-out training users."""
-
-    model_config = ConfigDict(frozen=True)
-
-    auc: float
-    n: int
 
 
 class FilterConfig(BaseModel):
@@ -64,10 +56,8 @@ class FilterConfig(BaseModel):
     rollout: RolloutSettings
     pictures: bool
     """The data set has videos with frames; otherwise prompts show topic tags."""
-    thresholds: dict[str, dict[str, dict[str, float]]]
-    """Task -> mode -> the fields of `Threshold`."""
-    auc: dict[str, dict[str, float]]
-    """Task -> mode -> AUC of P(skip) on held-out training users."""
+    decisions: dict[Task, dict[Mode, DecisionRule]]
+    """How each task is decided in each mode, from held-out training users."""
     modes: tuple[Mode, ...]
     """Modes that may be asked; without `score` if its AUC is below the bar."""
     refused: str = ""
@@ -78,16 +68,16 @@ class FilterConfig(BaseModel):
     frames: DecodeOptions | None = None
 
     def answers(self, task: Task, mode: Mode) -> bool:
-        """Whether it may be asked: the mode is not refused, and has a threshold for the task."""
-        return mode in self.modes and str(mode) in self.thresholds.get(str(task), {})
+        """Whether it may be asked: the mode is not refused, and has a rule for the task."""
+        return mode in self.modes and mode in self.decisions.get(task, {})
 
-    def threshold(self, task: Task, mode: Mode) -> float:
-        """The default threshold.
+    def rule(self, task: Task, mode: Mode) -> DecisionRule:
+        """How it decides.
 
         Raises:
-            KeyError: the filter has none for this task and mode.
+            KeyError: the filter has no rule for this task and mode.
         """
-        return self.thresholds[str(task)][str(mode)]["value"]
+        return self.decisions[task][mode]
 
 
 class Bundle:
@@ -222,13 +212,6 @@ class _Rows:
 def write_config(path: str, config: FilterConfig, fs: object) -> None:
     """Writes `filter.json`."""
     fs.pipe_file(path, config.model_dump_json(indent=1).encode())  # type: ignore[attr-defined]
-
-
-def describe(thresholds: Mapping[Task, Mapping[Mode, Threshold]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Thresholds as JSON."""
-    from dataclasses import asdict
-
-    return {str(task): {str(mode): asdict(t) for mode, t in by_mode.items()} for task, by_mode in thresholds.items()}
 
 
 def content_of(policy: Path, config: FilterConfig, tables: Mapping[str, str]) -> str:

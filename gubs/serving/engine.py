@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gubs.errors import GubsError
+from gubs.quick_imports import quick_imports
 from gubs.records import Task
 from gubs.serving.bundle import Bundle
 from gubs.serving.filter import Mode
@@ -60,10 +61,11 @@ class FilterEngine:
         self._shape = engine_shape(bundle, settings)
         variables = environment(self._shape.rollout)
         os.environ.update({k: v for k, v in variables.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"})
-        import torch
-        from vllm import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-        from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+        with quick_imports():
+            import torch
+            from vllm import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+            from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
         self.inputs = Inputs(self._shape.folder, self._shape.inputs)
         self.labels = {task: Labels.of(self.inputs, task) for task in Task}

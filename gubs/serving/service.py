@@ -7,9 +7,11 @@ import asyncio
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Protocol
 
 from gubs.errors import ArtifactError, GubsError
+from gubs.evaluate.held_out import DecisionRule
 from gubs.prompts.people import Person, View
 from gubs.records import Task, Video
 from gubs.records import User as UserRecord
@@ -60,8 +62,8 @@ class FilterService:
         Raises:
             RequestError: the task, the mode or the user is unknown to this filter.
         """
-        threshold = self._threshold(request.task, mode)
-        threshold = threshold if request.threshold is None else request.threshold
+        rule = self._rule(request.task, mode)
+        threshold = rule.threshold.value if request.threshold is None else request.threshold
         person = self._person(request.user, request.task)
         group = self._group_of(request.user, person)
         clips = await asyncio.gather(*(self._clip(c, request.task) for c in request.candidates))
@@ -79,14 +81,14 @@ class FilterService:
                 continue
             answer = next(answers)
             usage = _added(usage, answer)
-            result = _result(index, candidate.id, request.task, threshold, answer, explain=request.explain)
+            result = _result(index, candidate.id, request.task, rule, threshold, answer, explain=request.explain)
             results.append(result.model_copy(update={"group_id": group}))
         return results, usage, threshold
 
     async def explain(self, request: ExplainRequest) -> dict[str, object]:
         """The answers with the user's own, a similar user's, a group's and no profile; the fields of a response."""
         task, candidate = request.task, request.candidate
-        threshold = self._threshold(task, Mode.REASON)
+        rule = self._rule(task, Mode.REASON)
         own = self._person(request.user, task)
         group_id = self._group_of(request.user, own)
         clip = await self._clip(candidate, task)
@@ -105,7 +107,7 @@ class FilterService:
         answers = await self.engine.ask(task, Mode.REASON, [prompt for _, prompt in shown.values()])
         perspectives = []
         for (whose, (text, _)), answer in zip(shown.items(), answers, strict=True):
-            result = _result(0, candidate.id, task, threshold, answer, explain=True)
+            result = _result(0, candidate.id, task, rule, rule.threshold.value, answer, explain=True)
             perspectives.append(Perspective.model_validate({"whose": whose, "profile": text, "result": result}))
         return {
             "title": video.title,
@@ -142,8 +144,8 @@ class FilterService:
             "tasks": list(config.tasks),
             "modes": list(config.modes),
             "refused": config.refused,
-            "thresholds": config.thresholds,
-            "auc": config.auc,
+            "thresholds": {t: {m: asdict(r.threshold) for m, r in d.items()} for t, d in config.decisions.items()},
+            "auc": {t: {m: r.auc for m, r in d.items()} for t, d in config.decisions.items()},
             "users": len(bundle.user_ids),
             "videos": len(bundle.video_ids),
             "groups": len(bundle.groups),
@@ -158,14 +160,14 @@ class FilterService:
         if self._pictures:
             self._pictures.close()
 
-    def _threshold(self, task: Task, mode: Mode) -> float:
+    def _rule(self, task: Task, mode: Mode) -> DecisionRule:
         config = self.bundle.config
         if task not in config.tasks:
             raise RequestError("unknown_task", f"this filter answers {', '.join(config.tasks)}")
         if not config.answers(task, mode):
             why = config.refused if mode is Mode.SCORE else "the policy's answers could not be measured"
             raise RequestError("mode_unavailable", f"mode {mode} is not available: {why}")
-        return config.threshold(task, mode)
+        return config.rule(task, mode)
 
     def _known(self, user_id: str, task: Task) -> Person:
         person = self.bundle.person(user_id, task)
@@ -228,19 +230,22 @@ class FilterService:
         return stored
 
 
-def _result(index: int, name: str, task: Task, threshold: float, answer: Answer, *, explain: bool) -> Result:
+def _result(
+    index: int, name: str, task: Task, rule: DecisionRule, threshold: float, answer: Answer, *, explain: bool
+) -> Result:
     if answer.options is None:
         cause = "the prompt is too long" if answer.too_long else "the model named no option"
         return _kept(index, name, "too_long" if answer.too_long else "unreadable", cause)
-    judgement = judge(task, answer.options, threshold, text=answer.text, finished=answer.finished)
+    calibrated = rule.calibration.options(answer.options)
+    judgement = judge(task, calibrated, threshold, text=answer.text, finished=answer.finished)
     return Result(
         index=index,
         id=name,
         decision=judgement.decision,
         skip_probability=judgement.skip_probability,
         option=judgement.option,
-        option_probabilities=dict(answer.options.options),
-        label_mass=answer.options.mass,
+        option_probabilities=dict(calibrated.options),
+        label_mass=calibrated.mass,
         reason=judgement.reason or None if explain else None,
     )
 

@@ -31,8 +31,6 @@ class ServingSettings(Section):
 
     policy: str = "grpo"
     """The policy that the filter is made from: grpo, sft_model, ...; base = the model before any training."""
-    held_out_items: int = Field(400, ge=20)
-    """Most targets of held-out training users (`ufm.distil.held_out`), per task, that thresholds are chosen on."""
     score_gap: float = Field(0.02, ge=0)
     """Largest AUC that mode `score` may lose against `reason`; beyond it the service refuses `score`."""
     gpu_memory: float = Field(0.9, gt=0, lt=1)

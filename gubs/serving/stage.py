@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -12,14 +11,16 @@ from gubs.artifacts import StageJob
 from gubs.console import progress
 from gubs.data.ifvr import PROFILES, VIEW_COLUMNS
 from gubs.errors import ArtifactError
-from gubs.records import SCHEMAS, Option, Role, Split, Task
-from gubs.serving.bundle import CONFIG, FilterConfig, content_of, describe, write_config
-from gubs.serving.filter import Mode, Threshold, auc, choose_threshold
+from gubs.evaluate.held_out import DecisionRule, decision_rule, held_out_items, skipped
+from gubs.evaluate.settings import DecisionSettings, EvalSettings
+from gubs.records import SCHEMAS, Role, Task
+from gubs.serving.bundle import CONFIG, FilterConfig, content_of, write_config
+from gubs.serving.filter import Mode
 from gubs.serving.settings import ServingSettings
 from gubs.ufm.checkpoint import POLICY
-from gubs.ufm.distil import DISTIL, held_out_users
+from gubs.ufm.distil import DISTIL
 from gubs.ufm.inputs import Inputs
-from gubs.ufm.labels import Labels
+from gubs.ufm.labels import Labels, OptionProbabilities
 from gubs.ufm.predict import Predictor, Query
 from gubs.ufm.questions import UGM, Item, Questions, trainable_tasks
 from gubs.ufm.settings import UFMSettings
@@ -40,11 +41,23 @@ HELD_OUT = pa.schema(
         ("score", pa.float64()),
     ]
 )
-"""One row per target of a held-out training user: what happened, and P(skip) in each mode (null: unreadable)."""
+"""One row per target of a held-out training user: what happened, and the calibrated P(skip) in each mode (null:
+unreadable)."""
 
 
-def make(job: StageJob, ufm: UFMSettings, serving: ServingSettings, frames: FrameSettings, seed: int) -> str:
-    """Measures the policy on held-out training users, chooses thresholds, and writes the filter.
+_Options = dict[Mode, list[OptionProbabilities | None]]
+"""By mode, the policy's probabilities for each item; None where an answer names no option."""
+
+
+def make(
+    job: StageJob,
+    ufm: UFMSettings,
+    evaluate: EvalSettings,
+    serving: ServingSettings,
+    frames: FrameSettings,
+    seed: int,
+) -> str:
+    """Measures the policy on held-out training users, calibrates it, chooses thresholds, and writes the filter.
 
     Raises:
         ArtifactError: no task has held-out targets that were skipped and others that were not.
@@ -53,22 +66,22 @@ def make(job: StageJob, ufm: UFMSettings, serving: ServingSettings, frames: Fram
     folder = policy_or_base(job.run, DISTIL if distilled else serving.policy, ufm)
     questions = Questions(job.run, ufm.inputs, tastes=job.reads(PROFILES))
     modes = (Mode.REASON, Mode.SCORE) if distilled else (Mode.REASON,)
-    items = _held_out_items(questions, ufm, serving, seed)
-    skips = _ask(items, questions, folder, ufm, modes)
-    thresholds, areas = _quality(items, skips, modes)
-    if not thresholds:
+    tasks = trainable_tasks(questions, ufm.grpo.tasks)
+    items = held_out_items(questions, tasks, ufm.distil.held_out, evaluate.decision, seed)
+    options = _ask(items, questions, folder, ufm, modes)
+    decisions = _decisions(items, options, evaluate.decision)
+    if not decisions:
         raise ArtifactError(f"{job.run.uri} has no held-out targets of both kinds: raise ufm.distil.held_out")
-    refused = _refusal(areas, serving.score_gap, distilled)
+    refused = _refusal(decisions, serving.score_gap, distilled)
     config = FilterConfig(
         name=job.run.name,
         policy=serving.policy,
-        tasks=tuple(thresholds),
+        tasks=tuple(decisions),
         model=ufm.model,
         inputs=ufm.inputs,
         rollout=ufm.rollout,
         pictures=questions.pictures,
-        thresholds=describe(thresholds),
-        auc={str(task): {str(m): a for m, a in by_mode.items()} for task, by_mode in areas.items()},
+        decisions=decisions,
         modes=(Mode.REASON,) if refused else modes,
         refused=refused,
         prompts=dict(job.recipe.prompts),
@@ -78,44 +91,31 @@ def make(job: StageJob, ufm: UFMSettings, serving: ServingSettings, frames: Fram
     with job.writing() as out:
         for name, table in _tables(job, questions).items():
             out.write_table(name, table)
-        out.write_table("held_out", _held_out_table(items, skips))
+        out.write_table("held_out", _held_out_table(items, options, decisions))
         shutil.copytree(folder, out.path(POLICY), dirs_exist_ok=True)
         write_config(out.path(CONFIG), config, job.run.fs)
         out.content = content_of(folder, config, out.hashes)
-        unreadable = {str(mode): sum(s is None for s in values) for mode, values in skips.items()}
+        unreadable = {str(mode): sum(o is None for o in values) for mode, values in options.items()}
         out.info = {
             "unreadable": unreadable,
             "targets": len(items),
-            "thresholds": config.thresholds,
-            "auc": config.auc,
+            "decisions": config.model_dump(mode="json")["decisions"],
             "refused": refused,
         }
-        out.summary = _summary(areas, refused)
+        out.summary = _summary(decisions, refused)
         if any(unreadable.values()):
             counts = ", ".join(f"{n:,} ({mode})" for mode, n in unreadable.items())
             out.summary += f"; of {len(items):,} answers could not be read: {counts}"
     return out.summary
 
 
-def _held_out_items(questions: Questions, ufm: UFMSettings, serving: ServingSettings, seed: int) -> list[Item]:
-    """Targets of held-out training users, at most `held_out_items` per task, as they come."""
-    chosen = []
-    for number, task in enumerate(trainable_tasks(questions, ufm.grpo.tasks)):
-        items = questions.items(task, Split.TRAIN, unexplained=True)
-        users = held_out_users({i.user_id for i in items}, ufm.distil.held_out, seed)
-        items = [i for i in items if i.user_id in users]
-        order = np.random.default_rng([seed, 59, number]).permutation(len(items))[: serving.held_out_items]
-        chosen += [items[i] for i in order]
-    return chosen
-
-
 def _ask(
     items: Sequence[Item], questions: Questions, folder: Path, ufm: UFMSettings, modes: Sequence[Mode]
-) -> dict[Mode, list[float | None]]:
-    """P(skip) of each item in each mode, greedy; None where an answer names no option."""
+) -> _Options:
+    """The policy's greedy answers about each item in each mode."""
     inputs = Inputs(folder, ufm.inputs)
     labels = {task: Labels.of(inputs, task) for task in Task}
-    skips: dict[Mode, list[float | None]] = {mode: [None] * len(items) for mode in modes}
+    options: _Options = {mode: [None] * len(items) for mode in modes}
     queries = (
         Query(
             (mode, number),
@@ -133,44 +133,31 @@ def _ask(
     ):
         for done, prediction in enumerate(predictor.stream(queries), 1):
             mode, number = prediction.key
-            skips[mode][number] = prediction.options.skip if prediction.options else None
+            options[mode][number] = prediction.options
             if done % 64 == 0:
                 on_progress(done, len(items) * len(modes))
-    return skips
+    return options
 
 
-def skipped(item: Item) -> bool:
-    """What happened: a fast skip, or no click."""
-    if item.task == Task.CLICK:
-        return item.gold != Option.A
-    return item.gold != Option.A if item.gold else True  # without a gold option only unexplained skips are asked about
-
-
-def _quality(
-    items: Sequence[Item], skips: dict[Mode, list[float | None]], modes: Sequence[Mode]
-) -> tuple[dict[Task, dict[Mode, Threshold]], dict[Task, dict[Mode, float]]]:
-    """Threshold and AUC per task and mode; a task whose targets are all of one kind is left out."""
-    thresholds: dict[Task, dict[Mode, Threshold]] = {}
-    areas: dict[Task, dict[Mode, float]] = {}
+def _decisions(
+    items: Sequence[Item], options: _Options, settings: DecisionSettings
+) -> dict[Task, dict[Mode, DecisionRule]]:
+    """By task and mode; a task whose targets are all of one kind is left out."""
+    found: dict[Task, dict[Mode, DecisionRule]] = {}
     for task in Task:
-        for mode in modes:
-            known = [
-                (s, skipped(i)) for i, s in zip(items, skips[mode], strict=True) if i.task == task and s is not None
-            ]
-            if len({happened for _, happened in known}) == 2:
-                values, truth = zip(*known, strict=True)
-                thresholds.setdefault(task, {})[mode] = choose_threshold(values, truth)
-                areas.setdefault(task, {})[mode] = auc(values, truth)
-    return thresholds, areas
+        for mode, answers in options.items():
+            if rule := decision_rule(items, answers, task, settings):
+                found.setdefault(task, {})[mode] = rule
+    return found
 
 
-def _refusal(areas: dict[Task, dict[Mode, float]], gap: float, distilled: bool) -> str:
+def _refusal(decisions: dict[Task, dict[Mode, DecisionRule]], gap: float, distilled: bool) -> str:
     """Why mode `score` may not be asked; empty if it may."""
     if not distilled:
         return "the policy was not distilled (ufm.distil.enabled)"
     bad = []
-    for task, by_mode in areas.items():
-        score, reason = by_mode.get(Mode.SCORE, 0.0), by_mode.get(Mode.REASON, 0.0)
+    for task, by_mode in decisions.items():
+        score, reason = (by_mode[m].auc if m in by_mode else 0.0 for m in (Mode.SCORE, Mode.REASON))
         if reason - score > gap:
             bad.append(f"{task}: {score:.3f} against {reason:.3f}")
     return f"its AUC is more than {gap:g} below that of mode reason ({'; '.join(bad)})" if bad else ""
@@ -204,22 +191,28 @@ def _tables(job: StageJob, questions: Questions) -> dict[str, pa.Table]:
     return tables | {"frames": frames}
 
 
-def _held_out_table(items: Sequence[Item], skips: dict[Mode, list[float | None]]) -> pa.Table:
+def _held_out_table(
+    items: Sequence[Item], options: _Options, decisions: dict[Task, dict[Mode, DecisionRule]]
+) -> pa.Table:
+    def calibrated(item: Item, mode: Mode, number: int) -> float | None:
+        answer, rule = options[mode][number], decisions.get(item.task, {}).get(mode)
+        return float(rule.calibration.curve(answer.skip)) if answer and rule else None
+
     rows = [
         {
             "interaction_id": item.interaction_id,
             "user_id": item.user_id,
             "task": str(item.task),
             "skipped": skipped(item),
-            **{str(mode): values[i] for mode, values in skips.items()},
+            **{str(mode): calibrated(item, mode, i) for mode in options},
         }
         for i, item in enumerate(items)
     ]
     return pa.Table.from_pylist(rows, schema=HELD_OUT)
 
 
-def _summary(areas: dict[Task, dict[Mode, float]], refused: str) -> str:
+def _summary(decisions: dict[Task, dict[Mode, DecisionRule]], refused: str) -> str:
     parts = []
-    for task, by_mode in areas.items():
-        parts.append(f"{task} task AUC " + ", ".join(f"{area:.3f} ({mode})" for mode, area in by_mode.items()))
+    for task, by_mode in decisions.items():
+        parts.append(f"{task} task AUC " + ", ".join(f"{rule.auc:.3f} ({mode})" for mode, rule in by_mode.items()))
     return "; ".join(parts) + (f"; no mode score: {refused}" if refused else "")

@@ -40,6 +40,11 @@ class OptionProbabilities:
         """The most probable option."""
         return max(self.options, key=lambda o: self.options[o])
 
+    def at(self, threshold: float) -> Option:
+        """The option if skips are called from P(skip) >= `threshold` on: A, or the most probable of the others."""
+        others = [o for o in self.options if o != Option.A]
+        return max(others, key=lambda o: self.options[o]) if self.skip >= threshold else Option.A
+
 
 @dataclass(frozen=True)
 class Labels:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gubs.errors import PlatformError
+from gubs.quick_imports import quick_imports
 from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
 from gubs.video.decoded import DecodeOptions
 
@@ -105,7 +106,7 @@ class Engine:
     """vLLM in this process, with everything a step needs: generate, sleep and wake, new weights."""
 
     def __init__(self, shape: Shape):
-        """Imports vLLM, which takes 15 s on a slow core; `ready` or the first use loads the model.
+        """Imports vLLM, which takes 9 s on a slow core; `ready` or the first use loads the model.
 
         Raises:
             PlatformError: vLLM is not installed, or built for other machines.
@@ -114,7 +115,8 @@ class Engine:
         # also on a GPU, where it draws the pictures; Ray sets 1 for actors without CPUs
         os.environ["OMP_NUM_THREADS"] = str(shape.threads or os.cpu_count())
         try:
-            import vllm  # noqa: F401
+            with quick_imports():
+                from vllm import LLM  # noqa: F401
         except ImportError as e:
             raise PlatformError(f"rollouts need vLLM: {e}; pip install 'gubs[gpu]' or 'gubs[cpu]'") from None
         import torch
@@ -136,7 +138,8 @@ class Engine:
     def _llm(self) -> "LLM":
         from vllm import LLM
 
-        return LLM(**engine_arguments(self.shape, self._cpu))
+        with quick_imports():
+            return LLM(**engine_arguments(self.shape, self._cpu))
 
     def ready(self) -> int:
         """Loads the model unless it is loaded; returns the process id."""

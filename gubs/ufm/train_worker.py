@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gubs.artifacts import JsonObject, Run
+from gubs.quick_imports import quick_imports
 from gubs.records import Task
 from gubs.ufm.checkpoint import POLICY, Checkpoints, SharedError, Write, disk_errors, save_policy, together
 from gubs.ufm.inputs import Inputs
@@ -95,6 +96,9 @@ class TrainWorker:
         self.questions = Questions(Run(job.run_uri), job.ufm.inputs, tastes=job.tastes)
         self.vision = self.ufm.inputs.vision and self.questions.pictures
         self.launch()
+        with quick_imports():
+            import deepspeed  # noqa: F401
+            from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration  # noqa: F401
         self.inputs = Inputs(job.start, self.ufm.inputs)
         self.checkpoints = Checkpoints(job.checkpoints, job.recipe, checkpoint.keep, self.rank, self.world)
         self.monitor = Monitor(self.folder, job.stage, self.ufm.grpo.trackers, job.settings, self.rank)

@@ -38,6 +38,7 @@ def answers(right, task=Task.SEQUENTIAL, users=8, balanced=True):
                     "gold": str(gold),
                     "predicted": said,
                     "failure": None if said else "empty",
+                    "skip": 0.5,
                     "reward": 3.0 if said == gold else float(said is not None),
                     "play_rate": (0.9 if gold == "A" else 0.1) if task == Task.SEQUENTIAL else None,
                     "clicked": gold == "A" if task == Task.CLICK else None,

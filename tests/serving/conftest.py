@@ -36,7 +36,7 @@ class Service:
             log_every_s=1.0,
             max_ongoing=4,
             max_queued=4,
-            timeout_s=4.0,
+            timeout_s=6.0,
             chunk=25,
         )
         self.filter = make_filter(folder / "run")

@@ -7,6 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from gubs.artifacts import Recipe, Run, writing
+from gubs.evaluate.calibration import Calibration, Curve
+from gubs.evaluate.held_out import DecisionRule
+from gubs.evaluate.thresholds import Threshold
 from gubs.records import SCHEMAS, GroupMember, GroupProfile, Option, Task, User, Video
 from gubs.serving.bundle import CONFIG, FilterConfig, write_config
 from gubs.serving.engine import Answer
@@ -19,7 +22,9 @@ from gubs.ugm.cluster import TfidfEncoder
 from gubs.ugm.placement import Placement
 from gubs.ugm.stage import MEMBERSHIPS
 
-THRESHOLD = {"value": 0.5, "balanced_accuracy": 0.7, "kept": 0.6, "lost": 0.2, "n": 100.0}
+_LINE = Curve((-9.0, 9.0), (-9.0, 9.0))
+RULE = DecisionRule(Calibration("none", _LINE, {}, 0.2, 0.2, 0.25, (), 100), Threshold(0.5, 0.7, 0.6, 0.2, 100), 0.8)
+"""Decides by the engine's own probabilities."""
 _GROUPED = [User("u0", 30, "female", tags=["pets"]), User("u1", 31, "female", tags=["pets", "cooking"])]
 _USERS = [*_GROUPED, User("u2", 50, "male", tags=["cars"]), User("ü 3/4", None, None, other={"city": "Köln"})]
 _SIMILARITY = {"u0": 1.0, "u1": 0.7}
@@ -37,8 +42,7 @@ def make_filter(folder: Path, *, name: str = "filter", refused: str = "", skip_p
         inputs=InputSettings(style="brief"),
         rollout=RolloutSettings(),
         pictures=False,
-        thresholds={str(t): {str(m): THRESHOLD for m in Mode} for t in Task},
-        auc={str(t): {str(m): 0.8 for m in Mode} for t in Task},
+        decisions={t: dict.fromkeys(Mode, RULE) for t in Task},
         modes=(Mode.REASON,) if refused else tuple(Mode),
         refused=refused,
         prompts={},

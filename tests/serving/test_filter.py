@@ -1,11 +1,9 @@
-"""Decisions: what a threshold does, how it is chosen, how good a ranking is."""
-
-import math
+"""Decisions: what a threshold does."""
 
 import pytest
 
 from gubs.records import Option, Task
-from gubs.serving.filter import Decision, auc, choose_threshold, judge
+from gubs.serving.filter import Decision, judge
 from gubs.ufm.labels import OptionProbabilities
 
 
@@ -24,29 +22,3 @@ def test_the_threshold_decides_and_not_the_letter():
 
 def test_without_a_text_the_most_probable_option_counts():
     assert judge(Task.CLICK, options(A=0.3, B=0.7), 0.5).option == Option.B
-
-
-def test_the_threshold_has_the_best_balanced_accuracy_and_drops_least():
-    chosen = choose_threshold([0.1, 0.2, 0.6, 0.7, 0.9], [False, False, True, False, True])
-    assert chosen.value == pytest.approx(0.6)
-    assert chosen.balanced_accuracy == pytest.approx((1 + 2 / 3) / 2)
-    assert (chosen.kept, chosen.lost, chosen.n) == (pytest.approx(0.4), pytest.approx(1 / 3), 5)
-
-
-def test_a_useless_score_drops_nothing():
-    chosen = choose_threshold([0.5] * 6, [True, False] * 3)
-    assert chosen.kept == 1.0
-    assert chosen.balanced_accuracy == 0.5
-    assert math.isfinite(chosen.value), "it is written as JSON"
-
-
-@pytest.mark.parametrize("happened", [[True, True], [False, False], []])
-def test_a_threshold_needs_both_kinds(happened):
-    with pytest.raises(ValueError, match="skipped and targets that were not"):
-        choose_threshold([0.5] * len(happened), happened)
-
-
-def test_auc():
-    assert auc([0.1, 0.4, 0.35, 0.8], [False, False, True, True]) == pytest.approx(0.75)
-    assert auc([0.5, 0.5], [True, False]) == 0.5
-    assert math.isnan(auc([0.5, 0.6], [True, True]))

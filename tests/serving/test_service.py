@@ -178,8 +178,8 @@ def test_frames_that_cannot_be_read_are_one_candidates_error(service, monkeypatc
 
 def test_a_mode_that_was_never_measured_has_a_code(service):
     config = service.bundle.config
-    thresholds = {t: {m: v for m, v in by.items() if m != "reason"} for t, by in config.thresholds.items()}
-    service.bundle = SimpleNamespace(config=config.model_copy(update={"thresholds": thresholds}))
+    decisions = {t: {m: v for m, v in by.items() if m != "reason"} for t, by in config.decisions.items()}
+    service.bundle = SimpleNamespace(config=config.model_copy(update={"decisions": decisions}))
     with pytest.raises(RequestError) as e:
         decide(service, asked("v1"))
     assert e.value.code == "mode_unavailable"

@@ -266,6 +266,7 @@ def test_no_more_engines_judge_than_there_is_work_for(monkeypatch):
             return []
 
     monkeypatch.setattr(judge, "Predictor", Noted)
+    monkeypatch.setattr(judge, "Inputs", lambda *_: None)
     ufm, questions = UFMSettings(workers={"count": 4}), SimpleNamespace(pictures=True, largest=None)
     for gpu in (True, False):
         monkeypatch.setattr(judge, "use_gpu", lambda _, gpu=gpu: gpu)
@@ -275,7 +276,7 @@ def test_no_more_engines_judge_than_there_is_work_for(monkeypatch):
             judge._ANSWERS_PER_ENGINE // 2 + 1,
             50 * judge._ANSWERS_PER_ENGINE,
         ):
-            judge.predictions([()] * items, questions, Path(), ufm, 0)
+            judge.ask([()] * items, [], questions, Path(), ufm, 0)
     assert asked == [1, 1, 2, 4, 1, 1, 1, 1]
 
 

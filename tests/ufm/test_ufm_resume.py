@@ -136,9 +136,8 @@ ENGINE, WORKER = "ray::Engine", "ray::RayTrainWorker"
 
 @pytest.mark.slow
 def test_killed_part_by_part_the_weights_are_those_of_the_undisturbed_run(ready, whole):
-    """First the engine dies, then the train worker, then the driver, then head, raylet, workers and engine at one blow;
-    after the last two the same command is given again. Each kill falls between two checkpoints, so the checkpoint that
-    differs tells which of them was not survived."""
+    """First the engine dies, then the train worker, then the driver with all it started; the same command is given
+    again. Each kill falls between two checkpoints, so the checkpoint that differs tells which was not survived."""
     job = Job(ready, "broken")
     try:
         job.after(0)
@@ -152,11 +151,6 @@ def test_killed_part_by_part_the_weights_are_those_of_the_undisturbed_run(ready,
         assert below(job.process, WORKER)[0].pid != worker
         assert job.end() == [], "what outlives a dead driver holds its GPU"
         _others_are_refused(ready, job.folder)
-        job = Job(ready, "broken")
-        job.after(6)
-        for process in below(job.process):
-            process.kill()
-        assert job.process.wait(timeout=PATIENCE) != 0, "the driver must wait for none of them for ever"
         job = Job(ready, "broken")
         assert job.process.wait(timeout=PATIENCE) == 0, job.log.read_text()[-3000:]
     finally:
@@ -233,18 +227,22 @@ def test_the_undisturbed_run_learned_something_to_lose(ready, whole):
 @pytest.mark.slow
 def test_two_workers_do_the_same_step_and_outlive_one_of_them(ready, whole):
     """Each has an engine of its own and half of the records; rewards, loss and gradient are those of one worker. When
-    one dies, both begin again from their checkpoint."""
-    job = Job(ready, "pair", "ufm.workers.count=2", "ufm.grpo.steps=4")
+    one dies, both begin again from their checkpoint. When head, raylet, workers and engines die at one blow, the driver
+    ends too."""
+    job = Job(ready, "pair", "ufm.workers.count=2")
     try:
         job.after(2)
         before = below(job.process, WORKER)
         assert len(before) == 2
         before[1].kill()
-        assert job.process.wait(timeout=PATIENCE) == 0, job.log.read_text()[-3000:]
+        job.after(4)
+        for process in below(job.process):
+            process.kill()
+        assert job.process.wait(timeout=PATIENCE) != 0, "the driver must wait for none of them for ever"
     finally:
         job.end()
-    one, two = (ready.artifact(n).table("steps").to_pylist() for n in ("whole", "pair"))
-    assert [row["step"] for row in two] == list(range(4))
+    one, two = ready.artifact("whole").table("steps").to_pylist(), read_metrics(job.folder)
+    assert [row["step"] for row in two][:5] == list(range(5)), "begun again at the checkpoint, no step is told twice"
     for name in (
         "reward",
         "reward_raw/T",
@@ -368,14 +366,16 @@ def test_a_stuck_phase_is_named_and_ended(tmp_path):
     assert json.loads((tmp_path / STUCK).read_text())["phase"] == "sync"
 
 
-@pytest.mark.parametrize("where", ["resume", "train", "report"])
-def test_a_worker_that_hangs_anywhere_ends_and_says_where(ufm_run, tiny, tmp_path, where):
+def test_a_worker_that_hangs_anywhere_ends_and_says_where(ufm_run, tiny, tmp_path):
     """Trackers, shared disks and other ranks may never answer; Ray's own look at a worker sees nothing of it."""
+    where = ("resume", "train", "report")
     command = [sys.executable, str(Path(__file__).with_name("drive_worker.py"))]
-    command += [ufm_run.root, str(tiny), str(tmp_path), where]
+    command += [ufm_run.root, str(tiny), str(tmp_path), *where]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert done.returncode == STUCK_EXIT, done.stderr[-3000:]
-    assert json.loads((tmp_path / STUCK).read_text())["phase"] == where
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == dict.fromkeys(where, STUCK_EXIT), done.stderr[-3000:]
+    for phase in where:
+        assert json.loads((tmp_path / phase / STUCK).read_text())["phase"] == phase
 
 
 def test_the_driver_tells_which_phase_was_stuck(tmp_path):

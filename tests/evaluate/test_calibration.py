@@ -1,0 +1,122 @@
+"""Calibration: what was too sure becomes true, on users that it was not fitted on."""
+
+import numpy as np
+import pytest
+
+from gubs.evaluate.calibration import Calibration, Curve, best_answer, fit, reliability
+from gubs.records import Option
+from gubs.ufm.labels import OptionProbabilities
+
+USERS = [f"u{i % 60}" for i in range(1200)]
+
+
+def _logit(p):
+    return np.log(p / (1 - p))
+
+
+def _said(truth_of, seed=0):
+    """P(skip) as an overconfident policy with the wrong prior says it, and what happened."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 1.5, len(USERS))
+    skipped = rng.random(len(USERS)) < 1 / (1 + np.exp(-truth_of(logits)))
+    return 1 / (1 + np.exp(-logits)), skipped
+
+
+def test_platt_finds_slope_and_share_of_skips():
+    said, skipped = _said(lambda x: 0.5 * x - 1.2)
+    found = fit(said, skipped, USERS)
+    assert found.method == "platt"
+    (x0, x1), (y0, y1) = found.curve.raw, found.curve.calibrated
+    assert (y1 - y0) / (x1 - x0) == pytest.approx(0.5, abs=0.12)
+    assert _logit(found.curve(0.5)) == pytest.approx(-1.2, abs=0.2)
+    assert found.brier < found.brier_raw - 0.02
+    assert found.brier < found.brier_constant
+
+
+def test_a_curve_that_is_no_line_is_isotonic_and_keeps_the_order():
+    said, skipped = _said(lambda x: np.where(x > 0.3, 2.5, -2.5))
+    found = fit(said, skipped, USERS)
+    assert found.method == "isotonic"
+    values = found.curve(np.linspace(0, 1, 101))
+    assert (np.diff(values) >= 0).all()
+    assert 0 < values.min() < 0.15 < 0.85 < values.max() < 1
+
+
+def test_what_is_calibrated_already_is_left_alone():
+    rng = np.random.default_rng(1)
+    said = np.clip(rng.random(len(USERS)), 0.02, 0.98)
+    found = fit(said, rng.random(len(USERS)) < said, USERS)
+    assert found.brier <= found.brier_raw
+    assert np.abs(found.curve(said) - said).max() < 0.08
+
+
+def test_noise_is_told_by_the_constant():
+    """A score that says nothing must not look better than the share of skips: folds divide no user's fit."""
+    rng = np.random.default_rng(2)
+    found = fit(rng.random(len(USERS)), rng.random(len(USERS)) < 0.3, USERS)
+    assert found.brier == pytest.approx(found.brier_constant, abs=0.01)
+    assert found.brier < found.brier_raw
+
+
+def test_folds_never_divide_a_user():
+    """Each user's targets have a P(skip) of their own, which tells the user's outcome and nothing of others: a fit that
+    saw the user would be right."""
+    rng = np.random.default_rng(3)
+    of_user = {u: (rng.random(), rng.random() < 0.5) for u in set(USERS)}
+    found = fit([of_user[u][0] for u in USERS], [of_user[u][1] for u in USERS], USERS)
+    assert found.brier > 0.22
+
+
+def test_the_reliability_curve_has_all_targets():
+    said, skipped = _said(lambda x: x)
+    bins = reliability(said, skipped)
+    assert sum(b.n for b in bins) == len(USERS)
+    assert [b.predicted for b in bins] == sorted(b.predicted for b in bins)
+    assert max(abs(b.predicted - b.happened) for b in bins) < 0.15
+
+
+def test_reasons_get_the_shares_that_skips_have():
+    """The policy gives each reason a third; three quarters of the held-out skips are B."""
+    said = OptionProbabilities(dict.fromkeys(Option, 0.25), 1.0)
+    golds = [Option.B, Option.B, Option.B, Option.C] * 50
+    rng = np.random.default_rng(4)
+    found = fit([0.75] * 200, rng.random(200) < 0.6, USERS[:200], [said] * 200, golds)
+    options = found.options(said).options
+    assert sum(options.values()) == pytest.approx(1.0)
+    assert 1 - options[Option.A] == pytest.approx(float(found.curve(0.75)))
+    assert options[Option.B] / (1 - options[Option.A]) == pytest.approx(0.74, abs=0.02)
+    assert options[Option.C] / options[Option.B] == pytest.approx(1 / 3, abs=0.02)
+    assert options[Option.D] < 0.02
+
+
+def test_in_the_click_task_there_is_one_other_option():
+    line = Calibration("platt", Curve((-9.0, 9.0), (-10.0, 8.0)), {}, 0, 0, 0, (), 1)
+    found = line.options(OptionProbabilities({Option.A: 0.5, Option.B: 0.5}, 1.0))
+    assert found.options[Option.B] == pytest.approx(1 / (1 + np.e))
+    assert found.mass == 1.0
+
+
+@pytest.mark.parametrize(
+    ("shares", "option"),
+    [
+        ((0.45, 0.2, 0.2, 0.15), Option.A),  # .90 against .75: the letters of a skip share one judgement
+        ((0.39, 0.21, 0.2, 0.2), Option.B),  # .78 against .82
+        ((0.3, 0.1, 0.5, 0.1), Option.C),
+    ],
+)
+def test_the_best_answer_has_the_highest_expected_reward(shares, option):
+    """Checked against every letter's mean reward over the letters that may be right."""
+    options = OptionProbabilities(dict(zip(Option, shares, strict=True)), 1.0)
+    rewards = {
+        said: sum(p * (((said == "A") == (gold == "A")) + (said == gold)) for gold, p in options.options.items())
+        for said in Option
+    }
+    assert best_answer(options) == option == max(rewards, key=lambda o: rewards[o])
+
+
+@pytest.mark.parametrize(
+    ("skipped", "users"), [([True, True], ["a", "b"]), ([False, False], ["a", "b"]), ([True, False], ["a", "a"])]
+)
+def test_what_cannot_be_calibrated_is_said(skipped, users):
+    with pytest.raises(ValueError, match="several users, some skipped and some not"):
+        fit([0.2, 0.4], skipped, users)
