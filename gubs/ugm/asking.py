@@ -17,6 +17,7 @@ _APART = 1000
 _ADVICE = {
     "context": "lower ugm.context_tokens, ugm.history_items or ugm.max_text, or use an endpoint with a longer context "
     "(of the embedded server: llm.embedded.max_model_len)",
+    "rejected": "change what the server names (where prompts are too long: ugm.context_tokens, ugm.history_items)",
     UNUSABLE: "a stronger model helps, or ugm.author=both",
 }
 

@@ -43,6 +43,14 @@ def test_parameters_that_are_not_taken_are_found_out_by_one_call_ahead_of_the_cr
     assert [(e.failure, e.billed) for e in out.attempts if e.retried] == [("rejected", False)] * 2
 
 
+def test_what_is_sent_again_without_a_parameter_keeps_the_limit_of_requests(server, settings_for, tmp_path):
+    server.configure(refuses=["max_tokens"])
+    out = run_actor(settings_for(requests_per_minute=60), tmp_path, [simple("a")])
+    assert out.entries[0].text
+    assert len(gaps(server)) == 1
+    assert gaps(server)[0] >= 0.9, "one per second"
+
+
 def test_a_handful_of_equal_refusals_stops_the_run_and_says_what_to_drop(server, settings_for, tmp_path):
     server.configure(refuses=["reasoning_effort"])
     settings = settings_for(rest={"roles": {"matcher": {"extra": {"reasoning_effort": "low"}}}})

@@ -236,9 +236,14 @@ def test_nothing_a_user_wrote_can_break_the_form():
         evil = User(f"u{i:03d}", 30, EVIL, EVIL, {EVIL: EVIL}, ["cooking", EVIL])
         crowd[i] = Person(evil, (View(Video(f"v{i}", EVIL)), View(Video(f"w{i}", None, tags=[EVIL]))))
     crowd.append(Person(User("u012"), (), Taste(EVIL, ("cooking", EVIL))))
+    profile = EVIL.replace("Category 1", "This")  # it would be no profile otherwise
     _, llm = run(
-        lambda r: EVIL + well_behaved(r) if r.role == "profiler" else well_behaved(r), crowd=crowd, top=4, min_matched=1
+        lambda r: profile + well_behaved(r) if r.role == "profiler" else well_behaved(r),
+        crowd=crowd,
+        top=4,
+        min_matched=1,
     )
+    assert len(llm.prompts("match")) > len(llm.prompts("final")) == 3
     for prompt in [*llm.prompts("match"), *llm.prompts("final")]:
         assert len(re.findall(r"^Match or not", prompt, re.M)) == (1 if "You check" in prompt else 0)
         assert "<|" not in prompt

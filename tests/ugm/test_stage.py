@@ -22,13 +22,15 @@ from gubs.cli import app
 from gubs.config import load_settings
 from gubs.data.ifvr import IFVR
 from gubs.jobs import run_app
+from gubs.llm.calls import estimate_prompt
 from gubs.llm.errors import BudgetReachedError, IncompleteError, NotInJournalError
 from gubs.records import GroupProfile, conform
 from gubs.report.groups import purity_of, render
 from gubs.teachers.profiles import SCHEMA as PROFILES
+from gubs.ugm.manager import foreseen_requests
 from gubs.ugm.placement import Placement
 from gubs.ugm.settings import UGMSettings
-from gubs.ugm.stage import NoGroupsError, estimate, ugm_people
+from gubs.ugm.stage import NoGroupsError, estimate, ugm_people, ugm_records
 from gubs.ugm.summarize import SummaryError
 
 BASE = ["users=120", "videos=60", "test_users=15", "ugm_users=60", "ugm.groups=4", "top=15", "min_matched=3"]
@@ -278,6 +280,23 @@ def test_the_artifact_has_evidence_authors_and_figures(by_evidence):
     purity = purity_of(run, ugm)
     assert 0.5 < purity.members <= 1, "of four groups for six true ones"
     assert 0.5 < purity.everybody <= 1
+
+
+def test_the_embedded_model_can_do_all_calls(by_evidence):
+    """In preset `tiny`: of 48 users at once, held to forms, and within its context."""
+    run, _, _ = by_evidence
+    settings = load_settings("tiny", [])
+    people = ugm_people(IFVR(run), settings.ugm, tastes=False)[:48]
+    records = ugm_records(IFVR(run), people, settings.ugm)
+    requests = foreseen_requests(people, settings.ugm, settings.llm, records)
+    assert settings.ugm.author_with(settings.llm) == "both"
+    asked = Counter(r.role for r in requests)
+    assert (len(people), asked["summarizer"], asked["profiler"]) == (48, 1, 12)
+    assert 24 < asked["matcher"] <= 48
+    assert all(r.regex for r in requests)
+    for r in requests:
+        room = settings.llm.embedded.max_model_len - settings.llm.role(r.role).max_tokens
+        assert estimate_prompt(r.messages) < room
 
 
 def test_a_budget_stops_cleanly_and_can_be_raised(run, server, ray_local):
