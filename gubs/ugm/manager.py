@@ -137,7 +137,8 @@ def make_encoder(settings: UGMSettings) -> Encoder:
 def _summarize(work: Phases, users: Sequence[User], encoder: Encoder, seed: int) -> tuple[list[Sketch], JsonObject]:
     """The summarizer's groups; with `both`, around other typical users if its own stand for too few."""
     k = work.settings.groups
-    sketches, report = list[Sketch](), {"calls": 0, "levels": 0, "repairs": []}
+    sketches: list[Sketch] = []
+    report: JsonObject = {"calls": 0, "levels": 0, "repairs": []}
     if work.author != "evidence":
         sketches, report = summarize(work.interview, work.people, work.settings, work.author, work.overview)
     if work.author == "llm":
