@@ -291,8 +291,8 @@ def test_the_embedded_model_can_do_all_calls(by_evidence):
     requests = foreseen_requests(people, settings.ugm, settings.llm, records)
     assert settings.ugm.author_with(settings.llm) == "both"
     asked = Counter(r.role for r in requests)
-    assert (len(people), asked["summarizer"], asked["profiler"]) == (48, 1, 12)
-    assert 24 < asked["matcher"] <= 48
+    assert (len(people), asked["summarizer"]) == (48, 1)
+    assert asked["matcher"] > asked["profiler"] > 1
     assert all(r.regex for r in requests)
     for r in requests:
         room = settings.llm.embedded.max_model_len - settings.llm.role(r.role).max_tokens
