@@ -21,6 +21,7 @@ from gubs.llm import embedded
 from gubs.llm.budget import Budget, CostEstimate, RoleCost, mean_output
 from gubs.llm.calls import Answer, Cost, Entry, LLMRequest, estimate_prompt, identity, key_of
 from gubs.llm.client_actor import Report
+from gubs.llm.contract import NOT_TAKEN
 from gubs.llm.endpoint import Assignment, Work, price
 from gubs.llm.errors import BudgetReachedError, EndpointError, NotInJournalError, StoppedError
 from gubs.llm.interrupts import Interrupts
@@ -54,6 +55,8 @@ class Dialog:
 
     def _begin(self) -> None:
         self._entries: list[Entry] = []
+        self._wrong: UnusableError | None = None
+        """What is wrong with the last answer, of which the next call is a consequence."""
         self._reasks, self._room = 0, 1
         self._ask(self.request)
 
@@ -68,6 +71,16 @@ class Dialog:
         self._begin()
 
     @property
+    def follows_up(self) -> bool:
+        """Whether the call to make is about an answer that could not be used."""
+        return self._wrong is not None
+
+    @property
+    def more_room(self) -> bool:
+        """Whether the call to make asks for more tokens than usual."""
+        return self._room > 1
+
+    @property
     def renewed_key(self) -> str:
         """The key that `renew` would ask for."""
         return key_of(identity(self.request, self._role, self._model, fresh=self._fresh + 1))
@@ -75,8 +88,9 @@ class Dialog:
     def advance(self, entry: Entry) -> Answer | None:
         """Takes a finished call; returns the answer, or None if a re-ask is now the call to make."""
         self._entries.append(entry)
-        if entry.failure in ("rejected", "context") and self._room > 1 and len(self._entries) > 1:  # of more room
-            return self._answer(self._entries[-2], None, "truncated", f"with more room: {entry.failure}: {entry.error}")
+        if self._wrong and entry.failure in NOT_TAKEN:  # then the answer is what it was
+            then = f"{self._wrong}; {'with more room' if self.more_room else 'asked again'}"
+            return self._answer(self._entries[-2], None, self._wrong.cause, f"{then}: {entry.failure}: {entry.error}")
         if entry.failure:
             return self._answer(entry, None, entry.failure, entry.error)
         try:
@@ -87,6 +101,7 @@ class Dialog:
 
     def _asks_again(self, entry: Entry, error: UnusableError) -> bool:
         """Prepares the next call after an unusable answer; False if there is none."""
+        self._wrong = error
         if error.cause == "truncated":
             if self._room > 1:
                 return False
@@ -225,6 +240,10 @@ class LLMClient:
                 role.add(self._cost(dialog))
         return estimate
 
+    def knows(self, request: LLMRequest) -> bool:
+        """Whether the journal answers the request without a call."""
+        return all(self._replay(dialog) is not None for dialog in self._dialogs([request]))
+
     @property
     def counts(self) -> Report:
         """What the client actors last reported: in flight, retried, second copies, CPU seconds since they started."""
@@ -242,13 +261,22 @@ class LLMClient:
         later runs made.
         """
         answer = None
-        while answer is None and (entry := self.journal.get(dialog.key)):
+        while answer is None and (entry := self._journaled(dialog)):
             earlier = not self.journal.recent(dialog.key)
             answer = dialog.advance(entry)
             if answer and not answer.ok and (earlier if self._live else dialog.renewed_key in self.journal):
                 dialog.renew()
                 answer = None
         return answer
+
+    def _journaled(self, dialog: Dialog) -> Entry | None:
+        """The journal's entry for a dialog's next call. A request about an answer that cannot be used counts as ended
+        if it was not taken: to send it again would keep that answer for ever.
+        """
+        entry = self.journal.get(dialog.key)
+        if entry is None and dialog.follows_up and (ended := self.journal.ended(dialog.key)):
+            return ended if ended.failure in NOT_TAKEN else None
+        return entry
 
     def _answers(self, queues: Queues, progress: Progress) -> Iterator[tuple[Dialog, Answer]]:
         """Sends and receives until nothing is open; the caller counts each answer before it asks for the next."""
@@ -292,7 +320,7 @@ class LLMClient:
                 return cost
             self._budget.reserve(dialog.key, cost)
             self._waiting[dialog.key] = [queue.popleft()]
-            pool.submit(Work(dialog.key, endpoint, dialog.current, dialog.identity))
+            pool.submit(Work(dialog.key, endpoint, dialog.current, dialog.identity, dialog.more_room))
         return None
 
     def _receive(self, queues: Queues, progress: Progress) -> Iterator[tuple[Dialog, Answer]]:

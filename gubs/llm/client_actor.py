@@ -107,6 +107,7 @@ class ClientActor:
         for task, work in self._tasks.items():
             if work.key not in in_flight:
                 task.cancel()
+        self._deny()
         if self._tasks:
             _, late = await asyncio.wait(list(self._tasks), timeout=grace_s)
             for task in late:
@@ -115,6 +116,13 @@ class ClientActor:
         if self._keeping:
             await asyncio.wait(list(self._keeping))
         return self._report()
+
+    def _deny(self) -> None:
+        """Grants no call another attempt: nobody answers them any more, and those in flight have an answer to come."""
+        for asked in self._asked.values():
+            if not asked.done():
+                asked.set_result(False)
+        self._asked.clear()
 
     async def close(self) -> None:
         """Drops unfinished work; closes the journal segment and the connections."""

@@ -19,7 +19,7 @@ from gubs.llm.parameters import Parameters, may_be_about_structure, named
 from gubs.llm.probing import Probes
 from gubs.llm.redact import Redactor
 from gubs.llm.retry import Health, Patience, Refusals
-from gubs.llm.settings import EndpointSettings, LLMSettings
+from gubs.llm.settings import EMBEDDED, EndpointSettings, LLMSettings
 from gubs.llm.structured import Support, fields
 from gubs.llm.wire import AttemptError, Reply, read_response
 
@@ -58,6 +58,8 @@ class Work:
     endpoint: str
     request: LLMRequest
     identity: JsonObject
+    more_room: bool = False
+    """It asks for more tokens than usual, which the endpoint may not have."""
 
 
 @dataclass(slots=True, eq=False)
@@ -130,6 +132,11 @@ class EndpointCaller:
     def in_flight(self) -> list[str]:
         """Keys of the calls with an attempt in flight, once per attempt."""
         return [flight.key for flight in self.hedging.flights]
+
+    @property
+    def _where(self) -> str:
+        """Where its settings are."""
+        return "llm.embedded" if self.name == EMBEDDED else f"llm.endpoints.{self.name}"
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -230,8 +237,8 @@ class EndpointCaller:
             try:
                 reply = await self._post(call, body)
             except AttemptError as fault:
-                if fault.cause != "rejected":
-                    raise
+                if fault.cause != "rejected" or (call.work.more_room and self._health.has_answered):
+                    raise  # a refusal of more room than usual is about this request alone
                 if change := self._parameters.adapt(body, fault):
                     self._desk.tell(f"endpoint {self.name} is asked {change} from now on: {fault.message}")
                 elif may_be_about_structure(body, fault) and (
@@ -239,7 +246,7 @@ class EndpointCaller:
                 ):
                     mode = fallback
                 else:
-                    if self._refusals.refused(fault, len(self.in_flight) - 1):
+                    if not call.work.more_room and self._refusals.refused(fault, len(self.in_flight) - 1):
                         fault.advice, self.draining = "stop", True  # before another call takes its turn
                     raise
                 self._note(call, fault)
@@ -299,7 +306,7 @@ class EndpointCaller:
         if fault.advice == "stop":
             self._give_up(call, fault)
             rejected = fault.cause == "rejected"
-            remedy = self._remedy(call, fault) if rejected else f"Check llm.endpoints.{self.name}"
+            remedy = self._remedy(call, fault) if rejected else f"Check {self._where}"
             every = " every call" if rejected else ""
             raise EndpointRefusedError(f"{where} refuses{every}: {fault.message}. {remedy}", self.name)
         pause_s = patience.pause_s(fault, self._health.answered_at)

@@ -26,7 +26,9 @@ class BudgetReachedError(GubsError):
 
 
 class IncompleteError(GubsError):
-    """Too many of a stage's calls have no usable answer; the same command resumes."""
+    """Too many of a stage's calls have no usable answer; what is finished is kept. The message says whether the same
+    command resumes or what has to be changed first.
+    """
 
     exit_code = 6
 

@@ -173,6 +173,11 @@ class Journal:
         place = self._place(key)
         return self._entry(place) if place else None
 
+    def ended(self, key: str) -> Entry | None:
+        """How the call of that key ended last, in whatever run."""
+        place, _ = self._places.get(key, (None, True))
+        return self._entry(place) if place else None
+
     def recent(self, key: str) -> bool:
         """Whether the call ended since the journal was opened, and not in an earlier run."""
         return key in self._recent

@@ -50,6 +50,11 @@ class Health:
         self._calls: set[str] = set()
         self.alive()
 
+    @property
+    def has_answered(self) -> bool:
+        """Whether it has answered any call."""
+        return self.answered_at > float("-inf")
+
     def answered(self) -> None:
         """A call was answered."""
         self.answered_at = self._clock()

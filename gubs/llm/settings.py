@@ -111,9 +111,10 @@ class ContractSettings(Section):
     """Which share of a stage's calls may end without a usable answer; above it, the stage ends incomplete."""
 
     unusable: float = Field(0.01, ge=0, le=1)
-    """Of a role's calls: answers that are cut off, refused or not of the required form, even when asked again."""
+    """Of a role's calls: answers that are cut off, refused or not of the required form, even when asked again; and
+    requests that the endpoint does not take (rejected, too long for its context)."""
     unanswered: float = Field(0.0, ge=0, le=1)
-    """Of a role's calls: no answer at all (rejected, unreachable, rate-limited, too long for the context)."""
+    """Of a role's calls: no answer, for reasons of the endpoint (unreachable, unreadable, rate-limited)."""
 
 
 class BudgetSettings(Section):

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from gubs.artifacts import Artifact, JsonObject, Run
+from gubs.llm.contract import in_words
 from gubs.records import Finding, GroupMember
 from gubs.report import pages
 from gubs.ugm.evidence import SECTIONS, number
+from gubs.ugm.phases import DROPPED
 
 PAGE = "groups.html"
 _SHOWN_MEMBERS = 12
@@ -109,6 +111,8 @@ def render(run: Run) -> str:
         info=manifest.info,
         quality=manifest.info.get("quality") or {},
         repairs=(manifest.info.get("summarize") or {}).get("repairs", []),
+        missing=_missing(manifest.info),
+        dropped=DROPPED,
         purity=purity_of(run, ugm),
         groups=view_groups(ugm),
         sections=SECTIONS,
@@ -119,6 +123,11 @@ def render(run: Run) -> str:
 def write_page(run: Run) -> str:
     """Writes the page into the run's folder and returns its path."""
     return pages.write(run, PAGE, render(run))
+
+
+def _missing(info: JsonObject) -> list[str]:
+    """Answers that the language model did not give, by role and cause."""
+    return [in_words(role, causes, info["asked"][role]) for role, causes in info.get("missing", {}).items()]
 
 
 def _view(row: dict[str, Any], assigned: int) -> GroupView:

@@ -15,18 +15,34 @@ from gubs.ugm.author import COMPLAINT_WORDS, best_length, likes, skips
 from gubs.ugm.evidence import LENGTHS, LENGTHS_S
 from gubs.ugm.words import words
 
+_TO_FILL = "your|name|insert|group|user|topic|age|tag|describe"
+"""What a placeholder in brackets begins with; in angle brackets, anything else may be markup."""
+_TO_FILL_ANGLED = _TO_FILL + (
+    "|users|topics|tags|features?|interests?|gender|occupation|lengths?|profile|placeholder|text|reason|answer|fill"
+    "|typical|think|thinking|unk|pad|mask"
+)
 PLACEHOLDERS = re.compile(
-    r"\bx{3,}\b|\[(?:your|name|insert|group|user|topic|age|tag|describe)\b[^\]]*\]|\blorem ipsum\b|<[a-z _]+>|\btbd\b"
+    rf"\bx{{3,}}\b|\[(?:{_TO_FILL})\b[^\]]*\]|\blorem ipsum\b|<(?:{_TO_FILL_ANGLED})(?:[ _][a-z _]*)?>|\btbd\b"
     r"|\{\{?\s*\w+\s*\}?\}|\bcategory \d+\b|\bgroup name\b|_{3,}",
     re.I,
 )
 _ASSISTANT = re.compile(
     r"\bas an ai\b|\b(?:as|am|i'm) an? (?:large |ai )?language model\b|\bhelpful (?:ai )?assistant\b|\bsmollm\b"
     r"|\bi(?:'m| am) (?:sorry|here to|happy to|an? (?:ai|assistant|model))\b"
-    r"|\bi can(?:no|')t (?:help|assist)"
-    r"|\byour (?:profile|own profile|name|answer)\b|作为(?:一个)?(?:AI|人工智能|语言模型)",
+    r"|\bi can(?:no|')t (?:help|assist)|作为(?:一个)?(?:AI|人工智能|语言模型)",
     re.I,
 )
+_YOURS = r"\byour (?:own )?(?:profile|name|answer)\b"
+_TO_READER = re.compile(
+    r"(?:^|[.!?:]\s+|\bplease\s+)(?:here(?:'s| is) |this is |based on |according to |in |from |enter |write |insert "
+    rf"|fill in |provide |update |improve |complete |describe |add |edit |check |review |share |change )?{_YOURS}"
+    r"|\b(?:you(?:'ve|'ll|'re| can| could| should| may| might| must| need| want| will| would| have| are)"
+    rf"|i|i'(?:ve|ll|d)|thanks|thank you)\b[^.!?\n]{{0,80}}{_YOURS}",
+    re.I | re.M,
+)
+"""Talk to somebody about what is his; people and videos may have `your name` in them."""
+_QUOTED = re.compile(r"\"[^\"\n]*\"|“[^”\n]*”|«[^»\n]*»|「[^」\n]*」")
+"""Titles, for example, which say what they like."""
 _POSITIVE = re.compile(
     r"\b(?:like|likes|liked|love|loves|enjoy|enjoys|prefer|prefers|preferred|preference|favou?rite|fans?|interested"
     r"|high interest|keen|finish|finishes|watch|watches|recommend|more|suits?|best)\b|喜欢|偏好|感兴趣|爱看|推荐",
@@ -100,7 +116,7 @@ def fault_of(text: str, instructions: str = "") -> str:
     """
     if m := PLACEHOLDERS.search(text):
         return f"it holds the placeholder {m[0]!r}"
-    if m := _ASSISTANT.search(text):
+    if m := _ASSISTANT.search(text) or _TO_READER.search(_QUOTED.sub("", text)):
         return f"it talks about the assistant or the reader, not about the group: {m[0]!r}"
     if copied := _copied(text, instructions):
         return f"it repeats the question: {copied!r}"

@@ -1,6 +1,6 @@
 """The stage `ugm`: group profiles and everybody's memberships, as a versioned artifact with the evidence."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -13,13 +13,15 @@ from gubs.data.ifvr import IFVR, PROFILES
 from gubs.errors import GubsError
 from gubs.llm.budget import CostEstimate
 from gubs.llm.client import LLMClient
+from gubs.llm.contract import in_words
 from gubs.llm.journal import journal_folder
 from gubs.llm.progress import llm_progress
 from gubs.llm.settings import LLMSettings
 from gubs.prompts.people import Person
 from gubs.records import SCHEMAS, GroupProfile, Split, User
 from gubs.ugm.evidence import RECORD_COLUMNS, Records, read_records
-from gubs.ugm.manager import UGMResult, foreseen_requests, group_id, manage
+from gubs.ugm.manager import UGMResult, foreseen_requests, manage
+from gubs.ugm.phases import DROPPED, group_id
 from gubs.ugm.placement import Placement
 from gubs.ugm.quality import HELD_OUT_COLUMNS, geometry, skips
 from gubs.ugm.settings import UGMSettings
@@ -65,8 +67,8 @@ def make(job: StageJob, ugm: UGMSettings, llm: LLMSettings, seed: int) -> str:
     report = result.report
     if not report["kept"]:
         raise NoGroupsError(
-            f"no group has a profile ({report['dropped']}): lower ugm.min_matched or ugm.groups, raise ugm.top, or use "
-            "a stronger matcher (or ugm.author=both)"
+            f"no group has a profile ({_why_dropped(report)}): lower ugm.min_matched or ugm.groups, raise ugm.top, or "
+            "use a stronger model (or ugm.author=both)"
         )
     version = job.recipe.fingerprint(job.kind)
     placement = _placement(result)
@@ -93,13 +95,18 @@ def _summary(report: JsonObject, memberships: int) -> str:
     by_evidence = {what: report[f"{what}_by"].get("evidence", 0) for what in ("names", "profiles")}
     notes = [f"{n} {what} by the evidence" for what, n in by_evidence.items() if n]
     notes += [f"{report['unsupported']} unsupported claims"] if report["unsupported"] else []
-    failures = report.get("match_failures", {})
-    causes = ", ".join(f"{cause} {n}" for cause, n in failures.items())
-    notes += [f"{sum(failures.values())} members without a verdict ({causes})"] if failures else []
+    instead = ", and the evidence decides instead" if report["author"] == "both" else ""
+    notes += [in_words(role, causes, report["asked"][role]) + instead for role, causes in report["missing"].items()]
     return (
         f"{report['kept']} of {report['groups']} groups have a profile, {report['grouped_users']} of "
         f"{report['users']} users are in them; {memberships:,} memberships in all" + "".join(f"; {n}" for n in notes)
     )
+
+
+def _why_dropped(report: JsonObject) -> str:
+    """How many groups have no profile for what reason."""
+    causes = Counter(DROPPED.get(cause, f"an answer is missing ({cause})") for cause in report["dropped"].values())
+    return "; ".join(f"{n} group{'s' if n > 1 else ''}: {why}" for why, n in causes.items())
 
 
 def estimate(run: Run, ugm: UGMSettings, llm: LLMSettings, *, profiles: bool = True) -> CostEstimate:

@@ -16,8 +16,7 @@ import numpy as np
 from gubs.artifacts import JsonObject
 from gubs.errors import GubsError, InputError
 from gubs.llm.calls import Answer, LLMRequest, estimate_tokens, question
-from gubs.llm.client import LLMClient
-from gubs.llm.contract import UNANSWERED, require
+from gubs.llm.contract import NOT_TAKEN, UNANSWERED
 from gubs.prompts import fill
 from gubs.prompts.fields import plain, record
 from gubs.prompts.group_answers import (
@@ -28,7 +27,7 @@ from gubs.prompts.group_answers import (
     parse_categories,
 )
 from gubs.prompts.people import Person
-from gubs.ugm.asking import Faults, ask_checked
+from gubs.ugm.asking import Check, Interview
 from gubs.ugm.checks import fault_of
 from gubs.ugm.cluster import TfidfEncoder, nearest_to_text
 from gubs.ugm.evidence import person_items
@@ -73,12 +72,12 @@ class _Item:
 
 
 def summarize(
-    llm: LLMClient, people: Sequence[Person], settings: UGMSettings, author: Author = "llm", overview: str = ""
+    interview: Interview, people: Sequence[Person], settings: UGMSettings, author: Author = "llm", overview: str = ""
 ) -> tuple[list[Sketch], JsonObject]:
     """Makes k groups.
 
     Args:
-        llm: asks the role `summarizer`.
+        interview: asks the role `summarizer`.
         people: the users to be grouped.
         settings: k, mode, context.
         author: with `both`, groups that the summarizer does not give are made up around free users; what is wrong with
@@ -90,10 +89,10 @@ def summarize(
         repairs).
 
     Raises:
-        InputError: fewer users than groups, or the context is too small. SummaryError: no usable answer.
-        IncompleteError: no answer at all.
+        InputError: fewer users than groups, or the context is too small. SummaryError: no usable answer (not with
+            `both`). IncompleteError: the endpoint gave none. What stops the client: see `LLMClient.stream`.
     """
-    guided, names = llm.settings.guided("summarizer"), _choices(people, author)
+    guided, names = interview.settings.guided("summarizer"), _choices(people, author)
     items = _items(people, settings)
     report: JsonObject = {"calls": 0, "levels": 0, "repairs": []}
     while True:
@@ -101,11 +100,8 @@ def summarize(
         report["levels"] += 1
         report["calls"] += len(chunks)
         requests = _requests(chunks, settings, guided, report["levels"], names, overview)
-        answers = _ask(llm, requests, chunks, settings.groups, author)
-        require([a for a in answers if a.failure in UNANSWERED], llm.settings.contract)
         sketches: list[Sketch] = []
-        for chunk, answer in zip(chunks, answers, strict=True):
-            categories = _categories(answer, settings.groups, author)
+        for chunk, categories in zip(chunks, _ask(interview, requests, chunks, settings.groups, author), strict=True):
             sketches += _sketches(chunk, categories, people, settings.groups, report)
         if len(chunks) == 1:
             return _different_names(sketches, people, report), report
@@ -190,25 +186,35 @@ def _requests(
 
 
 def _ask(
-    llm: LLMClient, requests: Sequence[LLMRequest], chunks: Sequence[Sequence[_Item]], k: int, author: Author
-) -> list[Answer]:
-    """Answers with a re-ask of those with faults. One with too few groups that an earlier run has left in the journal
-    is asked for anew, as another sample, instead of failing forever (unless the missing groups are made up anyway).
+    interview: Interview, requests: Sequence[LLMRequest], chunks: Sequence[Sequence[_Item]], k: int, author: Author
+) -> list[list[Category]]:
+    """The groups of each chunk. Faults that a re-ask leaves are repaired later, too few groups are not; with `both`,
+    the missing ones are made up, even if all are.
     """
+    least = 1 if author == "both" else k
 
-    def faults_of(places: Sequence[int]) -> Faults:
-        return lambda i, text: _faults(text, k, len(chunks[places[i]]))
+    def too_few(_: int, text: str) -> str:
+        n = len(find_categories(text))
+        return f"{n} complete ones" if n < least else ""
 
-    answers = ask_checked(llm, requests, faults_of(range(len(requests))))
-    asked = list(requests)
-    while author != "both" and (
-        stuck := [i for i, a in enumerate(answers) if a.replayed and (not a.ok or len(find_categories(a.text)) < k)]
-    ):
-        asked = [dataclasses.replace(r, sample=r.sample + 1) for r in asked]
-        again = ask_checked(llm, [asked[i] for i in stuck], faults_of(stuck))
-        for i, answer in zip(stuck, again, strict=True):
-            answers[i] = answer
-    return answers
+    check = Check(lambda i, text: _faults(text, k, len(chunks[i])), too_few)
+    answers = interview.ask_checked(requests, check, count=False)
+    missing = [] if author == "both" else [a for a in answers if not a.ok]
+    # What the model wrote says more than the contract's causes; what the endpoint did not give is the contract's.
+    if missing and not any(a.failure in UNANSWERED | NOT_TAKEN for a in missing):
+        raise _no_groups(missing[0], k)
+    interview.contract.check(answers)
+    if missing:
+        raise _no_groups(missing[0], k)
+    return [find_categories(a.text) if a.ok else [] for a in answers]
+
+
+def _no_groups(answer: Answer, k: int) -> SummaryError:
+    return SummaryError(
+        f"the summarizer did not give {k} groups, even when asked again ({answer.failure}: {answer.error}). "
+        f"Its answer began: {answer.text[:300]!r}. The next run asks again. "
+        "Try a stronger model for llm.roles.summarizer, fewer ugm.groups, or ugm.author=both"
+    )
 
 
 def _faults(text: str, k: int, users: int) -> list[str]:
@@ -242,18 +248,6 @@ def _group_line(sketch: Sketch, people: Sequence[Person], settings: UGMSettings)
     return record({"group": sketch.name, "features": sketch.features} | by[settings.mode], settings.max_text)
 
 
-def _categories(answer: Answer, k: int, author: Author) -> list[Category]:
-    categories = find_categories(answer.text)
-    if len(categories) < k and not (author == "both" and answer.text.strip()):
-        raise SummaryError(
-            f"the summarizer did not give {k} groups, even when asked again "
-            f"({answer.failure or f'{len(categories)} complete ones'}: {answer.error}). "
-            f"Its answer began: {answer.text[:300]!r}. The next run asks again. "
-            "Try a stronger model for llm.roles.summarizer, fewer ugm.groups, or ugm.author=both"
-        )
-    return categories
-
-
 def _sketches(
     chunk: Sequence[_Item], categories: Sequence[Category], people: Sequence[Person], k: int, report: JsonObject
 ) -> list[Sketch]:
@@ -283,6 +277,8 @@ def _sketches(
 
 def _merged(sketches: list[Sketch], people: Sequence[Person], k: int, report: JsonObject) -> list[Sketch]:
     """Merges the two groups whose typical users are most alike until k are left; the earlier one stays."""
+    if len(sketches) <= k:
+        return sketches
     encoder = TfidfEncoder("both")
     users = [people[s.typical].with_tags for s in sketches]
     encoder.fit(users)

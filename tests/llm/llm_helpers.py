@@ -78,18 +78,34 @@ class Outcome:
     notes: list[str]
 
 
+async def opened_actor(
+    settings: LLMSettings, folder: Path, keys: dict[str, SecretStr] | None = None, name: str = "default"
+) -> ClientActor:
+    """A client actor in this process, with the settings' endpoint `default` under that name."""
+    actor, endpoints = ClientActor(), {name: settings.endpoints["default"]}
+    await actor.open(Assignment(settings, endpoints, str(folder), Journal(folder).id, 0, 1, keys or {}))
+    return actor
+
+
+def works_of(settings: LLMSettings, requests: list[LLMRequest], name: str = "default") -> list[Work]:
+    """The calls that requests begin with."""
+    idents = [identity(r, settings.role(r.role), "m") for r in requests]
+    return [Work(key_of(i), name, r, i) for i, r in zip(idents, requests, strict=True)]
+
+
 def run_actor(
-    settings: LLMSettings, folder: Path, requests: list[LLMRequest], *, keys: dict[str, SecretStr] | None = None
+    settings: LLMSettings,
+    folder: Path,
+    requests: list[LLMRequest],
+    *,
+    keys: dict[str, SecretStr] | None = None,
+    name: str = "default",
 ) -> Outcome:
     """Runs requests through one client actor in this process: real HTTP, without Ray."""
 
     async def main() -> Outcome:
-        actor = ClientActor()
-        await actor.open(Assignment(settings, settings.endpoints, str(folder), Journal(folder).id, 0, 1, keys or {}))
-        works = []
-        for request in requests:
-            ident = identity(request, settings.role(request.role), "m")
-            works.append(Work(key_of(ident), "default", request, ident))
+        actor = await opened_actor(settings, folder, keys, name)
+        works = works_of(settings, requests, name)
         await actor.submit(works)
         attempts, notes, report = [], [], Report([])
         async with asyncio.timeout(60):

@@ -1,5 +1,6 @@
 """Failures are no data: what an endpoint refuses, breaks off or does not answer is tried again, counted, and said."""
 
+import asyncio
 import itertools
 import json
 import os
@@ -12,10 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
-from llm_helpers import run_actor, simple
+from llm_helpers import opened_actor, run_actor, simple, works_of
 
 from gubs.llm.client import LLMClient
 from gubs.llm.errors import BudgetReachedError, EndpointRefusedError, StoppedError
+from gubs.llm.journal import JournalWriter
+from gubs.llm.settings import EMBEDDED
 
 MODERATED = {"status": 403, "body": {"error": {"code": 403, "message": "x", "metadata": {"reasons": ["violence"]}}}}
 
@@ -38,6 +41,14 @@ def test_parameters_that_are_not_taken_are_found_out_by_one_call_ahead_of_the_cr
     assert not {"temperature", "max_tokens"} & set(body)
     assert "max_completion_tokens for max_tokens" in str(out.notes)
     assert [(e.failure, e.billed) for e in out.attempts if e.retried] == [("rejected", False)] * 2
+
+
+def test_what_is_sent_again_without_a_parameter_keeps_the_limit_of_requests(server, settings_for, tmp_path):
+    server.configure(refuses=["max_tokens"])
+    out = run_actor(settings_for(requests_per_minute=60), tmp_path, [simple("a")])
+    assert out.entries[0].text
+    assert len(gaps(server)) == 1
+    assert gaps(server)[0] >= 0.9, "one per second"
 
 
 def test_a_handful_of_equal_refusals_stops_the_run_and_says_what_to_drop(server, settings_for, tmp_path):
@@ -143,6 +154,72 @@ def test_a_body_that_stays_odd_is_a_failure_that_shows_it(server, settings_for, 
     assert out.report.stop is None
 
 
+def test_an_error_names_the_settings_of_the_embedded_server(server, settings_for, tmp_path):
+    server.configure(rules=[{"status": 404, "body": {"error": {"message": "no such model"}}}])
+    for name, place in ((EMBEDDED, "llm.embedded"), ("default", "llm.endpoints.default")):
+        stop = run_actor(settings_for(), tmp_path, [simple("a")], name=name).report.stop
+        assert str(stop).endswith(f"Check {place}")
+
+
+def metered(settings_for, **endpoint):
+    return settings_for(rest={"budget": {"calls": 100}}, retries={"attempts": 2}, **endpoint)
+
+
+def test_a_stop_waits_for_the_answer_of_a_call_that_has_asked_for_a_second_copy(server, settings_for, tmp_path):
+    """Nobody grants it any more, and a call that waited for that would lose its answer, which is paid for."""
+    server.configure(rules=[{"match": "slow", "latency_s": 2.5}])
+    settings = metered(settings_for)
+
+    async def main():
+        actor = await opened_actor(settings, tmp_path)
+        await actor.submit(works_of(settings, [simple("quick"), simple("slow")]))
+        asking, done = [], []
+        async with asyncio.timeout(20):
+            while not asking:
+                report = await actor.collect(1.0)
+                asking, done = asking + report.asking, done + report.done
+        began = time.monotonic()
+        done += (await actor.drain(8.0)).done
+        seconds = time.monotonic() - began
+        await actor.close()
+        return [e.text for e, _ in done], seconds
+
+    texts, seconds = asyncio.run(main())
+    assert len(texts) == 2
+    assert all(texts)
+    assert seconds < 5, "the answer comes before, and nothing else is waited for"
+
+
+def test_the_budget_ends_a_call_only_after_its_attempts_are_journaled(server, settings_for, tmp_path, monkeypatch):
+    """Between, they would count neither as reserved nor as spent, and another call would pass the budget."""
+    server.configure(rules=[{"fault": "500"}])
+    settings, append = metered(settings_for), JournalWriter.append
+
+    async def slow(self, entry):
+        await asyncio.sleep(0.5)
+        return await append(self, entry)
+
+    async def main():
+        actor = await opened_actor(settings, tmp_path)
+        works = works_of(settings, [simple("a")])
+        await actor.submit(works)
+        returned, journaled = [], []
+        async with asyncio.timeout(20):
+            while not returned:
+                report = await actor.collect(1.0)
+                journaled += [e.key for e, _ in report.done]
+                returned += report.returned
+                for key in report.asking:
+                    await actor.admit(key, admitted=False)
+        await actor.close()
+        return works, returned, journaled
+
+    monkeypatch.setattr(JournalWriter, "append", slow)
+    works, returned, journaled = asyncio.run(main())
+    assert returned == works
+    assert journaled == [works[0].key]
+
+
 @pytest.mark.usefixtures("ray_local")
 class TestRuns:
     """One run after another, on the same journal."""
@@ -190,6 +267,35 @@ class TestRuns:
         assert (long.ok, long.calls) == (True, 2)
         assert (endless.failure, endless.calls, server.calls("endless")) == ("truncated", 2, 2)
         assert sorted(b["max_tokens"] for b in server.stats()["bodies"]) == [256, 256, 1024, 1024]
+
+    def test_more_room_that_is_refused_is_about_that_answer_alone(self, server, settings_for, tmp_path):
+        cut = {"match": "long", "nth": 1, "text": "half", "finish_reason": "length"}
+        error = {"message": "max_tokens=1024 is not supported", "param": "max_tokens"}
+        server.configure(rules=[cut, {"match": "long", "status": 400, "body": {"error": error}}])
+        with LLMClient(settings_for(max_concurrency=2), tmp_path) as client:
+            answers = client.ask(many(8, "long"))
+            assert {a.failure for a in answers} == {"truncated"}, "eight equal refusals stop nothing"
+            assert all("with more room: rejected: HTTP 400" in a.error for a in answers)
+            assert client.ask([simple("short")])[0].ok
+        assert server.stats()["bodies"][-1]["max_tokens"] == 256, "and nothing is learned of the parameter"
+        total = server.stats()["total"]
+        server.configure()
+        with LLMClient(settings_for(), tmp_path) as client:
+            assert all(a.ok for a in client.ask(many(8, "long"))), "a fresh sample, not the same request for more room"
+        assert server.stats()["total"] == total + 8
+        assert {b["max_tokens"] for b in server.stats()["bodies"][-8:]} == {256}
+
+    def test_an_outage_while_more_room_is_asked_for_stays_an_outage(self, server, settings_for, tmp_path):
+        cut = {"match": "long", "nth": 1, "text": "half", "finish_reason": "length"}
+        server.configure(rules=[cut, {"match": "long", "fault": "500"}])
+        settings = settings_for(retries={"attempts": 2})
+        with LLMClient(settings, tmp_path) as client:
+            answer = client.ask([simple("long")])[0]
+        assert (answer.failure, answer.attempts) == ("unreachable", 3)
+        server.configure()
+        with LLMClient(settings, tmp_path) as client:
+            assert client.ask([simple("long")])[0].ok
+        assert server.calls("long") == 4, "the request for more room goes on"
 
     def test_an_empty_answer_is_asked_for_again_plainly(self, server, settings_for, tmp_path):
         thinking = {"text": "", "message": {"reasoning_content": "Yes, they match."}}

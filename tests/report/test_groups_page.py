@@ -125,6 +125,18 @@ def test_the_page_shows_how_good_the_groups_are(run):
     assert EVIL not in page
 
 
+def test_the_page_says_which_answers_are_missing(run):
+    assert "did not answer everything" not in render(run)
+    ugm = run.artifact("ugm")
+    missing = {"author": "llm", "asked": {"matcher": 150}, "missing": {"matcher": {"no_verdict": 2, "truncated": 1}}}
+    tables = {name: ugm.table(name) for name in ("groups", "memberships")}
+    put(run, "ugm", tables, info={**ugm.manifest.info, **missing})
+    page = " ".join(render(run).split())
+    assert "3 of 150 answers of the matcher are missing (no_verdict 2, truncated 1)" in page
+    assert "A member without a verdict does not count for that group" in page
+    assert "judged by their records" not in page
+
+
 def test_purity_is_the_share_of_each_groups_commonest_archetype():
     rows = [
         {"user_id": u, "group_id": g, "how": how}

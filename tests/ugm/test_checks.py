@@ -3,7 +3,7 @@
 import pytest
 
 from gubs.ugm.checks import Evidence, complete, fault_of, fault_of_name, unsupported, without
-from gubs.ugm.manager import _instructions
+from gubs.ugm.profiles import instructions
 
 
 @pytest.fixture
@@ -20,12 +20,21 @@ def evidence(records):
         "As an AI language model, I cannot know this group.",
         "Here's a breakdown of how you can improve your profile and make the best decision for the group.",
         "作为一个AI语言模型，我无法回答。",
+        "You can see in your profile that cooking suits them.",
+        "Please enter your name.",
+        "They like cooking.\nYour answer: cooking",
+        "Based on your profile, cooking suits best.",
+        "I have updated your profile.",
+        "Thank you for your answer.",
+        "Name: <your name>",
+        "The members like <topic> and skip <tags>.",
+        "<group name>: retired women who cook.",
         "They like their family, they love their family. " * 6,
         "Write the profile of this group as a whole and what should change in recommending to it.",
     ],
 )
 def test_texts_that_are_not_about_the_group(text):
-    assert fault_of(text, _instructions())
+    assert fault_of(text, instructions())
 
 
 @pytest.mark.parametrize(
@@ -34,13 +43,17 @@ def test_texts_that_are_not_about_the_group(text):
         "Retired women who cook every day. They finish short recipes and skip football at once.",
         "喜欢养生和美食的退休用户，反感标题党。",
         "Members like what they list; show them short and friendly videos.",
+        "They like <b>cooking</b> and <i>travel</i>.<br>They skip football.",
+        "They are < thirty and watch > ten videos a day.",
+        'They finish quizzes such as "What does your name mean?" and skip “your profile in ten seconds”.',
+        "They like videos on what your name says about you, and skip tests of your profile picture.",
         "They prefer what calms them, negative or unpleasant content drives them away.",
         "Here is the revised profile of this group:\nWhat drives them away (negative or unpleasant content, style of "
         "titles): they leave at the first crude word, and titles in capitals are skipped by nearly all of them.",
     ],
 )
 def test_texts_that_are(text):
-    assert fault_of(text, _instructions()) == ""
+    assert fault_of(text, instructions()) == ""
 
 
 @pytest.mark.parametrize(

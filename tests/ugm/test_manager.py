@@ -14,12 +14,17 @@ from gubs.records import User, Video
 from gubs.ugm.manager import foreseen_requests, manage
 from gubs.ugm.settings import UGMSettings
 
-LENIENT = PLAIN.model_copy(update={"contract": ContractSettings(unusable=0.5)})
+
+def allowing(**shares):
+    return PLAIN.model_copy(update={"contract": ContractSettings(**shares)})
+
+
+LENIENT = allowing(unusable=0.5)
 SMALL = {"groups": 3, "top": 8, "min_matched": 4}
 
 
-def run(reply=well_behaved, crowd=None, llm_settings=PLAIN, **settings):
-    llm, crowd = ScriptedLLM(reply, llm_settings), crowd or people(30)
+def run(reply=well_behaved, crowd=None, llm_settings=PLAIN, fails=lambda _: "", **settings):
+    llm, crowd = ScriptedLLM(reply, llm_settings, fails=fails), crowd or people(30)
     return manage(llm, crowd, UGMSettings(**{**SMALL, **settings}), records=records_of(crowd), seed=0), llm
 
 
@@ -70,7 +75,8 @@ def test_a_match_without_a_verdict_is_neither_yes_nor_no_and_is_counted():
     assert member.reason == "no verdict (no_verdict)"
     assert member not in result.groups[0].matched
     assert 'own0"' not in llm.prompts("final/g00")[0]
-    assert result.report["match_failures"] == {"no_verdict": 1}
+    assert result.report["missing"] == {"matcher": {"no_verdict": 1}}
+    assert result.report["asked"]["matcher"] == 24
 
 
 def test_where_the_matcher_is_silent_the_evidence_decides():
@@ -119,6 +125,59 @@ def test_a_failed_profile_drops_the_group_with_its_cause():
 def test_missing_answers_end_the_phase(label):
     with pytest.raises(IncompleteError, match=r"incomplete: 1 of \d+ answers of the \w+ are missing"):
         run(lambda r: "" if r.label == label else well_behaved(r))
+
+
+def failing(cause, *labels):
+    return lambda r: cause if r.label in labels else ""
+
+
+@pytest.mark.parametrize(
+    ("author", "reply", "label", "least"),
+    [
+        ("llm", well_behaved, "final/g00", 1 / 6),  # of 3 and 3 profiles
+        ("both", lambda r: "?" if r.role == "matcher" else well_behaved(r), "match/g00/u000", 1 / 24),
+        ("both", lambda r: "?" if r.role == "summarizer" else well_behaved(r), "summarize/1.0", 1.0),
+    ],
+)
+def test_the_share_that_may_be_missing_is_of_all_calls_of_the_role(author, reply, label, least):
+    """Of all batches of the stage, and of answers that cannot be used too."""
+    fails = failing("rate_limited", label)
+    result, _ = run(reply, author=author, fails=fails, llm_settings=allowing(unanswered=least, unusable=0.0))
+    assert "rate_limited" in str(result.report["missing"])
+    with pytest.raises(IncompleteError, match=r"rate_limited 1.*the same command resumes"):
+        run(reply, author=author, fails=fails, llm_settings=allowing(unanswered=least - 0.01))
+
+
+def test_a_chunk_of_users_that_is_not_answered_is_one_of_all_chunks():
+    crowd, fails = people(200), failing("rate_limited", "summarize/1.0")
+    result, llm = run(
+        crowd=crowd, author="both", context_tokens=2000, fails=fails, llm_settings=allowing(unanswered=0.3)
+    )
+    asked = len(llm.prompts("summarize"))
+    assert asked > 4
+    assert result.report["asked"]["summarizer"] == asked
+    assert result.report["missing"] == {"summarizer": {"rate_limited": 1}}
+
+
+@pytest.mark.parametrize("cause", ["empty", "moderated"])
+def test_where_the_summarizer_is_silent_the_evidence_makes_the_groups(cause):
+    result, _ = run(author="both", fails=failing(cause, "summarize/1.0"))
+    assert result.report["missing"] == {"summarizer": {cause: 1}}
+    assert {g.sketch.author for g in result.groups} == {"evidence"}
+    assert result.report["kept"] == 3
+
+
+@pytest.mark.parametrize("author", ["llm", "both"])
+def test_a_prompt_that_is_not_taken_counts_as_the_answers_own(author):
+    """Within the share; above it, the same command would fail again, and says so."""
+    for cause in ("context", "rejected"):
+        fails = failing(cause, "match/g00/u000")
+        result, _ = run(author=author, fails=fails, llm_settings=allowing(unusable=0.05))
+        assert result.report["missing"] == {"matcher": {cause: 1}}
+        with pytest.raises(IncompleteError, match="will be refused again") as e:
+            run(author=author, fails=fails)
+        assert "the same command resumes" not in str(e.value)
+        assert ("lower ugm.context_tokens" in str(e.value)) is (cause == "context")
 
 
 def test_the_least_similar_members_are_left_out_if_the_prompt_is_full():
@@ -177,9 +236,14 @@ def test_nothing_a_user_wrote_can_break_the_form():
         evil = User(f"u{i:03d}", 30, EVIL, EVIL, {EVIL: EVIL}, ["cooking", EVIL])
         crowd[i] = Person(evil, (View(Video(f"v{i}", EVIL)), View(Video(f"w{i}", None, tags=[EVIL]))))
     crowd.append(Person(User("u012"), (), Taste(EVIL, ("cooking", EVIL))))
+    profile = EVIL.replace("Category 1", "This")  # it would be no profile otherwise
     _, llm = run(
-        lambda r: EVIL + well_behaved(r) if r.role == "profiler" else well_behaved(r), crowd=crowd, top=4, min_matched=1
+        lambda r: profile + well_behaved(r) if r.role == "profiler" else well_behaved(r),
+        crowd=crowd,
+        top=4,
+        min_matched=1,
     )
+    assert len(llm.prompts("match")) > len(llm.prompts("final")) == 3
     for prompt in [*llm.prompts("match"), *llm.prompts("final")]:
         assert len(re.findall(r"^Match or not", prompt, re.M)) == (1 if "You check" in prompt else 0)
         assert "<|" not in prompt
@@ -224,8 +288,11 @@ def test_what_a_weak_model_writes_is_corrected_by_the_evidence():
 
 
 def test_without_the_evidence_such_groups_get_no_profile():
-    result, llm = run(weak, author="llm")
-    assert {g.dropped for g in result.groups} == {"unusable_profile"}
+    with pytest.raises(IncompleteError, match=r"3 of 3 answers of the profiler are missing \(unusable 3\)"):
+        run(weak, author="llm")
+    result, llm = run(weak, author="llm", llm_settings=allowing(unusable=1.0))
+    assert {g.dropped for g in result.groups} == {"unusable"}
+    assert all("SmolLM" in g.unsupported[-1] for g in result.groups), "shown"
     assert result.report["kept"] == 0
     asked_again = [r for r in llm.requests if r.role == "profiler" and len(r.messages) > 1]
     assert len(asked_again) == 3, "once each"

@@ -22,13 +22,15 @@ from gubs.cli import app
 from gubs.config import load_settings
 from gubs.data.ifvr import IFVR
 from gubs.jobs import run_app
+from gubs.llm.calls import estimate_prompt
 from gubs.llm.errors import BudgetReachedError, IncompleteError, NotInJournalError
 from gubs.records import GroupProfile, conform
-from gubs.report.groups import purity_of
+from gubs.report.groups import purity_of, render
 from gubs.teachers.profiles import SCHEMA as PROFILES
+from gubs.ugm.manager import foreseen_requests
 from gubs.ugm.placement import Placement
 from gubs.ugm.settings import UGMSettings
-from gubs.ugm.stage import estimate, ugm_people
+from gubs.ugm.stage import NoGroupsError, estimate, ugm_people, ugm_records
 from gubs.ugm.summarize import SummaryError
 
 BASE = ["users=120", "videos=60", "test_users=15", "ugm_users=60", "ugm.groups=4", "top=15", "min_matched=3"]
@@ -168,6 +170,46 @@ def test_an_answer_with_too_few_groups_does_not_stop_every_later_run(run, server
     assert make_groups(run, settings).manifest.info["kept"] == 4
 
 
+NONSENSE = {"match": "", "text": "As an AI language model, I cannot know these users, but I can help you."}
+
+
+def test_profiles_that_are_not_about_the_group_do_not_stop_every_later_run(run, server, ray_local):
+    server.configure(rules=[*RULES[:2], NONSENSE])
+    said = r"4 of 4 answers of the profiler are missing \(unusable 4\).*same command resumes.*ugm\.author=both"
+    for mode in ("record", "replay"):
+        with pytest.raises(IncompleteError, match=said):
+            make_groups(run, load_settings("tiny", overrides(server, f"llm.mode={mode}")))
+    server.configure(rules=RULES)
+    made = make_groups(run, load_settings("tiny", overrides(server)))
+    assert made.manifest.info["kept"] == 4
+    replayed = make_groups(run, load_settings("tiny", overrides(server, "llm.mode=replay")), force=True)
+    assert replayed.content == made.content, "and a replay takes what the later run got"
+
+
+def test_with_the_evidence_missing_answers_are_counted_on_the_last_line_and_the_page(run, server, ray_local):
+    moderated = {"status": 403, "body": {"error": {"message": "x", "code": "content_filter"}}}
+    silent = {**RULES[1], "text": "well..."}
+    server.configure(rules=[{**moderated, "match": RULES[0]["match"]}, silent, NONSENSE])
+    made = make_groups(run, load_settings("tiny", overrides(server, "ugm.author=both")))
+    said = made.manifest.summary
+    for part in (
+        r"1 of 1 answers of the summarizer are missing \(moderated 1\), and the evidence decides instead",
+        r"(\d+) of \1 answers of the matcher are missing \(no_verdict \1\)",
+        r"(\d+) of \1 answers of the profiler are missing \(unusable \1\)",
+    ):
+        assert re.search(part, said), said
+        assert re.search(part.partition(", and")[0], render(run))
+    assert "without a verdict" not in said + render(run)
+    assert "members are judged by their records" in render(run)
+    assert made.manifest.info["kept"] == 4
+
+
+def test_a_run_without_groups_says_why_in_words(run, server, ray_local):
+    server.configure(rules=[RULES[0], {**RULES[1], "text": "Match or not: No\nReason: skips it"}, RULES[2]])
+    with pytest.raises(NoGroupsError, match=r"\(4 groups: too few members matched\): lower ugm\.min_matched"):
+        make_groups(run, load_settings("tiny", overrides(server)))
+
+
 @pytest.fixture(scope="module")
 def by_evidence(tmp_path_factory):
     """A run with groups made without any call, and the ids of users whose histories were read for them."""
@@ -240,6 +282,23 @@ def test_the_artifact_has_evidence_authors_and_figures(by_evidence):
     assert 0.5 < purity.everybody <= 1
 
 
+def test_the_embedded_model_can_do_all_calls(by_evidence):
+    """In preset `tiny`: of 48 users at once, held to forms, and within its context."""
+    run, _, _ = by_evidence
+    settings = load_settings("tiny", [])
+    people = ugm_people(IFVR(run), settings.ugm, tastes=False)[:48]
+    records = ugm_records(IFVR(run), people, settings.ugm)
+    requests = foreseen_requests(people, settings.ugm, settings.llm, records)
+    assert settings.ugm.author_with(settings.llm) == "both"
+    asked = Counter(r.role for r in requests)
+    assert (len(people), asked["summarizer"]) == (48, 1)
+    assert asked["matcher"] > asked["profiler"] > 1
+    assert all(r.regex for r in requests)
+    for r in requests:
+        room = settings.llm.embedded.max_model_len - settings.llm.role(r.role).max_tokens
+        assert estimate_prompt(r.messages) < room
+
+
 def test_a_budget_stops_cleanly_and_can_be_raised(run, server, ray_local):
     server.configure(rules=RULES)
     with pytest.raises(BudgetReachedError, match="20"):
@@ -265,16 +324,28 @@ def test_missing_verdicts_end_the_command_with_causes_and_the_same_command_goes_
         run_app(app, command)
     assert e.value.code == 0
     info = run.artifact("ugm").manifest.info
-    assert (info["kept"], info["match_failures"]) == (4, {})
+    assert (info["kept"], info["missing"]) == (4, {})
     asked = sum(calls(server).values()) - sum(before.values())
     verdicts = sum(len(g.members) for g in GroupProfile.from_table(run.artifact("ugm").table("groups")))
     assert asked == verdicts + 4, "the verdicts and the final profiles, and nothing that was finished"
 
 
+def test_prompts_that_are_too_long_end_the_command_with_the_setting_that_helps(run, server, ray_local, capsys):
+    """The same command would fail again."""
+    long = {"status": 400, "body": {"error": {"message": "too many tokens", "code": "context_length_exceeded"}}}
+    server.configure(rules=[RULES[0], {**long, "match": "You check whether"}, RULES[2]])
+    with pytest.raises(SystemExit) as e:
+        run_app(app, ["ugm", "--run", run.uri, *overrides(server)])
+    assert e.value.code == 6
+    last = " ".join(capsys.readouterr().err.splitlines()[-1].split())
+    assert "too many tokens" in last
+    assert "what is refused (context) will be refused again; lower ugm.context_tokens" in last
+
+
 def test_a_narrow_rate_limit_is_no_verdict(run, server, ray_local):
     server.configure(rules=RULES, per_s=25)
     made = make_groups(run, load_settings("tiny", overrides(server, "llm.retries.patience_s=3")))
-    assert made.manifest.info["match_failures"] == {}
+    assert made.manifest.info["missing"] == {}
     groups = GroupProfile.from_table(made.table("groups"))
     assert all(m.matched for g in groups for m in g.members)
 

@@ -21,6 +21,7 @@ from gubs.prompts.group_answers import (
 )
 from gubs.prompts.people import Person, Taste, View
 from gubs.records import User, Video
+from gubs.ugm.asking import Interview
 from gubs.ugm.settings import UGMSettings
 from gubs.ugm.summarize import SummaryError, summarize
 
@@ -28,7 +29,7 @@ from gubs.ugm.summarize import SummaryError, summarize
 def run(reply, n=30, k=3, **settings):
     llm = ScriptedLLM(reply)
     crowd = people(n)
-    sketches, report = summarize(llm, crowd, UGMSettings(groups=k, **settings))
+    sketches, report = summarize(Interview(llm, "llm"), crowd, UGMSettings(groups=k, **settings))
     return sketches, report, llm
 
 
@@ -97,7 +98,7 @@ def test_an_answer_with_too_few_groups_is_asked_for_anew_by_the_next_run():
         return categories([1, 2, 3] if request.sample else [1, 2])
 
     llm = ScriptedLLM(reply, replays=lambda request: not request.sample)
-    sketches, _ = summarize(llm, people(30), UGMSettings(groups=3))
+    sketches, _ = summarize(Interview(llm, "llm"), people(30), UGMSettings(groups=3))
     assert len(sketches) == 3
     assert replayed == [0, 0, 1]
 
@@ -112,7 +113,7 @@ def test_equal_names_are_asked_about_then_told_apart():
 
 def test_with_the_evidence_missing_groups_are_made_up_around_other_users():
     llm = ScriptedLLM(lambda _: categories([1, 2]))
-    sketches, report = summarize(llm, people(30), UGMSettings(groups=4), "both")
+    sketches, report = summarize(Interview(llm, "both"), people(30), UGMSettings(groups=4), "both")
     assert len({s.typical for s in sketches}) == 4
     assert len([r for r in report["repairs"] if "added" in r]) == 2
 
@@ -153,7 +154,7 @@ def test_a_title_or_tag_cannot_leave_its_line():
     crowd = people(6)
     crowd[2] = Person(User("evil", 30, EVIL, EVIL, {EVIL: EVIL}, [EVIL]))
     llm = ScriptedLLM(well_behaved)
-    summarize(llm, crowd, UGMSettings(groups=3))
+    summarize(Interview(llm, "llm"), crowd, UGMSettings(groups=3))
     prompt = llm.prompts("summarize")[0]
     assert len(re.findall(r"^User \d+: ", prompt, re.M)) == 6
     assert len(re.findall(r"^Category 1", prompt, re.M)) == 1, "only our own form"
@@ -164,7 +165,7 @@ def test_a_title_or_tag_cannot_leave_its_line():
 def test_users_without_tags_and_other_scripts():
     crowd = [*people(5), Person(User("bare")), Person(User("zh", 60, "女", "退休", {}, ["养生", "广场舞"]))]
     llm = ScriptedLLM(well_behaved)
-    summarize(llm, crowd, UGMSettings(groups=2))
+    summarize(Interview(llm, "llm"), crowd, UGMSettings(groups=2))
     prompt = llm.prompts("summarize")[0]
     assert "养生" in prompt
     assert "User 6: {}" in prompt
@@ -173,7 +174,7 @@ def test_users_without_tags_and_other_scripts():
 def test_a_typical_user_is_found_by_words_of_a_language_without_spaces():
     stubborn = "Category 1: 广场舞爱好者\nFeatures: 跳广场舞\nTypical user: User 99"
     crowd = [Person(User(f"u{i}", tags=[t])) for i, t in enumerate(["钓鱼视频", "教广场舞", "做饭"])]
-    sketches, _ = summarize(ScriptedLLM(lambda _: stubborn), crowd, UGMSettings(groups=1))
+    sketches, _ = summarize(Interview(ScriptedLLM(lambda _: stubborn), "llm"), crowd, UGMSettings(groups=1))
     assert sketches[0].typical == 1
 
 
@@ -181,7 +182,7 @@ def test_users_without_tags_are_shown_with_their_inferred_taste():
     seen = Person(User("seen"), (View(Video("v", "Chess", tags=["chess"]), play_rate=1.0),))
     rated = Person(User("rated"), (), Taste("Looks for slow films.", ("film noir",)))
     llm = ScriptedLLM(well_behaved)
-    summarize(llm, [*people(4), seen, rated], UGMSettings(groups=2))
+    summarize(Interview(llm, "llm"), [*people(4), seen, rated], UGMSettings(groups=2))
     prompt = llm.prompts("summarize")[0]
     assert 'User 5: {"interests seen in the history": ["chess"]}' in prompt
     assert 'User 6: {"interests by ratings": ["film noir"], "taste": "Looks for slow films."}' in prompt

@@ -31,9 +31,11 @@ class ScriptedLLM:
         reply: Callable[[LLMRequest], str],
         settings: LLMSettings = PLAIN,
         replays: Callable[[LLMRequest], bool] = lambda _: False,
+        fails: Callable[[LLMRequest], str] = lambda _: "",
     ):
-        """`replays`: whether an answer comes from the journal."""
+        """`replays`: whether an answer comes from the journal; `fails`: why the endpoint gives none."""
         self.reply, self.settings, self.requests, self.replays = reply, settings, [], replays
+        self.fails = fails
 
     def ask(self, requests: Iterable[LLMRequest]) -> list[Answer]:
         return [self._answer(r) for r in requests]
@@ -43,9 +45,11 @@ class ScriptedLLM:
 
     def _answer(self, request: LLMRequest, reasks: int = 1) -> Answer:
         self.requests.append(request)
-        text, value, failure, error = self.reply(request), None, "", ""
+        text, value, failure, error = self.reply(request), None, self.fails(request), ""
+        if failure:
+            text, reasks, error = "", 0, f"HTTP 4xx for {request.label}"
         try:
-            value = read(request, text)
+            value = None if failure else read(request, text)
         except UnusableError as e:
             if reasks:
                 again = dataclasses.replace(request, messages=reask(request.messages, text, str(e)))
