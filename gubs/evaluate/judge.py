@@ -22,7 +22,7 @@ from gubs.evaluate.settings import EvalSettings
 from gubs.records import TASK_OPTIONS, Option, Split, Task
 from gubs.ufm.predict import Prediction, Predictor, Query
 from gubs.ufm.questions import Item, Questions
-from gubs.ufm.rewards import reward_answer
+from gubs.ufm.rewards import outcome_only, reward_answer
 from gubs.ufm.sampling import sample_seed
 from gubs.ufm.settings import RewardSettings, UFMSettings
 from gubs.ufm.stage import BASE as BASE
@@ -54,7 +54,8 @@ PREDICTIONS = pa.schema(
     ]
 )
 """One row per target and mode. `natural`, `balanced`: the mixes that it belongs to; `reward`: R of Eq. 4 with all its
-parts, whatever training used. A skip whose reason is unknown has neither gold nor reward."""
+parts, whatever training used (without r_choice where no reason is known). A skip whose reason alone is unknown has
+neither gold nor reward."""
 
 _TEMPERATURE = {"greedy": 0.0, "sampled": 1.0}
 _REPORT_EVERY = 64
@@ -92,7 +93,7 @@ def test_items(questions: Questions, count: int, seed: int) -> list[_Target]:
     """
     targets: list[_Target] = []
     for number, task in enumerate(Task):
-        items = questions.items(task, Split.TEST, unexplained=True)
+        items = _judged(questions, task)
         order = np.random.default_rng([seed, 41, number]).permutation(len(items))
         natural = set(order[: count or len(items)].tolist())
         balanced = _balanced(items, order.tolist(), count, task)
@@ -102,6 +103,12 @@ def test_items(questions: Questions, count: int, seed: int) -> list[_Target]:
     if not targets:
         raise ArtifactError(f"{questions.ifvr.uri} has no labelled targets of test users: see splits.test_users")
     return targets
+
+
+def _judged(questions: Questions, task: Task) -> list[Item]:
+    """All targets of test users whose outcome is known."""
+    items = questions.outcomes(task, Split.TEST)
+    return questions.items(task, Split.TEST, unexplained=True) if all(i.reasons_known for i in items) else items
 
 
 def predictions(
@@ -180,6 +187,8 @@ def _queries(items: Sequence[_Target], questions: Questions, seed: int) -> Itera
 def _balanced(items: Sequence[Item], order: Sequence[int], count: int, task: Task) -> set[int]:
     by_option = {o: [i for i in order if items[i].gold == o] for o in TASK_OPTIONS[task]}
     options = [numbers for numbers in by_option.values() if numbers]
+    if not all(i.reasons_known for i in items):
+        options.append([i for i in order if items[i].gold is None])
     if not options:
         return set()
     size = min(map(len, options))
@@ -190,14 +199,15 @@ def _balanced(items: Sequence[Item], order: Sequence[int], count: int, task: Tas
 
 def _row(target: _Target, mode: str, prediction: Prediction) -> Row:
     item, mixes = target
-    answer: Row = {"predicted": None, "failure": "too_long", "reward": 0.0 if item.gold else None}
+    rewarded = bool(item.gold) or not item.reasons_known
+    answer: Row = {"predicted": None, "failure": "too_long", "reward": 0.0 if rewarded else None}
     if prediction.text is not None:
-        gold = item.gold or Option.B  # an unexplained skip: its reward is dropped below
-        parts, reading = reward_answer(prediction.text, gold, item.task, RewardSettings(), prediction.finished)
+        rewards = RewardSettings() if item.reasons_known else outcome_only(RewardSettings())
+        parts, reading = reward_answer(prediction.text, item.gold, item.task, rewards, prediction.finished)
         answer = {
             "predicted": str(reading.option) if reading.option else None,
             "failure": str(reading.failure) if reading.failure else None,
-            "reward": parts.total if item.gold else None,
+            "reward": parts.total if rewarded else None,
         }
     return {
         "interaction_id": item.interaction_id,

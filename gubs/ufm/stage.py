@@ -28,7 +28,7 @@ from gubs.ufm import distil, memory
 from gubs.ufm import model as models
 from gubs.ufm.checkpoint import POLICY, Checkpoints
 from gubs.ufm.monitor import STUCK, check_trackers, read_metrics
-from gubs.ufm.questions import SKIP, Questions, trainable_tasks
+from gubs.ufm.questions import SKIP, Item, Questions, trainable_tasks
 from gubs.ufm.settings import CheckpointSettings, ModelSettings, UFMSettings, WorkerSettings
 from gubs.ufm.sft import COLUMNS, order_of, steps_of
 from gubs.ufm.train_worker import CHECKPOINTS, SETTINGS, Job
@@ -97,7 +97,8 @@ def make_grpo(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: int)
         with _watching(folder, grpo.steps, "GA-GRPO"):
             _say_scarce(ufm.workers)
             ended = _fit("gubs.ufm.grpo", {"job": work}, ufm.workers, grpo.checkpoint, folder, {})
-        about = {"tasks": [str(t) for t in tasks], "start": start.name, "rule": grpo.advantage.rule}
+        about: JsonObject = {"tasks": [str(t) for t in tasks], "start": start.name, "rule": grpo.advantage.rule}
+        about["outcome_only"] = _outcome_only({t: questions.outcomes(t, Split.TRAIN) for t in set(tasks)})
         _finish(out, folder, about | ended)
         rewards = [s["reward"] for s in read_metrics(folder)]
         edge = max(1, len(rewards) // 10)
@@ -217,14 +218,19 @@ def _tasks(questions: Questions, wanted: Sequence[Task]) -> tuple[Task, ...]:
     items = {t: questions.outcomes(t, Split.TRAIN) for t in tasks}
     counts = Counter((str(t), i.outcome) for t in tasks for i in items[t])
     _detail(_options("records", counts))
-    if blind := [t for t in tasks if not all(i.reasons_known for i in items[t])]:
-        _detail(f"{', '.join(blind)} task: why videos were skipped is unknown; only skip or not is rewarded")
+    if unknown := _outcome_only(items):
+        _detail(f"{', '.join(unknown)} task: why videos were skipped is unknown; only skip or not is rewarded")
     useful = [t for t in tasks if sum(task == t for task, _ in counts) > 1]
     for task in set(tasks) - set(useful):
         _detail(f"the {task} task is left out: its records all have the same option")
     if not useful:
         raise ArtifactError(f"{questions.run.uri}: no task has training records with two options; see `gubs show`")
     return tuple(t for t in wanted if t in useful)
+
+
+def _outcome_only(items: Mapping[Task, Sequence[Item]]) -> list[str]:
+    """The tasks in which only the outcome is known, of no skip the reason."""
+    return [str(task) for task, mine in items.items() if not all(i.reasons_known for i in mine)]
 
 
 def _options(what: str, counts: Mapping[tuple[str, str], int]) -> str:
