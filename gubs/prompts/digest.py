@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SKIPS, LIKES, CLICKS = MEASURES = ("skips", "likes", "clicks")
 """What is counted: fast skips; ratings that are likes; clicks."""
 
-LENGTHS_S = (5, 7, 9, 12, 16, 24, 40, 80, 180)
+LENGTHS_S = (7, 12, 20, 40, 80, 120, 180, 240)
 """Borders between the classes of length."""
 
 UNKNOWN = "unknown"
@@ -62,7 +62,7 @@ class Tally:
         return cls(measure, len(outcomes), sum(hit for _, hit in outcomes), {k: (n, hits[k]) for k, n in views.items()})
 
     def digest(self, video: Video) -> str:
-        """What the history says about a video, in one line: `Skips often, 12 to 16 s never, such tags mostly, new.`"""
+        """What the history says about a video, in one line: `Skips often, 12 to 20 s never, such tags mostly, new.`"""
         if not self.measure:
             return "Nothing known."
         rate = (self.hits + _PRIOR_VIEWS / 2) / (self.views + _PRIOR_VIEWS)
@@ -84,7 +84,7 @@ class Tally:
 
 
 def length_class(seconds: float) -> str:
-    """The class of a length: `under 5 s`, `5 to 7 s`, ..., `180 s and more`."""
+    """The class of a length: `under 7 s`, `7 to 12 s`, ..., `240 s and more`."""
     place = bisect_right(LENGTHS_S, seconds)
     if place == 0:
         return f"under {LENGTHS_S[0]} s"

@@ -27,13 +27,13 @@ SKIPS_LONG = (
 def test_it_counts_overall_at_the_length_and_with_the_tags():
     tally = Tally.of(SKIPS_LONG)
     assert tally.digest(Video("v", None, 10.0, tags=["pets"])) == (
-        "Skips often, 9 to 12 s never, such tags never, frequent."
+        "Skips often, 7 to 12 s never, such tags never, frequent."
     )
     assert tally.digest(Video("v", None, 100.0, tags=["news"])) == (
-        "Skips often, 80 to 180 s always, such tags always, frequent."
+        "Skips often, 80 to 120 s always, such tags always, frequent."
     )
     assert tally.digest(Video("v", None, 6.0, tags=["chess"])) == (
-        "Skips often, 5 to 7 s unknown, such tags unknown, new."
+        "Skips often, under 7 s unknown, such tags unknown, new."
     )
 
 
@@ -66,7 +66,7 @@ def test_a_cut_history_is_still_counted_whole_and_a_later_view_never():
     video = Video("v", None, 100.0, tags=["news"])
     assert person.latest(1).tally == person.tally
     early = person.before(10).latest(1)
-    assert early.tally.digest(video) == "Skips never, 80 to 180 s unknown, such tags unknown, new."
+    assert early.tally.digest(video) == "Skips never, 80 to 120 s unknown, such tags unknown, new."
 
 
 @pytest.mark.parametrize("style", ["full", "brief"])
@@ -77,11 +77,11 @@ def test_a_prompt_shows_it_in_one_line_of_our_words(task, style):
     bare = user_prompt(task, Person(User("u")), video, style=style)
     shown = user_prompt(task, Person(User("u")), video, style=style, digest=tally.digest(video))
     (line,) = set(shown.splitlines()) - set(bare.splitlines())
-    assert line.endswith("Skips mostly, 9 to 12 s mostly, such tags mostly, frequent.")
+    assert line.endswith("Skips mostly, 7 to 12 s mostly, such tags mostly, frequent.")
 
 
-@pytest.mark.parametrize(("seconds", "name"), [(0, "under 5 s"), (5, "5 to 7 s"), (179, "80 to 180 s")])
+@pytest.mark.parametrize(("seconds", "name"), [(0, "under 7 s"), (7, "7 to 12 s"), (119, "80 to 120 s")])
 def test_classes_of_length(seconds, name):
     assert length_class(seconds) == name
-    assert length_class(1e6) == "180 s and more"
+    assert length_class(1e6) == "240 s and more"
     assert {name, *RATES} <= set(words())
