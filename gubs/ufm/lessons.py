@@ -53,7 +53,7 @@ _GROUPS = 1 / 8
 _GROUP_LIKES = 4
 _VIEWS_SHOWN = 2
 _TOPICS = 120
-"""The most frequent tags, which interests are drawn from."""
+"""Most tags that interests are drawn from."""
 
 
 @dataclass(frozen=True)
@@ -219,10 +219,9 @@ def _interests(pool: LessonPool, video: Video | None, rng: np.random.Generator) 
     """One to six topics, half of the time with a tag of the video."""
     count = min(int(rng.integers(1, DERIVED_TAGS + 1)), len(pool.topics))
     topics = [pool.topics[t] for t in rng.choice(len(pool.topics), count, replace=False)]
-    if video and video.tags and rng.random() < 0.5:
-        tag = video.tags[int(rng.integers(min(2, len(video.tags))))]
-        if tag not in topics:
-            topics[int(rng.integers(len(topics)))] = tag
+    shared = [tag for tag in video.tags if tag in pool.topics and tag not in topics] if video else []
+    if shared and rng.random() < 0.5:
+        topics[int(rng.integers(len(topics)))] = shared[int(rng.integers(len(shared)))]
     return topics
 
 
@@ -233,8 +232,7 @@ def own_words(words: Vocabulary, rng: np.random.Generator) -> LessonPool:
     by_task = {
         task: [Person(user, _invented(words, measure, rng)) for user in words.users] for task, measure in words.measures
     }
-    topics = words.tags[:_TOPICS]
-    return LessonPool([], list(words.videos), topics, by_task=by_task)
+    return LessonPool([], list(words.videos), words.interests[:_TOPICS], by_task=by_task)
 
 
 def _invented(words: Vocabulary, measure: str, rng: np.random.Generator) -> tuple[View, ...]:

@@ -71,6 +71,12 @@ class Vocabulary:
         counts = Counter(tag for v in self.videos for tag in v.tags)
         return tuple(tag for tag in self.tags if counts[tag] > 1)
 
+    @property
+    def interests(self) -> tuple[str, ...]:
+        """The tags that users list as interests; if nobody lists any, those of several videos."""
+        listed = Counter(tag for user in self.users for tag in user.tags)
+        return tuple(tag for tag, _ in listed.most_common()) or self.names or self.tags
+
     def texts(self) -> Iterator[str]:
         """The words alone, for the tokenizer."""
         yield from (f" {word}" for word in digest.words())
