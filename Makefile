@@ -10,6 +10,7 @@ MODELS := requirements-models.lock
 STAMP := $(VENV)/.gubs-$(shell cat pyproject.toml $(LOCK) $(MODELS) | sha256sum | cut -c1-16)
 SOURCE ?= synthetic
 DATA ?=
+PRESET ?= $(if $(filter synthetic,$(SOURCE)),tiny,logs)
 RUN ?= runs/demo-$(SOURCE)
 ARGS ?=
 JOBS ?= 2
@@ -40,7 +41,7 @@ $(STAMP): pyproject.toml $(LOCK) $(MODELS)
 	@echo "[setup] done"
 
 demo: setup
-	@$(BIN)/gubs demo --run $(RUN) source.kind=$(SOURCE) $(if $(DATA),source.path=$(DATA)) $(ARGS)
+	@$(BIN)/gubs demo --run $(RUN) --preset $(PRESET) source.kind=$(SOURCE) $(if $(DATA),source.path=$(DATA)) $(ARGS)
 
 test: lint types tests
 check: lint types

@@ -2,9 +2,10 @@
 
 What GA-GRPO can find stands on this: a model that cannot copy a topic or a length cannot tell fitting from long. Facts
 are compared as the answers say them: of lessons, and of questions about another app, without pictures, whose topics
-have names that no lesson had. Whoever changes prompts, tokenizer or lessons looks here first.
+have names that no lesson had. Whoever changes prompts, tokenizer or lessons looks here first. With `--run`, the model
+is taught that run's own words, and asked about them.
 
-    python benchmarks/reading.py [--model FOLDER] [--lessons 1800] [--json out.json]
+    python benchmarks/reading.py [--model FOLDER | --run RUN] [--lessons 1800] [--json out.json]
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gubs.artifacts import Run
 from gubs.prompts.answers import as_answer
 from gubs.prompts.people import Person
 from gubs.prompts.question import user_prompt
@@ -26,6 +28,7 @@ from gubs.ufm import model as models
 from gubs.ufm.inputs import Inputs, Prompt
 from gubs.ufm.rollout import Engine, Request, Shape
 from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
+from gubs.ufm.vocabulary import Vocabulary
 
 FACTS = {
     "topic": r'Topic "([^"]*)"',
@@ -34,6 +37,7 @@ FACTS = {
     "length": r"Length (\d+) s",
     "long": r"(long|short)\.",
     "remark": r"But ([^.]*)\.",
+    "digest": r"((?:Skips|Clicks|Likes) \w+, .*)\.",
 }
 _SEED = 99
 
@@ -44,28 +48,37 @@ def main() -> None:
     parser.add_argument(
         "--model", type=Path, help="a checkpoint; none = the tiny model, made first where it is not there"
     )
+    parser.add_argument("--run", help="a run whose own words are taught and asked about")
     parser.add_argument("--lessons", type=int, default=1800, help="steps of lessons of the tiny model")
     parser.add_argument("--count", type=int, default=400, help="lessons held out")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     began = time.perf_counter()
-    folder = args.model or models.checkpoint(ModelSettings(size="tiny", lessons=args.lessons, dtype="float32"))
+    words = Vocabulary.of(Run(args.run)) if args.run else None
+    folder = args.model or models.checkpoint(ModelSettings(size="tiny", lessons=args.lessons), words=words)
     print(f"{folder}: there after {time.perf_counter() - began:.0f} s", flush=True)
-    inputs = Inputs(folder, InputSettings(max_prompt_tokens=1024, max_new_tokens=96))
+    inputs = Inputs(folder, InputSettings(max_prompt_tokens=1024, max_new_tokens=128))
     model = ModelSettings(dtype="float32", gradient_checkpointing=False)
     engine = Engine(Shape(str(folder), model, inputs.settings, RolloutSettings(kv_cache_gb=0.5, max_num_seqs=96)))
-    rng = np.random.default_rng([_SEED, 1])
-    pool = lessons.simulated(rng, args.count, clips=True)
-    found = {
-        "lessons": read(engine, inputs, [lessons.lesson(pool, rng) for _ in range(args.count)]),
-        "new names": read(engine, inputs, [new_names(rng) for _ in range(args.count)]),
-    }
+    asked = questions(words, args.count)
+    found = {kind: read(engine, inputs, lessons) for kind, lessons in asked.items()}
     names = [*FACTS, "all facts", "form"]
     print(f"{'':10}" + "".join(f"{n:>11}" for n in names))
     for kind, shares in found.items():
         print(f"{kind:10}" + "".join(f"{shares[n]:11.3f}" for n in names))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
+
+
+def questions(words: Vocabulary | None, count: int) -> dict[str, list[tuple[Prompt, str]]]:
+    """Questions with what is to be read in them, by kind."""
+    rng = np.random.default_rng([_SEED, 1])
+    if words is not None:
+        pool = lessons.own_words(words, rng)
+        return {"own words": [lessons.own_lesson(pool, rng) for _ in range(count)]}
+    pool = lessons.simulated(rng, count, clips=True)
+    held_out = [lessons.lesson(pool, rng) for _ in range(count)]
+    return {"lessons": held_out, "new names": [new_names(rng) for _ in range(count)]}
 
 
 def new_names(rng: np.random.Generator) -> tuple[Prompt, str]:

@@ -54,8 +54,11 @@ def demo(
     arguments = ["--run", run, "--preset", preset, *(["--force"] if force else []), *(overrides or [])]
     if jobs.named_cluster(address):
         raise typer.Exit(jobs.submit("train_grpo", arguments, address))
-    base_model(settings.ufm.model)  # once per machine, and faster while nothing else runs there
-    raise typer.Exit(jobs.demo(arguments, open_run(run), settings))
+    opened = open_run(run)
+    if settings.ufm.model.own_words:
+        stages.make(["ifvr"], opened, settings, force=force)  # its words are to be read
+    base_model(settings.ufm.model, opened)  # once per machine, and faster while nothing else runs there
+    raise typer.Exit(jobs.demo(arguments, opened, settings))
 
 
 @app.command(rich_help_panel=_DATA)

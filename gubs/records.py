@@ -275,7 +275,7 @@ class Example(Record):
     gold: str | None
     """Option; null where nobody has answered yet."""
     label_source: str | None
-    """Who answered: rule, teacher-1, teacher-2, teacher-3, script, truth, human."""
+    """Who answered: rule, teacher-1, teacher-2, teacher-3, script, guess, truth, human."""
 
 
 _TYPES: dict[object, pa.DataType] = {

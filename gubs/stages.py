@@ -216,6 +216,8 @@ STAGES: tuple[Stage, ...] = (
         settings=_teachers(
             "sft_dislikes",
             "sft_watched",
+            "sft_views",
+            "script_digest",
             "sft_click_users",
             "sft_click_each",
             "think_chars",

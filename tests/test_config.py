@@ -8,7 +8,7 @@ from gubs.errors import SettingsError
 
 
 def test_all_presets_load():
-    assert preset_names() == ["paper", "small", "tiny"]
+    assert preset_names() == ["logs", "paper", "small", "tiny"]
     for name in preset_names():
         assert load_settings(name).preset == name
 
@@ -40,7 +40,7 @@ def test_a_partly_set_section_keeps_its_other_defaults():
     assert (checkpoint.keep, checkpoint.every) == (3, Settings().ufm.sft.checkpoint.every)
 
 
-@pytest.mark.parametrize("preset", ["paper", "small", "tiny"])
+@pytest.mark.parametrize("preset", ["logs", "paper", "small", "tiny"])
 def test_settings_come_back_from_json(preset):
     """They are JSON in manifests and between processes."""
     settings = load_settings(preset, ["llm.roles.matcher.seed=3"])
@@ -105,5 +105,5 @@ def test_a_file_may_change_a_preset(tmp_path):
     file.write_text("ugm: {groups: 4}\n")
     assert load_settings(str(file)).synthetic.users == Settings().synthetic.users, "without a base: the defaults"
     file.write_text("base: nonsense\n")
-    with pytest.raises(SettingsError, match="base=nonsense is not one of paper, small, tiny"):
+    with pytest.raises(SettingsError, match="base=nonsense is not one of logs, paper, small, tiny"):
         load_settings(str(file))

@@ -26,6 +26,10 @@ class SourceSettings(Section):
     """Folder of video files, if the source's table names none; a file's stem is the id of its video."""
     max_bad_rows: float = Field(0.01, ge=0, le=1)
     """Share of malformed rows above which a file is refused."""
+    unseen: int = Field(0, ge=0)
+    """`movielens` only: for each rating, so many films that the user has not rated, drawn evenly from those that
+    somebody had rated by then, count as shown and not clicked. Ratings then are clicks without stars: the question is
+    whether a user takes up a film, not whether the user likes it."""
     columns: dict[str, str | dict[str, str]] = Field(default_factory=dict)
     """`logs` only: our column name -> its name in your files, where they differ; for one table only with the table's
     name before it: `source.columns.videos.duration_s=length`."""

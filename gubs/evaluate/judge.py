@@ -30,7 +30,7 @@ from gubs.ufm.inputs import Inputs
 from gubs.ufm.labels import Labels
 from gubs.ufm.predict import Prediction, Predictor, Query
 from gubs.ufm.questions import Item, Questions
-from gubs.ufm.rewards import reward_answer, skip_right
+from gubs.ufm.rewards import outcome_only, reward_answer, skip_right
 from gubs.ufm.sampling import sample_seed
 from gubs.ufm.settings import RewardSettings, UFMSettings
 from gubs.ufm.stage import BASE as BASE
@@ -66,8 +66,8 @@ PREDICTIONS = pa.schema(
     ]
 )
 """One row per target and mode. `natural`, `balanced`: the mixes that it belongs to; `reward`: R of Eq. 4 with all its
-parts, whatever training used; `skip`: P(skip), calibrated in the modes that are (null: the answer names no
-option). A skip whose reason is unknown has neither gold nor reward."""
+parts, whatever training used (without r_choice where no reason is known); `skip`: P(skip), calibrated in the modes that
+are (null: the answer names no option). A skip whose reason alone is unknown has neither gold nor reward."""
 
 _TEMPERATURE = {GREEDY: 0.0, SAMPLED: 1.0}
 _HELD_OUT = "held out"
@@ -111,7 +111,7 @@ def test_items(questions: Questions, count: int, seed: int) -> list[_Target]:
     """
     targets: list[_Target] = []
     for number, task in enumerate(Task):
-        items = questions.items(task, Split.TEST, unexplained=True)
+        items = _judged(questions, task)
         order = np.random.default_rng([seed, 41, number]).permutation(len(items))
         natural = set(order[: count or len(items)].tolist())
         balanced = _balanced(items, order.tolist(), count, task)
@@ -121,6 +121,12 @@ def test_items(questions: Questions, count: int, seed: int) -> list[_Target]:
     if not targets:
         raise ArtifactError(f"{questions.ifvr.uri} has no labelled targets of test users: see splits.test_users")
     return targets
+
+
+def _judged(questions: Questions, task: Task) -> list[Item]:
+    """All targets of test users whose outcome is known."""
+    items = questions.outcomes(task, Split.TEST)
+    return questions.items(task, Split.TEST, unexplained=True) if all(i.reasons_known for i in items) else items
 
 
 def ask(
@@ -223,6 +229,8 @@ def _queries(
 def _balanced(items: Sequence[Item], order: Sequence[int], count: int, task: Task) -> set[int]:
     by_option = {o: [i for i in order if items[i].gold == o] for o in TASK_OPTIONS[task]}
     options = [numbers for numbers in by_option.values() if numbers]
+    if not all(i.reasons_known for i in items):
+        options.append([i for i in order if items[i].gold is None])
     if not options:
         return set()
     size = min(map(len, options))
@@ -233,14 +241,15 @@ def _balanced(items: Sequence[Item], order: Sequence[int], count: int, task: Tas
 
 def _row(target: _Target, mode: str, prediction: Prediction) -> Row:
     item, mixes = target
-    answer: Row = {"predicted": None, "failure": "too_long", "reward": 0.0 if item.gold else None}
+    rewarded = bool(item.gold) or not item.reasons_known
+    answer: Row = {"predicted": None, "failure": "too_long", "reward": 0.0 if rewarded else None}
     if prediction.text is not None:
-        gold = item.gold or Option.B  # an unexplained skip: its reward is dropped below
-        parts, reading = reward_answer(prediction.text, gold, item.task, RewardSettings(), prediction.finished)
+        rewards = RewardSettings() if item.reasons_known else outcome_only(RewardSettings())
+        parts, reading = reward_answer(prediction.text, item.gold, item.task, rewards, prediction.finished)
         answer = {
             "predicted": str(reading.option) if reading.option else None,
             "failure": str(reading.failure) if reading.failure else None,
-            "reward": parts.total if item.gold else None,
+            "reward": parts.total if rewarded else None,
         }
     return {
         "interaction_id": item.interaction_id,
@@ -262,15 +271,16 @@ def _decided(mode: str, target: _Target, greedy: Row, prediction: Prediction, ru
     row = {**greedy, "mode": mode}
     if prediction.options is None or rule is None:
         return row
-    options, gold = rule.calibration.options(prediction.options), target[0].gold
-    said = best_answer(options) if mode == CALIBRATED else options.at(rule.threshold.value)
+    item, options = target[0], rule.calibration.options(prediction.options)
+    threshold = rule.threshold.value if mode == FILTER else 0.5
+    said = best_answer(options) if mode == CALIBRATED and item.reasons_known else options.at(threshold)
     row |= {"predicted": str(said), "skip": options.skip}
-    if gold:
-        of_form = greedy["reward"] - _of_option(greedy["predicted"], gold)
-        row["reward"] = of_form + _of_option(str(said), gold)
+    if greedy["reward"] is not None:
+        before = Option(greedy["predicted"]) if greedy["predicted"] else None
+        row["reward"] = greedy["reward"] - _of_option(before, item) + _of_option(said, item)
     return row
 
 
-def _of_option(said: str | None, gold: Option) -> float:
-    """What an option adds to the reward: the judgement and the choice."""
-    return float(skip_right(Option(said), gold)) + float(said == gold) if said else 0.0
+def _of_option(said: Option | None, item: Item) -> float:
+    """What an option adds to the reward: the judgement, and the choice where reasons are known."""
+    return float(skip_right(said, item.gold)) + float(item.reasons_known and said is not None and said == item.gold)

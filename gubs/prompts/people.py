@@ -7,7 +7,9 @@ a prompt. `before(time)` and `latest(n)` cut a history; apply the time limit fir
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
+from gubs.prompts.digest import Tally
 from gubs.prompts.fields import record
 from gubs.records import User, Video
 
@@ -73,6 +75,8 @@ class Person:
     taste: Taste | None = None
     seen_tags: tuple[str, ...] | None = None
     """Interests seen in the whole history before it was cut; None: it was not."""
+    whole_tally: Tally | None = None
+    """Counts over the whole history before it was cut; None: it was not."""
 
     def before(self, time: int | None) -> "Person":
         """The person as known at a time: without later views, and without a taste that uses later ratings. Without
@@ -90,10 +94,12 @@ class Person:
         return dataclasses.replace(self, history=history, taste=None if late else self.taste)
 
     def latest(self, items: int) -> "Person":
-        """The person with only the latest views (0 = all); interests stay those of the whole history."""
+        """The person with only the latest views (0 = all); interests and counts stay those of the whole history."""
         if not items or len(self.history) <= items:
             return self
-        return dataclasses.replace(self, history=self.history[-items:], seen_tags=self._tags_from_history())
+        return dataclasses.replace(
+            self, history=self.history[-items:], seen_tags=self._tags_from_history(), whole_tally=self.tally
+        )
 
     @property
     def tags(self) -> list[str]:
@@ -106,6 +112,11 @@ class Person:
     def with_tags(self) -> User:
         """The user with the person's interest tags."""
         return dataclasses.replace(self.user, tags=self.tags)
+
+    @cached_property
+    def tally(self) -> Tally:
+        """Counts over the whole history."""
+        return Tally.of(self.history) if self.whole_tally is None else self.whole_tally
 
     def views(self, limit: int = 200) -> list[str]:
         """The history as safe lines, oldest first; `limit` is in characters per field."""

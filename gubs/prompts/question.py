@@ -24,6 +24,7 @@ def user_prompt(
     tags: bool = False,
     limit: int = 200,
     style: Style = "full",
+    digest: str = "",
 ) -> str:
     """The question about one user: the roles T and S of a GA-GRPO group, and inference.
 
@@ -35,6 +36,7 @@ def user_prompt(
         tags: show the video's topic tags too (sources without pictures); they always replace a missing title.
         limit: characters per field.
         style: see the module.
+        digest: what `Person.tally` says about the video; empty = not shown.
     """
     return fill(
         f"ufm/{task}_user" if style == "full" else "ufm/brief_user",
@@ -42,6 +44,7 @@ def user_prompt(
         profile=_styled(person.profile(limit), style),
         views=[_styled(view, style) for view in person.views(limit)],
         video=video_line(video, tags, limit),
+        digest=digest,
         vision=vision,
     )
 

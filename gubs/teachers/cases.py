@@ -13,7 +13,7 @@ import pyarrow as pa
 from gubs.data.ifvr import IFVR
 from gubs.prompts.people import Person
 from gubs.prompts.question import video_line
-from gubs.records import Interaction, Task, Video
+from gubs.records import FAST_SKIP_BELOW, Interaction, Task, Video
 
 
 @dataclass(frozen=True)
@@ -86,3 +86,8 @@ def by_id(table: pa.Table, ids: Iterable[str]) -> pa.Table:
     """The rows with these interaction ids, in the order of the ids; unknown ids are left out."""
     position = {key: i for i, key in enumerate(table["interaction_id"].to_pylist())}
     return table.take(pa.array([position[i] for i in ids if i in position], pa.int64()))
+
+
+def is_fast_skip(row: Interaction) -> bool:
+    """Whether a view was a fast skip; not if its play rate is unknown."""
+    return row.play_rate is not None and row.play_rate < FAST_SKIP_BELOW

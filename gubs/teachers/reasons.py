@@ -57,8 +57,8 @@ LABELS = pa.schema(
         ("verdicts", _ATTEMPTS),
     ]
 )
-"""One row per labelled target. label_source: rule, teacher-1 ... teacher-3 (the round), script, truth, human. rounds: 0
-for rule."""
+"""One row per labelled target. label_source: rule, teacher-1 ... teacher-3 (the round), script, guess (see
+teachers/script.py), truth, human. rounds: 0 for rule."""
 
 QUEUE = pa.schema([*IDS, ("play_rate", pa.float64()), pa.field("cause", pa.string(), nullable=False)]).append(
     pa.field("attempts", _ATTEMPTS)
@@ -131,11 +131,10 @@ def _find_reasons(skips: list[Skip], teachers: TeacherSettings, truth: Mapping[s
         label(skips, ask, teachers)
         return
     for skip in skips:
-        rationale, option = script.skip_cause(skip.case)
+        rationale, option, skip.author = script.skip_cause(skip.case)
         if truth:
-            rationale, option = "", Option(truth[skip.case.target.interaction_id])
+            rationale, option, skip.author = "", Option(truth[skip.case.target.interaction_id]), TRUE
         skip.attempts.append(Attempt(option.value, rationale, valid=True))
-        skip.author = TRUE if truth else script.SCRIPT
 
 
 def requests(run: Run, teachers: TeacherSettings, seed: int) -> list[LLMRequest]:

@@ -21,11 +21,15 @@ from gubs.teachers.cases import Case, clicked
 SCRIPT = "script"
 """`label_source` of this teacher's examples and labels."""
 
+GUESS = "guess"
+"""`label_source` of a reason that the fields alone suggest, without a word of the user. That the video was skipped is
+known, why is not: no policy is rewarded for the guess."""
+
 LONG_S = 40.0
 """Length in seconds above which a video is long, for users with too little history."""
 
-_INTERESTS = 4
-"""Interests of the user that are read."""
+_INTERESTS = 6
+"""Interests of the user that are read: as many as prompts derive from a history."""
 
 _WATCHED_ON = 50
 """Play rate, in percent, above which a view counts as watched."""
@@ -75,6 +79,8 @@ class Facts:
     seconds: float | None
     long: bool
     repeated: bool
+    digest: str = ""
+    """How the user's earlier views went, where prompts say it; it has the length's class."""
 
     def sentences(self, remark: str = "") -> str:
         """One short sentence per fact; `remark` is what is known about the content beyond the fields.
@@ -87,7 +93,9 @@ class Facts:
             likes = ", ".join(f'"{i}"' for i in self.interests)
             parts.append(f"Likes {likes}.")
             parts.append("It fits." if self.fits else "It does not fit.")
-        if self.seconds is not None:
+        if self.digest:
+            parts.append(self.digest)
+        elif self.seconds is not None:
             parts.append(f"Length {self.seconds:.0f} s, {'long' if self.long else 'short'}.")
         if remark in REMARKS.values():
             parts.append(f"But {remark}.")
@@ -96,8 +104,8 @@ class Facts:
         return " ".join(parts)
 
 
-def facts(person: Person, video: Video) -> Facts:
-    """The facts in the fields of a person and a video."""
+def facts(person: Person, video: Video, *, digest: bool = False) -> Facts:
+    """The facts in the fields of a person and a video; with a `digest`, if prompts show one."""
     listed = person.tags[:_INTERESTS]
     common = [t for t in video.tags if t in listed]
     topic = (common or video.tags or [""])[0]
@@ -106,15 +114,19 @@ def facts(person: Person, video: Video) -> Facts:
     seconds = video.duration_s
     is_long = bool(seconds and seconds > _patience(person))
     repeated = bool(video.title) and any(view.video.title == video.title for view in person.history)
-    return Facts(topic, interests, fits, seconds, is_long, repeated)
+    return Facts(topic, interests, fits, seconds, is_long, repeated, person.tally.digest(video) if digest else "")
 
 
-def concluded(think: str, task: Task, option: Option) -> str:
-    """The chain of thought with its concluding sentence."""
-    return f"{think} {_CONCLUSIONS[task][option]}"
+def concluded(fields: Facts, remark: str, task: Task, option: Option) -> str:
+    """The chain of thought: the facts and a concluding sentence.
+
+    With a digest there is none: a conclusion would decide before the letter does, whose probability then says nothing.
+    """
+    think = fields.sentences(remark)
+    return think if fields.digest else f"{think} {_CONCLUSIONS[task][option]}"
 
 
-def dislike(case: Case, mistakes: float = 0.0, seen: str = "") -> tuple[str, Option]:
+def dislike(case: Case, mistakes: float = 0.0, seen: str = "", *, digest: bool = False) -> tuple[str, Option]:
     """Chain of thought and cause for an explicit dislike; the user's words decide or, if they say nothing, the fields.
 
     Args:
@@ -122,27 +134,29 @@ def dislike(case: Case, mistakes: float = 0.0, seen: str = "") -> tuple[str, Opt
         mistakes: share of targets, drawn by their ids, for which the content is never blamed, whatever the words say:
             the cause is (C) if the topic does not fit or the video was repeated, else the user's moment (D).
         seen: the flaw that a look at the video shows (a value of `REMARKS`), whether or not the user minds it.
+        digest: note how the user's earlier views went.
     """
-    fields = facts(case.person, case.video)
+    fields = facts(case.person, case.video, digest=digest)
     option, remark = read_words(case.target.dislike_reason or "") or (by_fields(fields), "")
     if _mistaken(case, mistakes):
         option = Option.C if fields.repeated or fields.fits is False else Option.D
-    return concluded(fields.sentences(seen or remark), Task(case.target.task), option), option
+    return concluded(fields, seen or remark, Task(case.target.task), option), option
 
 
-def watched(case: Case, seen: str = "") -> tuple[str, Option]:
-    """Chain of thought for a target that was no fast skip; `seen` as in `dislike`."""
-    return _explained(case, seen, Option.A)
+def watched(case: Case, seen: str = "", *, digest: bool = False) -> tuple[str, Option]:
+    """Chain of thought for a target that was no fast skip; `seen` and `digest` as in `dislike`."""
+    return _explained(case, seen, Option.A, digest=digest)
 
 
-def click(case: Case, seen: str = "") -> tuple[str, Option]:
-    """Chain of thought for a click target whose outcome the log knows; `seen` as in `dislike`."""
-    return _explained(case, seen, Option.A if clicked(case.target) else Option.B)
+def click(case: Case, seen: str = "", *, digest: bool = False) -> tuple[str, Option]:
+    """Chain of thought for a click target whose outcome the log knows; `seen` and `digest` as in `dislike`."""
+    return _explained(case, seen, Option.A if clicked(case.target) else Option.B, digest=digest)
 
 
-def skip_cause(case: Case) -> tuple[str, Option]:
-    """Rationale and cause for a fast skip, found as for a dislike."""
-    return dislike(case)
+def skip_cause(case: Case) -> tuple[str, Option, str]:
+    """Rationale and cause for a fast skip, found as for a dislike, and its `label_source`."""
+    source = SCRIPT if read_words(case.target.dislike_reason or "") else GUESS
+    return *dislike(case), source
 
 
 def read_words(text: str) -> tuple[Option, str] | None:
@@ -160,8 +174,9 @@ def by_fields(fields: Facts) -> Option:
     return Option.D if fields.long else Option.B
 
 
-def _explained(case: Case, seen: str, option: Option) -> tuple[str, Option]:
-    return concluded(facts(case.person, case.video).sentences(seen), Task(case.target.task), option), option
+def _explained(case: Case, seen: str, option: Option, *, digest: bool) -> tuple[str, Option]:
+    fields = facts(case.person, case.video, digest=digest)
+    return concluded(fields, seen, Task(case.target.task), option), option
 
 
 def _mistaken(case: Case, share: float) -> bool:

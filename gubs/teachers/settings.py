@@ -25,6 +25,13 @@ class TeacherSettings(Section):
     """Targets of training users that were no fast skip and become SFT examples of option A, per dislike that becomes
     one; drawn at random, by the scripted teacher only (paper: none). A small model forgets an option that no example
     has, and GRPO cannot reinforce an answer that is never sampled."""
+    sft_views: int = Field(0, ge=0)
+    """Sequential targets of training users, half of them fast skips, that become SFT examples because the log knows
+    what happened; drawn at random, by the scripted teacher only, whose reason for a skip is a guess (paper: none). For
+    logs with few dislikes."""
+    script_digest: bool = False
+    """Let the scripted teacher note how the user's earlier views went, and leave out its conclusion; for prompts that
+    show the same (`ufm.inputs.digest`)."""
     sft_click_users: int = Field(1000, ge=0)
     """Training users, drawn at random, whose clicks become SFT examples (paper: 1,000)."""
     sft_click_each: int = Field(1, ge=1)
@@ -55,6 +62,7 @@ class TeacherSettings(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TeacherSettings":
-        if self.sft_watched and self.author != "script":
-            raise ValueError("teachers.sft_watched is for teachers.author=script only: set it to 0")
+        for name in ("sft_watched", "sft_views", "script_digest"):
+            if getattr(self, name) and self.author != "script":
+                raise ValueError(f"teachers.{name} is for teachers.author=script only: set it to 0")
         return self

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from gubs.artifacts import JsonObject, Run, StageJob
 from gubs.console import say
-from gubs.data.ifvr import IFVR, PROFILES, watched
+from gubs.data.ifvr import IFVR, PROFILES, fast_skips, watched
 from gubs.llm.calls import LLMRequest
 from gubs.llm.settings import LLMSettings
 from gubs.prompts import fill
@@ -24,7 +24,7 @@ from gubs.prompts.options import OPTION_TEXTS, SKIP_CAUSES, option_lines
 from gubs.records import SCHEMAS, TASK_OPTIONS, Interaction, Option, Split, Task
 from gubs.teachers import script
 from gubs.teachers.annotator import Annotator, annotator, by_cause, failures, in_words, request_about
-from gubs.teachers.cases import Case, by_id, clicked, draw, load_cases
+from gubs.teachers.cases import Case, by_id, clicked, draw, is_fast_skip, load_cases
 from gubs.teachers.forms import thought_form, words
 from gubs.teachers.score import true_flaws
 from gubs.teachers.settings import TeacherSettings
@@ -84,17 +84,18 @@ def _scripted(cases: list[Case], teachers: TeacherSettings, flaws: Mapping[str, 
     rows = []
     for case in cases:
         remark = script.REMARKS.get(flaws.get(case.target.video_id, ""), "")
-        think, option = _by_rules(case, teachers.script_mistakes, remark)
+        think, option = _by_rules(case, teachers, remark)
         rows.append(_example(case, option, think, script.SCRIPT))
     return rows
 
 
-def _by_rules(case: Case, mistakes: float, seen: str) -> tuple[str, Option]:
-    if case.target.task == Task.CLICK:
-        return script.click(case, seen)
-    if case.target.disliked:
-        return script.dislike(case, mistakes, seen)
-    return script.watched(case, seen)
+def _by_rules(case: Case, teachers: TeacherSettings, seen: str) -> tuple[str, Option]:
+    target, digest = case.target, teachers.script_digest
+    if target.task == Task.CLICK:
+        return script.click(case, seen, digest=digest)
+    if target.disliked or is_fast_skip(target):
+        return script.dislike(case, teachers.script_mistakes, seen, digest=digest)
+    return script.watched(case, seen, digest=digest)
 
 
 def requests(run: Run, teachers: TeacherSettings, seed: int) -> list[LLMRequest]:
@@ -106,7 +107,9 @@ def requests(run: Run, teachers: TeacherSettings, seed: int) -> list[LLMRequest]
 
 
 def sft_cases(ifvr: IFVR, settings: TeacherSettings, seed: int, *, tastes: bool = False) -> list[Case]:
-    """The targets of training users that become examples: dislikes, then some watched ones, then clicks."""
+    """The targets of training users that become examples: dislikes, then some watched ones, then skips and watched ones
+    alike, then clicks.
+    """
     rows = ifvr.targets(Task.SEQUENTIAL, [Split.TRAIN])
     is_disliked = pc.fill_null(rows["disliked"], False)
     disliked = draw(rows.filter(is_disliked), settings.sft_dislikes, [seed, 11])
@@ -114,6 +117,13 @@ def sft_cases(ifvr: IFVR, settings: TeacherSettings, seed: int, *, tastes: bool 
     if count := round(settings.sft_watched * disliked.num_rows):
         others = draw(watched(rows.filter(pc.invert(is_disliked))), count, [seed, 13])
         cases += load_cases(ifvr, others, settings.history_items, tastes=tastes)
+    if settings.sft_views:
+        outcomes = rows.filter(pc.invert(is_disliked))
+        halves = [
+            draw(half, settings.sft_views // 2, [seed, 14, i])
+            for i, half in enumerate((fast_skips(outcomes), watched(outcomes)))
+        ]
+        cases += load_cases(ifvr, pa.concat_tables(halves), settings.history_items, tastes=tastes)
     clicks = _balanced_clicks(ifvr.targets(Task.CLICK, [Split.TRAIN]), settings, seed)
     return cases + load_cases(ifvr, clicks, settings.history_items, tastes=tastes)
 

@@ -23,6 +23,7 @@ from gubs.llm.embedded import default_cache, prepare_embedded_model
 from gubs.ufm.inputs import Inputs
 from gubs.ufm.lessons import corpus, teach
 from gubs.ufm.settings import InputSettings, ModelSettings, UFMSettings
+from gubs.ufm.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,8 @@ CHAT_TEMPLATE = (
 
 _FORMAT = 5
 """Raised when the checkpoints made here change, so that older ones are made again."""
+_OWN_FORMAT = 1
+"""The same for those taught a run's own words."""
 _TINY_VOCABULARY = 2048
 _EMBEDDING_STD = 0.09
 _DONATED = (
@@ -56,15 +59,20 @@ _DONATED = (
 """Settings of SmolLM2 that `small` keeps."""
 
 
-def checkpoint(settings: ModelSettings, on_progress: OnProgress | None = None) -> Path:
+def checkpoint(settings: ModelSettings, on_progress: OnProgress | None = None, words: Vocabulary | None = None) -> Path:
     """Folder of the checkpoint to start from; `tiny` and `small` are made first if they are missing.
+
+    Args:
+        settings: which one.
+        on_progress: gets the number of finished lesson steps.
+        words: a run's own words, which `tiny` is taught instead of the simulated app's.
 
     Raises:
         SettingsError: see `check`. PlatformError: see `init`.
     """
     check(settings)
     if not settings.path:
-        return init(settings.size, lessons=settings.lessons, on_progress=on_progress)
+        return init(settings.size, lessons=settings.lessons, on_progress=on_progress, words=words)
     return Path(settings.path)
 
 
@@ -87,7 +95,8 @@ def check(settings: ModelSettings) -> None:
 
 
 def identity(ufm: UFMSettings, **_: object) -> str:
-    """Identity of the checkpoint that training starts from: a hash of its weights, or the recipe of one made here.
+    """Identity of the checkpoint that training starts from: a hash of its weights, or the recipe of one made here (of
+    one in a run's own words without the words: they follow from the data set, which every training reads).
 
     Raises:
         SettingsError: see `check`.
@@ -95,17 +104,22 @@ def identity(ufm: UFMSettings, **_: object) -> str:
     settings = ufm.model
     check(settings)
     if not settings.path:
-        return _home(settings.size, 0, settings.lessons).name
+        return _home(settings.size, 0, settings.lessons).name + ("-own-words" if settings.own_words else "")
     return fingerprint_files(sorted(Path(settings.path).glob("*.safetensors")))
 
 
-def exists(settings: ModelSettings) -> bool:
+def exists(settings: ModelSettings, words: Vocabulary | None = None) -> bool:
     """Whether the checkpoint to start from exists already."""
-    return bool(settings.path) or (_home(settings.size, 0, settings.lessons) / "config.json").is_file()
+    return bool(settings.path) or (_home(settings.size, 0, settings.lessons, words) / "config.json").is_file()
 
 
 def init(
-    size: str, folder: str | Path = "", seed: int = 0, lessons: int = 0, on_progress: OnProgress | None = None
+    size: str,
+    folder: str | Path = "",
+    seed: int = 0,
+    lessons: int = 0,
+    on_progress: OnProgress | None = None,
+    words: Vocabulary | None = None,
 ) -> Path:
     """Makes a checkpoint if it does not exist yet, and returns its folder.
 
@@ -115,23 +129,25 @@ def init(
         seed: of the new weights.
         lessons: training steps on lessons for `tiny` (see lessons.py); 0 = random weights.
         on_progress: gets the number of finished lesson steps.
+        words: see `checkpoint`; for `tiny` only.
 
     Raises:
         SettingsError: another size. PlatformError: `small` needs the weights of SmolLM2, which are not installed.
     """
     if size not in _MAKERS:
         raise SettingsError(f"{size!r} is not made here, only {' and '.join(_MAKERS)} are")
-    target = Path(folder) if folder else _home(size, seed, lessons)
+    words = words if size == "tiny" else None
+    target = Path(folder) if folder else _home(size, seed, lessons, words)
     if (target / "config.json").is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp-", dir=target.parent))
     try:
-        tokenizer, model = _MAKERS[size](seed)
+        tokenizer, model = _MAKERS[size](seed, words)
         model.save_pretrained(temporary)
         _save_processor(tokenizer, temporary)
         if lessons and size == "tiny":
-            _teach(temporary, lessons, seed, on_progress)
+            _teach(temporary, lessons, seed, on_progress, words)
         temporary.chmod(0o755)
         temporary.rename(target)
     except OSError:
@@ -168,11 +184,11 @@ def attention(settings: ModelSettings) -> str:
     return "flash_attention_2" if half and supported and importlib.util.find_spec("flash_attn") else "sdpa"
 
 
-def _home(size: str, seed: int, lessons: int) -> Path:
-    return default_cache() / f"ufm-{size}-v{_FORMAT}-{_recipe(size, seed, lessons)}"
+def _home(size: str, seed: int, lessons: int, words: Vocabulary | None = None) -> Path:
+    return default_cache() / f"ufm-{size}-v{_FORMAT}-{_recipe(size, seed, lessons, words)}"
 
 
-def _teach(folder: Path, lessons: int, seed: int, on_progress: OnProgress | None) -> None:
+def _teach(folder: Path, lessons: int, seed: int, on_progress: OnProgress | None, words: Vocabulary | None) -> None:
     """Trains the model in a folder on lessons, in float32 and on all cores (Ray allows a job's driver only one)."""
     import torch
 
@@ -180,20 +196,33 @@ def _teach(folder: Path, lessons: int, seed: int, on_progress: OnProgress | None
     threads_before = torch.get_num_threads()
     torch.set_num_threads(cpu_threads(1))
     try:
-        teach(model, Inputs(folder, InputSettings()), lessons, seed, on_progress)
+        teach(model, Inputs(folder, InputSettings()), lessons, seed, on_progress, words)
     finally:
         torch.set_num_threads(threads_before)
     model.eval().save_pretrained(folder)
 
 
+def _recipe(size: str, seed: int, lessons: int, words: Vocabulary | None = None) -> str:
+    if words is not None:
+        return _own_recipe(words.identity, "".join(corpus(words)), seed, lessons)
+    return _app_recipe(size, seed, lessons)
+
+
 @cache
-def _recipe(size: str, seed: int, lessons: int) -> str:
+def _app_recipe(size: str, seed: int, lessons: int) -> str:
     texts = "".join(corpus()) if size == "tiny" else ""
     return hashlib.sha256(f"{_FORMAT} {size} {seed} {lessons} {texts} {CHAT_TEMPLATE}".encode()).hexdigest()[:8]
 
 
-def _make_tiny(seed: int) -> "tuple[PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration]":
-    tokenizer = _train_tokenizer()
+def _own_recipe(identity: str, texts: str, seed: int, lessons: int) -> str:
+    text = f"{_FORMAT} {_OWN_FORMAT} {identity} {seed} {lessons} {texts} {CHAT_TEMPLATE}"
+    return f"own-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _make_tiny(
+    seed: int, words: Vocabulary | None = None
+) -> "tuple[PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration]":
+    tokenizer = _train_tokenizer(words)
     text = {
         "hidden_size": 128,
         "intermediate_size": 384,
@@ -230,7 +259,10 @@ def _widen(model: "Qwen2_5_VLForConditionalGeneration", seed: int) -> None:
             keys.copy_(by_key_head[:, 0].reshape(keys.shape))
 
 
-def _make_small(seed: int) -> "tuple[PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration]":
+def _make_small(
+    seed: int,
+    words: Vocabulary | None = None,  # noqa: ARG001 - it has been taught to read
+) -> "tuple[PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration]":
     """SmolLM2-135M as the text model; the vision tower is new and random."""
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
@@ -306,8 +338,10 @@ def _save_processor(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def _train_tokenizer() -> "PreTrainedTokenizerBase":
-    """Byte-level BPE on our own prompts and the words of the simulated app; any other text falls back on bytes."""
+def _train_tokenizer(words: Vocabulary | None = None) -> "PreTrainedTokenizerBase":
+    """Byte-level BPE on our own prompts and the words of the simulated app or of a run, whose tags stay in one piece
+    (what is copied piece by piece is hard to learn); any other text falls back on bytes.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -320,8 +354,9 @@ def _train_tokenizer() -> "PreTrainedTokenizerBase":
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.train_from_iterator(corpus(words), trainer)
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ANSWER_TOKENS])
+    tokenizer.add_tokens([AddedToken(t, normalized=False, single_word=True) for t in (words.names if words else ())])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",

@@ -22,7 +22,9 @@ class PromptBuilder:
     def about_user(self, task: Task, person: Person, video: Video, clip: Clip | None) -> Prompt:
         """The prompt of the roles T and S, and of inference: a user's profile and latest views, and the video."""
         recent = person.latest(self.settings.history_items)
-        return Prompt(user_prompt(task, recent, video, **self._options(clip)), clip)
+        digest = recent.tally.digest(video) if self.settings.digest else ""
+        text = user_prompt(task, recent, video, **self._options(clip), digest=digest)
+        return Prompt(text, clip)
 
     def about_group(self, task: Task, group: GroupProfile, video: Video, clip: Clip | None) -> Prompt:
         """The prompt of the role G: the group's profile, no user and no history."""

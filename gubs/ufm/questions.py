@@ -5,7 +5,7 @@ itself (play rate, click, dislike), later records, gold options or true causes.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import pyarrow.compute as pc
@@ -16,12 +16,15 @@ from gubs.errors import ArtifactError
 from gubs.prompts.people import Person
 from gubs.records import FAST_SKIP_BELOW, GroupProfile, Option, Split, Task
 from gubs.teachers.annotations import all_labels
+from gubs.teachers.script import GUESS
 from gubs.ufm.inputs import Prompt
 from gubs.ufm.prompting import PromptBuilder
 from gubs.ufm.settings import InputSettings
 from gubs.video.clips import Clip, StoredFrames
 from gubs.video.decoded import DecodeOptions
 
+SKIP = "skip"
+"""Stands for the gold option of a skip whose reason is unknown."""
 _FACTS = ("interaction_id", "user_id", "video_id", "timestamp", "play_rate", "clicked")
 UGM = "ugm"
 
@@ -35,12 +38,19 @@ class Item:
     video_id: str
     task: Task
     gold: Option | None
-    """None: a skip whose reason is unknown; never used in training."""
+    """None: a skip whose reason is unknown."""
     label_source: str
     timestamp: int | None = None
     """None if the source has an order but no times."""
     play_rate: float | None = None
     clicked: bool | None = None
+    reasons_known: bool = True
+    """False: of none of the skips that it is trained or judged with is the reason known, only that they are skips."""
+
+    @property
+    def outcome(self) -> str:
+        """The gold option; `skip` if it is unknown."""
+        return str(self.gold or SKIP)
 
 
 class Questions:
@@ -91,11 +101,24 @@ class Questions:
         items = []
         for row in self.ifvr.targets(task, [split]).to_pylist():
             gold, source = self._golds.get(row["interaction_id"], (None, ""))
+            gold = None if source == GUESS else gold
             skipped = task == Task.SEQUENTIAL and row["play_rate"] is not None and row["play_rate"] < FAST_SKIP_BELOW
             if gold or (unexplained and skipped):
                 facts = {k: row[k] for k in _FACTS}
                 items.append(Item(**facts, task=task, gold=gold, label_source=source))
         return items
+
+    def outcomes(self, task: Task, split: Split) -> list[Item]:
+        """The targets of a task to learn from or to judge: those with a gold option. Where no skip has a reason (logs
+        without a teacher), those whose outcome is known: then only skip or not counts.
+
+        Raises:
+            ArtifactError: the run has no labels.
+        """
+        items = self.items(task, split)
+        if task == Task.CLICK or any(i.gold != Option.A for i in items):
+            return items
+        return [replace(i, reasons_known=False) for i in self.items(task, split, unexplained=True)]
 
     def about_user(self, task: Task, user_id: str, video_id: str, before: int | None = None) -> Prompt:
         """The prompt of the roles T and S.

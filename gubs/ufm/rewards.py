@@ -22,7 +22,7 @@ class RewardParts:
 
 
 def reward_answer(
-    text: str, gold: Option, task: Task, settings: RewardSettings, finished: bool
+    text: str, gold: Option | None, task: Task, settings: RewardSettings, finished: bool
 ) -> tuple[RewardParts, Reading]:
     """Reads an answer and rewards it.
 
@@ -31,7 +31,7 @@ def reward_answer(
 
     Args:
         text: the response, special tokens removed.
-        gold: the record's option, the same for the T, S and G samples.
+        gold: the record's option, the same for the T, S and G samples; None = a skip of unknown reason (r_choice is 0).
         task: decides the options (sequential A-D, click A and B).
         settings: which parts count (Table 10).
         finished: the model ended the answer. If the token limit cut it off, it gets no format reward, even if the text
@@ -41,17 +41,27 @@ def reward_answer(
         ValueError: `gold` is not an option of the task.
     """
     options = TASK_OPTIONS[task]
-    if gold not in options:
+    if gold is not None and gold not in options:
         raise ValueError(f"gold option {gold!r} is not an option of the {task} task ({', '.join(options)})")
     reading = read_answer(text, options, finished=finished)
     parts = RewardParts(
         format=float(settings.format and finished and reading.well_formed),
         skip=float(settings.skip and skip_right(reading.option, gold)),
-        choice=float(settings.choice and reading.option == gold),
+        choice=float(settings.choice and gold is not None and reading.option == gold),
     )
     return parts, reading
 
 
-def skip_right(answer: Option | None, gold: Option) -> bool:
+def outcome_only(settings: RewardSettings) -> RewardSettings:
+    """The rewards where reasons are unknown: without r_choice, which would be for option A alone."""
+    return settings.model_copy(update={"choice": False})
+
+
+def is_right(answer: Option | None, gold: Option | None) -> bool:
+    """Whether an answer is the gold option, or a skip where no more is known (None)."""
+    return skip_right(answer, gold) if gold is None else answer == gold
+
+
+def skip_right(answer: Option | None, gold: Option | None) -> bool:
     """Right about skip or no skip: A against the rest. In the click task, with A and B only, right about the click."""
     return answer is not None and (answer == Option.A) == (gold == Option.A)

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from gubs.artifacts import JsonObject
 from gubs.prompts.answers import ANSWER_END, Failure, Reading
-from gubs.records import TASK_OPTIONS, Split, Task
+from gubs.records import TASK_OPTIONS, Option, Split, Task
 from gubs.ufm.advantage import Advantages, SampleRole, advantages
 from gubs.ufm.inputs import Encoded, Inputs, Prompt
-from gubs.ufm.questions import Item, Questions
-from gubs.ufm.rewards import RewardParts, reward_answer
+from gubs.ufm.questions import SKIP, Item, Questions
+from gubs.ufm.rewards import RewardParts, is_right, outcome_only, reward_answer
 from gubs.ufm.rollout import Request, Response
 from gubs.ufm.sampling import BalancedSampler, Sampled, profile_sampling, sample_seed
 from gubs.ufm.settings import GRPOSettings
@@ -54,6 +54,11 @@ class Sample:
         """Tokens of the response."""
         return self.response.ids if self.response else ()
 
+    @property
+    def right(self) -> bool:
+        """Whether the answer is the gold option, or a skip where no more is known."""
+        return self.reading is not None and is_right(self.reading.option, self.item.gold)
+
     def to_json(self) -> JsonObject:
         """What a person may want to read."""
         read, parts = self.reading, self.parts
@@ -63,7 +68,7 @@ class Sample:
             "role": str(self.role),
             "user": self.item.user_id,
             "video": self.item.video_id,
-            "gold": str(self.item.gold),
+            "gold": self.item.outcome,
             "prompt": self.prompt,
             "answer": self.text,
             "option": str(read.option) if read and read.option else None,
@@ -101,7 +106,7 @@ class Planner:
         """
         self._questions, self._inputs, self._settings, self._seed = questions, inputs, settings, seed
         self.tasks = tuple(tasks)
-        self._items = {t: questions.items(t, Split.TRAIN) for t in self.tasks}
+        self._items = {t: questions.outcomes(t, Split.TRAIN) for t in self.tasks}
         self._samplers = {t: self._sampler(t) for t in self.tasks}
         self._members = {t: questions.members(t) for t in self.tasks}
 
@@ -148,8 +153,9 @@ class Planner:
         return [(SampleRole.T, own, s.user_samples), (SampleRole.S, similar, 1), (SampleRole.G, group, 1)], sampled
 
     def _sampler(self, task: Task) -> BalancedSampler:
-        golds = [str(i.gold) for i in self._items[task]]
-        options = [str(o) for o in TASK_OPTIONS[task]]
+        items = self._items[task]
+        golds = [i.outcome for i in items]
+        options = [str(o) for o in TASK_OPTIONS[task]] if all(i.reasons_known for i in items) else [Option.A, SKIP]
         return BalancedSampler(golds, options, self._settings.prompts, self._seed, allow_missing=True)
 
 
@@ -165,17 +171,16 @@ def assign_rewards(
     """Puts responses, rewards and advantages into the samples."""
     for sample, response in zip(samples, responses, strict=True):
         sample.response = response
-        assert sample.item.gold
+        item = sample.item
         sample.text, sample.finished = text_of(response.ids)
-        sample.parts, sample.reading = reward_answer(
-            sample.text, sample.item.gold, sample.item.task, s.rewards, sample.finished
-        )
+        rewards = s.rewards if item.reasons_known else outcome_only(s.rewards)
+        sample.parts, sample.reading = reward_answer(sample.text, item.gold, item.task, rewards, sample.finished)
     result = advantages(
         [x.parts.total if x.parts else 0.0 for x in samples],
         [x.role for x in samples],
         [x.group for x in samples],
         s.advantage,
-        right=[bool(x.reading and x.reading.option == x.item.gold) for x in samples],
+        right=[x.right for x in samples],
     )
     for sample, value in zip(samples, result.values.tolist(), strict=True):
         sample.advantage = value
@@ -209,7 +214,7 @@ def answer_sums(plan: StepPlan, result: Advantages) -> dict[str, float]:
     for s in plan.samples:
         assert s.parts
         assert s.reading
-        right = s.reading.option == s.item.gold
+        right = s.right
         sums[f"count/{s.role}"] += 1
         sums[f"reward_raw/{s.role}"] += s.parts.total
         sums[f"advantage/{s.role}"] += s.advantage

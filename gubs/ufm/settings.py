@@ -46,6 +46,8 @@ class ModelSettings(Section):
     without it."""
     lessons: int = Field(0, ge=0)
     """Steps in which `tiny` is taught to read prompts and pictures before it sees any log; 0 = random weights."""
+    own_words: bool = False
+    """Teach `tiny` to read the run's own titles, tags and fields (of training users) instead of the simulated app's."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision of the weights in forward, backward and rollout; the optimiser keeps float32 masters."""
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
@@ -63,6 +65,9 @@ class InputSettings(Section):
     on this task alone."""
     history_items: int = Field(20, ge=0)
     """How many of the user's latest views are shown; 0 = all."""
+    digest: bool = False
+    """Show how all of the user's earlier views went, in a few words: overall, at the video's length and with its
+    tags. Large models can count for themselves; small ones cannot."""
     max_text: int = Field(200, ge=20)
     """Most characters shown of a title, a tag or another single field."""
     profile_chars: int = Field(20000, ge=40)

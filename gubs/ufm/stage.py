@@ -28,11 +28,12 @@ from gubs.ufm import distil, memory
 from gubs.ufm import model as models
 from gubs.ufm.checkpoint import POLICY, Checkpoints
 from gubs.ufm.monitor import STUCK, check_trackers, read_metrics
-from gubs.ufm.questions import Questions, trainable_tasks
+from gubs.ufm.questions import SKIP, Item, Questions, trainable_tasks
 from gubs.ufm.settings import CheckpointSettings, ModelSettings, UFMSettings, WorkerSettings
 from gubs.ufm.sft import COLUMNS, order_of, steps_of
 from gubs.ufm.train_worker import CHECKPOINTS, SETTINGS, Job
 from gubs.ufm.trainer import check_allocator
+from gubs.ufm.vocabulary import Vocabulary
 from gubs.video.settings import FrameSettings
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def make_sft(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: int) 
         )
     if ufm.sft.batch % ufm.workers.count:
         raise SettingsError(f"ufm.sft.batch={ufm.sft.batch} cannot be divided evenly among {ufm.workers.count} workers")
-    base = base_model(ufm.model)
+    base = base_model(ufm.model, job.run)
     check_trackers(ufm.grpo.trackers)
     _check_memory(ufm, frames, base, memory.plan_sft)
     _detail(_options("examples", Counter(zip(*(table[c].to_pylist() for c in ("task", "gold")), strict=True))))
@@ -84,7 +85,7 @@ def make_grpo(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: int)
     """Trains the policy by GA-GRPO. Ray has to be running. Errors: as `make_sft`."""
     grpo = ufm.grpo
     questions = Questions(job.run, ufm.inputs, tastes=job.reads(PROFILES))
-    start = base_model(ufm.model) if grpo.start == "base" else policy_folder(job.run, SFT)
+    start = base_model(ufm.model, job.run) if grpo.start == "base" else policy_folder(job.run, SFT)
     check_trackers(grpo.trackers)
     tasks = _tasks(questions, grpo.tasks)
     _check_memory(ufm, frames, start, memory.plan_grpo)
@@ -96,7 +97,8 @@ def make_grpo(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: int)
         with _watching(folder, grpo.steps, "GA-GRPO"):
             _say_scarce(ufm.workers)
             ended = _fit("gubs.ufm.grpo", {"job": work}, ufm.workers, grpo.checkpoint, folder, {})
-        about = {"tasks": [str(t) for t in tasks], "start": start.name, "rule": grpo.advantage.rule}
+        about: JsonObject = {"tasks": [str(t) for t in tasks], "start": start.name, "rule": grpo.advantage.rule}
+        about["outcome_only"] = _outcome_only({t: questions.outcomes(t, Split.TRAIN) for t in set(tasks)})
         _finish(out, folder, about | ended)
         rewards = [s["reward"] for s in read_metrics(folder)]
         edge = max(1, len(rewards) // 10)
@@ -159,15 +161,21 @@ def preflight_distil(ufm: UFMSettings, frames: FrameSettings, seed: int, policy:
     _preflight(ufm, frames, memory.plan_distil)
 
 
-def base_model(settings: ModelSettings) -> Path:
-    """The checkpoint that training starts from; `tiny` and `small` are made first if they are missing."""
-    if models.exists(settings):
-        return models.checkpoint(settings)
+def base_model(settings: ModelSettings, run: Run) -> Path:
+    """The checkpoint that training starts from; `tiny` and `small` are made first if they are missing.
+
+    Raises:
+        ArtifactError: it is to read the run's own words, and the run has no data set.
+    """
+    words = Vocabulary.of(run) if settings.own_words and not settings.path else None
+    if models.exists(settings, words):
+        return models.checkpoint(settings, words=words)
     began = time.monotonic()
     lessons = f", {settings.lessons} steps of lessons" if settings.lessons else ""
-    say(f"[model]  make {settings.size}{lessons} ...")
+    about = f" in the run's own words ({len(words.tags)} tags)" if words else ""
+    say(f"[model]  make {settings.size}{lessons}{about} ...")
     with progress("lessons") as on_progress:
-        folder = models.checkpoint(settings, on_progress)
+        folder = models.checkpoint(settings, on_progress, words)
     say(f"[model]  done in {time.monotonic() - began:.1f} s: {folder}")
     return folder
 
@@ -188,7 +196,7 @@ def policy_folder(run: Run, stage: str) -> Path:
 
 def policy_or_base(run: Run, policy: str, ufm: UFMSettings) -> Path:
     """Local folder of a trained policy, or of the model before any training (`base`). Errors: see `policy_folder`."""
-    return base_model(ufm.model) if policy == BASE else policy_folder(run, policy)
+    return base_model(ufm.model, run) if policy == BASE else policy_folder(run, policy)
 
 
 def check_checkpoint(job: Job, keep: int) -> None:
@@ -207,8 +215,11 @@ def _tasks(questions: Questions, wanted: Sequence[Task]) -> tuple[Task, ...]:
         ArtifactError: none is left.
     """
     tasks = trainable_tasks(questions, wanted)
-    counts = Counter((str(t), str(i.gold)) for t in tasks for i in questions.items(t, Split.TRAIN))
+    items = {t: questions.outcomes(t, Split.TRAIN) for t in tasks}
+    counts = Counter((str(t), i.outcome) for t in tasks for i in items[t])
     _detail(_options("records", counts))
+    if unknown := _outcome_only(items):
+        _detail(f"{', '.join(unknown)} task: why videos were skipped is unknown; only skip or not is rewarded")
     useful = [t for t in tasks if sum(task == t for task, _ in counts) > 1]
     for task in set(tasks) - set(useful):
         _detail(f"the {task} task is left out: its records all have the same option")
@@ -217,11 +228,17 @@ def _tasks(questions: Questions, wanted: Sequence[Task]) -> tuple[Task, ...]:
     return tuple(t for t in wanted if t in useful)
 
 
+def _outcome_only(items: Mapping[Task, Sequence[Item]]) -> list[str]:
+    """The tasks in which only the outcome is known, of no skip the reason."""
+    return [str(task) for task, mine in items.items() if not all(i.reasons_known for i in mine)]
+
+
 def _options(what: str, counts: Mapping[tuple[str, str], int]) -> str:
     """Number per task and option, and the options without any."""
     parts = []
     for task, options in TASK_OPTIONS.items():
-        per_option = {str(o): counts.get((str(task), str(o)), 0) for o in options}
+        unknown = [SKIP] if (str(task), SKIP) in counts else []
+        per_option = {o: counts.get((str(task), o), 0) for o in [*map(str, options), *unknown]}
         listed = ", ".join(f"{n:,} {o}" for o, n in per_option.items() if n)
         absent = ", ".join(o for o, n in per_option.items() if not n)
         missing = f" (none of {absent})" if absent and listed else ""

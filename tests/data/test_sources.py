@@ -13,7 +13,7 @@ import pytest
 from gubs.data.settings import SourceSettings
 from gubs.data.sources import SourceTables, amazon, kuairand, logs, microlens, movielens
 from gubs.data.sources.formats import TextFormat, open_table
-from gubs.data.sources.reading import Column, Sheet, constant, duplicated, read_sheet
+from gubs.data.sources.reading import Column, Sheet, clicks, constant, duplicated, read_sheet
 from gubs.errors import InputError
 from gubs.records import SCHEMAS
 
@@ -738,3 +738,20 @@ def test_logs_of_clicks_alone_are_click_rows(tmp_path):
         ("click", True, None),
         ("click", False, None),
     ]
+
+
+def test_unseen_films_were_there_and_are_no_clicks():
+    """Negatives from films that came later would be told apart by their date alone."""
+    times = {"a": 10, "b": 20, "c": 30, "d": 40, "e": 50}
+    rated = [("u1", "a", 10), ("u1", "b", 20), ("u2", "c", 30), ("u2", "d", 40), ("u3", "e", 50), ("u3", "a", 55)]
+    users, films, when = (list(column) for column in zip(*rated, strict=True))
+    rows = pa.table({"user_id": users, "video_id": films, "timestamp": when, "rating": [5.0] * len(rated)})
+    found = movielens.with_unseen(clicks(rows, "user_id", "video_id"), 1).to_pylist()
+    assert [(r["user_id"], r["video_id"]) for r in found if r["clicked"]] == [(u, v) for u, v, _ in rated]
+    unseen = [r for r in found if not r["clicked"]]
+    assert {r["user_id"] for r in unseen} >= {"u2", "u3"}
+    for row in unseen:
+        assert (row["user_id"], row["video_id"]) not in {(u, v) for u, v, _ in rated}
+        assert times[row["video_id"]] <= row["timestamp"]
+    assert len({(r["user_id"], r["video_id"]) for r in unseen}) == len(unseen)
+    assert {(r["rating"], r["liked"], r["disliked"]) for r in found} == {(None, None, None)}

@@ -88,6 +88,23 @@ def test_watched_targets_are_a_share_of_the_dislikes(tmp_path):
     assert [c.target.interaction_id[0] for c in cases] == ["d"] * 4 + ["w"] * 2
 
 
+def test_where_dislikes_are_few_skips_and_watched_targets_become_examples(tmp_path):
+    """As many of either, none that is an example already, and in the words that prompts with a digest show."""
+    rows = [view("h1", "v1", play_rate=0.9)]
+    rows += [view("d1", "v1", role="target", play_rate=0.1, disliked=True)]
+    rows += [view(f"s{n}", f"v{n}", role="target", play_rate=0.1) for n in range(2, 6)]
+    rows += [view(f"w{n}", f"v{n}", role="target", play_rate=0.8) for n in range(6, 10)]
+    run = hand_made(tmp_path / "run", rows)
+    settings = {"author": "script", "sft_views": 6, "script_digest": True}
+    cases = cases_of(run, TeacherSettings(**settings))
+    assert [c.target.interaction_id[0] for c in cases] == ["d", *"sss", *"www"]
+    found = stage(run, thought, **settings).table("examples").to_pylist()
+    assert [r["gold"] == "A" for r in found] == [False] * 4 + [True] * 3
+    assert all("Skips seldom, 12 to 20 s seldom" in r["think"] for r in found)
+    with pytest.raises(SettingsError, match=r"sft_views is for teachers\.author=script only"):
+        load_settings("paper", ["teachers.sft_views=2"])
+
+
 def test_the_annotator_reads_profile_history_video_and_the_users_words(tmp_path):
     (request,) = requests_of(world(tmp_path / "run"))
     prompt = prompt_of(request)

@@ -3,17 +3,20 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from gubs.prompts.answers import read_answer
-from gubs.records import TASK_OPTIONS, Option, Task
+from gubs.prompts.digest import RATES
+from gubs.records import TASK_OPTIONS, Option, Task, User, Video
 from gubs.ufm import lessons
 from gubs.ufm.inputs import Inputs
 from gubs.ufm.model import init, load
 from gubs.ufm.settings import InputSettings, ModelSettings
+from gubs.ufm.vocabulary import Vocabulary
 
 MODEL = ModelSettings(dtype="float32", gradient_checkpointing=False)
 
@@ -23,6 +26,52 @@ def some() -> list[tuple]:
     rng = np.random.default_rng(1)
     pool = lessons.simulated(rng, 60, clips=True)
     return [lessons.lesson(pool, rng) for _ in range(300)]
+
+
+@pytest.fixture(scope="module")
+def words() -> Vocabulary:
+    """A log with names that are no words."""
+    tags = tuple(f"tag {n}" for n in range(12))
+    videos = [Video(f"v{n}", None, float(5 + 7 * n % 200), tags=[tags[n % 12], "upload: short"]) for n in range(60)]
+    users = [User(f"u{n}", other={"fans": "10 to under 100"}) for n in range(20)]
+    return Vocabulary(tuple(users), tuple(videos), (*tags, "upload: short"), ((Task.SEQUENTIAL, "skips"),))
+
+
+@pytest.fixture(scope="module")
+def own(words) -> list[tuple]:
+    rng = np.random.default_rng(1)
+    pool = lessons.own_words(words, rng)
+    return [lessons.own_lesson(pool, rng) for _ in range(300)]
+
+
+def test_lessons_in_own_words_say_only_what_stands_in_the_prompt(own):
+    """Topic, interests, verdict and digest, of users and of groups; every word of a digest comes up."""
+    groups = 0
+    for prompt, answer in own:
+        group = "Group: " in prompt.text
+        groups += group
+        shown = re.search(r"Likes: (.*)\.$" if group else r"^User: (.*)$", prompt.text, re.MULTILINE)[1]
+        listed = shown.split(", ") if group else json.loads(shown)[-1]
+        topic = re.search(r'Topic "([^"]+)"', answer)[1]
+        assert topic in prompt.text.rsplit("Video:", 1)[1]
+        assert (topic in listed) is ("It fits." in answer)
+        assert group or re.search(r"^Skips .*$", prompt.text, re.MULTILINE)[0] in answer
+        assert read_answer(answer, TASK_OPTIONS[Task.SEQUENTIAL], finished=True).ok
+    assert 20 < groups < 60
+    assert all(any(f"Skips {rate}," in a for _, a in own) for rate in RATES)
+
+
+def test_a_checkpoint_in_own_words_keeps_names_in_one_piece(words, own, tmp_path):
+    """Another vocabulary is another checkpoint; what has no name of its own falls back on bytes."""
+    from gubs.ufm.model import _recipe
+
+    tokenizer = Inputs(init("tiny", tmp_path / "own", words=words), InputSettings()).tokenizer
+    prompt, answer = own[0]
+    assert tokenizer.decode(tokenizer(prompt.text + answer).input_ids) == prompt.text + answer
+    assert tokenizer.tokenize('"tag 7"') == ['"', "tag 7", '"']
+    assert len(tokenizer.tokenize(" sometimes")) == 1
+    other = replace(words, tags=words.tags[:-1])
+    assert len({_recipe("tiny", 0, 1, w) for w in (None, words, other)}) == 3
 
 
 def task_of(prompt) -> Task:

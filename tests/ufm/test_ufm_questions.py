@@ -427,3 +427,27 @@ def test_a_skip_whose_reason_nobody_knows_is_judged_and_never_trained_on(ufm_run
     assert [(i.interaction_id, mixes) for i, mixes in chosen if i.gold is None] == [
         (lost, {"natural": True, "balanced": False})
     ]
+
+
+def test_a_guessed_reason_is_none_and_without_any_other_only_the_outcome_counts(ufm_run, ufm_settings):
+    """Real logs say that a video was skipped; the scripted teacher's guess must not become a gold option."""
+    ask = Questions(ufm_run, ufm_settings.ufm.inputs)
+    known = ask.outcomes(Task.SEQUENTIAL, Split.TRAIN)
+    assert known == ask.items(Task.SEQUENTIAL, Split.TRAIN)
+    assert all(i.reasons_known for i in known)
+    ask.__dict__["_golds"] = {k: (o, "guess" if s == "truth" else s) for k, (o, s) in ask._golds.items()}
+    assert {i.gold for i in ask.items(Task.SEQUENTIAL, Split.TRAIN)} == {Option.A}
+    found = ask.outcomes(Task.SEQUENTIAL, Split.TRAIN)
+    assert [i.interaction_id for i in found] == [i.interaction_id for i in known]
+    assert {i.outcome for i in found} == {"A", "skip"}
+    assert not any(i.reasons_known for i in found)
+    assert all(i.reasons_known for i in ask.outcomes(Task.CLICK, Split.TRAIN)), "the log knows all of a click"
+
+
+def test_a_step_without_reasons_is_balanced_over_skip_and_no_skip(ufm_run, ufm_settings, tiny):
+    ask = Questions(ufm_run, ufm_settings.ufm.inputs)
+    ask.__dict__["_golds"] = {k: (o, "guess" if s == "truth" else s) for k, (o, s) in ask._golds.items()}
+    planner = Planner(ask, tiny_inputs(tiny), [Task.SEQUENTIAL], ufm_settings.ufm.grpo, 0)
+    plan = planner.plan(0)
+    by_group = {s.group: s.item.outcome for s in plan.samples}
+    assert sorted(by_group.values()) == ["A", "A", "skip", "skip"]

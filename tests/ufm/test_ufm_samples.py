@@ -1,5 +1,7 @@
 """What is always logged of the answers, by hand, over workers; who shows which answers to people."""
 
+from dataclasses import replace
+
 import pytest
 
 from gubs.prompts.answers import Failure
@@ -97,3 +99,16 @@ def test_alike_groups_are_counted():
     )
     assert answer_figures(answer_sums(plan, found))["frac_zero_variance"] == 1
     assert {s.advantage for s in plan.samples} == {0.0}
+
+
+@pytest.mark.parametrize(("gold", "rewards"), [(Option.A, (1, 1, 2, 0)), (None, (2, 2, 1, 0))])
+def test_where_no_reason_is_known_only_skip_or_not_is_rewarded(gold, rewards):
+    """Any skip is as right as another, and watching on earns no more than a skip that is right."""
+    plan, responses = plan_of(0, FIRST)
+    for sample in plan.samples:
+        sample.item = replace(sample.item, gold=gold, reasons_known=False)
+    assign_rewards(plan.samples, responses, lambda ids: TEXTS[ids[0]], GRPOSettings())
+    own = [s for s in plan.samples if s.role == SampleRole.T]
+    assert tuple(s.parts.total for s in own) == rewards
+    assert [s.right for s in own] == [gold is None, gold is None, gold is not None, False]
+    assert own[0].to_json()["gold"] == ("skip" if gold is None else "A")

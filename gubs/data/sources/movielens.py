@@ -7,14 +7,27 @@ from 4 stars, disliked up to 2. There are no watch times, no exposures without a
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from gubs.data.settings import SourceSettings
 from gubs.data.sources import SourceTables
 from gubs.data.sources.formats import TextFormat, guess_encoding
-from gubs.data.sources.reading import STARS_NOTE, Column, Sheet, assemble, build, clicks, facts, read_sheet, tag_lists
+from gubs.data.sources.reading import (
+    STARS_NOTE,
+    Column,
+    Sheet,
+    assemble,
+    build,
+    clicks,
+    constant,
+    facts,
+    read_sheet,
+    tag_lists,
+)
 from gubs.errors import InputError
+from gubs.records import Task
 
 GENRES = [
     *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama"),
@@ -33,6 +46,10 @@ OCCUPATIONS = [
     *("unemployed", "writer"),
 ]
 """Occupation codes of the 1M layout (its README), from 0."""
+
+_UNSEEN_SEED = 20_261_127
+_DRAWS = 8
+"""Films drawn for each that is needed: some are known to the user, or drawn twice."""
 
 _RATINGS = (
     Column("user_id", "id", ("user_id", "userId"), nullable=False),
@@ -105,7 +122,60 @@ def read(settings: SourceSettings) -> SourceTables:
             notes.append("Ages are codes for ranges: `age` is near the middle of the range, `other` has the range.")
     else:
         notes.append("This edition has no demographics: age, gender and occupation are unknown.")
-    return assemble(users, videos, clicks(ratings.table, "user_id", "video_id"), sheets, notes)
+    interactions = clicks(ratings.table, "user_id", "video_id")
+    if settings.unseen:
+        interactions = with_unseen(interactions, settings.unseen)
+        notes[0] = (
+            "There are no watch times, so there is no sequential task. Ratings are clicks without stars; "
+            f"{settings.unseen} film(s) per rating that the user has not rated count as shown and not clicked."
+        )
+    return assemble(users, videos, interactions, sheets, notes)
+
+
+def with_unseen(interactions: pa.Table, each: int) -> pa.Table:
+    """Ratings as clicks without stars, each followed by films that the user never rated, at the same time.
+
+    Args:
+        interactions: clicks with times, schema `interactions`.
+        each: films per click; fewer where the user has rated nearly all that there were.
+    """
+    frame = interactions.select(["user_id", "video_id", "timestamp"]).to_pandas()
+    first = frame.groupby("video_id")["timestamp"].min().sort_values(kind="stable")
+    place = {film: i for i, film in enumerate(first.index)}
+    known = np.searchsorted(first.to_numpy(), frame["timestamp"].to_numpy(), side="right")
+    rng, rows = np.random.default_rng(_UNSEEN_SEED), []
+    for user, mine in frame.groupby("user_id", sort=True).indices.items():
+        taken = {place[film] for film in frame["video_id"].iloc[mine]}
+        for row in mine:
+            drawn = [int(film) for film in rng.integers(known[row], size=_DRAWS * each)]
+            new = [film for film in dict.fromkeys(drawn) if film not in taken][:each]
+            taken.update(new)
+            rows += [(user, first.index[film], frame["timestamp"].iloc[row]) for film in new]
+    return pa.concat_tables([_starless(interactions), _not_clicked(rows)])
+
+
+def _starless(interactions: pa.Table) -> pa.Table:
+    """Interactions without stars, likes and dislikes."""
+    for name in ("rating", "liked", "disliked"):
+        column = interactions.schema.field(name)
+        place = interactions.schema.get_field_index(name)
+        interactions = interactions.set_column(place, column, pa.nulls(interactions.num_rows, column.type))
+    return interactions
+
+
+def _not_clicked(rows: list[tuple[str, str, int]]) -> pa.Table:
+    """Exposures without a click, of (user, film, time)."""
+    users, films, times = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [])
+    return build(
+        "interactions",
+        len(rows),
+        interaction_id=pa.array([f"{u}-{v}-unseen" for u, v in zip(users, films, strict=True)], pa.string()),
+        user_id=pa.array(users, pa.string()),
+        video_id=pa.array(films, pa.string()),
+        task=constant(Task.CLICK.value, len(rows), pa.string()),
+        timestamp=pa.array(times, pa.int64()),
+        clicked=constant(False, len(rows), pa.bool_()),
+    )
 
 
 def _detect(folder: Path) -> _Layout:
