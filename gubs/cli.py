@@ -70,7 +70,7 @@ def synth(
 def ingest(
     run: RunOption, preset: PresetOption = "tiny", force: ForceOption = False, overrides: Overrides = None
 ) -> None:
-    """Read logs: source.kind=logs|movielens|amazon|kuairand|microlens source.path=FOLDER."""
+    """Read logs: source.kind=logs|movielens|amazon|agent4rec|kuairand|microlens source.path=FOLDER."""
     _make(["raw"], run, preset, force, overrides)
 
 

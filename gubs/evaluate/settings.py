@@ -5,10 +5,51 @@ from pydantic import Field
 from gubs.section import Section
 
 
+class PublicSettings(Section):
+    """The "10 + 10" protocols on data of choices and ratings (paper, Table 3)."""
+
+    users: int = Field(1000, ge=0)
+    """Users asked about, drawn from those with enough records (paper: 1,000); 0 = all."""
+    each: int = Field(10, ge=1)
+    """Positive items, and as many negative ones, of each user (paper: 10)."""
+    least_profile: int = Field(10, ge=1)
+    """Users with fewer records beside the candidates are left out."""
+    available: bool = True
+    """Negatives are items that somebody had chosen before the user's last record. `false` draws them from all times, as
+    the literature does; where the data set grows, "never seen before" then gives them away."""
+
+
+class SasrecSettings(Section):
+    """SASRec, the sequential recommender that takes a row in the tables."""
+
+    length: int = Field(100, ge=2)
+    """Latest items of a user that it sees."""
+    width: int = Field(64, ge=8)
+    """Size of the embeddings."""
+    blocks: int = Field(2, ge=1)
+    """Attention blocks."""
+    heads: int = Field(2, ge=1)
+    """Heads of each."""
+    dropout: float = Field(0.3, ge=0, lt=1)
+    """Dropout of embeddings, attention and feed-forward layers."""
+    epochs: int = Field(60, ge=1)
+    """Passes over all users."""
+    batch: int = Field(64, ge=1)
+    """Users per step."""
+    lr: float = Field(1e-3, gt=0)
+    """Learning rate of Adam."""
+    workers: int = Field(1, ge=1)
+    """Ray Train workers."""
+
+
 class EvalSettings(Section):
-    """Evaluation of a checkpoint on test users."""
+    """Evaluation of a checkpoint on test users, and the tables that it stands in."""
 
     items: int = Field(0, ge=0)
     """Targets judged of each task, drawn at random from the test users; 0 = all."""
     bootstrap: int = Field(1000, ge=0)
     """Resamples of users for the intervals."""
+    least_users: int = Field(100, ge=1)
+    """A table about fewer test users is flagged: its figures cannot tell predictors apart."""
+    public: PublicSettings = PublicSettings()
+    sasrec: SasrecSettings = SasrecSettings()
