@@ -3,12 +3,10 @@
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
 import pytest
+from evaluate_helpers import feedback_of
 
-from gubs.data.sources.reading import clicks
 from gubs.errors import InputError
-from gubs.evaluate.feedback import from_tables
 from gubs.evaluate.protocols import (
     Contrast,
     HeldOut,
@@ -24,18 +22,6 @@ from gubs.evaluate.protocols import (
 
 UNSEEN = Protocol(Contrast.UNSEEN, HeldOut.RANDOM, 3, 3, 2)
 LAST = replace(UNSEEN, held_out=HeldOut.LAST)
-
-
-def feedback_of(rows, items=(), parts=None):
-    """Rows are (user, item, time, stars)."""
-    columns = dict(zip(("user_id", "video_id", "timestamp", "rating"), zip(*rows, strict=True), strict=True))
-    table = pa.table({k: list(v) for k, v in columns.items()})
-    table = table.set_column(2, "timestamp", table["timestamp"].cast(pa.int64()))
-    table = table.set_column(3, "rating", table["rating"].cast(pa.float64()))
-    log = clicks(table, "user_id", "video_id")
-    if parts is not None:
-        parts = pa.table({"interaction_id": log["interaction_id"], "part": parts})
-    return from_tables(log, items, parts)
 
 
 @pytest.fixture(scope="module")

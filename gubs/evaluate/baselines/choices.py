@@ -146,7 +146,7 @@ class RatedNeighbours:
     def scores(self, users: Ints) -> Floats:
         """See `Scorer`."""
         near = (self._above[users] @ self._similarity.T).toarray()
-        weight = (self._chosen[users] @ self._similarity.T).toarray()
+        weight = (self._chosen[users] @ abs(self._similarity).T).toarray()
         return self._item + near / (1.0 + weight)
 
 

@@ -14,6 +14,8 @@ from gubs.evaluate.feedback import Feedback, Floats, Ints
 
 _BLOCK = 2048
 """Rows of a similarity matrix computed at once."""
+_SHRINK = 5.0
+"""Choices that are added to each item's, so that rare items are not near by chance."""
 _CELLS = 4_000_000
 """Numbers held at once while factors are solved."""
 
@@ -63,23 +65,27 @@ class UserNeighbours:
 
 
 class SequentialNeighbours:
-    """Sum over users of how like their latest items are to this user's: the later an item, the more it counts.
+    """Sum over the user's items of how often others chose the item soon after (half: before) them.
 
-    The weight of a user's item with r later ones is `decay` ** r; a neighbour's likeness is the weighted share of this
-    user's items that the neighbour chose too, divided by the root of the neighbour's number of items.
+    An item g places later counts `decay` ** (g - 1); a sum is divided by the roots of how often both were chosen; the
+    user's item with r later ones weighs `decay` ** r.
     """
 
-    def __init__(self, train: Feedback, k: int = 100, decay: float = 0.9):
-        self._matrix, self._k = train.matrix(), k
+    def __init__(self, train: Feedback, window: int = 10, decay: float = 0.8, before: float = 0.5):
+        n = len(train.items)
+        after = sparse.csr_array((n, n))
+        for gap in range(1, window + 1):
+            rows = np.flatnonzero(train.user[gap:] == train.user[:-gap])
+            pairs = (train.item[rows], train.item[rows + gap])
+            after = after + sparse.csr_array((np.full(len(rows), decay ** (gap - 1)), pairs), shape=(n, n))
+        root = sparse.diags_array(1 / np.sqrt(_SHRINK + np.bincount(train.item, minlength=n)))
+        self._near = sparse.csr_array(root @ (after + before * after.T) @ root)
         later = train.starts[1:][train.user] - 1 - np.arange(len(train))
         self._recent = train.matrix(decay**later)
-        self._root = np.sqrt(np.maximum(1, np.diff(train.starts)))
 
     def scores(self, users: Ints) -> Floats:
         """See `Scorer`."""
-        similarity = (self._recent[users] @ self._matrix.T).toarray() / self._root
-        similarity[np.arange(len(users)), users] = 0.0
-        return (sparse.csr_array(_strongest(similarity, self._k)) @ self._matrix).toarray()
+        return (self._recent[users] @ self._near).toarray()
 
 
 class Factors:

@@ -13,6 +13,8 @@ import numpy as np
 from gubs.evaluate.feedback import Bools, Floats, Ints
 
 FOLDS = 5
+TREES = 150
+"""Of a boosted model."""
 Fit = Callable[[Floats, Bools], Any]
 """(features [n, F], labels [n]) -> a scikit-learn classifier."""
 
@@ -31,7 +33,7 @@ def boosting(features: Floats, labels: Bools) -> Any:
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     model = HistGradientBoostingClassifier(
-        max_iter=150, learning_rate=0.06, max_leaf_nodes=15, min_samples_leaf=40, l2_regularization=1.0, random_state=0
+        max_iter=TREES, learning_rate=0.06, max_leaf_nodes=15, min_samples_leaf=40, l2_regularization=1.0, random_state=0
     )
     return model.fit(features, labels)
 
