@@ -10,7 +10,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -71,6 +71,54 @@ def evaluate_job(run: Run, settings: Settings, force: bool = False) -> None:
     if not trained:
         raise ArtifactError(f"{run.uri} has no trained policy: run `gubs sft` or `gubs grpo` first")
     judge(run, settings, trained, force)
+
+
+def evaluate_ifvr(
+    run: Run, settings: Settings, files: Mapping[str, str], force: bool = False, as_json: bool = False
+) -> None:
+    """Makes the baselines of IF-VR, and shows every predictor of the run beside them.
+
+    Args:
+        run: the run.
+        settings: all settings.
+        files: predictions from elsewhere, by name.
+        force: make the baselines again.
+        as_json: print JSON instead of tables.
+    """
+    from gubs.evaluate.show import print_ifvr
+    from gubs.evaluate.table import tables
+
+    stages.make(["bars"], run, settings, force=force)
+    evaluate = settings.evaluate
+    found = tables(run, files, least_users=evaluate.least_users, resamples=evaluate.bootstrap, seed=settings.seed)
+    if as_json:
+        print_json([t.to_json() for t in found])
+    else:
+        print_ifvr(found)
+
+
+def evaluate_public(run: Run, settings: Settings, force: bool = False, as_json: bool = False) -> None:
+    """Draws candidates, answers them by every baseline, and shows the table."""
+    from gubs.evaluate.show import print_public
+
+    stages.make(["candidates", "public"], run, settings, force=force)
+    artifact = run.artifact("public")
+    if as_json:
+        print_json({name: artifact.table(name).to_pylist() for name in ("metrics", "verdicts")})
+    else:
+        print_public(artifact)
+
+
+def evaluate_ranking(run: Run, settings: Settings, force: bool = False, as_json: bool = False) -> None:
+    """Ranks every user's last item by SASRec and its rivals, and shows the table."""
+    from gubs.evaluate.show import print_ranking
+
+    stages.make(["ranking"], run, settings, force=force)
+    artifact = run.artifact("ranking")
+    if as_json:
+        print_json({name: artifact.table(name).to_pylist() for name in ("metrics", "verdicts")})
+    else:
+        print_ranking(artifact)
 
 
 def judge(run: Run, settings: Settings, names: Sequence[str], force: bool = False, as_json: bool = False) -> None:

@@ -13,7 +13,7 @@ Rules for all metrics:
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -490,15 +490,27 @@ def _bootstrap(by_user: Mapping[str, Floats], resamples: int, seed: int) -> dict
     users = len(by_user["users"])
     if users < 2 or resamples < 1:
         return {}
-    rng = np.random.default_rng(seed)
     matrix = np.stack(list(by_user.values()), axis=1)
-    block = max(1, _BLOCK // users)
-    sums = [_weights(rng, min(block, resamples - i), users) @ matrix for i in range(0, resamples, block)]
+    sums = [weights @ matrix for weights in bootstrap_weights(users, resamples, seed)]
     return dict(zip(by_user, np.concatenate(sums).T, strict=True))
 
 
+def bootstrap_weights(users: int, resamples: int, seed: int, width: int = 0) -> Iterator[Floats]:
+    """How often each resample draws each user, [r, U], in blocks of resamples.
+
+    Args:
+        users: U.
+        resamples: in all.
+        seed: of the draws.
+        width: numbers per resample that the caller makes of a block, if more than U.
+    """
+    rng = np.random.default_rng(seed)
+    block = max(1, _BLOCK // max(users, width, 1))
+    for start in range(0, resamples, block):
+        yield _weights(rng, min(block, resamples - start), users)
+
+
 def _weights(rng: np.random.Generator, resamples: int, users: int) -> Floats:
-    """How often each resample draws each user, [R, U]."""
     drawn = rng.integers(users, size=(resamples, users)) + users * np.arange(resamples)[:, None]
     return np.bincount(drawn.ravel(), minlength=resamples * users).reshape(resamples, users).astype(np.float64)
 

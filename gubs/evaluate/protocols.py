@@ -260,10 +260,7 @@ class _Drawer:
     def lists(self, user: int, rng: np.random.Generator) -> tuple[Ints, Bools] | None:
         """A user's items in the order shown, and their labels; None if too few unseen items can be drawn."""
         yes = self._held(self._yes, user, self._protocol.positives, rng)
-        if self._no is None:
-            no = self._unseen(user, rng)
-        else:
-            no = self._held(self._no, user, self._protocol.negatives, rng)
+        no = self._unseen(user, rng) if self._no is None else self._held(self._no, user, self._protocol.negatives, rng)
         if len(no) < self._protocol.negatives:
             return None
         order = rng.permutation(len(yes) + len(no))

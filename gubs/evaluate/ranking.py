@@ -86,7 +86,7 @@ def last_rows(feedback: Feedback) -> Ints:
 
 
 def unseen_items(feedback: Feedback, users: Ints, seed: int) -> Ints:
-    """`NEGATIVES` items that each user never chose, [len(users), NEGATIVES]; fewer, repeated, if there are not as many."""
+    """`NEGATIVES` items that each user never chose, [len(users), NEGATIVES]; repeated if there are not as many."""
     drawn = np.empty((len(users), NEGATIVES), dtype=np.int64)
     for row, user in enumerate(users.tolist()):
         unseen = np.setdiff1d(np.arange(len(feedback.items)), feedback.item[feedback.rows_of(user)])
@@ -103,9 +103,7 @@ def score_blocks(scorer: Scorer, users: Ints) -> ScoreBlocks:
         yield block, scorer.scores(block)
 
 
-def model_blocks(
-    model: Any, sequences: Sequence[Ints], users: Ints, evaluate: EvalSettings
-) -> ScoreBlocks:
+def model_blocks(model: Any, sequences: Sequence[Ints], users: Ints, evaluate: EvalSettings) -> ScoreBlocks:
     """SASRec's scores of all items, a block of users at a time."""
     start = 0
     for scores in sasrec.next_scores(model, sequences, evaluate.sasrec):

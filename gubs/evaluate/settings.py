@@ -22,8 +22,8 @@ class PublicSettings(Section):
 class SasrecSettings(Section):
     """SASRec, the sequential recommender that takes a row in the tables."""
 
-    length: int = Field(100, ge=2)
-    """Latest items of a user that it sees."""
+    length: int = Field(50, ge=2)
+    """Items that it sees at once: a user's latest ones; longer sequences are cut for training."""
     width: int = Field(64, ge=8)
     """Size of the embeddings."""
     blocks: int = Field(2, ge=1)
@@ -32,11 +32,11 @@ class SasrecSettings(Section):
     """Heads of each."""
     dropout: float = Field(0.3, ge=0, lt=1)
     """Dropout of embeddings, attention and feed-forward layers."""
-    epochs: int = Field(60, ge=1)
-    """Passes over all users."""
-    batch: int = Field(64, ge=1)
-    """Users per step."""
-    lr: float = Field(1e-3, gt=0)
+    epochs: int = Field(50, ge=1)
+    """Passes over all items of all users."""
+    batch: int = Field(128, ge=1)
+    """Windows of users per step."""
+    lr: float = Field(2e-3, gt=0)
     """Learning rate of Adam."""
     workers: int = Field(1, ge=1)
     """Ray Train workers."""

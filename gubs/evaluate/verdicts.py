@@ -13,13 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from gubs.evaluate.metrics import Floats, Predictions, Statistic, statistic_of, user_sums
+from gubs.evaluate.metrics import Floats, Predictions, Statistic, bootstrap_weights, statistic_of, user_sums
 
 ALPHA = 0.05
 _POWER = 1.959964 + 0.841621
 """Standard errors that a difference must have to be found in 80 % of samples at 5 %, two-sided."""
-_BLOCK = 2_000_000
-"""Most weights held in memory at once."""
 
 
 class Word(StrEnum):
@@ -116,15 +114,12 @@ def paired(
     def value(matrix: Floats) -> Floats:
         return statistic(dict(zip(names, np.moveaxis(matrix, -1, 0), strict=True)))
 
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, 31])
     observed = float(value(a.sum(axis=0)) - value(b.sum(axis=0)))
-    drawn, flipped = [], []
-    block = max(1, _BLOCK // max(1, users))
-    for start in range(0, resamples, block):
-        n = min(block, resamples - start)
-        weights = rng.multinomial(users, np.full(users, 1 / users), size=n).astype(np.float64)
+    drawn, flipped = [np.zeros(0)], [np.zeros(0)]
+    for weights in bootstrap_weights(users, resamples, seed):
         drawn.append(value(weights @ a) - value(weights @ b))
-        swap = rng.integers(0, 2, size=(n, users)).astype(np.float64)
+        swap = rng.integers(0, 2, size=weights.shape).astype(np.float64)
         moved = swap @ (b - a)
         flipped.append(value(a.sum(axis=0) + moved) - value(b.sum(axis=0) - moved))
     return _verdict(observed, np.concatenate(drawn), np.concatenate(flipped), value(a) - value(b))

@@ -1,7 +1,8 @@
 """SASRec (Kang and McAuley 2018): self-attention over a user's latest items predicts the next one.
 
 Trained with the cross-entropy over all items instead of one sampled negative: on catalogues of this size that costs
-little and needs no sampler. Ray Train runs `train_worker` on one or more workers (DDP); a row is a window of a user's items.
+little and needs no sampler. Ray Train runs `train_worker` on one or more workers (DDP); a row is a window of a user's
+items.
 """
 
 import io
@@ -192,7 +193,12 @@ def fit(sequences: Sequences, items: int, settings: SasrecSettings, seed: int) -
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import RunConfig
 
-    config = {"sequences": [ray.put([s for s in sequences if len(s) > 1])], "items": items, "settings": settings, "seed": seed}
+    config = {
+        "sequences": [ray.put([s for s in sequences if len(s) > 1])],
+        "items": items,
+        "settings": settings,
+        "seed": seed,
+    }
     gpu = ray.cluster_resources().get("GPU", 0) >= settings.workers
     scaling = ScalingConfig(num_workers=settings.workers, use_gpu=gpu)
     with TemporaryDirectory(prefix="gubs-sasrec-") as folder:
