@@ -145,19 +145,17 @@ def features(log: Log, rows: Ints) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataF
     of_users = _user_features(log).iloc[log.user[rows]].reset_index(drop=True)
     video = log.video[rows]
     shown = _content_features(log, rows)
-    prior = float(log.bad[log.train].mean()) if log.train.any() else 0.5
-    columns: dict[str, Floats] = {"video_rate": np.full(len(rows), prior), "video_views": np.zeros(len(rows))}
-    columns["video_play"] = np.full(len(rows), np.nan)
+    play = np.nan_to_num(log.frame["play_rate"].to_numpy(dtype=float))
+    columns = {name: np.zeros(len(rows)) for name in ("video_rate", "video_views", "video_play")}
     for fold in np.unique(log.fold[rows]):
         inside, others = log.fold[rows] == fold, log.train & (log.fold != fold)
         n = len(log.videos)
         views = np.bincount(log.video[others], minlength=n)
         bad = np.bincount(log.video[others & log.bad], minlength=n)
-        play = np.nan_to_num(log.frame["play_rate"].to_numpy(dtype=float))
         played = np.bincount(log.video[others], play[others], minlength=n)
-        columns["video_rate"][inside] = rate(bad, views, prior, 10.0)[video[inside]]
+        columns["video_rate"][inside] = rate(bad, views, _mean(log.bad[others]), 10.0)[video[inside]]
         columns["video_views"][inside] = np.log1p(views)[video[inside]]
-        columns["video_play"][inside] = rate(played, views, float(play.mean()), 10.0)[video[inside]]
+        columns["video_play"][inside] = rate(played, views, _mean(play[others]), 10.0)[video[inside]]
     return of_users, shown, pd.DataFrame(columns)
 
 
@@ -165,7 +163,7 @@ def _user_features(log: Log) -> pd.DataFrame:
     """Per user, from the history: rate of bad records, of the latest ones, number, mean play rate."""
     n, h = len(log.users), log.history
     user, bad = log.user[h], log.bad[h]
-    prior = float(log.bad[log.history & log.train].mean()) if (log.history & log.train).any() else 0.5
+    prior = _mean(log.bad[log.history & log.train])
     total = np.bincount(user, minlength=n)
     later = total[user] - 1 - pd.Series(user).groupby(user).cumcount().to_numpy()  # the log is by user and time
     recent = later < _RECENT
@@ -188,9 +186,9 @@ def _content_features(log: Log, rows: Ints) -> pd.DataFrame:
     length = _length(log.seconds)
     columns: dict[str, Floats] = {"seconds": np.log1p(np.nan_to_num(seconds, nan=-0.5))}
     columns |= {name: np.zeros(len(rows)) for name in ("length_rate", "tag_rate", "tag_least", "tag_most")}
-    prior = float(log.bad[log.train].mean()) if log.train.any() else 0.5
     for fold in np.unique(log.fold[rows]):
         inside, others = log.fold[rows] == fold, log.train & (log.fold != fold)
+        prior = _mean(log.bad[others])
         columns["length_rate"][inside] = _rates_of(length[log.video], log.bad, others, prior)[length[video[inside]]]
         tag_rate = _tag_rates(log, others, prior)
         of_video = _over_tags(log.tags, tag_rate, prior)
@@ -224,6 +222,10 @@ def _own_features(log: Log, rows: Ints, length: Ints) -> dict[str, Floats]:
         own[i] = n, (bad + 2 * prior[user]) / (n + 2), views, (skipped + 2 * prior[user]) / (views + 2)
     names = ("own_tag_views", "own_tag_rate", "own_length_views", "own_length_rate")
     return {name: own[:, k] for k, name in enumerate(names)}
+
+
+def _mean(values: Bools | Floats) -> float:
+    return float(values.mean()) if len(values) else 0.5
 
 
 def _count(counts: dict[tuple[int, int], list[int]], key: tuple[int, int], bad: bool) -> None:
