@@ -294,6 +294,18 @@ def evaluate_public(
     jobs.evaluate_public(open_run(run), load_settings(preset, overrides or []), force, as_json)
 
 
+@evaluate.command("simulated")
+def evaluate_simulated(
+    run: RunOption = DEFAULT_RUN,
+    preset: PresetOption = "tiny",
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    overrides: Overrides = None,
+) -> None:
+    """Language models as simulated users on the same candidates; a run that was stopped asks nothing twice."""
+    jobs.evaluate_public(open_run(run), load_settings(preset, overrides or []), force, as_json, simulated=True)
+
+
 @evaluate.command("ranking")
 def evaluate_ranking(
     run: RunOption = DEFAULT_RUN,

@@ -22,7 +22,7 @@ from gubs import stages
 from gubs.artifacts import Run, open_run
 from gubs.config import Settings, load_settings, preset_names
 from gubs.console import err, print_json, quiet_libraries, say
-from gubs.errors import ArtifactError, GubsError, MissingArtifactError, PlatformError, SettingsError
+from gubs.errors import GubsError, MissingArtifactError, PlatformError, SettingsError
 from gubs.ray_runtime import follow_job, free_port, local_head
 from gubs.records import Split, Task
 
@@ -40,6 +40,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]"
 Work = Callable[[Run, Settings, bool], object]
 """(run, settings, force)"""
 
+CHOICES = ("movielens", "amazon", "agent4rec", "microlens")
+"""Sources that only know what users chose: no exposure without a click, no play rate."""
 _ROOT = Path(gubs.__file__).resolve().parent.parent
 _EXCLUDES = [".venv", ".git", "runs", "**/__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"]
 
@@ -62,15 +64,19 @@ def main_job(run: Run, settings: Settings, force: bool = False) -> None:
 
 
 def evaluate_job(run: Run, settings: Settings, force: bool = False) -> None:
-    """Judges every policy of the run, and compares them.
+    """Judges every policy of the run and compares them, then fills the tables that the data allow.
 
-    Raises:
-        ArtifactError: the run has none.
+    IF-VR's table where users have targets to predict; "10 + 10" and the ranking where every record is a choice. What is
+    finished is kept, so that the job goes on where it was killed.
     """
-    trained = policies(run)
-    if not trained:
-        raise ArtifactError(f"{run.uri} has no trained policy: run `gubs sft` or `gubs grpo` first")
-    judge(run, settings, trained, force)
+    if trained := policies(run):
+        judge(run, settings, trained, force)
+    stages.make(["raw"], run, settings)
+    if settings.source.kind in CHOICES:
+        evaluate_public(run, settings, force)
+        evaluate_ranking(run, settings, force)
+    else:
+        evaluate_ifvr(run, settings, {}, force)
 
 
 def evaluate_ifvr(
@@ -97,16 +103,19 @@ def evaluate_ifvr(
         print_ifvr(found)
 
 
-def evaluate_public(run: Run, settings: Settings, force: bool = False, as_json: bool = False) -> None:
-    """Draws candidates, answers them by every baseline, and shows the table."""
+def evaluate_public(
+    run: Run, settings: Settings, force: bool = False, as_json: bool = False, *, simulated: bool = False
+) -> None:
+    """Draws candidates, answers them by every baseline (and by language models), and shows the table."""
     from gubs.evaluate.show import print_public
 
-    stages.make(["candidates", "public"], run, settings, force=force)
-    artifact = run.artifact("public")
+    targets = ["simulated"] if simulated else ["public"]
+    stages.make(targets, run, settings, force=force)
+    artifacts = [run.artifact(name) for name in ("public", "simulated") if run.has(name)]
     if as_json:
-        print_json({name: artifact.table(name).to_pylist() for name in ("metrics", "verdicts")})
+        print_json({a.stage: {name: a.table(name).to_pylist() for name in ("metrics", "verdicts")} for a in artifacts})
     else:
-        print_public(artifact)
+        print_public(artifacts)
 
 
 def evaluate_ranking(run: Run, settings: Settings, force: bool = False, as_json: bool = False) -> None:

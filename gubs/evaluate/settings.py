@@ -1,5 +1,7 @@
 """Settings of the evaluation."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from gubs.section import Section
@@ -42,6 +44,23 @@ class SasrecSettings(Section):
     """Ray Train workers."""
 
 
+class SimulateSettings(Section):
+    """The role `annotator` as simulated user in the "10 + 10" protocols."""
+
+    strategies: tuple[Literal["plain", "recagent", "agent4rec", "simuser"], ...] = (
+        *("plain", "recagent", "agent4rec", "simuser"),
+    )
+    """What a prompt says about the user; see `gubs/evaluate/simulators.py`."""
+    forms: tuple[Literal["list", "point"], ...] = ("list", "point")
+    """Whether a prompt asks about a user's whole list or about one item."""
+    protocols: tuple[str, ...] = ()
+    """Names of protocols; empty = all."""
+    users: int = Field(0, ge=0)
+    """Users of each protocol that the model is asked about; 0 = all."""
+    probes: int = Field(100, ge=0)
+    """Items whose title the model is asked for by id, to see whether it knows the data set by heart."""
+
+
 class EvalSettings(Section):
     """Evaluation of a checkpoint on test users, and the tables that it stands in."""
 
@@ -52,4 +71,5 @@ class EvalSettings(Section):
     least_users: int = Field(100, ge=1)
     """A table about fewer test users is flagged: its figures cannot tell predictors apart."""
     public: PublicSettings = PublicSettings()
+    simulate: SimulateSettings = SimulateSettings()
     sasrec: SasrecSettings = SasrecSettings()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from gubs import console
 from gubs.artifacts import Artifact
 from gubs.evaluate.public import METRIC
-from gubs.evaluate.published import PUBLISHED, TABLE_2
+from gubs.evaluate.published import PUBLISHED, TABLE_2, TABLE_3
 from gubs.evaluate.ranking import STATISTICS, WAYS
 from gubs.evaluate.table import COLUMNS, Table
 from gubs.records import Task
@@ -54,9 +54,13 @@ def print_ifvr(tables: Sequence[Table]) -> None:
             console.print_line(f"  {line}")
 
 
-def print_public(artifact: Artifact) -> None:
-    """Accuracy of every baseline in every protocol, side by side, and what the best one beats."""
-    metrics = artifact.table("metrics").to_pylist()
+def print_public(artifacts: Sequence[Artifact]) -> None:
+    """Accuracy of every baseline and model in every protocol, side by side, and what is left unanswered by cause.
+
+    Args:
+        artifacts: `public`, and `simulated` if there is one.
+    """
+    metrics = [m for a in artifacts for m in a.table("metrics").to_pylist()]
     protocols = list(dict.fromkeys(m["protocol"] for m in metrics))
     found = {(m["protocol"], m["method"], m["name"]): m for m in metrics}
     users = {p: found[p, "coin", "user_acc"]["n"] for p in protocols}
@@ -64,7 +68,18 @@ def print_public(artifact: Artifact) -> None:
     shown = _table("10 + 10: accuracy, pooled (95 % interval over users); positive = chosen or liked", columns)
     for method in dict.fromkeys(m["method"] for m in metrics):
         shown.add_row(method, *(_figure(found.get((p, method, METRIC))) for p in protocols))
+    for data, rows in TABLE_3.items():
+        for name, (accuracy, _, _) in rows.items():
+            shown.add_row(f"{name}, {data} ({PUBLISHED})", _number(accuracy), style="dim")
     _screen().print(shown)
+    for artifact in artifacts:
+        info = artifact.manifest.info
+        for row, causes in info.get("causes", {}).items():
+            console.print_line(f"  unanswered, {row}: {causes or 'none'}")
+        if "probed" in info:
+            console.print_line(
+                f"  {info['model']} recalls {info['recalled']} of {info['probed']} titles from ids alone"
+            )
 
 
 def print_ranking(artifact: Artifact) -> None:
