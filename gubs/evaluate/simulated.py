@@ -98,7 +98,8 @@ class _Asked:
         videos: dict[str, Video],
         source: str,
     ):
-        self._settings, self._contract, self._seed = settings, Contract(llm.contract), seed
+        unusable_counts = llm.contract.model_copy(update={"unusable": 1.0})  # as wrong answers, by cause
+        self._settings, self._contract, self._seed = settings, Contract(unusable_counts), seed
         self._things, self._videos, self._source = things, videos, source
 
     def rows(

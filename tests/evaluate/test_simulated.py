@@ -87,10 +87,7 @@ def test_an_endpoint_takes_a_row_and_is_asked_nothing_twice(tmp_path, server, se
             {"match": "Now this is offered", "text": json.dumps({"id": "5", "yes": True})},
             {"match": "gives every item an id", "text": json.dumps({"title": "Film 3"})},
             {"match": "Weigh what speaks", "text": "no JSON at all"},
-            {
-                "match": "are offered, each",
-                "text": json.dumps({"answers": [{"id": str(i), "yes": True} for i in range(20)]}),
-            },
+            {"match": "are offered, each", "text": json.dumps(everything)},
         ]
     )
     run = Run(tmp_path / "run")
