@@ -13,6 +13,7 @@ from gubs.evaluate.baselines.collaborative import (
     SequentialNeighbours,
     UserNeighbours,
     nearest,
+    tuned_factors,
 )
 from gubs.evaluate.baselines.statistics import (
     LEARNERS,
@@ -89,6 +90,14 @@ def test_factors_are_at_a_minimum(world):
     for user in (0, 3, 11):
         best = loss(user, m._users[user])
         assert all(loss(user, m._users[user] + 1e-2 * rng.normal(size=4)) > best for _ in range(20))
+
+
+def test_factors_are_tuned_on_training_records(world, monkeypatch):
+    """Of two weights, one of which forgets everything, the other is taken."""
+    monkeypatch.setattr("gubs.evaluate.baselines.collaborative._WEIGHTS", ((0.1, 1e6), (0.1, 0.02)))
+    users = np.array([0, 5])
+    expected = Factors(world, unobserved=0.1, penalty=0.02).scores(users)
+    assert tuned_factors(world).scores(users) == pytest.approx(expected)
 
 
 def test_factors_without_records_are_zero(world):
