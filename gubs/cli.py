@@ -318,6 +318,12 @@ def evaluate_ranking(
     jobs.evaluate_ranking(open_run(run), load_settings(preset, overrides or []), force, as_json)
 
 
+@evaluate.command("page")
+def evaluate_page(run: RunArgument = DEFAULT_RUN, preset: PresetOption = "tiny") -> None:
+    """Print the tables and write the page again from what is stored; makes nothing and needs no network."""
+    jobs.evaluate_page(open_run(run), load_settings(preset))
+
+
 @app.command(rich_help_panel=_MODEL)
 def plan(
     preset: PresetOption = "tiny",

@@ -19,7 +19,7 @@ import typer
 
 import gubs
 from gubs import stages
-from gubs.artifacts import Run, open_run
+from gubs.artifacts import Artifact, Run, open_run
 from gubs.config import Settings, load_settings, preset_names
 from gubs.console import err, print_json, quiet_libraries, say
 from gubs.errors import GubsError, MissingArtifactError, PlatformError, SettingsError
@@ -91,43 +91,54 @@ def evaluate_ifvr(
         force: make the baselines again.
         as_json: print JSON instead of tables.
     """
-    from gubs.evaluate.show import print_ifvr
-    from gubs.evaluate.table import tables
-
     stages.make(["bars"], run, settings, force=force)
-    evaluate = settings.evaluate
-    found = tables(run, files, least_users=evaluate.least_users, resamples=evaluate.bootstrap, seed=settings.seed)
-    if as_json:
-        print_json([t.to_json() for t in found])
-    else:
-        print_ifvr(found)
+    _show_evaluation(run, settings, ("ifvr",), as_json, files)
 
 
 def evaluate_public(
     run: Run, settings: Settings, force: bool = False, as_json: bool = False, *, simulated: bool = False
 ) -> None:
     """Draws candidates, answers them by every baseline (and by language models), and shows the table."""
-    from gubs.evaluate.show import print_public
-
-    targets = ["simulated"] if simulated else ["public"]
-    stages.make(targets, run, settings, force=force)
-    artifacts = [run.artifact(name) for name in ("public", "simulated") if run.has(name)]
-    if as_json:
-        print_json({a.stage: {name: a.table(name).to_pylist() for name in ("metrics", "verdicts")} for a in artifacts})
-    else:
-        print_public(artifacts)
+    stages.make(["simulated" if simulated else "public"], run, settings, force=force)
+    _show_evaluation(run, settings, ("public", "simulated"), as_json)
 
 
 def evaluate_ranking(run: Run, settings: Settings, force: bool = False, as_json: bool = False) -> None:
     """Ranks every user's last item by SASRec and its rivals, and shows the table."""
-    from gubs.evaluate.show import print_ranking
-
     stages.make(["ranking"], run, settings, force=force)
-    artifact = run.artifact("ranking")
+    _show_evaluation(run, settings, ("ranking",), as_json)
+
+
+def evaluate_page(run: Run, settings: Settings) -> None:
+    """Writes the page and prints all tables again from what is stored; makes nothing."""
+    _show_evaluation(run, settings, ("ifvr", "public", "simulated", "ranking"))
+
+
+def _show_evaluation(
+    run: Run, settings: Settings, parts: Sequence[str], as_json: bool = False, files: Mapping[str, str] | None = None
+) -> None:
+    from gubs.evaluate.sheets import ifvr_sheet, print_sheet, public_sheet, ranking_sheet
+    from gubs.evaluate.table import tables
+    from gubs.report.evaluation import write_page
+
+    evaluate = settings.evaluate
+    options = {"least_users": evaluate.least_users, "resamples": evaluate.bootstrap, "seed": settings.seed}
+    found = tables(run, files or {}, **options) if run.has("bars") else []
+    stored = [run.artifact(name) for name in ("public", "simulated", "ranking") if name in parts and run.has(name)]
     if as_json:
-        print_json({name: artifact.table(name).to_pylist() for name in ("metrics", "verdicts")})
+        print_json([t.to_json() for t in found] if "ifvr" in parts else {a.stage: _figures(a) for a in stored})
     else:
-        print_ranking(artifact)
+        for sheet in [ifvr_sheet(t) for t in found] if "ifvr" in parts else []:
+            print_sheet(sheet)
+        if chosen := [a for a in stored if a.stage != "ranking"]:
+            print_sheet(public_sheet(chosen))
+        for artifact in (a for a in stored if a.stage == "ranking"):
+            print_sheet(ranking_sheet(artifact))
+    say(f"[page]   {write_page(run, found)}")
+
+
+def _figures(artifact: Artifact) -> dict[str, object]:
+    return {name: artifact.table(name).to_pylist() for name in ("metrics", "verdicts")}
 
 
 def judge(run: Run, settings: Settings, names: Sequence[str], force: bool = False, as_json: bool = False) -> None:

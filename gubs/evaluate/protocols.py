@@ -314,7 +314,7 @@ def _rules(feedback: Feedback, protocol: Protocol) -> dict[str, str]:
     timed = feedback.timed and protocol.available
     when = "chosen by somebody before the user's last record" if timed else "chosen by somebody at any time"
     return {
-        "negatives": drawn[protocol.contrast] + ("" if protocol.contrast is Contrast.LIKED else f"; {when}"),
+        "negatives_drawn": drawn[protocol.contrast] + ("" if protocol.contrast is Contrast.LIKED else f"; {when}"),
         "ties": "equal times keep the order of the log",
         "masking": "a candidate is in no profile and in no training data",
         "order": "drawn by the seed per user; answers are joined by item id",

@@ -1,6 +1,7 @@
 """Small data of choices for the tests of protocols and baselines."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -37,3 +38,13 @@ def two_tastes(users: int = 60, items: int = 40, each: int = 14, seed: int = 0) 
             stars = float(rng.integers(3, 6) if own[item] else rng.integers(1, 4))
             rows.append((f"u{user:03}", f"i{item:02}", 100 * k + user, stars))
     return rows
+
+
+def movielens_folder(folder: Path) -> Path:
+    """A folder in the layout of MovieLens 100K: 20 users, 30 films, 14 ratings each."""
+    folder.mkdir()
+    lines = [f"{u[1:]}\t{i[1:]}\t{int(s or 0)}\t{880_000_000 + (t or 0)}" for u, i, t, s in two_tastes(20, 30)]
+    (folder / "u.data").write_text("\n".join(lines) + "\n")
+    films = [f"{i}|Film {i} (1990)|01-Jan-1990||url|" + "|".join("0" * 19) for i in range(30)]
+    (folder / "u.item").write_text("\n".join(films) + "\n")
+    return folder

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from evaluate_helpers import feedback_of, two_tastes
+from evaluate_helpers import feedback_of, movielens_folder, two_tastes
 
 from gubs import stages
 from gubs.artifacts import Run
@@ -71,12 +71,7 @@ def test_titles_are_compared_without_year_and_article():
 def test_an_endpoint_takes_a_row_and_is_asked_nothing_twice(tmp_path, server, settings_for, ray_local, monkeypatch):
     monkeypatch.setattr("gubs.evaluate.baselines.statistics.TREES", 5)
     monkeypatch.setattr("gubs.evaluate.simulated._USERS", 3)
-    data = tmp_path / "data"
-    data.mkdir()
-    lines = [f"{u[1:]}\t{i[1:]}\t{int(s)}\t{t}" for u, i, t, s in two_tastes(20, 30)]
-    (data / "u.data").write_text("\n".join(lines) + "\n")
-    films = [f"{i}|Film {i} (1990)|01-Jan-1990||url|" + "|".join("0" * 19) for i in range(30)]
-    (data / "u.item").write_text("\n".join(films) + "\n")
+    data = movielens_folder(tmp_path / "data")
     changes = ("public.each=2", "least_profile=2", "public.users=6", "evaluate.bootstrap=20", "probes=3")
     more = ("evaluate.simulate.strategies=[plain,simuser]", "evaluate.simulate.users=5")
     settings = load_settings("tiny", ["source.kind=movielens", f"source.path={data}", *changes, *more])

@@ -121,7 +121,7 @@ class Factors:
 
 
 def tuned_factors(train: Feedback, seed: int = 0) -> Factors:
-    """iALS with those weights of `_WEIGHTS` that best tell one held-out training record of each user from items the
+    """IALS with those weights of `_WEIGHTS` that best tell one held-out training record of each user from items the
     user never chose; candidates play no part in it.
     """
     rng = np.random.default_rng([seed, 37])
