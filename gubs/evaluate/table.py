@@ -6,7 +6,7 @@ lost, and a random drop of the same share. A predictor that gives a score has a 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -101,7 +101,10 @@ def tables(run: Run, files: Mapping[str, str], *, least_users: int, resamples: i
     for task in Task:
         predictors, happened = collect(run, task, files)
         if predictors:
-            found.append(build(predictors, happened, task, least_users=least_users, resamples=resamples, seed=seed))
+            table = build(predictors, happened, task, least_users=least_users, resamples=resamples, seed=seed)
+            known = run.artifact(BARS).manifest.info[str(task)]["videos_trained_on"]
+            note = f"{100 * known:.0f} % of the test targets are about videos that training targets are about too"
+            found.append(replace(table, notes=(*table.notes, note)))
     return found
 
 
