@@ -11,9 +11,12 @@ from gubs.evaluate.public import METRIC
 from gubs.evaluate.published import PUBLISHED, TABLE_2, TABLE_3
 from gubs.evaluate.ranking import STATISTICS, WAYS
 from gubs.evaluate.table import COLUMNS, Table
+from gubs.evaluate.verdicts import Word
 from gubs.records import Task
 
 _WIDTH = 170
+_PUBLISHED_ON = {"movielens": "MovieLens", "agent4rec": "MovieLens", "amazon": "Amazon Books"}
+"""Data set of the paper's Table 3, by kind of source."""
 _SHORT = {
     "person_play_rate": "person play",
     "total_play_rate": "total play",
@@ -87,11 +90,13 @@ def public_sheet(artifacts: Sequence[Artifact]) -> Sheet:
         for method in dict.fromkeys(m["method"] for m in metrics)
     ]
     literature = [p.startswith("interacted / unseen, ") and not p.endswith(HeldOut.LAST) for p in protocols]
-    for data, published in TABLE_3.items():
-        for name, (accuracy, _, _) in published.items():
-            cells = [_number(accuracy) if same else "–" for same in literature]
-            rows.append(SheetRow(f"{name}, {data} ({PUBLISHED})", cells, faint=True))
-    notes = []
+    data = _PUBLISHED_ON.get(artifacts[0].manifest.settings["source"]["kind"], "")
+    for name, (accuracy, _, _) in TABLE_3.get(data, {}).items():
+        cells = [_number(accuracy) if same else "–" for same in literature]
+        rows.append(SheetRow(f"{name}, {data} ({PUBLISHED})", cells, faint=True))
+    notes = [_like_the_best(p, artifacts[0].table("verdicts").to_pylist()) for p in protocols]
+    for artifact in artifacts[1:]:
+        notes += [_in_words(v) for v in artifact.table("verdicts").to_pylist()]
     for info in (a.manifest.info for a in artifacts):
         notes += [f"unanswered, {row}: {causes or 'none'}" for row, causes in info.get("causes", {}).items()]
         if "probed" in info:
@@ -110,13 +115,27 @@ def ranking_sheet(artifact: Artifact) -> Sheet:
     ]
     tied = f"{info['users_with_tied_last_times']:,} users share their last time with another record"
     notes = [f"ties: {info['ties']} ({tied})", f"negatives: {info['negatives']}"]
-    notes += [
-        f"{v['first']} against {v['second']}, {v['metric']}: {v['difference']:+.3f} "
-        f"(detectable {v['detectable']:.3f}): {v['word']}"
-        for v in artifact.table("verdicts").to_pylist()
-    ]
+    notes += [_in_words(v) for v in artifact.table("verdicts").to_pylist()]
     columns = [f"{name}, {way}" for way in WAYS for name in STATISTICS]
     return Sheet(f"leave one out: {info['users']:,} users, {info['items']:,} items; %", columns, rows, notes)
+
+
+def _like_the_best(protocol: str, verdicts: Sequence[Mapping[str, Any]]) -> str:
+    """The best baseline of a protocol, and those that this many users cannot tell from it."""
+    own = [v for v in verdicts if v["protocol"] == protocol]
+    alike = [v["second"] for v in own if v["word"] == Word.UNKNOWN]
+    least = max((v["detectable"] for v in own), default=float("nan"))
+    return (
+        f"{protocol}: best is {own[0]['first']}; not to be told from it (up to {least:.3f}): {', '.join(alike) or '-'}"
+    )
+
+
+def _in_words(verdict: Mapping[str, Any]) -> str:
+    return (
+        f"{verdict.get('protocol', '')} {verdict['first']} against {verdict['second']}, {verdict['metric']}: "
+        f"{verdict['difference']:+.3f} (detectable {verdict['detectable']:.3f}, p {verdict['p_holm']:.3f}): "
+        f"{verdict['word']}"
+    ).strip()
 
 
 def print_sheet(sheet: Sheet) -> None:
