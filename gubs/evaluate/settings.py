@@ -34,7 +34,7 @@ class SasrecSettings(Section):
     """Heads of each."""
     dropout: float = Field(0.3, ge=0, lt=1)
     """Dropout of embeddings, attention and feed-forward layers."""
-    epochs: int = Field(50, ge=1)
+    epochs: int = Field(40, ge=1)
     """Passes over all items of all users."""
     batch: int = Field(128, ge=1)
     """Windows of users per step."""
