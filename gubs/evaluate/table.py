@@ -40,7 +40,7 @@ _KEYS = ["interaction_id", "user_id", "predicted", "score"]
 
 
 @dataclass(frozen=True)
-class Predictor:
+class Stored:
     """What one predictor said about targets of one task."""
 
     name: str
@@ -108,13 +108,13 @@ def tables(run: Run, files: Mapping[str, str], *, least_users: int, resamples: i
     return found
 
 
-def collect(run: Run, task: Task, files: Mapping[str, str]) -> tuple[list[Predictor], pd.DataFrame]:
+def collect(run: Run, task: Task, files: Mapping[str, str]) -> tuple[list[Stored], pd.DataFrame]:
     """All predictors of a task, and what happened: interaction_id, play_rate, clicked, gold."""
     bars = run.artifact(BARS).table("predictions").to_pandas()
     bars = bars[bars["task"] == str(task)]
     if bars.empty:
         return [], bars
-    predictors = [Predictor(str(n), f[_KEYS], False, "baseline") for n, f in bars.groupby("method", sort=False)]
+    predictors = [Stored(str(n), f[_KEYS], False, "baseline") for n, f in bars.groupby("method", sort=False)]
     happened = bars.drop_duplicates("interaction_id")[["interaction_id", "play_rate", "clicked"]]
     happened = happened.assign(gold=None)
     for stage in (s for s in run.stages() if s.startswith(STAGE_PREFIX)):
@@ -124,8 +124,8 @@ def collect(run: Run, task: Task, files: Mapping[str, str]) -> tuple[list[Predic
             golds = frame.set_index("interaction_id")["gold"]
             happened["gold"] = happened["interaction_id"].map(golds).where(lambda g: g.notna(), None)
             frame = frame if "score" in frame else frame.assign(score=np.nan)
-            predictors.append(Predictor(stage.removeprefix(STAGE_PREFIX), frame[_KEYS], True, "policy"))
-    predictors += [Predictor(n, read_file(path, task, happened), True, "file") for n, path in files.items()]
+            predictors.append(Stored(stage.removeprefix(STAGE_PREFIX), frame[_KEYS], True, "policy"))
+    predictors += [Stored(n, read_file(path, task, happened), True, "file") for n, path in files.items()]
     return predictors, happened
 
 
@@ -148,7 +148,7 @@ def read_file(path: str, task: Task, happened: pd.DataFrame) -> pd.DataFrame:
 
 
 def build(
-    predictors: Sequence[Predictor],
+    predictors: Sequence[Stored],
     happened: pd.DataFrame,
     task: Task,
     *,
@@ -227,7 +227,7 @@ def auc(score: Floats, bad: Bools, weights: Floats | None = None) -> Floats:
         return np.asarray((yes * below).sum(axis=-1) / (yes.sum(axis=-1) * no.sum(axis=-1)))
 
 
-def _aligned(predictor: Predictor, truth: pd.DataFrame, task: Task) -> tuple[Predictions, Floats]:
+def _aligned(predictor: Stored, truth: pd.DataFrame, task: Task) -> tuple[Predictions, Floats]:
     """A predictor's answers in the order of the truth, and its scores."""
     frame = predictor.frame.set_index("interaction_id").loc[truth["interaction_id"]]
     gold = truth["gold"].where(truth["gold"].notna(), None).tolist()
@@ -246,7 +246,7 @@ def _aligned(predictor: Predictor, truth: pd.DataFrame, task: Task) -> tuple[Pre
     return predictions, frame["score"].to_numpy(dtype=float)
 
 
-def _row(predictor: Predictor, said: Predictions, score: Floats, *, resamples: int, seed: int) -> TableRow:
+def _row(predictor: Stored, said: Predictions, score: Floats, *, resamples: int, seed: int) -> TableRow:
     values = _values(evaluate(said, resamples=resamples, seed=seed), said.task)
     if not predictor.reasons or not (said.gold_code > 0).any():
         values = {name: v for name, v in values.items() if not name.startswith("reason")}
@@ -259,7 +259,7 @@ def _row(predictor: Predictor, said: Predictions, score: Floats, *, resamples: i
 
 def _original(truth: pd.DataFrame, task: Task, resamples: int, seed: int) -> TableRow:
     """Everything is kept: what the recommender offers."""
-    everything = Predictor(ORIGINAL, truth.assign(predicted="A", score=np.nan)[_KEYS], False, "baseline")
+    everything = Stored(ORIGINAL, truth.assign(predicted="A", score=np.nan)[_KEYS], False, "baseline")
     said, _ = _aligned(everything, truth, task)
     values = _values(evaluate(said, resamples=resamples, seed=seed), task)
     judged = ("judge", "reason", "click_f1", "click_acc", "click_balanced")
@@ -279,7 +279,7 @@ def _auc_interval(score: Floats, bad: Bools, said: Predictions, resamples: int, 
 
 
 def _verdicts(
-    predictors: Sequence[Predictor], said: Mapping[str, Predictions], task: Task, resamples: int, seed: int
+    predictors: Sequence[Stored], said: Mapping[str, Predictions], task: Task, resamples: int, seed: int
 ) -> list[Verdict]:
     """Every policy and file against every baseline; without any, the best baseline against the others."""
     bars = [p.name for p in predictors if p.kind == "baseline"]

@@ -15,7 +15,7 @@ from gubs.errors import ArtifactError, InputError
 from gubs.evaluate.baselines.targets import Log, all_scored, features, scores_of, sequences
 from gubs.evaluate.metrics import Predictions
 from gubs.evaluate.published import TABLE_2
-from gubs.evaluate.table import ORIGINAL, Predictor, auc, build, curve, tables
+from gubs.evaluate.table import ORIGINAL, Stored, auc, build, curve, tables
 from gubs.records import Task
 
 SETTINGS = ("evaluate.bootstrap=50", "evaluate.sasrec.epochs=2", "evaluate.sasrec.width=8", "evaluate.sasrec.length=6")
@@ -54,7 +54,7 @@ def truth_of(n=400, seed=0):
 
 def predictor(name, truth, dropped, score, kind="policy"):
     frame = truth[["interaction_id", "user_id"]].assign(predicted=np.where(dropped, "B", "A"), score=score)
-    return Predictor(name, frame, False, kind)
+    return Stored(name, frame, False, kind)
 
 
 def test_baselines_see_no_label_of_a_target(log):
@@ -126,13 +126,13 @@ def test_a_policy_is_compared_with_every_baseline_on_common_targets():
     truth = truth_of()
     skipped = truth["play_rate"].to_numpy() < 0.3
     policy = predictor("policy", truth, skipped, skipped.astype(float))
-    policy = Predictor("policy", policy.frame.iloc[:300], False, "policy")
+    policy = Stored("policy", policy.frame.iloc[:300], False, "policy")
     bars = [predictor(f"bar{k}", truth, np.arange(400) % 2 == k, np.zeros(400), "baseline") for k in range(2)]
     table = build([*bars, policy], truth, Task.SEQUENTIAL, least_users=1, resamples=50, seed=0)
     assert table.items == 300
     assert [(v.first, v.second) for v in table.verdicts] == [("policy", "bar0"), ("policy", "bar1")]
     assert "300 of 400 targets: those that every predictor answered" in table.notes
-    other = Predictor("other", policy.frame.assign(interaction_id="none"), False, "file")
+    other = Stored("other", policy.frame.assign(interaction_id="none"), False, "file")
     with pytest.raises(ArtifactError, match="no target was answered by all of bar0, bar1, other"):
         build([*bars, other], truth, Task.SEQUENTIAL, least_users=1, resamples=0, seed=0)
 
