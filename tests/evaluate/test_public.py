@@ -96,3 +96,14 @@ def test_data_without_enough_records_are_refused(settings, tmp_path):
     more = evaluate.model_copy(update={"public": evaluate.public.model_copy(update={"least_profile": 99})})
     with pytest.raises(InputError, match="no user has 2 \\+ 2 items and a profile"):
         stages.make(["candidates"], Run(tmp_path / "r"), settings.model_copy(update={"evaluate": more}))
+
+
+@pytest.mark.parametrize(("kind", "filled"), [("movielens", ["public", "ranking"]), ("synthetic", ["ifvr"])])
+def test_the_job_fills_the_tables_that_the_data_allow(kind, filled, settings, tmp_path, monkeypatch):
+    done = []
+    for name in ("public", "ranking", "ifvr"):
+        monkeypatch.setattr(jobs, f"evaluate_{name}", lambda *_, name=name: done.append(name))
+    monkeypatch.setattr(stages, "make", lambda *_, **__: None)
+    source = settings.source.model_copy(update={"kind": kind})
+    jobs.evaluate_job(Run(tmp_path / "r"), settings.model_copy(update={"source": source}))
+    assert done == filled
