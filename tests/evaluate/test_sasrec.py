@@ -40,6 +40,13 @@ def test_an_order_is_learned():
     assert again[0] == pytest.approx(scores[0], abs=1e-5)
 
 
+def test_users_with_one_item_each_teach_nothing_and_break_nothing():
+    *_, (model, loss) = training([np.array([3]), np.array([], dtype=np.int64)], 12, TOY, seed=0)
+    assert np.isnan(loss)
+    (scores,) = next_scores(model, [np.array([3])], TOY)
+    assert np.isfinite(scores).all()
+
+
 def test_no_place_sees_a_later_item():
     torch.manual_seed(0)
     model = model_class()(12, TOY).eval()

@@ -104,7 +104,8 @@ def training(
     seed: int,
     wrap: "Callable[[torch.nn.Module], torch.nn.Module]" = lambda m: m,
 ) -> "Iterator[tuple[torch.nn.Module, float]]":
-    """Trains a model; yields it after every epoch with the mean loss.
+    """Trains a model; yields it after every epoch with the mean loss. Without a sequence of two items it stays as it
+    was drawn.
 
     Args:
         sequences: of the training users.
@@ -135,7 +136,7 @@ def training(
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        yield model, float(torch.stack(losses).mean())
+        yield model, float(torch.stack(losses).mean()) if losses else float("nan")
 
 
 def _first(batch: "torch.Tensor") -> int:
