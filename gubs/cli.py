@@ -73,7 +73,7 @@ def synth(
 def ingest(
     run: RunOption, preset: PresetOption = "tiny", force: ForceOption = False, overrides: Overrides = None
 ) -> None:
-    """Read logs: source.kind=logs|movielens|amazon|kuairand|microlens source.path=FOLDER."""
+    """Read logs: source.kind=logs|movielens|amazon|agent4rec|kuairand|microlens source.path=FOLDER."""
     _make(["raw"], run, preset, force, overrides)
 
 
@@ -262,6 +262,69 @@ def judge(
     """Ask policies about the test users; the table compares the first policy with the last."""
     settings = load_settings(preset, [p for p in policies if "=" in p])
     jobs.judge(open_run(run), settings, [p for p in policies if "=" not in p], force, as_json)
+
+
+evaluate = typer.Typer(no_args_is_help=True, help="Fill the paper's tables, with every baseline beside them.")
+app.add_typer(evaluate, name="evaluate", rich_help_panel=_MODEL)
+
+
+@evaluate.command("ifvr")
+def evaluate_ifvr(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME=FILE.parquet ...] [key=value ...]", help="Predictions from elsewhere; settings."),
+    ] = None,
+    run: RunOption = DEFAULT_RUN,
+    preset: PresetOption = "tiny",
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Table 2: judged policies and stored predictions beside baselines and SASRec, with what filtering costs."""
+    files = {name: file for name, _, file in (w.partition("=") for w in words or []) if file.endswith(".parquet")}
+    settings = load_settings(preset, [w for w in words or [] if not w.endswith(".parquet")])
+    jobs.evaluate_ifvr(open_run(run), settings, files, force, as_json)
+
+
+@evaluate.command("public")
+def evaluate_public(
+    run: RunOption = DEFAULT_RUN,
+    preset: PresetOption = "tiny",
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    overrides: Overrides = None,
+) -> None:
+    """Table 3: "10 + 10" items per user of a data set of choices or ratings; every protocol the data allow."""
+    jobs.evaluate_public(open_run(run), load_settings(preset, overrides or []), force, as_json)
+
+
+@evaluate.command("simulated")
+def evaluate_simulated(
+    run: RunOption = DEFAULT_RUN,
+    preset: PresetOption = "tiny",
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    overrides: Overrides = None,
+) -> None:
+    """Language models as simulated users on the same candidates; a run that was stopped asks nothing twice."""
+    jobs.evaluate_public(open_run(run), load_settings(preset, overrides or []), force, as_json, simulated=True)
+
+
+@evaluate.command("ranking")
+def evaluate_ranking(
+    run: RunOption = DEFAULT_RUN,
+    preset: PresetOption = "tiny",
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    overrides: Overrides = None,
+) -> None:
+    """Leave-one-out ranking: SASRec beside sequential kNN, item kNN and popularity; masked, unmasked, 100 negatives."""
+    jobs.evaluate_ranking(open_run(run), load_settings(preset, overrides or []), force, as_json)
+
+
+@evaluate.command("page")
+def evaluate_page(run: RunArgument = DEFAULT_RUN, preset: PresetOption = "tiny") -> None:
+    """Print the tables and write the page again from what is stored; makes nothing and needs no network."""
+    jobs.evaluate_page(open_run(run), load_settings(preset))
 
 
 @app.command(rich_help_panel=_MODEL)

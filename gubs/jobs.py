@@ -10,7 +10,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,10 +19,10 @@ import typer
 
 import gubs
 from gubs import stages
-from gubs.artifacts import Run, open_run
+from gubs.artifacts import Artifact, Run, open_run
 from gubs.config import Settings, load_settings, preset_names
 from gubs.console import err, print_json, quiet_libraries, say
-from gubs.errors import ArtifactError, GubsError, MissingArtifactError, PlatformError, SettingsError
+from gubs.errors import GubsError, MissingArtifactError, PlatformError, SettingsError
 from gubs.ray_runtime import follow_job, free_port, local_head
 from gubs.records import Split, Task
 
@@ -40,6 +40,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]"
 Work = Callable[[Run, Settings, bool], object]
 """(run, settings, force)"""
 
+CHOICES = ("movielens", "amazon", "agent4rec", "microlens")
+"""Sources that only know what users chose: no exposure without a click, no play rate."""
 _ROOT = Path(gubs.__file__).resolve().parent.parent
 _EXCLUDES = [".venv", ".git", "runs", "**/__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"]
 
@@ -62,15 +64,81 @@ def main_job(run: Run, settings: Settings, force: bool = False) -> None:
 
 
 def evaluate_job(run: Run, settings: Settings, force: bool = False) -> None:
-    """Judges every policy of the run, and compares them.
+    """Judges every policy of the run and compares them, then fills the tables that the data allow.
 
-    Raises:
-        ArtifactError: the run has none.
+    IF-VR's table where users have targets to predict; "10 + 10" and the ranking where every record is a choice. What is
+    finished is kept, so that the job goes on where it was killed.
     """
-    trained = policies(run)
-    if not trained:
-        raise ArtifactError(f"{run.uri} has no trained policy: run `gubs sft` or `gubs grpo` first")
-    judge(run, settings, trained, force)
+    if trained := policies(run):
+        judge(run, settings, trained, force)
+    stages.make(["raw"], run, settings)
+    if settings.source.kind in CHOICES:
+        evaluate_public(run, settings, force)
+        evaluate_ranking(run, settings, force)
+    else:
+        evaluate_ifvr(run, settings, {}, force)
+
+
+def evaluate_ifvr(
+    run: Run, settings: Settings, files: Mapping[str, str], force: bool = False, as_json: bool = False
+) -> None:
+    """Makes the baselines of IF-VR, and shows every predictor of the run beside them.
+
+    Args:
+        run: the run.
+        settings: all settings.
+        files: predictions from elsewhere, by name.
+        force: make the baselines again.
+        as_json: print JSON instead of tables.
+    """
+    stages.make(["bars"], run, settings, force=force)
+    _show_evaluation(run, settings, ("ifvr",), as_json, files)
+
+
+def evaluate_public(
+    run: Run, settings: Settings, force: bool = False, as_json: bool = False, *, simulated: bool = False
+) -> None:
+    """Draws candidates, answers them by every baseline (and by language models), and shows the table."""
+    stages.make(["simulated" if simulated else "public"], run, settings, force=force)
+    _show_evaluation(run, settings, ("public", "simulated"), as_json)
+
+
+def evaluate_ranking(run: Run, settings: Settings, force: bool = False, as_json: bool = False) -> None:
+    """Ranks every user's last item by SASRec and its rivals, and shows the table."""
+    stages.make(["ranking"], run, settings, force=force)
+    _show_evaluation(run, settings, ("ranking",), as_json)
+
+
+def evaluate_page(run: Run, settings: Settings) -> None:
+    """Writes the page and prints all tables again from what is stored; makes nothing."""
+    _show_evaluation(run, settings, ("ifvr", "public", "simulated", "ranking"))
+
+
+def _show_evaluation(
+    run: Run, settings: Settings, parts: Sequence[str], as_json: bool = False, files: Mapping[str, str] | None = None
+) -> None:
+    from gubs.evaluate.sheets import ifvr_sheet, print_sheet, public_sheet, ranking_sheet
+    from gubs.evaluate.table import tables
+    from gubs.report.evaluation import write_page
+
+    evaluate = settings.evaluate
+    options = {"least_users": evaluate.least_users, "resamples": evaluate.bootstrap, "seed": settings.seed}
+    found = tables(run, files or {}, **options) if run.has("bars") else []
+    stored = [run.artifact(name) for name in ("public", "simulated", "ranking") if name in parts and run.has(name)]
+    if as_json:
+        print_json([t.to_json() for t in found] if "ifvr" in parts else {a.stage: _figures(a) for a in stored})
+    else:
+        for sheet in [ifvr_sheet(t) for t in found] if "ifvr" in parts else []:
+            print_sheet(sheet)
+        if chosen := [a for a in stored if a.stage != "ranking"]:
+            print_sheet(public_sheet(chosen))
+        for artifact in (a for a in stored if a.stage == "ranking"):
+            print_sheet(ranking_sheet(artifact))
+    say(f"[page]   {write_page(run, found)}")
+
+
+def _figures(artifact: Artifact) -> dict[str, object]:
+    return {name: artifact.table(name).to_pylist() for name in ("metrics", "verdicts")}
 
 
 def judge(run: Run, settings: Settings, names: Sequence[str], force: bool = False, as_json: bool = False) -> None:

@@ -49,6 +49,8 @@ def write_raw(job: StageJob, tables: SourceTables) -> str:
     with job.writing() as out:
         for name in ("users", "videos", "interactions", "rejects"):
             out.write_table(name, getattr(tables, name))
+        if tables.parts is not None:
+            out.write_table("parts", tables.parts)
         out.info = {
             "files": {name: asdict(c) for name, c in tables.files.items()},
             "notes": tables.notes,

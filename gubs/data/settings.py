@@ -19,7 +19,15 @@ SEPARATORS = "|;,"
 class SourceSettings(Section):
     """The source of logs and videos."""
 
-    kind: Literal["synthetic", "logs", "movielens", "amazon", "kuairand", "microlens"] = "synthetic"
+    kind: Literal[
+        "synthetic",
+        "logs",
+        "movielens",
+        "amazon",
+        "agent4rec",
+        "kuairand",
+        "microlens",
+    ] = "synthetic"
     path: str = ""
     """Folder (or file) of the source's data; unused by `synthetic`."""
     videos_dir: str = ""

@@ -13,7 +13,7 @@ Rules for all metrics:
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -181,6 +181,29 @@ def evaluate(predictions: Predictions, *, resamples: int = 1000, seed: int = 0) 
     return _evaluate(predictions, specs, resamples, seed)
 
 
+def choice_metrics(predictions: Predictions, *, resamples: int = 1000, seed: int = 0) -> list[Metric]:
+    """What the "10 + 10" tables show of yes or no answers: pooled, and as means of users' values. Click task only."""
+    return _evaluate(predictions, _choice_specs(), resamples, seed)
+
+
+def user_sums(predictions: Predictions) -> dict[str, Floats]:
+    """The sums that every metric is a function of, by user (sorted), [U] each."""
+    return _user_sums(predictions)
+
+
+def statistic_of(name: str, task: Task) -> Statistic:
+    """How a metric follows from sums.
+
+    Raises:
+        ValueError: the task has no such metric.
+    """
+    reasons = _reason_specs() if task is Task.SEQUENTIAL else _choice_specs()
+    specs = {s.name: s for s in (*_judge_specs(task), *reasons, *_filter_specs(task))}
+    if name not in specs:
+        raise ValueError(f"{name!r} is no metric of the {task} task")
+    return specs[name].statistic
+
+
 def baselines(predictions: Predictions, *, resamples: int = 1000, seed: int = 0) -> dict[str, list[Metric]]:
     """Metrics of predictions without a model: both constants, a coin with the base rate, and random drops.
 
@@ -306,6 +329,28 @@ def _reason_specs() -> list[_Spec]:
     ]
 
 
+def _choice_specs() -> list[_Spec]:
+    def pooled(name: str, total: str, other: str) -> _Spec:
+        def value(s: Sums) -> Floats:
+            c = _confusion(s)
+            return _ratio(getattr(c, total), getattr(c, total) + getattr(c, other), 0.0)
+
+        return _Spec(f"click_{name}", value, "items", _share_positive, "click", empty=ZERO)
+
+    def per_user(name: str) -> _Spec:
+        def value(s: Sums) -> Floats:
+            return _ratio(s[f"user_{name}"], s["users"])
+
+        return _Spec(f"user_{name}", value, "users", _share_positive, "click", "per user", ZERO)
+
+    return [
+        *_judge_specs(Task.CLICK),
+        pooled("recall", "tp", "fn"),
+        pooled("precision", "tp", "fp"),
+        *(per_user(name) for name in ("acc", "recall", "f1")),
+    ]
+
+
 def _filter_specs(task: Task) -> list[_Spec]:
     rates = [
         _rate_spec("person_play_rate", "person_rate", "persons", "play rate, capped at 1", "per user"),
@@ -409,6 +454,9 @@ def _user_sums(p: Predictions) -> dict[str, Floats]:
         sums[f"{prefix}persons"] = (sums[f"{prefix}rated"] > 0).astype(np.float64)
         sums[f"{prefix}person_rate"] = _ratio(sums[f"{prefix}rate"], sums[f"{prefix}rated"], 0.0)
     sums["users"] = np.ones(len(users))
+    sums["user_acc"] = 1 - (sums["positive"] - sums["tp"] + sums["fp"]) / sums["items"]
+    sums["user_recall"] = _ratio(sums["tp"], sums["positive"], 0.0)
+    sums["user_f1"] = _ratio(2 * sums["tp"], sums["positive"] + sums["tp"] + sums["fp"], 0.0)
     sums["users_emptied"] = (sums["kept"] == 0).astype(np.float64)
     return sums
 
@@ -442,15 +490,27 @@ def _bootstrap(by_user: Mapping[str, Floats], resamples: int, seed: int) -> dict
     users = len(by_user["users"])
     if users < 2 or resamples < 1:
         return {}
-    rng = np.random.default_rng(seed)
     matrix = np.stack(list(by_user.values()), axis=1)
-    block = max(1, _BLOCK // users)
-    sums = [_weights(rng, min(block, resamples - i), users) @ matrix for i in range(0, resamples, block)]
+    sums = [weights @ matrix for weights in bootstrap_weights(users, resamples, seed)]
     return dict(zip(by_user, np.concatenate(sums).T, strict=True))
 
 
+def bootstrap_weights(users: int, resamples: int, seed: int, width: int = 0) -> Iterator[Floats]:
+    """How often each resample draws each user, [r, U], in blocks of resamples.
+
+    Args:
+        users: U.
+        resamples: in all.
+        seed: of the draws.
+        width: numbers per resample that the caller makes of a block, if more than U.
+    """
+    rng = np.random.default_rng(seed)
+    block = max(1, _BLOCK // max(users, width, 1))
+    for start in range(0, resamples, block):
+        yield _weights(rng, min(block, resamples - start), users)
+
+
 def _weights(rng: np.random.Generator, resamples: int, users: int) -> Floats:
-    """How often each resample draws each user, [R, U]."""
     drawn = rng.integers(users, size=(resamples, users)) + users * np.arange(resamples)[:, None]
     return np.bincount(drawn.ravel(), minlength=resamples * users).reshape(resamples, users).astype(np.float64)
 

@@ -38,6 +38,8 @@ class SourceTables:
     """Account of each input file that was read row by row."""
     notes: list[str] = field(default_factory=list)
     """What the source lacks, and what that rules out (the two-minute filter, for example)."""
+    parts: pa.Table | None = None
+    """interaction_id and part (`train`, `valid`, `test`), if the source comes divided."""
     truth: dict[str, pa.Table] = field(default_factory=dict)
     """Simulated sources only: the true causes of `skips`, and what is hidden of `users` and `videos`."""
 

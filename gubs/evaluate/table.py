@@ -1,0 +1,300 @@
+"""The IF-VR table: any predictor's stored predictions in the columns of the paper's Table 2, with bars beside them.
+
+Rows are policies (`eval-<policy>`), baselines (`bars`) and files of predictions from elsewhere; all are compared on the
+targets that every one of them answered. Judging is shown with what filtering costs: the share kept, the watched videos
+lost, and a random drop of the same share. A predictor that gives a score has a curve over all thresholds too.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from gubs.artifacts import Run
+from gubs.errors import ArtifactError, InputError
+from gubs.evaluate.bars import BARS
+from gubs.evaluate.feedback import Bools, Floats
+from gubs.evaluate.judge import MODES, STAGE_PREFIX
+from gubs.evaluate.metrics import Metric, Predictions, baselines, bootstrap_weights, evaluate
+from gubs.evaluate.verdicts import Verdict, verdicts
+from gubs.records import FAST_SKIP_BELOW, Task
+
+ORIGINAL, RANDOM = "Original recommendation", "random drop of the same share"
+COLUMNS = {
+    Task.SEQUENTIAL: (
+        *("person_play_rate", "total_play_rate", "finish_rate", "play_rate_above_30", "judge_f1", "judge_acc"),
+        *("judge_balanced_acc", "auc", "reason_f1", "reason_acc", "share_kept", "share_watched_lost"),
+    ),
+    Task.CLICK: (
+        *("click_rate", "click_f1", "click_acc", "click_balanced_acc", "auc", "share_kept", "share_clicked_lost"),
+    ),
+}
+"""Columns of a task's table, in order."""
+_VERDICT = {Task.SEQUENTIAL: "judge_balanced_acc", Task.CLICK: "click_balanced_acc"}
+_CURVE = tuple(round(0.05 * k, 2) for k in range(1, 21))
+"""Shares of videos kept at which a curve is measured."""
+_KEYS = ["interaction_id", "user_id", "predicted", "score"]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What one predictor said about targets of one task."""
+
+    name: str
+    frame: pd.DataFrame
+    """interaction_id, user_id, predicted (option or None), score (or NaN)."""
+    reasons: bool
+    """Whether it names reasons of skips."""
+    kind: str
+    """`policy`, `baseline` or `file`."""
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One row of the table."""
+
+    name: str
+    kind: str
+    values: Mapping[str, Mapping[str, float]]
+    """column -> value, low, high; columns that do not apply are left out."""
+    random_drop: Mapping[str, float]
+    """The filter's columns if as many videos were dropped at random."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One task's table."""
+
+    task: str
+    items: int
+    users: int
+    base_rate: float
+    """Share of skips (clicks)."""
+    rows: tuple[TableRow, ...]
+    curves: Mapping[str, Sequence[Mapping[str, float]]]
+    """predictor -> points; see `curve`."""
+    verdicts: tuple[Verdict, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return asdict(self)
+
+
+def tables(run: Run, files: Mapping[str, str], *, least_users: int, resamples: int, seed: int) -> list[Table]:
+    """One table per task that the run has baselines for.
+
+    Args:
+        run: has the artifact `bars`, and `eval-<policy>` of each policy.
+        files: predictions from elsewhere (see `read_file`), by name.
+        least_users: tables about fewer users are flagged.
+        resamples: of the intervals and the verdicts.
+        seed: of the resamples.
+
+    Raises:
+        ArtifactError: the run has no baselines, or predictors have no target in common.
+    """
+    found = []
+    for task in Task:
+        predictors, happened = collect(run, task, files)
+        if predictors:
+            table = build(predictors, happened, task, least_users=least_users, resamples=resamples, seed=seed)
+            known = run.artifact(BARS).manifest.info[str(task)]["videos_trained_on"]
+            note = f"{100 * known:.0f} % of the test targets are about videos that training targets are about too"
+            found.append(replace(table, notes=(*table.notes, note)))
+    return found
+
+
+def collect(run: Run, task: Task, files: Mapping[str, str]) -> tuple[list[Stored], pd.DataFrame]:
+    """All predictors of a task, and what happened: interaction_id, play_rate, clicked, gold."""
+    bars = run.artifact(BARS).table("predictions").to_pandas()
+    bars = bars[bars["task"] == str(task)]
+    if bars.empty:
+        return [], bars
+    predictors = [Stored(str(n), f[_KEYS], False, "baseline") for n, f in bars.groupby("method", sort=False)]
+    happened = bars.drop_duplicates("interaction_id")[["interaction_id", "play_rate", "clicked"]]
+    happened = happened.assign(gold=None)
+    for stage in (s for s in run.stages() if s.startswith(STAGE_PREFIX)):
+        frame = run.artifact(stage).table("predictions").to_pandas()
+        frame = frame[(frame["task"] == str(task)) & (frame["mode"] == MODES[0]) & frame["natural"]]
+        if len(frame):
+            golds = frame.set_index("interaction_id")["gold"]
+            happened["gold"] = happened["interaction_id"].map(golds).where(lambda g: g.notna(), None)
+            frame = frame if "score" in frame else frame.assign(score=np.nan)
+            predictors.append(Stored(stage.removeprefix(STAGE_PREFIX), frame[_KEYS], True, "policy"))
+    predictors += [Stored(n, read_file(path, task, happened), True, "file") for n, path in files.items()]
+    return predictors, happened
+
+
+def read_file(path: str, task: Task, happened: pd.DataFrame) -> pd.DataFrame:
+    """Predictions from elsewhere: Parquet with interaction_id, predicted (an option or null) and, if known, score.
+
+    Raises:
+        InputError: a column is missing, or no row is about a target of this run.
+    """
+    frame = pq.read_table(path).to_pandas()
+    missing = {"interaction_id", "predicted"} - set(frame.columns)
+    if missing:
+        raise InputError(f"{path}: no column {', '.join(sorted(missing))}; it needs interaction_id and predicted")
+    frame = frame[frame["task"] == str(task)] if "task" in frame else frame
+    frame = frame[frame["interaction_id"].isin(happened["interaction_id"])].drop_duplicates("interaction_id")
+    if frame.empty:
+        raise InputError(f"{path}: no row is about a {task} target of this run's test users")
+    frame = frame if "score" in frame else frame.assign(score=np.nan)
+    return frame.assign(user_id="")[_KEYS]
+
+
+def build(
+    predictors: Sequence[Stored],
+    happened: pd.DataFrame,
+    task: Task,
+    *,
+    least_users: int,
+    resamples: int,
+    seed: int,
+) -> Table:
+    """The table of one task, on the targets that all predictors answered.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    common = set.intersection(*(set(p.frame["interaction_id"]) for p in predictors))
+    if not common:
+        raise ArtifactError(f"{task}: no target was answered by all of {', '.join(p.name for p in predictors)}")
+    base = predictors[0].frame
+    truth = base.loc[base["interaction_id"].isin(common), ["interaction_id", "user_id"]].merge(happened)
+    truth = truth.sort_values(["user_id", "interaction_id"], ignore_index=True)
+    said = {p.name: _aligned(p, truth, task) for p in predictors}
+    first = next(iter(said.values()))[0]
+    rows = [_original(truth, task, resamples, seed)]
+    rows += [_row(p, *said[p.name], resamples=resamples, seed=seed) for p in predictors]
+    scored = {name: score for name, (_, score) in said.items() if np.isfinite(score).all()}
+    users = len(truth["user_id"].unique())
+    return Table(
+        task=str(task),
+        items=len(truth),
+        users=users,
+        base_rate=float(first.positive.mean()),
+        rows=tuple(rows),
+        curves={name: curve(score, first) for name, score in scored.items()},
+        verdicts=tuple(_verdicts(predictors, {n: p for n, (p, _) in said.items()}, task, resamples, seed)),
+        notes=tuple(_notes(truth, users, least_users, happened)),
+    )
+
+
+def curve(score: Floats, truth: Predictions) -> list[dict[str, float]]:
+    """What is kept when the videos with the lowest scores are kept, at each share; ties in the order of the items.
+
+    Points: share_kept; play_rate_above_30 and total_play_rate (sequential) or click_rate (click) of what is kept;
+    lost, the share of watched (clicked) videos that are dropped.
+    """
+    good = truth.positive if truth.task is Task.CLICK else ~truth.positive
+    order, rate = np.argsort(score, kind="stable"), np.nan_to_num(truth.rate)
+    kept_good, kept_rate = np.cumsum(good[order]), np.cumsum(rate[order])
+    points = []
+    for share in _CURVE:
+        n = max(1, round(share * len(score)))
+        point = {"share_kept": n / len(score), "lost": float(1 - kept_good[n - 1] / max(1, good.sum()))}
+        if truth.task is Task.CLICK:
+            point["click_rate"] = float(kept_good[n - 1] / n)
+        else:
+            point |= {"play_rate_above_30": float(kept_good[n - 1] / n), "total_play_rate": float(kept_rate[n - 1] / n)}
+        points.append(point)
+    return points
+
+
+def auc(score: Floats, bad: Bools, weights: Floats | None = None) -> Floats:
+    """Area under the ROC curve: how often a bad item has the higher score; equal scores count half.
+
+    Args:
+        score: [n].
+        bad: [n].
+        weights: of the items, [..., n]; default 1.
+
+    Returns:
+        [...]; NaN where there is only one class.
+    """
+    weights = np.ones(len(score)) if weights is None else weights
+    order = np.argsort(score, kind="stable")
+    ranked, labels = score[order], bad[order]
+    group = np.flatnonzero(np.concatenate([[True], ranked[1:] > ranked[:-1]]))
+    yes, no = (np.add.reduceat(weights[..., order] * mask, group, axis=-1) for mask in (labels, ~labels))
+    below = np.cumsum(no, axis=-1) - 0.5 * no
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray((yes * below).sum(axis=-1) / (yes.sum(axis=-1) * no.sum(axis=-1)))
+
+
+def _aligned(predictor: Stored, truth: pd.DataFrame, task: Task) -> tuple[Predictions, Floats]:
+    """A predictor's answers in the order of the truth, and its scores."""
+    frame = predictor.frame.set_index("interaction_id").loc[truth["interaction_id"]]
+    gold = truth["gold"].where(truth["gold"].notna(), None).tolist()
+    said = frame["predicted"].where(frame["predicted"].notna(), None).tolist()
+    rate = [None if v is None or v != v else float(v) for v in truth["play_rate"].tolist()]
+    clicked = [None if v is None or v != v else bool(v) for v in truth["clicked"].tolist()]
+    sequential = task is Task.SEQUENTIAL
+    predictions = Predictions(
+        user=truth["user_id"].tolist(),
+        gold=gold,
+        predicted=said,
+        task=task,
+        play_rate=rate if sequential else None,
+        clicked=None if sequential else clicked,
+    )
+    return predictions, frame["score"].to_numpy(dtype=float)
+
+
+def _row(predictor: Stored, said: Predictions, score: Floats, *, resamples: int, seed: int) -> TableRow:
+    values = _values(evaluate(said, resamples=resamples, seed=seed), said.task)
+    if not predictor.reasons or not (said.gold_code > 0).any():
+        values = {name: v for name, v in values.items() if not name.startswith("reason")}
+    if np.isfinite(score).all():
+        bad = said.positive if said.task is Task.SEQUENTIAL else ~said.positive
+        values["auc"] = _auc_interval(score, bad, said, resamples, seed)
+    drop = baselines(said, resamples=0, seed=seed)["random drop, expected"]
+    return TableRow(predictor.name, predictor.kind, values, {m.name: m.value for m in drop})
+
+
+def _original(truth: pd.DataFrame, task: Task, resamples: int, seed: int) -> TableRow:
+    """Everything is kept: what the recommender offers."""
+    everything = Stored(ORIGINAL, truth.assign(predicted="A", score=np.nan)[_KEYS], False, "baseline")
+    said, _ = _aligned(everything, truth, task)
+    values = _values(evaluate(said, resamples=resamples, seed=seed), task)
+    judged = ("judge", "reason", "click_f1", "click_acc", "click_balanced")
+    return TableRow(ORIGINAL, "baseline", {n: v for n, v in values.items() if not n.startswith(judged)}, {})
+
+
+def _values(metrics: Sequence[Metric], task: Task) -> dict[str, dict[str, float]]:
+    return {m.name: {"value": m.value, "low": m.low, "high": m.high} for m in metrics if m.name in COLUMNS[task]}
+
+
+def _auc_interval(score: Floats, bad: Bools, said: Predictions, resamples: int, seed: int) -> dict[str, float]:
+    users, codes = np.unique(np.asarray(said.user, dtype=np.str_), return_inverse=True)
+    drawn = [auc(score, bad, w[:, codes]) for w in bootstrap_weights(len(users), min(resamples, 200), seed, len(score))]
+    spread = np.concatenate(drawn) if drawn else np.array([])
+    low, high = np.nanpercentile(spread, (2.5, 97.5)) if len(spread) and len(users) > 1 else (np.nan, np.nan)
+    return {"value": float(auc(score, bad)), "low": float(low), "high": float(high)}
+
+
+def _verdicts(
+    predictors: Sequence[Stored], said: Mapping[str, Predictions], task: Task, resamples: int, seed: int
+) -> list[Verdict]:
+    """Every policy and file against every baseline; without any, the best baseline against the others."""
+    bars = [p.name for p in predictors if p.kind == "baseline"]
+    rows = [p.name for p in predictors if p.kind != "baseline"]
+    pairs = [(row, bar) for row in rows for bar in bars]
+    return verdicts(said, pairs, _VERDICT[task], resamples=resamples, seed=seed) if pairs else []
+
+
+def _notes(truth: pd.DataFrame, users: int, least_users: int, happened: pd.DataFrame) -> list[str]:
+    notes = []
+    if users < least_users:
+        notes.append(f"only {users} test users (evaluate.least_users={least_users}): these figures tell little apart")
+    if len(truth) < len(happened):
+        notes.append(f"{len(truth):,} of {len(happened):,} targets: those that every predictor answered")
+    unexplained = int((truth["gold"].isna() & (truth["play_rate"] < FAST_SKIP_BELOW)).sum())
+    if unexplained:
+        notes.append(f"{unexplained:,} skips without a known reason: they count for the judge, not for the reason")
+    return notes

@@ -1,0 +1,171 @@
+"""The "10 + 10" candidates: drawn as they say, equal for equal seeds, and refused where they give something away."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from evaluate_helpers import feedback_of
+
+from gubs.errors import InputError
+from gubs.evaluate.protocols import (
+    Contrast,
+    HeldOut,
+    Protocol,
+    digest,
+    draw,
+    from_table,
+    protocols_for,
+    prove,
+    to_table,
+    training,
+)
+
+UNSEEN = Protocol(Contrast.UNSEEN, HeldOut.RANDOM, 3, 3, 2)
+LAST = replace(UNSEEN, held_out=HeldOut.LAST)
+
+
+@pytest.fixture(scope="module")
+def world():
+    rng = np.random.default_rng(0)
+    rows = []
+    for user in range(30):
+        chosen = rng.choice(60, 20, replace=False)
+        rows += [(f"u{user:02}", f"i{i:02}", 100 * k + user, float(rng.integers(1, 6))) for k, i in enumerate(chosen)]
+    return feedback_of(rows)
+
+
+def names(feedback, c):
+    return {(feedback.users[u], feedback.items[i], bool(p)) for u, i, p in zip(c.user, c.item, c.positive, strict=True)}
+
+
+def test_repeated_pairs_count_once_and_times_order_a_user():
+    f = feedback_of([("a", "x", 5, None), ("a", "y", 3, None), ("a", "x", 1, None), ("b", "x", 2, None)], ["z"])
+    assert [f.items[i] for i in f.item] == ["x", "y", "x"]
+    assert f.time.tolist() == [1, 3, 2]
+    assert f.items == ("x", "y", "z")
+    assert f.matrix().toarray().tolist() == [[1, 1, 0], [1, 0, 0]]
+
+
+def test_users_whose_last_time_is_shared_are_counted():
+    f = feedback_of([("a", "x", 1, None), ("a", "y", 1, None), ("b", "x", 1, None), ("b", "y", 2, None)])
+    assert f.tied_users == 1
+
+
+def test_candidates_are_what_they_say(world):
+    c = draw(world, UNSEEN, 20, seed=1)
+    assert c.facts["users"] == 20
+    assert c.facts["candidates"] == len(c) == 120
+    records = set(zip(world.user.tolist(), world.item.tolist(), strict=True))
+    pairs = list(zip(c.user.tolist(), c.item.tolist(), strict=True))
+    assert [pair in records for pair in pairs] == c.positive.tolist()
+    rest = training(world, c)
+    assert len(rest) == len(world) - 60
+    assert not set(pairs) & set(zip(rest.user.tolist(), rest.item.tolist(), strict=True))
+    first = c.positive.reshape(20, 6).argmax(axis=1)
+    assert len(set(first.tolist())) > 1, "positives must not always come first"
+
+
+def test_the_last_in_time_leaves_an_earlier_profile(world):
+    c = draw(world, LAST, 0, seed=1)
+    for user in np.unique(c.user):
+        chosen = world.item[world.rows_of(user)]
+        assert set(c.item[(c.user == user) & c.positive]) == set(chosen[-3:])
+
+
+def test_negatives_existed_when_the_user_was_there():
+    """u0 was there first, when nobody had chosen anything else: it cannot be asked. u1 can be asked about u0's only."""
+    rows = [(f"u{u}", f"i{u}-{k}", 10 * u + k, None) for u in range(4) for k in range(6)]
+    f = feedback_of(rows)
+    c = draw(f, UNSEEN, 0, seed=1)
+    assert c.facts["too_few_unseen"] == 1
+    assert {f.users[u] for u in c.user} == {"u1", "u2", "u3"}
+    assert {f.items[i][:2] for i in c.item[(c.user == 1) & ~c.positive]} == {"i0"}
+    assert draw(f, replace(UNSEEN, available=False), 0, seed=1).facts["users"] == 4
+
+
+def test_popular_negatives_are_popular():
+    rows = [(f"u{u}", f"common{k}", 1, None) for u in range(40) for k in range(4) if u % 4 != k]
+    rows += [(f"u{u}", f"own{u}", 1, None) for u in range(40)]
+    f = feedback_of(rows)
+    both = {}
+    for contrast in (Contrast.UNSEEN, Contrast.POPULAR):
+        c = draw(f, Protocol(contrast, HeldOut.RANDOM, 1, 1, 1), 0, seed=0)
+        negatives = [f.items[i] for i in c.item[~c.positive]]
+        both[contrast] = np.mean([n.startswith("common") for n in negatives])
+    assert both[Contrast.POPULAR] > 0.25 > both[Contrast.UNSEEN]
+
+
+def test_liked_against_disliked(world):
+    c = draw(world, Protocol(Contrast.LIKED, HeldOut.RANDOM, 3, 3, 2), 0, seed=1)
+    stars = {(u, i): r for u, i, r in zip(world.user, world.item, world.rating, strict=True)}
+    said = [stars[pair] for pair in zip(c.user, c.item, strict=True)]
+    assert all(r >= 4 if p else r <= 2 for r, p in zip(said, c.positive, strict=True))
+
+
+def test_a_published_division_is_kept():
+    rows = [(f"u{u}", f"i{(u + 3 * k) % 40:02}", None, None) for u in range(20) for k in range(12)]
+    f = feedback_of(rows, parts=(["train"] * 4 + ["valid"] * 4 + ["test"] * 4) * 20)
+    protocol = protocols_for(f, 3, 2)[0]
+    assert protocol.held_out is HeldOut.PUBLISHED
+    c = draw(f, protocol, 0, seed=0)
+    train = set(zip(*(a[f.part == "train"].tolist() for a in (f.user, f.item)), strict=True))
+    assert set(zip(*(a.tolist() for a in (training(f, c).user, training(f, c).item)), strict=True)) == train
+    assert not train & set(zip(c.user.tolist(), c.item.tolist(), strict=True))
+
+
+def test_what_data_lack_is_not_offered(world):
+    assert len(protocols_for(world, 3, 2)) == 6
+    untimed = replace(world, time=np.full(len(world), -1))
+    assert {p.held_out for p in protocols_for(untimed, 3, 2)} == {HeldOut.RANDOM}
+    unrated = replace(world, liked=np.zeros(len(world), bool))
+    assert Contrast.LIKED not in {p.contrast for p in protocols_for(unrated, 3, 2)}
+
+
+def test_equal_seeds_give_equal_hashes_and_other_users_change_nothing(world):
+    one, two, other = (draw(world, UNSEEN, 0, seed=s) for s in (1, 1, 2))
+    assert digest([one], world) == digest([two], world) != digest([other], world)
+    few = draw(world, UNSEEN, 10, seed=1)
+    assert names(world, few) <= names(world, one)
+
+
+def test_a_stored_manifest_reads_back(world):
+    drawn = [draw(world, p, 0, seed=1) for p in protocols_for(world.without(world.user < 2), 3, 2, available=False)]
+    table = to_table(drawn, world)
+    for c in drawn:
+        again = from_table(table, world, c.protocol)
+        assert digest([again], world) == digest([c], world)
+
+
+def changed(c, **columns):
+    return replace(c, **columns)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda c, f: changed(c, item=np.where(np.arange(len(c)) == 1, c.item[0], c.item)), "twice"),
+        (lambda c, f: changed(c, positive=~c.positive), "never chosen"),
+        (lambda c, f: changed(c, positive=np.ones(len(c), bool)), "never chosen"),
+        (lambda c, f: changed(c, user=c.user[1:], item=c.item[1:], positive=c.positive[1:]), "another size"),
+    ],
+)
+def test_the_proof_refuses(world, fault, message):
+    c = draw(world, UNSEEN, 10, seed=1)
+    with pytest.raises(InputError, match=message):
+        prove(world, fault(c, world))
+
+
+def test_the_proof_refuses_a_later_profile(world):
+    c = draw(world, replace(LAST, available=False), 10, seed=1)
+    early = draw(world, replace(UNSEEN, available=False), 10, seed=1)
+    with pytest.raises(InputError, match="later than a candidate"):
+        prove(world, replace(early, protocol=c.protocol))
+
+
+def test_the_edge_of_the_data_is_measured():
+    """Every user's held-out item is chosen by nobody else, every negative by many: one look tells them apart."""
+    rows = [(f"u{u}", f"own{u}", 9, None) for u in range(10)]
+    rows += [(f"u{u}", f"c{(u + k) % 10}", 1 + k, None) for u in range(10) for k in range(3)]
+    c = draw(feedback_of(rows), Protocol(Contrast.UNSEEN, HeldOut.LAST, 1, 1, 1), 0, seed=0)
+    assert c.facts["positives_nobody_else_chose"] == 10
+    assert c.facts["unknown_item_rule"] < 0.5

@@ -1,0 +1,109 @@
+"""The stages `candidates` and `public` on files in MovieLens' layout: stored, shown, and rebuilt offline."""
+
+import json
+import shutil
+
+import pytest
+from evaluate_helpers import movielens_folder
+
+from gubs import jobs, stages
+from gubs.artifacts import Run
+from gubs.config import load_settings
+from gubs.errors import ArtifactError, InputError
+from gubs.evaluate.protocols import from_table
+from gubs.evaluate.public import read_feedback, stored_protocols
+
+CHANGES = ("public.each=2", "least_profile=2", "evaluate.bootstrap=50", "public.users=15")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return movielens_folder(tmp_path_factory.mktemp("public") / "data")
+
+
+@pytest.fixture(scope="module")
+def settings(folder):
+    return load_settings("tiny", ["source.kind=movielens", f"source.path={folder}", *CHANGES])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, settings):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gubs.evaluate.baselines.statistics.TREES", 5)
+        run = Run(tmp_path_factory.mktemp("public") / "run")
+        stages.make(["public"], run, settings)
+    return run
+
+
+def test_the_manifest_says_how_candidates_were_drawn(run):
+    info = run.artifact("candidates").manifest.info
+    assert len(info["protocols"]) == 6
+    facts = info["protocols"]["interacted / unseen, last in time"]
+    assert (facts["users"], facts["positives"], facts["negatives"], facts["seed"]) == (15, 2, 2, 0)
+    for word in ("ties", "masking", "order", "negatives_drawn", "unknown_item_rule"):
+        assert word in facts
+    protocols = stored_protocols(run.artifact("candidates"))
+    assert [p.name for p in protocols] == list(info["protocols"])
+
+
+def test_equal_data_and_seed_give_the_same_hash(run, settings, tmp_path):
+    again = Run(tmp_path / "again")
+    stages.make(["candidates"], again, settings)
+    other = Run(tmp_path / "other")
+    stages.make(["candidates"], other, settings.model_copy(update={"seed": 1}))
+    digests = [r.artifact("candidates").manifest.info["digest"] for r in (run, again, other)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_stored_answers_stand_the_proof_and_give_the_figures(run):
+    feedback = read_feedback(run.artifact("raw"))
+    table = run.artifact("candidates").table("candidates")
+    answers = run.artifact("public").table("answers").to_pandas()
+    metrics = run.artifact("public").table("metrics").to_pandas()
+    for protocol in stored_protocols(run.artifact("candidates")):
+        candidates = from_table(table, feedback, protocol)
+        part = answers[(answers["protocol"] == protocol.name) & (answers["method"] == "item kNN, top half")]
+        assert len(part) == len(candidates)
+        row = metrics[(metrics["protocol"] == protocol.name) & (metrics["method"] == "item kNN, top half")]
+        (accuracy,) = row[row["name"] == "click_acc"]["value"]
+        assert accuracy == pytest.approx((part["yes"] == part["positive"]).mean())
+        assert set(row["averaging"]) == {"pooled", "per class", "per user"}
+
+
+def test_tables_and_page_are_rebuilt_without_source_and_network(run, settings, folder, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run.uri, copy)
+    jobs.evaluate_page(Run(copy), load_settings("tiny"))
+    text = capsys.readouterr().out
+    for name in ("always yes", "coin", "popularity, top half", "boosting, all", "SimUser, MovieLens (published)"):
+        assert name in text
+    page = (copy / "evaluation.html").read_text()
+    assert "Holm" in page
+    assert run.artifact("candidates").manifest.info["digest"] in page
+    with pytest.raises(ArtifactError, match="nothing evaluated yet"):
+        jobs.evaluate_page(Run(tmp_path / "empty"), load_settings("tiny"))
+
+
+def test_figures_come_as_json_too(run, settings, capsys):
+    jobs.evaluate_public(run, settings, as_json=True)
+    found = json.loads(capsys.readouterr().out)["public"]
+    assert {"metrics", "verdicts"} == set(found)
+    assert {"difference", "detectable", "p_holm", "effect", "word"} <= set(found["verdicts"][0])
+
+
+def test_data_without_enough_records_are_refused(settings, tmp_path):
+    evaluate = settings.evaluate
+    more = evaluate.model_copy(update={"public": evaluate.public.model_copy(update={"least_profile": 99})})
+    with pytest.raises(InputError, match="no user has 2 \\+ 2 items and a profile"):
+        stages.make(["candidates"], Run(tmp_path / "r"), settings.model_copy(update={"evaluate": more}))
+
+
+@pytest.mark.parametrize(("kind", "filled"), [("movielens", ["public", "ranking"]), ("synthetic", ["ifvr"])])
+def test_the_job_fills_the_tables_that_the_data_allow(kind, filled, settings, tmp_path, monkeypatch):
+    done = []
+    for name in ("public", "ranking", "ifvr"):
+        monkeypatch.setattr(jobs, f"evaluate_{name}", lambda *_, name=name: done.append(name))
+    monkeypatch.setattr(stages, "make", lambda *_, **__: None)
+    source = settings.source.model_copy(update={"kind": kind})
+    jobs.evaluate_job(Run(tmp_path / "r"), settings.model_copy(update={"source": source}))
+    assert done == filled
