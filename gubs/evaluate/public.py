@@ -60,7 +60,7 @@ def make_candidates(job: StageJob, evaluate: EvalSettings, seed: int) -> str:
     drawn, missing = [], {}
     for protocol in protocols_for(feedback, settings.each, settings.least_profile, available=settings.available):
         try:
-            drawn.append(draw(feedback, protocol, settings.users, seed))
+            drawn.append(draw(feedback, protocol, settings.sampled_users, seed))
         except InputError as e:
             missing[protocol.name] = str(e)
     if not drawn:

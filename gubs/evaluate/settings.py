@@ -22,7 +22,7 @@ class DecisionSettings(Section):
 class PublicSettings(Section):
     """The "10 + 10" protocols on data of choices and ratings (paper, Table 3)."""
 
-    users: int = Field(1000, ge=0)
+    sampled_users: int = Field(1000, ge=0)
     """Users asked about, drawn from those with enough records (paper: 1,000); 0 = all."""
     each: int = Field(10, ge=1)
     """Positive items, and as many negative ones, of each user (paper: 10)."""
@@ -52,7 +52,7 @@ class SasrecSettings(Section):
     """Windows of users per step."""
     lr: float = Field(2e-3, gt=0)
     """Learning rate of Adam."""
-    workers: int = Field(1, ge=1)
+    sasrec_workers: int = Field(1, ge=1)
     """Ray Train workers."""
 
 
@@ -67,7 +67,7 @@ class SimulateSettings(Section):
     """Whether a prompt asks about a user's whole list or about one item."""
     protocols: tuple[str, ...] = ()
     """Names of protocols; empty = all."""
-    users: int = Field(0, ge=0)
+    asked_users: int = Field(0, ge=0)
     """Users of each protocol that the model is asked about; 0 = all."""
     probes: int = Field(100, ge=0)
     """Items whose title the model is asked for by id, to see whether it knows the data set by heart."""

@@ -62,7 +62,7 @@ def make(job: StageJob, evaluate: EvalSettings, llm: LLMSettings, seed: int, kin
         for protocol in stored_protocols(manifest):
             if settings.protocols and protocol.name not in settings.protocols:
                 continue
-            candidates = _first_users(from_table(manifest.table(CANDIDATES), feedback, protocol), settings.users)
+            candidates = _first_users(from_table(manifest.table(CANDIDATES), feedback, protocol), settings.asked_users)
             rows = _bars_on(bars.table("answers"), candidates, feedback)
             for name, yes, counted in asked.rows(client, feedback, candidates):
                 rows[name] = yes

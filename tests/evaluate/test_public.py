@@ -13,7 +13,7 @@ from gubs.errors import ArtifactError, InputError
 from gubs.evaluate.protocols import from_table
 from gubs.evaluate.public import read_feedback, stored_protocols
 
-CHANGES = ("public.each=2", "least_profile=2", "evaluate.bootstrap=50", "public.users=15")
+CHANGES = ("public.each=2", "least_profile=2", "evaluate.bootstrap=50", "sampled_users=15")
 
 
 @pytest.fixture(scope="module")

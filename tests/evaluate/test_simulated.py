@@ -72,8 +72,8 @@ def test_an_endpoint_takes_a_row_and_is_asked_nothing_twice(tmp_path, server, se
     monkeypatch.setattr("gubs.evaluate.baselines.statistics.TREES", 5)
     monkeypatch.setattr("gubs.evaluate.simulated._USERS", 3)
     data = movielens_folder(tmp_path / "data")
-    changes = ("public.each=2", "least_profile=2", "public.users=6", "evaluate.bootstrap=20", "probes=3")
-    more = ("evaluate.simulate.strategies=[plain,simuser]", "evaluate.simulate.users=5")
+    changes = ("public.each=2", "least_profile=2", "sampled_users=6", "evaluate.bootstrap=20", "probes=3")
+    more = ("evaluate.simulate.strategies=[plain,simuser]", "asked_users=5")
     settings = load_settings("tiny", ["source.kind=movielens", f"source.path={data}", *changes, *more])
     settings = settings.model_copy(update={"llm": settings_for()})
     everything = {"answers": [{"id": str(i), "yes": True} for i in range(20)]}

@@ -200,8 +200,8 @@ def fit(sequences: Sequences, items: int, settings: SasrecSettings, seed: int) -
         "settings": settings,
         "seed": seed,
     }
-    gpu = ray.cluster_resources().get("GPU", 0) >= settings.workers
-    scaling = ScalingConfig(num_workers=settings.workers, use_gpu=gpu)
+    gpu = ray.cluster_resources().get("GPU", 0) >= settings.sasrec_workers
+    scaling = ScalingConfig(num_workers=settings.sasrec_workers, use_gpu=gpu)
     with TemporaryDirectory(prefix="gubs-sasrec-") as folder:
         run_config: Any = RunConfig(name="sasrec", storage_path=folder)
         trainer = TorchTrainer(train_worker, train_loop_config=config, scaling_config=scaling, run_config=run_config)
