@@ -20,20 +20,27 @@ task needs:
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gubs.data.partition import hashes
 from gubs.data.settings import SourceSettings
-from gubs.data.sources import SourceTables, units
-from gubs.data.sources.columns import CellRules
-from gubs.data.sources.formats import RawFile, open_table
+from gubs.data.sources import FileCount, SourceTables, units
+from gubs.data.sources.columns import KINDS, CellRules
+from gubs.data.sources.files import InputFile, in_folder, is_wild, listed, matching
+from gubs.data.sources.formats import Parquet, open_table
 from gubs.data.sources.media import VIDEO_SUFFIXES, media_paths
 from gubs.data.sources.reading import (
+    Account,
     Column,
     Sheet,
     assemble,
@@ -42,16 +49,24 @@ from gubs.data.sources.reading import (
     duplicated,
     facts,
     joined,
+    match_columns,
     null_note,
+    read_blocks,
     read_sheet,
+    refuse_empty,
+    together,
 )
 from gubs.errors import InputError
 from gubs.records import Task
 
-_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")
+_PLAIN = (".parquet", ".csv", ".tsv", ".jsonl")
+_SUFFIXES = (*_PLAIN, *(f"{s}.{z}" for s in _PLAIN[1:] for z in ("gz", "zst")))
 _GAPS = ("prev_op_gap_s", "next_op_gap_s")
 _TIMES = ("duration_s", "watch_s", *_GAPS)
 _RATE = "play_rate"
+
+_FILES_NAMED = 4
+"""Files that a refusal names."""
 
 CLICK_FEED, AUTOPLAY = 0.1, 0.9
 """Share of the rows without a click that were played all the same: up to the first, a log without tasks and pages is a
@@ -95,58 +110,251 @@ _INTERACTIONS = (
 )
 
 
-@dataclass
-class _Log:
-    sheet: Sheet
-    columns: frozenset[str]
-    """Our names of the columns that the file has."""
-    notes: list[str]
+TABLES = ("interactions", "users", "videos")
+Files = Mapping[str, Sequence[InputFile]]
+"""The files of each table."""
+
+
+def find_files(path: str) -> tuple[dict[str, list[InputFile]], str]:
+    """The files of each table, and their folder. `path` is a folder, the file (or a glob of the files) of the
+    interactions alone, or a URI of either; a table is a file or a folder of parts.
+
+    Raises:
+        InputError: there are no interactions, or a table is there twice.
+    """
+    fs, place = fsspec.core.url_to_fs(path)
+    if is_wild(path):
+        own, folder = matching(path), path[: min(path.index(c) for c in "*?[" if c in path)].rpartition("/")[0]
+        folder = folder.rpartition("/")[0] if folder.endswith("/interactions") else folder
+    elif fs.isfile(place):
+        folder, _, name = path.rpartition("/")
+        folder, own = folder or ".", [InputFile(path, name)]
+    else:
+        folder, own = path, []
+    found = {name: _find(folder, name) for name in TABLES}
+    files = {name: parts for name, parts in (found | ({"interactions": own} if own else {})).items() if parts}
+    if "interactions" not in files:
+        names = ", ".join(f"interactions{suffix}" for suffix in _SUFFIXES)
+        raise InputError(
+            f"{folder}: no interactions file; put one there: {names}; or a folder 'interactions' of parts, or give "
+            f"source.path={folder}/PATTERN"
+        )
+    return files, folder
+
+
+def _find(folder: str, name: str) -> list[InputFile]:
+    matches = [f for s in _SUFFIXES if (f := in_folder(folder, name + s)).exists()]
+    parts = listed(f"{folder.rstrip('/')}/{name}", _SUFFIXES)
+    if len(matches) > 1:
+        raise InputError(f"{folder}: has both {matches[0].label} and {matches[1].label}; keep one of them")
+    if matches and parts:
+        raise InputError(f"{folder}: has both {matches[0].label} and a folder {name!r} of parts; keep one of them")
+    return matches or parts
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is known of a file before its rows are read."""
+
+    label: str
+    header: tuple[str, ...]
+    group_rows: tuple[int, ...] = ()
+    """Rows of each row group of a Parquet file."""
+
+    @classmethod
+    def of(cls, file: InputFile) -> "Head":
+        """The head of a file."""
+        raw = open_table(file)
+        groups = tuple(raw.group_rows) if isinstance(raw, Parquet) else ()
+        return cls(file.label, tuple(raw.header), groups)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a log is read; made from its heads and the settings."""
+
+    settings: SourceSettings
+    files: Files
+    folder: str
+    heads: Mapping[str, Sequence[Head]]
+    columns: tuple[Column, ...]
+    """The columns to read of the interactions."""
+    names: Mapping[str, str]
+    """Our name of each column that a file of the interactions has -> its name there."""
+    derived: frozenset[str]
+    """Columns that are computed from others: the gaps of a log that is declared complete."""
+    stated: units.Stated
+
+    @property
+    def rules(self) -> CellRules:
+        """What cells mean."""
+        return _rules(self.settings)
+
+    def label(self, table: str) -> str:
+        """What a table is called in messages."""
+        files = self.files[table]
+        return files[0].label if len(files) == 1 else f"{table} ({len(files)} files)"
+
+    @property
+    def piece_schema(self) -> pa.Schema:
+        """The columns of the rows between `read_pieces` and `finish`."""
+        kept = [c for c in self.columns if c.name in self.names or c.name in _ALWAYS]
+        return pa.schema([("file", pa.int32()), ("line", pa.int64()), *((c.name, KINDS[c.kind][0]) for c in kept)])
+
+
+_ALWAYS = ("user_id", "video_id", "task", "timestamp", "page_id", "clicked", "watch_s", "duration_s", "play_rate")
+"""Columns that a piece has, even if they are empty."""
+
+
+def plan(settings: SourceSettings, files: Files, folder: str, heads: Mapping[str, Sequence[Head]]) -> Plan:
+    """Checks the settings against the heads of the files.
+
+    Raises:
+        InputError: a file lacks a column, or a setting fits no column.
+    """
+    _check_mapping(settings.columns, heads)
+    mapping = _of_table(settings.columns, "interactions")
+    derived = frozenset(_GAPS) if _is_complete(mapping) else frozenset[str]()
+    columns = tuple(c for c in _mapped("interactions", settings.columns) if c.name not in derived)
+    found = [match_columns(h.label, h.header, columns) for h in heads["interactions"]]
+    names = {ours: theirs for one in reversed(found) for ours, theirs in one.items()}
+    return Plan(settings, files, folder, heads, columns, names, derived, _stated_units(settings.units))
 
 
 def read(settings: SourceSettings) -> SourceTables:
-    """Reads your logs; `source.path` is their folder, or the interactions' file alone.
+    """Reads your logs into memory; `source.path` is as in `find_files`.
 
     Raises:
         InputError: no interactions, a file or column that cannot be used, or a setting that fits no column.
     """
-    path = Path(settings.path)
-    folder = path.parent if path.is_file() else path
-    found = {name: _find(folder, name) for name in ("interactions", "users", "videos")}
-    files = {name: file for name, file in found.items() if file is not None}
-    if path.is_file():
-        files["interactions"] = path
-    if "interactions" not in files:
-        names = ", ".join(f"interactions{suffix}" for suffix in _SUFFIXES)
-        raise InputError(f"{folder}: no interactions file; put one there: {names}")
-    _check_mapping(settings.columns, files)
-    stated = _stated_units(settings.units)
-    log = _read_log(files["interactions"], settings, stated)
-    sheets, users, videos = {"interactions": log.sheet}, None, None
-    if "users" in files:
-        sheets["users"], users = _read_users(files["users"], settings)
-    if "videos" in files:
-        sheets["videos"], videos = _read_videos(files["videos"], folder, settings, stated)
-        log.notes += _unused(sheets["videos"])
-    durations = _video_durations(log.sheet.table["video_id"], videos)
-    _check_stated(stated, sheets)
-    _check_units(sheets, durations, stated)
-    interactions = _interactions(log, durations)
-    log.notes += [note for sheet in sheets.values() if (note := null_note(sheet))]
-    tables = assemble(users, videos, interactions, list(sheets.values()), log.notes)
-    tables.videos = _attach(tables.videos, settings.videos_dir, tables.notes)
+    files, folder = find_files(settings.path)
+    heads = {table: [Head.of(f) for f in parts] for table, parts in files.items()}
+    log = plan(settings, files, folder, heads)
+    described = Described.read(log)
+    pieces, findings = [], Findings()
+    for number in range(len(files["interactions"])):
+        for sheet in read_pieces(log, number):
+            pieces.append(as_piece(log, sheet, number))
+            findings += Findings.of(log, sheet)
+    decided = decide(log, findings)
+    rows = pa.concat_tables(pieces)
+    result = finish(log, decided, rows, repeated_ids(identities(rows)), described.durations(rows["video_id"]))
+    check_units(log, result.evidence, described.video_sheet)
+    check_labelled(log, result)
+    notes = log_notes(log, findings, decided, result.counts)
+    notes += described.notes
+    tables = assemble(described.users, described.videos, result.interactions, described.sheets, notes)
+    rejects = [*findings.rejects, *result.rejects]
+    tables.rejects = pa.concat_tables([*rejects, tables.rejects])
+    tables.files = result.file_counts(log, findings) | tables.files
+    tables.videos = attach(tables.videos, settings.videos_dir, tables.notes)
     return tables
 
 
-def companions(interactions: Path) -> list[Path]:
-    """The tables of users and videos beside a file of interactions."""
-    return [file for name in ("users", "videos") if (file := _find(interactions.parent, name))]
+@dataclass(frozen=True)
+class Described:
+    """What the files of users and videos say; small beside the interactions."""
+
+    users: pa.Table | None
+    videos: pa.Table | None
+    sheets: list[Sheet]
+    video_sheet: Sheet | None
+    notes: list[str]
+
+    @classmethod
+    def read(cls, log: Plan) -> "Described":
+        """Reads them."""
+        sheets, users, videos, video_sheet, notes = [], None, None, None, list[str]()
+        if "users" in log.files:
+            sheet, users = _read_users(log)
+            sheets.append(sheet)
+        if "videos" in log.files:
+            video_sheet, videos = _read_videos(log)
+            sheets.append(video_sheet)
+            notes += _unused(log.label("videos"), video_sheet.unused)
+        notes += [note for sheet in sheets if (note := null_note(sheet.label, sheet.nulls))]
+        return cls(users, videos, sheets, video_sheet, notes)
+
+    def durations(self, video_ids: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Each row's duration by the table `videos`; null where it has none."""
+        if self.videos is None or self.videos["duration_s"].null_count == self.videos.num_rows:
+            return pa.chunked_array([pa.nulls(len(video_ids), pa.float64())])
+        rows = pc.index_in(video_ids, value_set=self.videos["video_id"].combine_chunks())
+        return pc.take(self.videos["duration_s"], rows)
 
 
-def _find(folder: Path, name: str) -> Path | None:
-    matches = [p for s in _SUFFIXES if (p := folder / (name + s)).is_file()]
-    if len(matches) > 1:
-        raise InputError(f"{folder}: has both {matches[0].name} and {matches[1].name}; keep one of them")
-    return matches[0] if matches else None
+def read_pieces(log: Plan, number: int, groups: range | None = None, rows: int = 1 << 20) -> Iterator[Sheet]:
+    """A file of the interactions in sheets of about so many rows, cell by cell right, in seconds and shares.
+
+    Args:
+        log: the plan.
+        number: the file's place among the interactions' files.
+        groups: only these row groups.
+        rows: of a sheet.
+
+    Raises:
+        InputError: a column cannot be read at all.
+    """
+    raw = open_table(log.files["interactions"][number], groups=groups)
+    for sheet in read_blocks(raw, log.columns, log.rules, rows):
+        _convert_units(sheet, "interactions", log.stated)
+        given = pc.utf8_lower(sheet.column("task"))
+        valid = pc.or_(pc.is_in(given, value_set=pa.array([task.value for task in Task])), pc.is_null(given))
+        sheet.reject(pc.invert(valid), "unknown task", "task", malformed=True)
+        yield sheet
+
+
+def as_piece(log: Plan, sheet: Sheet, number: int) -> pa.Table:
+    """The rows of a sheet with their file and line, as `finish` takes them."""
+    own = {"file": pa.nulls(len(sheet.lines), pa.int32()).fill_null(number), "line": pa.array(sheet.lines, pa.int64())}
+    schema = log.piece_schema
+    return pa.table([own[n] if n in own else sheet.column(n) for n in schema.names], schema=schema)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What must be known of all rows before any can be finished; adds up over sheets."""
+
+    accounts: dict[str, Account] = field(default_factory=dict)
+    """By file."""
+    unclicked: "Unclicked" = field(default_factory=lambda: Unclicked())
+    unused: tuple[str, ...] = ()
+    rejects: tuple[pa.Table, ...] = ()
+
+    @classmethod
+    def of(cls, log: Plan, sheet: Sheet) -> "Findings":
+        """The findings of a sheet."""
+        unclicked = Unclicked.of(sheet.table) if "clicked" in log.names else Unclicked()
+        return cls({sheet.label: sheet.account()}, unclicked, tuple(sheet.unused), tuple(sheet.rejects))
+
+    def __add__(self, other: "Findings") -> "Findings":
+        accounts = dict(self.accounts)
+        for label, account in other.accounts.items():
+            accounts[label] = accounts.get(label, Account()) + account
+        unused = tuple(dict.fromkeys(self.unused + other.unused))
+        return Findings(accounts, self.unclicked + other.unclicked, unused, self.rejects + other.rejects)
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What the findings decide for every row."""
+
+    click_feed: bool
+    """Whether rows with `clicked`, but without a page or task, are exposures."""
+    notes: tuple[str, ...] = ()
+
+
+def decide(log: Plan, findings: Findings) -> Decided:
+    """Decides what the rows mean.
+
+    Raises:
+        InputError: too many malformed rows, no rows, or clicks that could mean two things.
+    """
+    for label, account in findings.accounts.items():
+        refuse_empty(label, account.rows_in)
+        account.check_quality(label, log.settings.max_bad_rows)
+    click_feed, notes = _is_click_feed(log, findings.unclicked)
+    return Decided(click_feed, tuple(notes))
 
 
 _TABLES = {"users": _USERS, "videos": _VIDEOS, "interactions": _INTERACTIONS}
@@ -161,29 +369,29 @@ def _of_table(setting: Nested, table: str) -> dict[str, str]:
     return general | own if isinstance(own, dict) else general
 
 
-def _check_mapping(columns: Nested, files: Mapping[str, Path]) -> None:
-    opened = {table: open_table(file) for table, file in files.items()}
+def _check_mapping(columns: Nested, heads: Mapping[str, Sequence[Head]]) -> None:
     for name, value in columns.items():
         if isinstance(value, str):
-            _check_name(f"source.columns.{name}", name, value, opened)
+            _check_name(f"source.columns.{name}", name, value, heads)
         elif name not in _TABLES:
             raise InputError(f"source.columns.{name}: no such table; they are {', '.join(_TABLES)}")
-        elif name not in files:
+        elif name not in heads:
             raise InputError(f"source.columns.{name}: there is no file of {name}; put {name}.csv beside the others")
         else:
             for ours, theirs in value.items():
-                _check_name(f"source.columns.{name}.{ours}", ours, theirs, {name: opened[name]})
+                _check_name(f"source.columns.{name}.{ours}", ours, theirs, {name: heads[name]})
 
 
-def _check_name(setting: str, ours: str, theirs: str, files: Mapping[str, RawFile]) -> None:
+def _check_name(setting: str, ours: str, theirs: str, heads: Mapping[str, Sequence[Head]]) -> None:
     """Checks that the column `ours` belongs to one of the tables, and that one of their files has `theirs`."""
-    names = sorted({c.name for table in files for c in _TABLES[table]})
+    names = sorted({c.name for table in heads for c in _TABLES[table]})
     if ours not in names:
         raise InputError(f"{setting}: no such column of ours; they are {', '.join(names)}")
-    if not any(theirs in file.header for file in files.values()):
+    labels = [h.label for parts in heads.values() for h in parts]
+    if not any(theirs in head.header for parts in heads.values() for head in parts):
+        shown = ", ".join(labels[:_FILES_NAMED]) + (" ..." if len(labels) > _FILES_NAMED else "")
         raise InputError(
-            f"{setting}={theirs}: none of {', '.join(f.label for f in files.values())} has a column {theirs!r} in row 1"
-            f"; write its name as it is in the file"
+            f"{setting}={theirs}: none of {shown} has a column {theirs!r} in row 1; write its name as it is in the file"
         )
 
 
@@ -218,9 +426,10 @@ def _stated(key: str, name: str, unit: str, tables: Sequence[str]) -> dict[tuple
     return found
 
 
-def _check_stated(stated: units.Stated, sheets: Mapping[str, Sheet]) -> None:
+def _check_stated(stated: units.Stated, names: Mapping[str, str], videos: Sheet | None) -> None:
     """Refuses a unit of a column that no file has."""
-    there = {column for table, column in stated if table in sheets and column in sheets[table].names}
+    has = {"interactions": names, "videos": videos.names if videos else {}}
+    there = {column for table, column in stated if column in has[table]}
     if absent := sorted({column for _, column in stated} - there):
         name = absent[0].removesuffix("_s")
         raise InputError(
@@ -250,23 +459,8 @@ def _replace(sheet: Sheet, name: str, column: pa.ChunkedArray) -> None:
     sheet.table = sheet.table.set_column(sheet.table.column_names.index(name), name, column)
 
 
-def _read_log(path: Path, settings: SourceSettings, stated: units.Stated) -> _Log:
-    derived = frozenset(_GAPS) if _is_complete(_of_table(settings.columns, "interactions")) else frozenset()
-    columns = [c for c in _mapped("interactions", settings.columns) if c.name not in derived]
-    sheet = read_sheet(path, columns, settings.max_bad_rows, rules=_rules(settings))
-    _convert_units(sheet, "interactions", stated)
-    present = frozenset(sheet.names)
-    notes = [f"No column {name!r}: {lost}." for name, lost in _LOSSES.items() if name not in present | derived]
-    log = _Log(sheet, present, notes + _unused(sheet))
-    _add_tasks(log)
-    _reject_repeats(log)
-    if derived:
-        _add_gaps(log)
-    return log
-
-
-def _unused(sheet: Sheet) -> list[str]:
-    return [f"Columns of {sheet.label} that are not used: {', '.join(sheet.unused)}."] if sheet.unused else []
+def _unused(label: str, names: Sequence[str]) -> list[str]:
+    return [f"Columns of {label} that are not used: {', '.join(names)}."] if names else []
 
 
 def _rules(settings: SourceSettings) -> CellRules:
@@ -281,66 +475,231 @@ _LOSSES = {
 }
 
 
-def _is_complete(mapping: dict[str, str]) -> bool:
+def _is_complete(mapping: Mapping[str, str]) -> bool:
     """Whether both gaps are mapped to the timestamp's column, which declares that the log holds every operation."""
     return {mapping.get(name) for name in _GAPS} == {mapping.get("timestamp", "timestamp")}
 
 
-def _reject_repeats(log: _Log) -> None:
-    """Rejects rows that repeat an earlier one. A click and the view that it starts are two records."""
-    sheet = log.sheet
-    if "interaction_id" in log.columns:
-        sheet.reject_duplicates("interaction_id")
-    if "timestamp" in log.columns:
-        if untimed := sheet.column("timestamp").null_count:
-            log.notes.append(f"{untimed} interactions have no time.")
-        key = [sheet.column(n) for n in ("user_id", "video_id", "timestamp", "task")]
-        timed = np.asarray(sheet.column("timestamp").is_valid())
-        sheet.reject(duplicated(key) & timed, "duplicate", "timestamp")
+def log_notes(log: Plan, findings: Findings, decided: Decided, counts: "Counts") -> list[str]:
+    """What the log lacks, and what was done about it."""
+    notes = [
+        f"No column {name!r}: {lost}." for name, lost in _LOSSES.items() if name not in log.names.keys() | log.derived
+    ]
+    notes += [*_unused(log.label("interactions"), findings.unused), *decided.notes]
+    if counts.untimed:
+        notes.append(f"{counts.untimed} interactions have no time.")
+    if log.derived:
+        notes.append("The log is declared complete: the gaps are the times between a user's rows.")
+    if counts.over:
+        notes.append(f"{counts.over} play rates above 1 (repeated views) are capped at 1.")
+    nulls = reduce(add, findings.accounts.values(), Account()).nulls
+    return notes + [note for note in [null_note(log.label("interactions"), nulls)] if note]
 
 
-def _video_durations(video_ids: pa.ChunkedArray, videos: pa.Table | None) -> pa.ChunkedArray:
-    """Each row's duration by the table `videos`; null where it has none."""
-    if videos is None:
-        return pa.chunked_array([pa.nulls(len(video_ids), pa.float64())])
-    rows = pc.index_in(video_ids, value_set=videos["video_id"].combine_chunks())
-    return pc.take(videos["duration_s"], rows)
+@dataclass(frozen=True)
+class Example:
+    """The first value above 0 of a column."""
+
+    file: int
+    line: int
+    label: str
+    name: str
+    value: float
 
 
-def _check_units(sheets: Mapping[str, Sheet], durations: pa.ChunkedArray, stated: units.Stated) -> None:
-    """Refuses values that are not plausible in their units.
+@dataclass(frozen=True)
+class UnitEvidence:
+    """What the values say about their units, with an example of each column; adds up over parts."""
+
+    sizes: units.Evidence = field(default_factory=units.Evidence)
+    examples: dict[str, Example] = field(default_factory=dict)
+    """By column."""
+
+    @classmethod
+    def of(cls, log: Plan, sheet: Sheet) -> "UnitEvidence":
+        """The evidence of some users' rows, which have been cleared of repeats."""
+        own = [c for c in (*_TIMES, _RATE) if c in log.names or c not in _GAPS]
+        sizes = units.Evidence.of(sheet.table.select(own), sheet.column("video duration"))
+        labels, files = sheet.labels, sheet.column("file")
+        assert labels is not None
+        examples = {}
+        for column in own:
+            found = np.flatnonzero(pc.greater(sheet.column(column), 0).fill_null(False).to_numpy())
+            if len(found):
+                row = int(found[np.argmin(_places(sheet.table)[found])])
+                name, value = log.names.get(column, column), sheet.column(column)[row].as_py()
+                examples[column] = Example(files[row].as_py(), int(sheet.lines[row]), labels[row].as_py(), name, value)
+        return cls(sizes, examples)
+
+    def __add__(self, other: "UnitEvidence") -> "UnitEvidence":
+        both = [(c, e) for examples in (self.examples, other.examples) for c, e in examples.items()]
+        ordered = sorted(both, key=lambda item: (item[1].file, item[1].line), reverse=True)
+        return UnitEvidence(self.sizes + other.sizes, dict(ordered))
+
+
+def check_units(log: Plan, evidence: UnitEvidence, videos: Sheet | None) -> None:
+    """Refuses units that no column has, and values that are not plausible in theirs.
 
     Raises:
         InputError: with the reason and the setting for each column.
     """
-    log = sheets["interactions"]
-    own = [c for c in (*_TIMES, _RATE) if c not in _GAPS or c in log.names]
-    evidence = units.Evidence.of(log.table.select(own), durations)
-    if "videos" in sheets:
-        evidence += units.Evidence(video_duration=units.Sizes.of(sheets["videos"].column("duration_s")))
-    if found := units.objections(evidence, stated):
-        reasons = "; ".join(f"{_example(sheets[o.table], o.column)}: {o.reason}" for o in found)
+    _check_stated(log.stated, log.names, videos)
+    sizes, examples = evidence.sizes, {("interactions", c): e for c, e in evidence.examples.items()}
+    if videos is not None and (row := pc.index(pc.greater(videos.column("duration_s"), 0), True).as_py()) >= 0:
+        lengths = videos.column("duration_s")
+        sizes += units.Evidence(video_duration=units.Sizes.of(lengths))
+        label = videos.label if videos.labels is None else videos.labels[row].as_py()
+        name = videos.names.get("duration_s", "duration_s")
+        examples["videos", "duration_s"] = Example(0, int(videos.lines[row]), label, name, lengths[row].as_py())
+    if found := units.objections(sizes, log.stated):
+        reasons = "; ".join(f"{_shown(o.column, examples[o.table, o.column])}: {o.reason}" for o in found)
         raise InputError(f"{reasons}. Set {', '.join(dict.fromkeys(o.remedy for o in found))}")
 
 
-def _example(sheet: Sheet, column: str) -> str:
-    """Names the file, the column, and the first row with a value above 0."""
-    row = pc.index(pc.greater(sheet.column(column), 0), True).as_py()
-    value = f"{sheet.column(column)[row].as_py():g}{'' if column == _RATE else ' s'}"
-    return f"{sheet.label}: column {sheet.names.get(column, column)!r} (row {sheet.lines[row]} has {value})"
+def _shown(column: str, example: Example) -> str:
+    unit = "" if column == _RATE else " s"
+    return f"{example.label}: column {example.name!r} (row {example.line} has {example.value:g}{unit})"
 
 
-def _interactions(log: _Log, durations: pa.ChunkedArray) -> pa.Table:
-    sheet = log.sheet
-    rates, over = play_rates(sheet.table, durations)
-    if over:
-        log.notes.append(f"{over} play rates above 1 (repeated views) are capped at 1.")
+@dataclass(frozen=True)
+class Counts:
+    """For the notes; adds up over parts."""
+
+    untimed: int = 0
+    """Rows without a time."""
+    over: int = 0
+    """Play rates above 1."""
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(self.untimed + other.untimed, self.over + other.over)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The interactions of some users."""
+
+    interactions: pa.Table
+    """Schema `interactions`, in the order of the log."""
+    rejects: list[pa.Table]
+    kept: Counter[str]
+    """Rows that stay, by file."""
+    counts: Counts
+    evidence: UnitEvidence
+
+    def file_counts(self, log: Plan, findings: Findings) -> dict[str, FileCount]:
+        """The account of each file of the interactions, if these are all users."""
+        return file_counts(log, findings.accounts, self.kept, by_cause(self.rejects))
+
+
+def file_counts(
+    log: Plan, accounts: Mapping[str, Account], kept: Counter[str], rejected: Mapping[str, Counter[str]]
+) -> dict[str, FileCount]:
+    """The account of each file of the interactions.
+
+    Args:
+        log: the plan.
+        accounts: of the files as they were read.
+        kept: rows that stay, by file.
+        rejected: by file, the rows that were rejected since then, by cause.
+    """
+    return {
+        f.label: FileCount(
+            accounts[f.label].rows_in,
+            kept[f.label],
+            dict(accounts[f.label].rejected + rejected.get(f.label, Counter[str]())),
+        )
+        for f in log.files["interactions"]
+    }
+
+
+def by_cause(rejects: Sequence[pa.Table]) -> dict[str, Counter[str]]:
+    """How many rows of each file were rejected, by cause."""
+    causes: dict[str, Counter[str]] = {}
+    for table in rejects:
+        for row in table.group_by(["file", "cause"]).aggregate([([], "count_all")]).to_pylist():
+            causes.setdefault(row["file"], Counter[str]())[row["cause"]] += row["count_all"]
+    return causes
+
+
+def identities(rows: pa.Table) -> pa.Table:
+    """What tells whether two rows have the same `interaction_id`: two hashes of it, and the row's place in the log.
+
+    Args:
+        rows: pieces, with file and line; without the column, none has an id.
+    """
+    if "interaction_id" not in rows.column_names:
+        return pa.table(
+            {"id": pa.array([], pa.uint64()), "more": pa.array([], pa.uint64()), "row": pa.array([], pa.int64())}
+        )
+    ids = rows["interaction_id"].combine_chunks()
+    return pa.table({"id": hashes(ids), "more": hashes(ids, "gubs interaction"), "row": _places(rows)})
+
+
+def _places(rows: pa.Table) -> np.ndarray:
+    """(n,) a number for each row, in the order of the log."""
+    return (rows["file"].to_numpy().astype(np.int64) << 40) + rows["line"].to_numpy()
+
+
+def repeated_ids(found: pa.Table) -> np.ndarray:
+    """Places of the rows whose `interaction_id` an earlier row has; see `identities`."""
+    hashed, more, place = (found[c].to_numpy() for c in ("id", "more", "row"))
+    order = np.lexsort((place, more, hashed))
+    same = (np.diff(hashed[order]) == 0) & (np.diff(more[order]) == 0)
+    return place[order[1:][same]]
+
+
+def finish(log: Plan, decided: Decided, rows: pa.Table, repeats: np.ndarray, durations: pa.ChunkedArray) -> Finished:
+    """Makes interactions of all rows of some users, in the order of the log.
+
+    Args:
+        log: the plan.
+        decided: what the rows mean.
+        rows: pieces.
+        repeats: places of rows whose `interaction_id` is an earlier row's (`repeated_ids`).
+        durations: of the rows' videos by the table `videos`.
+
+    Raises:
+        InputError: a time is missing in a log that is declared complete.
+    """
+    labels = pa.array([f.label for f in log.files["interactions"]])
+    sheet = Sheet(log.label("interactions"), rows, rows["line"].to_numpy(), rows.num_rows)
+    sheet.labels = pa.DictionaryArray.from_arrays(rows["file"].combine_chunks(), labels)
+    sheet.table = sheet.table.append_column("video duration", durations)
+    _replace(sheet, "task", infer_tasks(sheet.table, decided.click_feed))
+    untimed = _reject_repeats(sheet, log, repeats)
+    evidence = UnitEvidence.of(log, sheet)
+    if log.derived:
+        _add_gaps(sheet)
+    rates, over = play_rates(sheet.table, sheet.column("video duration"))
     _replace(sheet, _RATE, rates)
-    _reject_unlabelled(log)
-    if "interaction_id" not in log.columns:
-        _replace(sheet, "interaction_id", joined(pa.chunked_array([pa.array(sheet.lines)])))
-    columns = dict(zip(sheet.table.column_names, sheet.table.columns, strict=True))
-    return build("interactions", sheet.table.num_rows, **columns)
+    _reject_unlabelled(sheet)
+    if "interaction_id" not in log.names:
+        _number(sheet, len(labels))
+    t = sheet.table
+    columns = {n: t[n] for n in t.column_names if n not in ("file", "line", "duration_s", "video duration")}
+    kept = Counter[str]({v["values"]: v["counts"] for v in pc.value_counts(sheet.labels.cast(pa.string())).to_pylist()})
+    return Finished(build("interactions", t.num_rows, **columns), sheet.rejects, kept, Counts(untimed, over), evidence)
+
+
+def _number(sheet: Sheet, files: int) -> None:
+    """Ids for a log without any: the line, with the number of its file before it if there are several."""
+    lines = pa.chunked_array([pa.array(sheet.lines)])
+    ids = joined(lines) if files == 1 else joined(sheet.column("file"), "-", lines)
+    sheet.table = sheet.table.append_column("interaction_id", ids)
+
+
+def _reject_repeats(sheet: Sheet, log: Plan, repeats: np.ndarray) -> int:
+    """Rejects rows that repeat an earlier one; a click and the view that it starts are two records. Returns how many
+    rows have no time.
+    """
+    if "interaction_id" in log.names:
+        sheet.reject(np.isin(_places(sheet.table), repeats), "duplicate", "interaction_id")
+    if "timestamp" not in log.names:
+        return 0
+    key = [sheet.column(n) for n in ("user_id", "video_id", "timestamp", "task")]
+    timed = np.asarray(sheet.column("timestamp").is_valid())
+    sheet.reject(duplicated(key) & timed, "duplicate", "timestamp")
+    return int((~timed).sum())
 
 
 def play_rates(block: pa.Table, durations: pa.ChunkedArray) -> tuple[pa.ChunkedArray, int]:
@@ -355,14 +714,6 @@ def play_rates(block: pa.Table, durations: pa.ChunkedArray) -> tuple[pa.ChunkedA
     capped = pc.min_element_wise(rates, 1.0, skip_nulls=False)
     capped = capped if isinstance(capped, pa.ChunkedArray) else pa.chunked_array([capped])
     return capped, pc.sum(pc.greater(rates, 1)).as_py() or 0
-
-
-def _add_tasks(log: _Log) -> None:
-    sheet = log.sheet
-    given = pc.utf8_lower(sheet.column("task"))
-    valid = pc.or_(pc.is_in(given, value_set=pa.array([task.value for task in Task])), pc.is_null(given))
-    sheet.reject(pc.invert(valid), "unknown task", "task", malformed=True)
-    _replace(sheet, "task", infer_tasks(sheet.table, _is_click_feed(log)))
 
 
 @dataclass(frozen=True)
@@ -400,33 +751,31 @@ def _played(rows: pa.Table) -> pa.ChunkedArray:
     return pc.or_(watched, rated)
 
 
-def _is_click_feed(log: _Log) -> bool:
-    """Whether rows with `clicked` but without a page or task are exposures, by what happened to those without a click.
+def _is_click_feed(log: Plan, unclicked: Unclicked) -> tuple[bool, list[str]]:
+    """Whether rows with `clicked` but without a page or task are exposures, by what happened to those without a click;
+    and a note on it.
 
     Raises:
         InputError: some of them were played and many were not; or `clicked` is empty where nothing was clicked.
     """
-    unclicked = Unclicked.of(log.sheet.table)
+    label, name = log.label("interactions"), log.names.get("clicked")
     if unclicked.clicked and not unclicked.rows and unclicked.played_empty < CLICK_FEED * unclicked.empty:
         raise InputError(
-            f"{log.sheet.label}: column {log.sheet.names['clicked']!r} is empty in {unclicked.empty:,} rows with a "
-            f"watch time, and nearly all of these are 0: they would count as skips. Write 0 where a video was shown "
-            f"and not clicked, or add a column 'task' (sequential or click)"
+            f"{label}: column {name!r} is empty in {unclicked.empty:,} rows with a watch time, and nearly all of "
+            f"these are 0: they would count as skips. Write 0 where a video was shown and not clicked, or add a column "
+            f"'task' (sequential or click)"
         )
     if not unclicked.rows or unclicked.played >= AUTOPLAY * unclicked.rows:
-        return False
+        return False, []
     told = f"{unclicked.played:,} of {unclicked.rows:,} rows without a click, page_id and task were played"
     if unclicked.played > CLICK_FEED * unclicked.rows:
         raise InputError(
-            f"{log.sheet.label}: column {log.sheet.names['clicked']!r}: {told}: too many for a page of covers, too few "
-            f"for videos that play by themselves. Add a column 'task' (sequential or click), or a 'page_id' to the "
-            f"exposures"
+            f"{label}: column {name!r}: {told}: too many for a page of covers, too few for videos that play by "
+            f"themselves. Add a column 'task' (sequential or click), or a 'page_id' to the exposures"
         )
-    if "watch_s" in log.columns or _RATE in log.columns:
-        log.notes.append(
-            f"{told}: rows with a value in {log.sheet.names['clicked']!r} are exposures of the click task."
-        )
-    return True
+    if "watch_s" in log.names or _RATE in log.names:
+        return True, [f"{told}: rows with a value in {name!r} are exposures of the click task."]
+    return True, []
 
 
 def infer_tasks(block: pa.Table, click_feed: bool) -> pa.ChunkedArray:
@@ -443,32 +792,43 @@ def infer_tasks(block: pa.Table, click_feed: bool) -> pa.ChunkedArray:
     return pc.coalesce(pc.utf8_lower(block["task"]), inferred)
 
 
-def _reject_unlabelled(log: _Log) -> None:
-    sheet = log.sheet
-    before = sheet.table.num_rows
+def _reject_unlabelled(sheet: Sheet) -> None:
     sheet.reject(sheet.column("task").is_null(), "no task", "user_id")
     sequential = pc.equal(sheet.column("task"), Task.SEQUENTIAL.value)
     sheet.reject(pc.and_(sequential, sheet.column("play_rate").is_null()), "no play rate", "watch_s")
     click = pc.equal(sheet.column("task"), Task.CLICK.value)
     sheet.reject(pc.and_(click, sheet.column("clicked").is_null()), "no click known")
-    if before and not sheet.table.num_rows:
-        causes = ", ".join(f"{n} {cause}" for cause, n in sheet.rejected.items())
-        raise InputError(
-            f"{sheet.label}: every row was rejected ({causes}; the first is row {sheet.rejects[0]['row'][0]}). Give "
-            f"the columns 'play_rate', or 'watch_s' and 'duration_s', for sequential views, or 'clicked' for exposures"
-        )
 
 
-def _add_gaps(log: _Log) -> None:
-    log.notes.append("The log is declared complete: the gaps are the times between a user's rows.")
-    users, times = codes(log.sheet.column("user_id")), log.sheet.column("timestamp")
+def check_labelled(log: Plan, result: Finished) -> None:
+    """Refuses a log of which nothing is left.
+
+    Raises:
+        InputError: every row was rejected.
+    """
+    if result.kept.total() or not result.rejects:
+        return
+    refuse_unlabelled(log, sum(by_cause(result.rejects).values(), Counter[str]()), result.rejects[0]["row"][0].as_py())
+
+
+def refuse_unlabelled(log: Plan, causes: Counter[str], row: int) -> None:
+    """Says that every row was rejected, with the causes and one such row."""
+    said = ", ".join(f"{n} {cause}" for cause, n in causes.items())
+    raise InputError(
+        f"{log.label('interactions')}: every row was rejected ({said}; the first is row {row}). Give the columns "
+        f"'play_rate', or 'watch_s' and 'duration_s', for sequential views, or 'clicked' for exposures"
+    )
+
+
+def _add_gaps(sheet: Sheet) -> None:
+    users, times = codes(sheet.column("user_id")), sheet.column("timestamp")
     if times.null_count:
         raise InputError(
-            f"{log.sheet.label}: column 'timestamp': a log that is declared complete must have a time in every row; "
-            f"fill them in, or do not map the gaps to it"
+            f"{sheet.label}: column 'timestamp': a log that is declared complete must have a time in every row; fill "
+            f"them in, or do not map the gaps to it"
         )
     for name, gaps in zip(_GAPS, operation_gaps(users, times.to_numpy()), strict=True):
-        log.sheet.table = log.sheet.table.append_column(name, gaps)
+        sheet.table = sheet.table.append_column(name, gaps)
 
 
 def operation_gaps(users: np.ndarray, timestamps: np.ndarray) -> tuple[pa.Array, pa.Array]:
@@ -487,20 +847,29 @@ def operation_gaps(users: np.ndarray, timestamps: np.ndarray) -> tuple[pa.Array,
     return pa.array(before, from_pandas=True), pa.array(after, from_pandas=True)
 
 
-def _read_users(path: Path, settings: SourceSettings) -> tuple[Sheet, pa.Table]:
-    columns = _mapped("users", settings.columns)
+def _read_users(log: Plan) -> tuple[Sheet, pa.Table]:
+    columns = _mapped("users", log.settings.columns)
     ours = {n for c in columns for n in c.names}
-    header = open_table(path).header
+    header = dict.fromkeys(n for head in log.heads["users"] for n in head.header)
     more = [n for n in header if n not in ours and n != "other" and not n.startswith("(unnamed")]
-    columns += [Column(f"other {n}", "word", (n,)) for n in more]
-    sheet = read_sheet(path, columns, settings.max_bad_rows, rules=_rules(settings))
+    columns += [Column(f"other {n}", "word", (n,), optional=True) for n in more]
+    sheet = _read_table(log, "users", columns)
     sheet.reject_duplicates("user_id")
-    other = _facts_of_column(sheet, re.compile(_rules(settings).missing))
+    other = _facts_of_column(sheet, re.compile(log.rules.missing))
     t, n = sheet.table, len(sheet.lines)
     filled = {c.name: t[c.name] for c in _USERS}
     filled["other"] = facts(n, other | {name: t[f"other {name}"] for name in more})
     filled["tags"] = _or_empty(t["tags"])
     return sheet, build("users", n, **filled)
+
+
+def _read_table(log: Plan, table: str, columns: Sequence[Column]) -> Sheet:
+    """All files of a table as one sheet."""
+    bad = log.settings.max_bad_rows
+    sheets = [read_sheet(f, columns, bad, rules=log.rules) for f in log.files[table]]
+    sheet = together(sheets, log.label(table))
+    sheet.max_bad = bad
+    return sheet
 
 
 def _facts_of_column(sheet: Sheet, missing: re.Pattern[str]) -> dict[str, pa.ChunkedArray]:
@@ -526,19 +895,22 @@ def _json_object(text: str | None) -> dict[str, object] | None:
     return value if isinstance(value, dict) else None
 
 
-def _read_videos(path: Path, folder: Path, settings: SourceSettings, stated: units.Stated) -> tuple[Sheet, pa.Table]:
-    sheet = read_sheet(path, _mapped("videos", settings.columns), settings.max_bad_rows, rules=_rules(settings))
+def _read_videos(log: Plan) -> tuple[Sheet, pa.Table]:
+    sheet = _read_table(log, "videos", _mapped("videos", log.settings.columns))
     sheet.reject_duplicates("video_id")
-    _convert_units(sheet, "videos", stated)
+    _convert_units(sheet, "videos", log.stated)
     t = sheet.table
-    columns = {c.name: t[c.name] for c in _VIDEOS} | {n: _absolute(t[n], folder) for n in ("uri", "cover_uri")}
+    columns = {c.name: t[c.name] for c in _VIDEOS} | {n: _absolute(t[n], log.folder) for n in ("uri", "cover_uri")}
     columns["duration_s"] = pc.if_else(pc.greater(t["duration_s"], 0), t["duration_s"], None)
     columns["tags"] = _or_empty(t["tags"])
     return sheet, build("videos", t.num_rows, **columns)
 
 
-def _absolute(paths: pa.ChunkedArray, folder: Path) -> pa.ChunkedArray:
-    texts = [p if p is None or "://" in p else str((folder / p).resolve()) for p in paths.to_pylist()]
+def _absolute(paths: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
+    def full(path: str) -> str:
+        return f"{folder.rstrip('/')}/{path}" if "://" in folder else str((Path(folder) / path).resolve())
+
+    texts = [p if p is None or "://" in p else full(p) for p in paths.to_pylist()]
     return pa.chunked_array([pa.array(texts, pa.string())])
 
 
@@ -546,8 +918,8 @@ def _or_empty(lists: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array([pa.array([x or [] for x in lists.to_pylist()], pa.list_(pa.string()))])
 
 
-def _attach(videos: pa.Table, videos_dir: str, notes: list[str]) -> pa.Table:
-    """Adds the files of `videos_dir` to the records without a `uri`."""
+def attach(videos: pa.Table, videos_dir: str, notes: list[str]) -> pa.Table:
+    """Adds the files of `videos_dir` to the records without a `uri`; notes how many have none."""
     if videos_dir:
         paths = media_paths(videos["video_id"], [Path(videos_dir)], VIDEO_SUFFIXES, "source.videos_dir")
         uris = pc.coalesce(videos["uri"], paths)
