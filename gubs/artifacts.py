@@ -41,6 +41,7 @@ _RECIPE = "recipe.json"
 _ROW_GROUP = 65536
 _UPLOAD_MARK = "/runtime_resources/"
 _MAX_CHANGES = 4
+_TEMPORARY = ".tmp-"
 
 
 class Part(BaseModel):
@@ -446,6 +447,8 @@ def writing(
         if resume_key is None:
             run.fs.rm(folder, recursive=True)
         raise
+    if resume_key is not None:
+        _delete_half_written(run, folder)
     manifest = Manifest(
         stage=stage,
         kind=kind or stage,
@@ -521,6 +524,13 @@ def _open_partial(run: Run, stage: str, key: str) -> str:
     return folder
 
 
+def _delete_half_written(run: Run, folder: str) -> None:
+    """Deletes the files that killed writers of an attempt left under temporary names."""
+    for path in run.fs.find(folder):
+        if _TEMPORARY in PurePosixPath(path).name:
+            run.fs.rm_file(path)
+
+
 def _differing(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     return [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
 
@@ -532,14 +542,14 @@ def _short(value: object) -> str:
 
 def _temporary(path: str) -> str:
     """A name beside `path` that says which process owns it."""
-    return f"{path}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    return f"{path}{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
 
 
 def _delete_leftovers(run: Run, stage: str) -> None:
     """Deletes what killed processes of this machine left behind for this stage."""
     if not run.fs.exists(run.root):
         return
-    prefix = f"{stage}.tmp-{socket.gethostname()}-"
+    prefix = f"{stage}{_TEMPORARY}{socket.gethostname()}-"
     for entry in run.fs.ls(run.root, detail=True):
         name = PurePosixPath(entry["name"]).name
         if name.startswith(prefix):

@@ -95,7 +95,9 @@ class LogPasses:
         parts = max(1, round(sum(_rows(log, i) for i in range(len(log.files["interactions"]))) / data.part_rows))
         items = [i for n in range(len(log.files["interactions"])) for i in _items(log, n, data.part_rows)]
         items = [replace(item, number=number) for number, item in enumerate(items)]
-        passes = cls(log, described, fs, folder, parts, items, data.part_rows)
+        videos = described.videos if described.videos is None else described.videos.select(["video_id", "duration_s"])
+        lean = replace(described, users=None, videos=videos, sheets=[], video_sheet=None)  # it goes to every worker
+        passes = cls(log, lean, fs, folder, parts, items, data.part_rows)
         fs.makedirs(f"{folder}/work", exist_ok=True)
         write_pieces(fs, passes._users_file, cut(described.users or empty("users"), parts))
         return passes

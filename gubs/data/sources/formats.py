@@ -27,6 +27,9 @@ from gubs.errors import InputError
 BLOCK_BYTES = 8 << 20
 """Bytes read at once; a single row must be shorter."""
 
+_JSON_BYTES = 64 << 20
+"""Bytes of a block of JSON lines."""
+
 _BROKEN_CHARS = 1000
 _NUL_SHARE = 0.01
 """A text file with more NUL bytes is none; of a few, each costs its row."""
@@ -330,52 +333,71 @@ def _count(column: pa.Array, byte: bytes) -> np.ndarray:
 
 @dataclass
 class JsonLines(RawFile):
-    """One JSON object per line. Read by Arrow; line by line if Arrow refuses the file, to find the bad lines, or if it
-    cannot hold a number exactly.
+    """One JSON object per line, in blocks of whole lines. Arrow reads a block; line by line it is read if Arrow refuses
+    it, to find the bad lines, or if Arrow cannot hold a number exactly.
     """
 
     def __post_init__(self) -> None:
-        self._line_numbers: np.ndarray | None = None
-        table = self._read_at_once()
-        self._table: pa.Table = self._read_line_by_line() if table is None else table
-        self.header = self._table.column_names
-
-    def _read_at_once(self) -> pa.Table | None:
-        try:
-            table = self._read_typed(None)
-            if (as_text := _dates_as_text(table.schema)) != table.schema:
-                table = self._read_typed(as_text)
-            with self.file.stream() as stream:
-                breaks, last = 0, b"\n"
-                while block := stream.read(BLOCK_BYTES):
-                    breaks, last = breaks + block.count(b"\n"), block[-1:]
-        except (pa.ArrowInvalid, OSError):
-            return None
-        one_per_line = table.num_rows == breaks + (last != b"\n")  # else blank lines would shift the numbers
-        return table if one_per_line and table.num_columns and not _has_rounded(table) else None
-
-    def _read_typed(self, schema: pa.Schema | None) -> pa.Table:
-        options = pa_json.ReadOptions(use_threads=False, block_size=BLOCK_BYTES)
-        with self.file.stream() as stream:
-            return pa_json.read_json(stream, options, pa_json.ParseOptions(explicit_schema=schema))
-
-    def _read_line_by_line(self) -> pa.Table:
-        with (
-            _readable(self.label, "cannot be unzipped"),
-            self.file.stream() as stream,
-        ):
-            raw_lines = bytes(stream.read()).removeprefix(b"\xef\xbb\xbf").splitlines()
-        rows = {n: row for n, raw in enumerate(raw_lines, 1) if (row := self._parse(n, raw)) is not None}
-        if not rows:
+        self._numbers: list[np.ndarray] = []
+        blocks = self._blocks()
+        self._read = [next(blocks)]  # most files are one block: it is not read twice
+        names = dict.fromkeys(self._read[0].column_names)
+        for block in blocks:
+            self._read = []
+            names |= dict.fromkeys(block.column_names)
+        if not names:
             example = (
                 f", e.g. row {self.broken[0].line} ({self.broken[0].cause}): {self.broken[0].text!r}"
                 if self.broken
                 else ""
             )
             raise InputError(f"{self.label}: no row holds a JSON object{example}; write one object a line, in UTF-8")
+        self.header = list(names)
+
+    def _blocks(self) -> Iterator[pa.Table]:
+        """The rows of each block, at least one; notes their lines, and what is broken."""
+        self._numbers, self.broken, first = [], [], 1
+        for raw in self._raw_blocks():
+            table = self._read_at_once(raw)
+            if table is None:
+                table, lines = self._read_line_by_line(raw, first)
+            else:
+                lines = table.num_rows
+                self._numbers.append(np.arange(first, first + lines))
+            first += lines
+            yield table
+
+    def _raw_blocks(self) -> Iterator[bytes]:
+        rest, found = b"", False
+        with _readable(self.label, "cannot be unzipped"), self.file.stream() as stream:
+            while part := bytes(stream.read(_JSON_BYTES)):
+                whole, newline, rest = (rest + part).rpartition(b"\n")
+                if whole or newline:
+                    found = True
+                    yield whole + newline
+        if rest or not found:
+            yield rest
+
+    def _read_at_once(self, raw: bytes) -> pa.Table | None:
+        try:
+            table = self._read_typed(raw, None)
+            if (as_text := _dates_as_text(table.schema)) != table.schema:
+                table = self._read_typed(raw, as_text)
+        except pa.ArrowInvalid:
+            return None
+        one_per_line = table.num_rows == raw.count(b"\n") + (not raw.endswith(b"\n"))  # blank lines shift the numbers
+        return table if one_per_line and table.num_columns and not _has_rounded(table) else None
+
+    def _read_typed(self, raw: bytes, schema: pa.Schema | None) -> pa.Table:
+        options = pa_json.ReadOptions(use_threads=False, block_size=BLOCK_BYTES)
+        return pa_json.read_json(pa.BufferReader(raw), options, pa_json.ParseOptions(explicit_schema=schema))
+
+    def _read_line_by_line(self, raw: bytes, first: int) -> tuple[pa.Table, int]:
+        lines = (raw.removeprefix(b"\xef\xbb\xbf") if first == 1 else raw).splitlines()
+        rows = {n: row for n, line in enumerate(lines, first) if (row := self._parse(n, line)) is not None}
         names = dict.fromkeys(name for row in rows.values() for name in row)
-        self._line_numbers = np.array(list(rows), np.int64)
-        return pa.table({name: _texts([row.get(name) for row in rows.values()]) for name in names})
+        self._numbers.append(np.array(list(rows), np.int64))
+        return pa.table({name: _texts([row.get(name) for row in rows.values()]) for name in names}), len(lines)
 
     def _parse(self, line: int, raw: bytes) -> dict[str, Any] | None:
         """The object on this line; anything else is a broken row."""
@@ -397,14 +419,18 @@ class JsonLines(RawFile):
         self.broken.append(BrokenRow(line, cause, raw.decode("utf-8", "replace")[:_BROKEN_CHARS]))
         return None
 
-    def batches(self, names: list[str]) -> Iterator[Batch]:  # noqa: ARG002
+    def batches(self, names: list[str]) -> Iterator[Batch]:
         """Yields the rows as typed columns, or as text if the lines had to be read one by one."""
-        for batch in self._table.to_batches():
-            yield batch, {}
+        for table in self._read or self._blocks():
+            for name in names:
+                if name not in table.column_names and table.num_rows:
+                    table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))
+            for batch in table.to_batches():
+                yield batch, {}
 
     def lines(self, rows: np.ndarray) -> np.ndarray:
         """1-based line of each row."""
-        return rows + 1 if self._line_numbers is None else self._line_numbers[rows]
+        return np.concatenate(self._numbers)[rows]
 
 
 class _RepeatedNameError(ValueError):

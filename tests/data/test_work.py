@@ -1,0 +1,89 @@
+"""Work on many machines is lost neither with a worker nor with the command itself."""
+
+import functools
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from test_scale import ROWS, assert_data_set, expected_raw, own_log, part_rows
+
+from gubs import stages
+from gubs.artifacts import Run
+from gubs.config import load_settings
+from gubs.data import ingest
+from gubs.data import work as working
+from gubs.data.sources import read_source
+from gubs.data.work import Work
+from gubs.errors import InputError
+
+
+def attempts(folder: Path, item: int) -> int:
+    """Notes one more attempt at the item; returns how many there were before."""
+    before = len(list(folder.glob(f"{item}-*")))
+    (folder / f"{item}-{before}").touch()
+    return before
+
+
+def square(folder: Path, fault: str, item: int) -> int:
+    if attempts(folder, item) == 0 and item == 2:
+        if fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise InputError("line 2 is bad")
+    return item * item
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "attempts").mkdir()
+    return tmp_path / "attempts"
+
+
+def test_a_worker_that_dies_costs_an_attempt(folder: Path, ray_local: None) -> None:
+    work = Work(LocalFileSystem(), str(folder.parent / "kept"), on_ray=True)
+    assert work.run("square", functools.partial(square, folder, "killed"), range(4)) == [0, 1, 4, 9]
+    assert len(list(folder.glob("2-*"))) == 2
+    assert work.total("add", functools.partial(square, folder, ""), range(4)) == 14
+
+
+def test_what_ended_is_kept_and_an_error_with_a_remedy_arrives(folder: Path, ray_local: None) -> None:
+    work = Work(LocalFileSystem(), str(folder.parent / "kept"), on_ray=True)
+    with pytest.raises(InputError, match="line 2 is bad"):
+        work.run("square", functools.partial(square, folder, "error"), range(4))
+    found = work.run("square", functools.partial(square, folder, "error"), range(4))
+    assert found == [0, 1, 4, 9]
+    assert len(list((folder.parent / "kept").iterdir())) == 4
+    assert work.run("square", functools.partial(square, folder, "error"), range(4)) == found
+    assert all(len(list(folder.glob(f"{item}-*"))) <= 2 for item in range(4))
+
+
+def test_a_command_that_was_killed_goes_on(tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = own_log(tmp_path / "logs")
+    settings = load_settings("tiny", [*source, part_rows(ROWS, 3), "data.ray_from_mb=0", "filters.min_video_views=2"])
+    run, calls = Run(tmp_path / "r"), Counter[str]()
+    real, decide = working._on_ray, ingest.own.decide
+
+    def counted(jobs, numbers):
+        for job in jobs:
+            calls[str(job.args[0]) if len(job.args) == 4 else "total"] += 1
+        return real(jobs, numbers)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(working, "_on_ray", counted)
+    monkeypatch.setattr(ingest.own, "decide", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stages.make(["raw"], run, settings)
+    assert calls["read"] == 3
+    (tmp_path / "r" / "raw.partial" / "interactions").mkdir()
+    (tmp_path / "r" / "raw.partial" / "interactions" / "part-000000.parquet.tmp-other-1-x").touch()
+    monkeypatch.setattr(ingest.own, "decide", decide)
+    stages.make(["ifvr"], run, settings)
+    assert calls["read"] == 3, "nothing is read again"
+    assert not list((tmp_path / "r").rglob("*.tmp-*"))
+    for name, table in expected_raw(settings).items():
+        assert run.artifact("raw").table(name).equals(table), name
+    assert_data_set(run, settings, read_source(settings.source).interactions)
