@@ -23,9 +23,9 @@ from gubs.data.log_passes import Finished, LogPasses
 from gubs.data.partition import cut
 from gubs.data.pieces import read_pieces
 from gubs.data.settings import DataSettings, SourceSettings
-from gubs.data.sources import FileCount, SourceTables, read_source
-from gubs.data.sources import logs as own
+from gubs.data.sources import FileCount, SourceTables, log_plan, log_rows, read_source
 from gubs.data.sources.files import InputFile, identity, refuse_missing
+from gubs.data.sources.logs import Described, attach
 from gubs.data.sources.media import videos_identity
 from gubs.data.sources.reading import bare_notes, bare_records
 from gubs.data.work import Work, attempt_key, work
@@ -46,7 +46,7 @@ def make(job: StageJob, source: SourceSettings, data: DataSettings, ray: RaySett
     """
     if source.kind != "logs":
         return write_raw(job, read_source(source), data)
-    files, folder = own.find_files(source.path)
+    files, folder = log_plan.find_files(source.path)
     on_ray = sum(f.size() for f in files["interactions"]) >= data.ray_from_mb << 20
     key = attempt_key(job.recipe.fingerprint(job.kind), code_version(), str(data.part_rows)) if on_ray else None
     with job.writing(resume_key=key) as out, work(out.run.fs, out.path("work"), on_ray, ray) as workers:
@@ -73,7 +73,7 @@ def source_identity(source: SourceSettings, **_: object) -> str:
 def _files(source: SourceSettings) -> list[InputFile]:
     """Every file that decides the tables."""
     if source.kind == "logs":
-        return [f for parts in own.find_files(source.path)[0].values() for f in parts]
+        return [f for parts in log_plan.find_files(source.path)[0].values() for f in parts]
     path = Path(source.path)
     files = (
         [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _TABLE_SUFFIXES and p.is_file())
@@ -84,21 +84,21 @@ def _files(source: SourceSettings) -> list[InputFile]:
 
 
 def _read_logs(
-    source: SourceSettings, files: own.Files, folder: str, data: DataSettings, workers: Work, out: ArtifactWriter
+    source: SourceSettings, files: log_plan.Files, folder: str, data: DataSettings, workers: Work, out: ArtifactWriter
 ) -> list[str]:
     """Reads your logs in two passes: block by block, then user by user; returns notes."""
-    heads = {table: workers.run(f"look at {table}", own.Head.of, parts) for table, parts in files.items()}
-    log = own.plan(source, files, folder, heads)
-    described = own.Described.read(log)
+    heads = {table: workers.run(f"look at {table}", log_plan.Head.of, parts) for table, parts in files.items()}
+    log = log_plan.plan(source, files, folder, heads)
+    described = Described.read(log)
     passes = LogPasses.of(log, described, out.run.fs, out.folder, data)
     read = workers.run("read", passes.read, passes.items)
     findings = _total(r.findings for r in read)
-    decided = own.decide(log, findings)
+    decided = log_rows.decide(log, findings)
     finish = passes.finisher(decided, passes.repeats(workers, read), read)
     finished = workers.run("regroup by user", finish, range(passes.parts))
-    own.check_units(log, _total(f.evidence for f in finished), described.video_sheet)
+    log_rows.check_units(log, _total(f.evidence for f in finished), described.video_sheet)
     accounts = _accounts(log, findings, finished)
-    notes = own.log_notes(log, findings, decided, _total(f.counts for f in finished)) + described.notes
+    notes = log_rows.log_notes(log, findings, decided, _total(f.counts for f in finished)) + described.notes
     notes += bare_notes("users", sum(f.bare_users for f in finished), described.users is not None)
     videos, more = _videos(described.videos, finished, source, out.run.fs)
     notes += more
@@ -120,7 +120,7 @@ def _total(values: Iterable[T]) -> T:
     return functools.reduce(operator.add, values)
 
 
-def _accounts(log: own.Plan, findings: own.Findings, finished: Sequence[Finished]) -> dict[str, FileCount]:
+def _accounts(log: log_plan.Plan, findings: log_rows.Findings, finished: Sequence[Finished]) -> dict[str, FileCount]:
     """The account of each file of the interactions.
 
     Raises:
@@ -132,8 +132,8 @@ def _accounts(log: own.Plan, findings: own.Findings, finished: Sequence[Finished
         rejected[label] = rejected.get(label, Counter[str]()) + causes
     rows = [f.first_rejected for f in finished if f.first_rejected is not None]
     if not kept.total() and rows:
-        own.refuse_unlabelled(log, _total(rejected.values()), min(rows))
-    accounts = own.file_counts(log, findings.accounts, kept, rejected)
+        log_rows.refuse_unlabelled(log, _total(rejected.values()), min(rows))
+    accounts = log_rows.file_counts(log, findings.accounts, kept, rejected)
     for file, count in accounts.items():
         if count.rows_in != count.rows_out + sum(count.rejected.values()):
             raise InputError(f"{file}: rows in and rows out do not add up: {count}")
@@ -151,7 +151,7 @@ def _videos(
     bare = bare_records("videos", "video_id", ids, None)
     notes = bare_notes("videos", bare.num_rows, described is not None)
     videos = bare if described is None else pa.concat_tables([described, bare])
-    return own.attach(videos, source.videos_dir, notes), notes
+    return attach(videos, source.videos_dir, notes), notes
 
 
 def _write_rejects(out: ArtifactWriter, described: Sequence[Sequence[pa.Table]], parts: Sequence[Part]) -> None:

@@ -21,7 +21,8 @@ from gubs.artifacts import Part, part_file, write_part
 from gubs.data.partition import cut, parts_of
 from gubs.data.pieces import read_pieces, write_pieces
 from gubs.data.settings import DataSettings
-from gubs.data.sources import logs as own
+from gubs.data.sources import log_plan, log_rows
+from gubs.data.sources.logs import Described
 from gubs.data.sources.reading import bare_records
 from gubs.data.work import Work
 from gubs.records import empty
@@ -47,7 +48,7 @@ class Item:
 class Read:
     """What a call of `read` found, and the pieces that it left."""
 
-    findings: own.Findings
+    findings: log_rows.Findings
     """Without rejects."""
     pieces: list[str]
     ids: list[str]
@@ -62,8 +63,8 @@ class Finished:
     rejects: list[Part]
     kept: Counter[str]
     rejected: dict[str, Counter[str]]
-    counts: own.Counts
-    evidence: own.UnitEvidence
+    counts: log_rows.Counts
+    evidence: log_rows.UnitEvidence
     bare_users: int
     unknown_videos: str
     """File of the ids that the table of videos lacks."""
@@ -77,8 +78,8 @@ class Finished:
 class LogPasses:
     """The functions over one file, and over one part."""
 
-    log: own.Plan
-    described: own.Described
+    log: log_plan.Plan
+    described: Described
     fs: fsspec.AbstractFileSystem
     folder: str
     """Of the unfinished artifact."""
@@ -89,7 +90,7 @@ class LogPasses:
 
     @classmethod
     def of(
-        cls, log: own.Plan, described: own.Described, fs: fsspec.AbstractFileSystem, folder: str, data: DataSettings
+        cls, log: log_plan.Plan, described: Described, fs: fsspec.AbstractFileSystem, folder: str, data: DataSettings
     ) -> "LogPasses":
         """Decides how many parts there are, by the size of the log alone: nothing depends on the machine."""
         parts = max(1, round(sum(_rows(log, i) for i in range(len(log.files["interactions"]))) / data.part_rows))
@@ -112,15 +113,15 @@ class LogPasses:
         Raises:
             InputError: the file cannot be read.
         """
-        findings, pieces, ids, rejects = own.Findings(), list[str](), list[str](), list[Part]()
-        for n, sheet in enumerate(own.read_pieces(self.log, item.file, item.groups, self.rows)):
-            piece = own.as_piece(self.log, sheet, item.file)
+        findings, pieces, ids, rejects = log_rows.Findings(), list[str](), list[str](), list[Part]()
+        for n, sheet in enumerate(log_rows.read_pieces(self.log, item.file, item.groups, self.rows)):
+            piece = log_rows.as_piece(self.log, sheet, item.file)
             pieces.append(f"{self.folder}/work/piece-{item.number:06}-{n:04}.arrow")
             write_pieces(self.fs, pieces[-1], cut(piece, self.parts))
-            found = own.Findings.of(self.log, sheet)
+            found = log_rows.Findings.of(self.log, sheet)
             if "interaction_id" in self.log.names:
                 ids.append(f"{self.folder}/work/ids-{item.number:06}-{n:04}.arrow")
-                write_pieces(self.fs, ids[-1], _by_id(own.identities(piece), self.parts))
+                write_pieces(self.fs, ids[-1], _by_id(log_rows.identities(piece), self.parts))
             if found.rejects:
                 file = f"rejects/read-{item.number:06}-{n:04}.parquet"
                 rejects.append(write_part(self.fs, self.folder, file, pa.concat_tables(found.rejects)))
@@ -136,21 +137,23 @@ class LogPasses:
         return np.concatenate(found)
 
     def _repeated(self, paths: Sequence[str], part: int) -> np.ndarray:
-        return own.repeated_ids(read_pieces(self.fs, paths, part))
+        return log_rows.repeated_ids(read_pieces(self.fs, paths, part))
 
-    def finisher(self, decided: own.Decided, repeats: np.ndarray, read: Sequence[Read]) -> Callable[[int], Finished]:
+    def finisher(
+        self, decided: log_rows.Decided, repeats: np.ndarray, read: Sequence[Read]
+    ) -> Callable[[int], Finished]:
         """The pass that finishes and writes a part."""
         paths = [path for r in read for path in r.pieces]
         return functools.partial(self.finish, decided, repeats, paths)
 
-    def finish(self, decided: own.Decided, repeats: np.ndarray, paths: Sequence[str], part: int) -> Finished:
+    def finish(self, decided: log_rows.Decided, repeats: np.ndarray, paths: Sequence[str], part: int) -> Finished:
         """Finishes and writes the rows of some users, and these users.
 
         Raises:
             InputError: see `logs.finish`.
         """
         rows = read_pieces(self.fs, paths, part)
-        done = own.finish(self.log, decided, rows, repeats, self.described.durations(rows["video_id"]))
+        done = log_rows.finish(self.log, decided, rows, repeats, self.described.durations(rows["video_id"]))
         (interactions,) = cut(done.interactions, 1)
         known = read_pieces(self.fs, [self._users_file], part)
         bare = bare_records("users", "user_id", interactions["user_id"].unique(), known)
@@ -164,7 +167,7 @@ class LogPasses:
             tables={name: self._write(name, part, table) for name, table in tables.items()},
             rejects=rejects,
             kept=done.kept,
-            rejected=own.by_cause(done.rejects),
+            rejected=log_rows.by_cause(done.rejects),
             counts=done.counts,
             evidence=done.evidence,
             bare_users=bare.num_rows,
@@ -197,7 +200,7 @@ def _by_id(found: pa.Table, parts: int) -> Iterable[pa.Table]:
     return (ordered.slice(a, b - a) for a, b in pairwise(ends.tolist()))
 
 
-def _rows(log: own.Plan, file: int) -> int:
+def _rows(log: log_plan.Plan, file: int) -> int:
     """Rows of a file, about."""
     head, input_file = log.heads["interactions"][file], log.files["interactions"][file]
     if head.group_rows:
@@ -205,7 +208,7 @@ def _rows(log: own.Plan, file: int) -> int:
     return math.ceil(input_file.size() * (_PACKED if input_file.zipped else 1) / _ROW_BYTES[input_file.suffix])
 
 
-def _items(log: own.Plan, file: int, rows: int) -> Iterable[Item]:
+def _items(log: log_plan.Plan, file: int, rows: int) -> Iterable[Item]:
     """A file as a whole; a large Parquet file in ranges of row groups."""
     groups = log.heads["interactions"][file].group_rows
     if sum(groups) <= rows:

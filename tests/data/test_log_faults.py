@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from gubs.data.settings import SourceSettings
-from gubs.data.sources import SourceTables, logs, read_source
+from gubs.data.sources import SourceTables, read_source
 from gubs.data.sources.columns import CellRules, Kind, convert, decode
+from gubs.data.sources.log_rows import Unclicked
 from gubs.data.sources.units import Evidence, Sizes, named_unit, total
 from gubs.errors import InputError
 
@@ -434,8 +435,8 @@ def test_counts_of_unclicked_rows_add_up():
     ]
     rows += [("click", None, False, 1, None), (None, None, None, None, 0.5), (None, None, None, 0, None)]
     table = pa.Table.from_pylist([dict(zip(names, r, strict=True)) for r in rows], pa.schema(names))
-    assert logs.Unclicked.of(table) == logs.Unclicked(2, 1, 2, 1, 1)
-    assert logs.Unclicked.of(table.slice(0, 3)) + logs.Unclicked.of(table.slice(3)) == logs.Unclicked.of(table)
+    assert Unclicked.of(table) == Unclicked(2, 1, 2, 1, 1)
+    assert Unclicked.of(table.slice(0, 3)) + Unclicked.of(table.slice(3)) == Unclicked.of(table)
 
 
 @pytest.mark.parametrize("unknown", [0, None])

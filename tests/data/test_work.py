@@ -13,9 +13,8 @@ from test_scale import ROWS, assert_data_set, expected_raw, own_log, part_rows
 from gubs import stages
 from gubs.artifacts import Run
 from gubs.config import load_settings
-from gubs.data import ingest
 from gubs.data import work as working
-from gubs.data.sources import read_source
+from gubs.data.sources import log_rows, read_source
 from gubs.data.work import Work
 from gubs.errors import InputError
 
@@ -63,7 +62,7 @@ def test_a_command_that_was_killed_goes_on(tmp_path: Path, ray_local: None, monk
     source = own_log(tmp_path / "logs")
     settings = load_settings("tiny", [*source, part_rows(ROWS, 3), "data.ray_from_mb=0", "filters.min_video_views=2"])
     run, calls = Run(tmp_path / "r"), Counter[str]()
-    real, decide = working._on_ray, ingest.own.decide
+    real, decide = working._on_ray, log_rows.decide
 
     def counted(jobs, numbers):
         for job in jobs:
@@ -74,13 +73,13 @@ def test_a_command_that_was_killed_goes_on(tmp_path: Path, ray_local: None, monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(working, "_on_ray", counted)
-    monkeypatch.setattr(ingest.own, "decide", killed)
+    monkeypatch.setattr(log_rows, "decide", killed)
     with pytest.raises(KeyboardInterrupt):
         stages.make(["raw"], run, settings)
     assert calls["read"] == 3
     (tmp_path / "r" / "raw.partial" / "interactions").mkdir()
     (tmp_path / "r" / "raw.partial" / "interactions" / "part-000000.parquet.tmp-other-1-x").touch()
-    monkeypatch.setattr(ingest.own, "decide", decide)
+    monkeypatch.setattr(log_rows, "decide", decide)
     stages.make(["ifvr"], run, settings)
     assert calls["read"] == 3, "nothing is read again"
     assert not list((tmp_path / "r").rglob("*.tmp-*"))
