@@ -21,6 +21,7 @@ PURE = [
     "serving/filter",
     "data/filters",
     "data/splits",
+    "data/partition",
     "ugm/cluster",
     "ugm/evidence",
     "ugm/author",

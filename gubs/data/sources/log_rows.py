@@ -140,6 +140,7 @@ def _replace(sheet: Sheet, name: str, column: pa.ChunkedArray) -> None:
 
 
 def unused_note(label: str, names: Sequence[str]) -> list[str]:
+    """Which columns of a table are not used; nothing if all are."""
     return [f"Columns of {label} that are not used: {', '.join(names)}."] if names else []
 
 
