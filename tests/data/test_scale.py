@@ -12,10 +12,13 @@ from gubs import stages
 from gubs.artifacts import Artifact, Run
 from gubs.config import Settings, load_settings
 from gubs.data.filters import apply_filters
+from gubs.data.ifvr import IFVR
 from gubs.data.ingest import in_file_order
 from gubs.data.partition import Users, cut, draw_hashes, hashes, parts_of
 from gubs.data.sources import read_source
 from gubs.data.splits import split
+from gubs.records import Task
+from gubs.report.data import describe
 from gubs.simulator.behaviour import simulate
 
 SMALL = ("synthetic.users=90", "synthetic.videos=60", "views_per_user=24", "exposures_per_user=24")
@@ -197,6 +200,30 @@ def test_a_glob_and_a_uri_give_the_same_tables(tmp_path: Path) -> None:
         assert tables.interactions.equals(read[0].interactions)
         assert tables.users.equals(read[0].users)
     fs.rm("/scale-logs", recursive=True)
+
+
+def test_readers_see_the_same_data_in_parts_and_read_only_what_they_need(tmp_path: Path, monkeypatch) -> None:
+    whole, _ = made(tmp_path / "whole", *SMALL)
+    cut_up, _ = made(tmp_path / "parts", *SMALL, "data.part_rows=250")
+    one, many = IFVR(whole), IFVR(cut_up)
+    assert many.log().equals(one.log())
+    pages = [describe(run).to_json() | {"run": "", "created": ""} for run in (whole, cut_up)]
+    rates = [page.pop("rates") for page in pages]
+    assert pages[0] == pages[1]
+    assert [r.pop("value") for r in rates[0]] == pytest.approx([r.pop("value") for r in rates[1]])
+    assert rates[0] == rates[1]
+    opened: list[str] = []
+    read = Artifact._open
+    monkeypatch.setattr(Artifact, "_open", lambda self, part: (opened.append(part.file), read(self, part))[1])
+    for task in Task:
+        assert many.targets(task).equals(one.targets(task))
+        assert many.log(["user_id"], task).equals(one.log(["user_id"], task))
+    users = sorted(one.users)[:2]
+    opened.clear()
+    assert many.history_log(users, ["interaction_id"]).equals(one.history_log(users, ["interaction_id"]))
+    assert many.people(users, Task.CLICK) == one.people(users, Task.CLICK)
+    assert len({f for f in opened if f.startswith("interactions/")}) <= 2 * 2
+    assert len(many.artifact.parts("interactions")) > 10
 
 
 def test_hashes_are_the_same_on_every_machine_and_in_every_version() -> None:
