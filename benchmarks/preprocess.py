@@ -99,7 +99,7 @@ def run_gubs(log: Path, out: Path, nodes: int) -> int:
 
     chosen = ["source.kind=logs", f"source.path={log}", "filters.min_video_views=10", "filters.min_user_exposures=30"]
     chosen += ["splits.test_users=1000", "splits.ugm_users=1000", "splits.click_targets=10", "splits.min_history=2"]
-    run, settings = Run(out), load_settings("paper", chosen + (["data.ray_from_mb=0"] if nodes else []))
+    run, settings = Run(out), load_settings("paper", chosen + (["data.ray_from_rows=0"] if nodes else []))
     if nodes:
         _start_nodes(nodes)
     stages.make(["ifvr"], run, settings)
@@ -126,8 +126,8 @@ SELECT *, (task = 'sequential' OR coalesce(clicked, false)) AS viewed FROM read_
 WHERE NOT (task = 'sequential' AND coalesce(play_rate < 0.3, false)) OR (
   prev_op_gap_s IS NOT NULL AND next_op_gap_s IS NOT NULL AND prev_op_gap_s + next_op_gap_s <= {MAX_GAP_S}
   AND NOT coalesce(exited_app, false))"""
-_VIDEOS = f"SELECT video_id FROM kept GROUP BY 1 HAVING count(*) FILTER (viewed) >= {MIN_VIEWS}"
-_USERS = f"SELECT user_id FROM kept WHERE task = 'click' GROUP BY 1 HAVING count(*) < {MIN_EXPOSURES}"
+_VIDEOS = f"SELECT video_id FROM cells GROUP BY 1 HAVING count(*) FILTER (viewed) >= {MIN_VIEWS}"
+_USERS = f"SELECT user_id, task FROM cells WHERE task = 'click' GROUP BY ALL HAVING count(*) < {MIN_EXPOSURES}"
 _BORDERS = f"""
 SELECT *, CASE WHEN task = 'sequential' THEN total // 2 ELSE CASE
   WHEN before > 0 AND (after IS NULL OR total - {CLICK_TARGETS} - before <= after - total + {CLICK_TARGETS}) THEN before
@@ -162,14 +162,20 @@ def run_duckdb(log: Path, out: Path) -> int:
     db.execute("SET preserve_insertion_order = false")
     (out / "raw").mkdir()
     db.execute(f"COPY ({_RAW.format(log=log)}) TO '{out}/raw/part.parquet' (FORMAT parquet, COMPRESSION zstd)")
-    db.execute(f"CREATE TABLE kept AS {_NOISE.format(out=out)}")
+    db.execute(f"CREATE TABLE quiet AS {_NOISE.format(out=out)}")
+    db.execute("CREATE TABLE cells AS SELECT user_id, video_id, task, viewed FROM quiet")
     before = -1
-    while (now := db.execute("SELECT count(*) FROM kept").fetchone()[0]) != before:
+    while (now := db.execute("SELECT count(*) FROM cells").fetchone()[0]) != before:
         before = now
-        db.execute(f"CREATE OR REPLACE TABLE kept AS SELECT k.* FROM kept k SEMI JOIN ({_VIDEOS}) USING (video_id)")
-        db.execute(
-            f"CREATE OR REPLACE TABLE kept AS SELECT * FROM kept WHERE task <> 'click' OR user_id NOT IN ({_USERS})"
-        )
+        db.execute(f"CREATE OR REPLACE TABLE videos AS {_VIDEOS}")
+        db.execute("CREATE OR REPLACE TABLE cells AS SELECT c.* FROM cells c SEMI JOIN videos USING (video_id)")
+        db.execute(f"CREATE OR REPLACE TABLE rare AS {_USERS}")
+        db.execute("CREATE OR REPLACE TABLE cells AS SELECT c.* FROM cells c ANTI JOIN rare USING (user_id, task)")
+    db.execute("CREATE TABLE people AS SELECT DISTINCT user_id, task FROM cells")
+    db.execute(
+        "CREATE VIEW kept AS SELECT q.* FROM quiet q SEMI JOIN videos USING (video_id) "
+        "SEMI JOIN people USING (user_id, task)"
+    )
     db.execute(
         f"CREATE TABLE divided AS SELECT * FROM ({_BORDERS}) WHERE n_history >= {MIN_HISTORY} AND n_history < total"
     )

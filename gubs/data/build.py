@@ -46,7 +46,7 @@ def make(
         InputError: no interaction passes the filters.
     """
     raw = job.input("raw")
-    on_ray = raw.manifest.tables["interactions"].bytes >= data.ray_from_mb << 20
+    on_ray = raw.manifest.tables["interactions"].rows >= data.ray_from_rows
     key = attempt_key(job.recipe.fingerprint(job.kind), code_version()) if on_ray else None
     with job.writing(resume_key=key) as out, work(out.run.fs, out.path("work"), on_ray, ray) as workers:
         passes = _Passes(raw, out.run.fs, out.folder, filters, splits, seed)

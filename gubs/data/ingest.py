@@ -6,6 +6,7 @@ the order of the log.
 """
 
 import functools
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,7 +48,7 @@ def make(job: StageJob, source: SourceSettings, data: DataSettings, ray: RaySett
     if source.kind != "logs":
         return write_raw(job, read_source(source), data)
     files, folder = log_plan.find_files(source.path)
-    on_ray = sum(f.size() for f in files["interactions"]) >= data.ray_from_mb << 20
+    on_ray = _is_large(files["interactions"], data.ray_from_rows)
     key = attempt_key(job.recipe.fingerprint(job.kind), code_version(), str(data.part_rows)) if on_ray else None
     with job.writing(resume_key=key) as out, work(out.run.fs, out.path("work"), on_ray, ray) as workers:
         notes = _read_logs(source, files, folder, data, workers, out)
@@ -55,6 +56,12 @@ def make(job: StageJob, source: SourceSettings, data: DataSettings, ray: RaySett
         out.remove("work")
     _say_all(notes)
     return out.summary
+
+
+def _is_large(files: Sequence[InputFile], rows: int) -> bool:
+    """Whether the files have at least so many rows, about; opens no more of them than it needs."""
+    sizes = itertools.accumulate((log_plan.Head.of(f).rows for f in files), initial=0)
+    return any(size >= rows for size in sizes)
 
 
 def source_identity(source: SourceSettings, **_: object) -> str:

@@ -6,7 +6,6 @@ different users.
 """
 
 import functools
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,11 +25,6 @@ from gubs.data.sources.logs import Described
 from gubs.data.sources.reading import bare_records
 from gubs.data.work import Work
 from gubs.records import empty
-
-_ROW_BYTES = {".csv": 60, ".tsv": 60, ".jsonl": 120}
-"""Bytes of a row, about; they only decide how many parts there are."""
-_PACKED = 4
-"""How much smaller packed text is, about."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,7 @@ class LogPasses:
         cls, log: log_plan.Plan, described: Described, fs: fsspec.AbstractFileSystem, folder: str, data: DataSettings
     ) -> "LogPasses":
         """Decides how many parts there are, by the size of the log alone: nothing depends on the machine."""
-        parts = max(1, round(sum(_rows(log, i) for i in range(len(log.files["interactions"]))) / data.part_rows))
+        parts = max(1, round(sum(head.rows for head in log.heads["interactions"]) / data.part_rows))
         items = [i for n in range(len(log.files["interactions"])) for i in _items(log, n, data.part_rows)]
         items = [replace(item, number=number) for number, item in enumerate(items)]
         videos = described.videos if described.videos is None else described.videos.select(["video_id", "duration_s"])
@@ -198,14 +192,6 @@ def _by_id(found: pa.Table, parts: int) -> Iterable[pa.Table]:
     ends = np.searchsorted(part[order], np.arange(parts + 1))
     ordered = found.take(pa.array(order))
     return (ordered.slice(a, b - a) for a, b in pairwise(ends.tolist()))
-
-
-def _rows(log: log_plan.Plan, file: int) -> int:
-    """Rows of a file, about."""
-    head, input_file = log.heads["interactions"][file], log.files["interactions"][file]
-    if head.group_rows:
-        return sum(head.group_rows)
-    return math.ceil(input_file.size() * (_PACKED if input_file.zipped else 1) / _ROW_BYTES[input_file.suffix])
 
 
 def _items(log: log_plan.Plan, file: int, rows: int) -> Iterable[Item]:

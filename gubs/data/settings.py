@@ -79,9 +79,9 @@ class SplitSettings(Section):
 class DataSettings(Section):
     """How logs of any size are read and split. None of it changes a row of the result."""
 
-    ray_from_mb: int = Field(64, ge=0)
-    """Logs from this size on (of their files, in MiB) are read and split on Ray; smaller ones in one process, which is
-    faster than starting Ray."""
+    ray_from_rows: int = Field(2_000_000, ge=0)
+    """Logs from this size on (rows; of text files, an estimate) are read and split on Ray; smaller ones in one process,
+    which is faster than starting Ray."""
     part_rows: int = Field(1_000_000, ge=1)
     """Rows of a part, about: larger tables are cut by user into files of this size. A worker holds one part in memory
     (about 0.6 GiB per million rows)."""

@@ -169,7 +169,7 @@ def test_your_own_logs_in_any_number_of_parts(tmp_path: Path, parts: int) -> Non
 
 
 def test_your_own_logs_on_ray(tmp_path: Path, ray_local: None) -> None:
-    assert_own_log(tmp_path / "r", own_log(tmp_path / "logs"), 5, "data.ray_from_mb=0")
+    assert_own_log(tmp_path / "r", own_log(tmp_path / "logs"), 5, "data.ray_from_rows=0")
 
 
 def assert_own_log(folder: Path, source: tuple[str, ...], parts: int, *more: str) -> None:

@@ -60,7 +60,7 @@ def test_what_ended_is_kept_and_an_error_with_a_remedy_arrives(folder: Path, ray
 
 def test_a_command_that_was_killed_goes_on(tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
     source = own_log(tmp_path / "logs")
-    settings = load_settings("tiny", [*source, part_rows(ROWS, 3), "data.ray_from_mb=0", "filters.min_video_views=2"])
+    settings = load_settings("tiny", [*source, part_rows(ROWS, 3), "data.ray_from_rows=0", "filters.min_video_views=2"])
     run, calls = Run(tmp_path / "r"), Counter[str]()
     real, decide = working._on_ray, log_rows.decide
 

@@ -1,5 +1,6 @@
 """How your own logs are read, decided before the first row: their files, columns and units."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +27,11 @@ GAPS = ("prev_op_gap_s", "next_op_gap_s")
 TIMES = ("duration_s", "watch_s", *GAPS)
 
 RATE = "play_rate"
+
+_ROW_BYTES = {".csv": 60, ".tsv": 60, ".jsonl": 120}
+"""Bytes of a row, about; they only decide how many parts there are."""
+_PACKED = 4
+"""How much smaller packed text is, about."""
 
 _FILES_NAMED = 4
 """Files that a refusal names."""
@@ -120,13 +126,17 @@ class Head:
     header: tuple[str, ...]
     group_rows: tuple[int, ...] = ()
     """Rows of each row group of a Parquet file."""
+    rows: int = 0
+    """About how many there are."""
 
     @classmethod
     def of(cls, file: InputFile) -> "Head":
         """The head of a file."""
         raw = open_table(file)
-        groups = tuple(raw.group_rows) if isinstance(raw, Parquet) else ()
-        return cls(file.label, tuple(raw.header), groups)
+        if isinstance(raw, Parquet):
+            return cls(file.label, tuple(raw.header), tuple(raw.group_rows), sum(raw.group_rows))
+        text = file.size() * (_PACKED if file.zipped else 1)
+        return cls(file.label, tuple(raw.header), (), math.ceil(text / _ROW_BYTES[file.suffix]))
 
 
 @dataclass(frozen=True)
