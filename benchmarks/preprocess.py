@@ -12,6 +12,7 @@ has rows of all users.
 
 import argparse
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -113,7 +114,7 @@ def _start_nodes(nodes: int) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 200 << 20})
     for _ in range(nodes):
         cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
 
 
 _RAW = """
@@ -208,7 +209,7 @@ def run_polars(log: Path, out: Path) -> int:
     kept = pl.scan_parquet(out / "raw.parquet").filter(noise)
     kept = kept.with_columns(viewed=sequential | pl.col("clicked").fill_null(value=False))
     cells = kept.select("user_id", "video_id", "task", "viewed").collect(engine="streaming").lazy()
-    before, now, videos, users = -1, -2, None, None
+    before, now = -1, -2
     while now != before:
         before = now
         counts = cells.group_by("video_id").agg(pl.col("viewed").sum())

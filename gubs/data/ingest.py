@@ -112,9 +112,8 @@ def _read_logs(
     for name in ("users", "interactions"):
         out.add_table(name, [f.tables[name] for f in finished])
     out.write_table("videos", videos)
-    _write_rejects(
-        out, [sheet.rejects for sheet in described.sheets], [p for r in [*read, *finished] for p in r.rejects]
-    )
+    rejects = [part for r in read for part in r.rejects] + [part for f in finished for part in f.rejects]
+    _write_rejects(out, [sheet.rejects for sheet in described.sheets], rejects)
     counts = accounts | {label: c for sheet in described.sheets for label, c in sheet.counts().items()}
     out.info = _info(counts, notes, _empty_columns(finished, videos, out.tables))
     return notes

@@ -7,6 +7,7 @@ a finished call returned is kept there too, so that a killed command goes on whe
 import functools
 import hashlib
 import operator
+import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,10 +16,11 @@ from typing import Any, TypeVar, cast
 
 import fsspec
 import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
 
 from gubs.artifacts import write_atomically
 from gubs.console import progress
-from gubs.errors import GubsError
+from gubs.errors import GubsError, PlatformError
 from gubs.ray_runtime import RaySettings, quiet_ray_data, ray_session
 
 Item = TypeVar("Item")
@@ -135,12 +137,37 @@ def _outcome(call: Callable[[], object]) -> bytes:
 
 @contextmanager
 def work(fs: fsspec.AbstractFileSystem, folder: str, on_ray: bool, settings: RaySettings) -> Iterator[Work]:
-    """Joins or starts Ray, if it is to be used, until the context ends."""
+    """Joins or starts Ray, if it is to be used, until the context ends.
+
+    Raises:
+        PlatformError: a node does not see the folder.
+    """
     with ExitStack() as stack:
         if on_ray:
             stack.enter_context(ray_session(settings))
             quiet_ray_data()
+            _check_shared(fs, folder)
         yield Work(fs, folder, on_ray)
+
+
+def _check_shared(fs: fsspec.AbstractFileSystem, folder: str) -> None:
+    """Refuses a local folder that is another one on other nodes."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+    if len(nodes) < 2 or not isinstance(fs, LocalFileSystem):
+        return
+    fs.makedirs(folder, exist_ok=True)
+    fs.touch(f"{folder}/probe")
+    see = ray.remote(num_cpus=0)(os.path.exists)
+    on = [see.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=False)) for n in nodes]
+    blind = len(nodes) - sum(ray.get([node.remote(f"{folder}/probe") for node in on]))
+    if blind:
+        raise PlatformError(
+            f"{blind} of {len(nodes)} nodes do not see {folder}: put --run on a file system that all nodes share, "
+            "or at a URI"
+        )
 
 
 def attempt_key(*decided_by: str) -> str:
