@@ -1,9 +1,9 @@
 """Work on many machines is lost neither with a worker nor with the command itself."""
 
-import functools
 import os
 import signal
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,19 +19,21 @@ from gubs.data.work import Work
 from gubs.errors import InputError
 
 
-def attempts(folder: Path, item: int) -> int:
-    """Notes one more attempt at the item; returns how many there were before."""
-    before = len(list(folder.glob(f"{item}-*")))
-    (folder / f"{item}-{before}").touch()
-    return before
+def squares(folder: Path, fault: str = "") -> Callable[[int], int]:
+    """Squares an item and notes the attempt; the first attempt at 2 has a fault. A closure, since workers cannot import
+    this file.
+    """
 
-
-def square(folder: Path, fault: str, item: int) -> int:
-    if attempts(folder, item) == 0 and item == 2:
-        if fault == "killed":
+    def square(item: int) -> int:
+        attempt = len(list(folder.glob(f"{item}-*")))
+        (folder / f"{item}-{attempt}").touch()
+        if item == 2 and attempt == 0 and fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        raise InputError("line 2 is bad")
-    return item * item
+        if item == 2 and attempt == 0 and fault:
+            raise InputError("line 2 is bad")
+        return item * item
+
+    return square
 
 
 @pytest.fixture
@@ -42,19 +44,19 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_worker_that_dies_costs_an_attempt(folder: Path, ray_local: None) -> None:
     work = Work(LocalFileSystem(), str(folder.parent / "kept"), on_ray=True)
-    assert work.run("square", functools.partial(square, folder, "killed"), range(4)) == [0, 1, 4, 9]
+    assert work.run("square", squares(folder, "killed"), range(4)) == [0, 1, 4, 9]
     assert len(list(folder.glob("2-*"))) == 2
-    assert work.total("add", functools.partial(square, folder, ""), range(4)) == 14
+    assert work.total("add", squares(folder), range(4)) == 14
 
 
 def test_what_ended_is_kept_and_an_error_with_a_remedy_arrives(folder: Path, ray_local: None) -> None:
     work = Work(LocalFileSystem(), str(folder.parent / "kept"), on_ray=True)
     with pytest.raises(InputError, match="line 2 is bad"):
-        work.run("square", functools.partial(square, folder, "error"), range(4))
-    found = work.run("square", functools.partial(square, folder, "error"), range(4))
+        work.run("square", squares(folder, "error"), range(4))
+    found = work.run("square", squares(folder, "error"), range(4))
     assert found == [0, 1, 4, 9]
     assert len(list((folder.parent / "kept").iterdir())) == 4
-    assert work.run("square", functools.partial(square, folder, "error"), range(4)) == found
+    assert work.run("square", squares(folder, "error"), range(4)) == found
     assert all(len(list(folder.glob(f"{item}-*"))) <= 2 for item in range(4))
 
 
