@@ -7,7 +7,7 @@ different users.
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -22,20 +22,20 @@ from gubs.data.pieces import read_pieces, write_pieces
 from gubs.data.settings import DataSettings
 from gubs.data.sources import log_plan, log_rows
 from gubs.data.sources.logs import Described
-from gubs.data.sources.reading import bare_records
+from gubs.data.sources.reading import bare_records, by_cause
 from gubs.data.work import Work
 from gubs.records import empty
+
+Source = tuple[int, range | None]
+"""A file of the interactions, by its place among them, and row groups of it if not all."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """What one call of `read` reads."""
+    """What one call of `read` reads: some row groups of a large file, or several small files."""
 
     number: int
-    file: int
-    """Place among the files of the interactions."""
-    groups: range | None = None
-    """Row groups of a Parquet file."""
+    sources: tuple[Source, ...]
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ class LogPasses:
     ) -> "LogPasses":
         """Decides how many parts there are, by the size of the log alone: nothing depends on the machine."""
         parts = max(1, round(sum(head.rows for head in log.heads["interactions"]) / data.part_rows))
-        items = [i for n in range(len(log.files["interactions"])) for i in _items(log, n, data.part_rows)]
-        items = [replace(item, number=number) for number, item in enumerate(items)]
+        items = [Item(n, sources) for n, sources in enumerate(_together(log, data.part_rows))]
         videos = described.videos if described.videos is None else described.videos.select(["video_id", "duration_s"])
         lean = replace(described, users=None, videos=videos, sheets=[], video_sheet=None)  # it goes to every worker
         passes = cls(log, lean, fs, folder, parts, items, data.part_rows)
@@ -108,11 +107,9 @@ class LogPasses:
             InputError: the file cannot be read.
         """
         findings, pieces, ids, rejects = log_rows.Findings(), list[str](), list[str](), list[Part]()
-        for n, sheet in enumerate(log_rows.read_pieces(self.log, item.file, item.groups, self.rows)):
-            piece = log_rows.as_piece(self.log, sheet, item.file)
+        for n, (piece, found) in enumerate(self._pieces(item)):
             pieces.append(f"{self.folder}/work/piece-{item.number:06}-{n:04}.arrow")
             write_pieces(self.fs, pieces[-1], cut(piece, self.parts))
-            found = log_rows.Findings.of(self.log, sheet)
             if "interaction_id" in self.log.names:
                 ids.append(f"{self.folder}/work/ids-{item.number:06}-{n:04}.arrow")
                 write_pieces(self.fs, ids[-1], _by_id(log_rows.identities(piece), self.parts))
@@ -121,6 +118,19 @@ class LogPasses:
                 rejects.append(write_part(self.fs, self.folder, file, pa.concat_tables(found.rejects)))
             findings += replace(found, rejects=())
         return Read(findings, pieces, ids, rejects)
+
+    def _pieces(self, item: Item) -> Iterator[tuple[pa.Table, log_rows.Findings]]:
+        """The rows of an item in pieces of about `rows`, with what was found in each."""
+        tables, found = list[pa.Table](), log_rows.Findings()
+        for file, groups in item.sources:
+            for sheet in log_rows.read_pieces(self.log, file, groups, self.rows):
+                tables.append(log_rows.as_piece(self.log, sheet, file))
+                found += log_rows.Findings.of(self.log, sheet)
+                if sum(t.num_rows for t in tables) >= self.rows:
+                    yield pa.concat_tables(tables), found
+                    tables, found = [], log_rows.Findings()
+        if tables:
+            yield pa.concat_tables(tables), found
 
     def repeats(self, workers: Work, read: Sequence[Read]) -> np.ndarray:
         """Places of the rows whose `interaction_id` an earlier row has."""
@@ -161,7 +171,7 @@ class LogPasses:
             tables={name: self._write(name, part, table) for name, table in tables.items()},
             rejects=rejects,
             kept=done.kept,
-            rejected=log_rows.by_cause(done.rejects),
+            rejected=by_cause(done.rejects),
             counts=done.counts,
             evidence=done.evidence,
             bare_users=bare.num_rows,
@@ -194,15 +204,28 @@ def _by_id(found: pa.Table, parts: int) -> Iterable[pa.Table]:
     return (ordered.slice(a, b - a) for a, b in pairwise(ends.tolist()))
 
 
-def _items(log: log_plan.Plan, file: int, rows: int) -> Iterable[Item]:
-    """A file as a whole; a large Parquet file in ranges of row groups."""
-    groups = log.heads["interactions"][file].group_rows
-    if sum(groups) <= rows:
-        yield Item(0, file)
+def _together(log: log_plan.Plan, rows: int) -> Iterator[tuple[Source, ...]]:
+    """The sources in groups of about so many rows."""
+    group, size = list[Source](), 0
+    for file, head in enumerate(log.heads["interactions"]):
+        for groups, n in _ranges(head, rows):
+            group.append((file, groups))
+            size += n
+            if size >= rows:
+                yield tuple(group)
+                group, size = [], 0
+    if group:
+        yield tuple(group)
+
+
+def _ranges(head: log_plan.Head, rows: int) -> Iterator[tuple[range | None, int]]:
+    """A file as a whole, a large Parquet file in ranges of row groups; and about how many rows that is."""
+    if sum(head.group_rows) <= rows:
+        yield None, head.rows
         return
     start, total = 0, 0
-    for group, n in enumerate(groups):
+    for group, n in enumerate(head.group_rows):
         total += n
-        if total >= rows or group == len(groups) - 1:
-            yield Item(0, file, range(start, group + 1))
+        if total >= rows or group == len(head.group_rows) - 1:
+            yield range(start, group + 1), total
             start, total = group + 1, 0

@@ -23,6 +23,7 @@ from gubs.data.sources.reading import (
     Account,
     Sheet,
     build,
+    by_cause,
     codes,
     duplicated,
     joined,
@@ -282,15 +283,6 @@ def file_counts(
         )
         for f in log.files["interactions"]
     }
-
-
-def by_cause(rejects: Sequence[pa.Table]) -> dict[str, Counter[str]]:
-    """How many rows of each file were rejected, by cause."""
-    causes: dict[str, Counter[str]] = {}
-    for table in rejects:
-        for row in table.group_by(["file", "cause"]).aggregate([([], "count_all")]).to_pylist():
-            causes.setdefault(row["file"], Counter[str]())[row["cause"]] += row["count_all"]
-    return causes
 
 
 def identities(rows: pa.Table) -> pa.Table:

@@ -278,15 +278,18 @@ def together(sheets: Sequence[Sheet], label: str) -> Sheet:
 def file_counts(kept: pa.Array, rejects: Sequence[pa.Table]) -> dict[str, FileCount]:
     """The account of each file, from the file of each row that stays and from the rejects."""
     out = {v["values"]: v["counts"] for v in pc.value_counts(kept).to_pylist()}
-    rejected: dict[str, Counter[str]] = {}
+    rejected = by_cause(rejects)
+    causes = {name: rejected.get(name, Counter[str]()) for name in sorted(out.keys() | rejected.keys())}
+    return {n: FileCount(out.get(n, 0) + c.total(), out.get(n, 0), dict(c)) for n, c in causes.items()}
+
+
+def by_cause(rejects: Sequence[pa.Table]) -> dict[str, Counter[str]]:
+    """How many rows of each file were rejected, by cause."""
+    causes: dict[str, Counter[str]] = {}
     for table in rejects:
         for row in table.group_by(["file", "cause"]).aggregate([([], "count_all")]).to_pylist():
-            rejected.setdefault(row["file"], Counter())[row["cause"]] += row["count_all"]
-    names = sorted(out.keys() | rejected.keys())
-    return {
-        n: FileCount(out.get(n, 0) + rejected.get(n, Counter()).total(), out.get(n, 0), dict(rejected.get(n, {})))
-        for n in names
-    }
+            causes.setdefault(row["file"], Counter[str]())[row["cause"]] += row["count_all"]
+    return causes
 
 
 def match_columns(label: str, header: Sequence[str], columns: Sequence[Column]) -> dict[str, str]:
