@@ -13,7 +13,7 @@ import os
 import socket
 import subprocess
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 import gubs
 from gubs.errors import ArtifactError, MissingArtifactError
@@ -41,6 +41,22 @@ _RECIPE = "recipe.json"
 _ROW_GROUP = 65536
 _UPLOAD_MARK = "/runtime_resources/"
 _MAX_CHANGES = 4
+_TEMPORARY = ".tmp-"
+
+
+class Part(BaseModel):
+    """One file of a table that is cut into several."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    """Path in the artifact's folder."""
+    rows: int
+    bytes: int
+    keys: dict[str, str] = {}
+    """What all its rows have in common: `task: click`."""
+    digest: str = Field("", exclude=True)
+    """Hash of its bytes, known when it is written."""
 
 
 class TableInfo(BaseModel):
@@ -48,6 +64,12 @@ class TableInfo(BaseModel):
 
     rows: int
     bytes: int
+    parts: tuple[Part, ...] = ()
+    """Its files, in order; empty: it is one file, named like the table."""
+
+    def files(self, name: str) -> tuple[Part, ...]:
+        """All its files, also if it is one."""
+        return self.parts or (Part(file=f"{name}.parquet", rows=self.rows, bytes=self.bytes),)
 
 
 class Recipe(BaseModel):
@@ -193,13 +215,23 @@ class Run:
         if manifest.stage != stage:
             raise ArtifactError(f"{where} holds the artifact of another stage, {manifest.stage!r}")
         for name, table in manifest.tables.items():
-            file = self.path(stage, f"{name}.parquet")
-            if not self.fs.exists(file) or self.fs.size(file) != table.bytes:
+            if damaged := self._damaged(stage, name, table):
                 raise ArtifactError(
-                    f"{where} is damaged: {name}.parquet is missing or has another size than recorded; delete the "
-                    "folder and run the command again"
+                    f"{where} is damaged: {damaged} is missing or has another size than recorded; delete the folder "
+                    "and run the command again"
                 )
         return Artifact(self, stage, manifest)
+
+    def _damaged(self, stage: str, name: str, table: TableInfo) -> str | None:
+        """A file of the table that is not as it was written; the sizes of many files come from one listing."""
+        sizes: dict[str, int] = {}
+        folder = self.path(stage, name)
+        if table.parts and self.fs.exists(folder):
+            sizes = {PurePosixPath(e["name"]).name: e["size"] for e in self.fs.ls(folder, detail=True)}
+        elif not table.parts and self.fs.exists(f"{folder}.parquet"):
+            sizes = {f"{name}.parquet": self.fs.size(f"{folder}.parquet")}
+        parts = table.files(name)
+        return next((p.file for p in parts if sizes.get(PurePosixPath(p.file).name) != p.bytes), None)
 
 
 def open_run(uri: str) -> Run:
@@ -248,33 +280,61 @@ class Artifact:
         """Path of a file of the artifact, with the scheme."""
         return self.run.full(self.stage, name)
 
-    def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    def table(self, name: str, columns: Sequence[str] | None = None, **keys: str) -> pa.Table:
         """Reads a table.
+
+        Args:
+            name: of the table.
+            columns: what to read; None = all.
+            keys: leaves out the parts that have another value for a key (`task="click"`).
 
         Raises:
             ArtifactError: the artifact has no such table.
         """
-        with self._open(name) as file:
+        read = [self.part(p, columns) for p in self._chosen(name, lambda p: _has_keys(p, keys))]
+        return pa.concat_tables(read) if len(read) > 1 else read[0]
+
+    def part(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
+        """Reads one file of a table."""
+        with self._open(part) as file:
             return file.read(columns=None if columns is None else list(columns), use_threads=False)
 
-    def batches(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Reads a table piece by piece (at most 65,536 rows), for tables that do not fit the memory. Errors: see
-        `table`.
-        """
-        with self._open(name) as file:
-            for group in range(file.num_row_groups):
-                yield file.read_row_group(group, columns=None if columns is None else list(columns), use_threads=False)
-
-    @contextmanager
-    def _open(self, name: str) -> Iterator[pq.ParquetFile]:
+    def parts(self, name: str) -> tuple[Part, ...]:
+        """The files of a table, in order. Errors: see `table`."""
         if name not in self.manifest.tables:
             raise ArtifactError(
                 f"{self.uri} has no table {name!r} (it has: {', '.join(self.manifest.tables) or 'none'})"
             )
-        with self.run.fs.open(self.run.path(self.stage, f"{name}.parquet"), "rb") as f:
+        return self.manifest.tables[name].files(name)
+
+    def batches(
+        self, name: str, columns: Sequence[str] | None = None, wanted: Callable[[Part], bool] = lambda _: True
+    ) -> Iterator[pa.Table]:
+        """Reads a table piece by piece (at most 65,536 rows), for tables that do not fit the memory; leaves out the
+        parts that are not wanted. Errors: see `table`.
+        """
+        for part in self._chosen(name, wanted):
+            with self._open(part) as file:
+                for group in range(file.num_row_groups):
+                    yield file.read_row_group(
+                        group, columns=None if columns is None else list(columns), use_threads=False
+                    )
+
+    def _chosen(self, name: str, wanted: Callable[[Part], bool]) -> list[Part]:
+        """The wanted parts; if there is none, an empty one."""
+        parts = self.parts(name)
+        return [p for p in parts if wanted(p)] or [min(parts, key=lambda p: p.rows)]
+
+    @contextmanager
+    def _open(self, part: Part) -> Iterator[pq.ParquetFile]:
+        with self.run.fs.open(self.run.path(self.stage, part.file), "rb") as f:
             # No thread of Arrow may hold a Python file: one that lets go of it while the interpreter ends aborts the
             # process.
             yield pq.ParquetFile(f, pre_buffer=False)
+
+
+def _has_keys(part: Part, keys: Mapping[str, str]) -> bool:
+    return all(part.keys.get(k, v) == v for k, v in keys.items())
 
 
 class ArtifactWriter:
@@ -294,16 +354,52 @@ class ArtifactWriter:
         """Path inside the unfinished folder (no scheme)."""
         return "/".join([self.folder, *parts])
 
+    def remove(self, *parts: str) -> None:
+        """Deletes a file or folder of the unfinished folder, if it is there."""
+        if self.run.fs.exists(path := self.path(*parts)):
+            self.run.fs.rm(path, recursive=True)
+
     def write_table(self, name: str, table: pa.Table) -> None:
         """Writes a table as one Parquet file. Equal rows give equal bytes, in however many chunks they are."""
-        path = self.path(f"{name}.parquet")
-        with self.run.fs.open(path, "wb") as f:
-            hashing = _HashingFile(f)
-            with pq.ParquetWriter(hashing, table.schema, compression="zstd") as writer:
-                for batch in table.combine_chunks().to_batches(max_chunksize=_ROW_GROUP):
-                    writer.write_batch(batch, row_group_size=_ROW_GROUP)
-        self.tables[name] = TableInfo(rows=table.num_rows, bytes=self.run.fs.size(path))
-        self.hashes[name] = hashing.digest.hexdigest()
+        self.add_table(name, [write_part(self.run.fs, self.folder, f"{name}.parquet", table)])
+
+    def add_table(self, name: str, parts: Sequence[Part]) -> None:
+        """Adds a table whose files have been written (`write_part`), in their order: one `NAME.parquet`, or several in
+        the folder NAME.
+        """
+        single = len(parts) == 1 and parts[0].file == f"{name}.parquet"
+        rows, size = sum(p.rows for p in parts), sum(p.bytes for p in parts)
+        self.tables[name] = TableInfo(rows=rows, bytes=size, parts=() if single else tuple(parts))
+        self.hashes[name] = parts[0].digest if single else fingerprint(name, [(p.file, p.digest) for p in parts])
+
+
+def part_file(name: str, number: int, parts: int, **keys: str) -> str:
+    """The file of a table's part: `NAME.parquet` if it is the only one."""
+    kind = "-".join(keys.values()) or "part"
+    return f"{name}.parquet" if parts == 1 else f"{name}/{kind}-{number:06}.parquet"
+
+
+def write_part(fs: fsspec.AbstractFileSystem, folder: str, file: str, table: pa.Table, **keys: str) -> Part:
+    """Writes one file of a table, whole or not at all, so that several processes may try.
+
+    Args:
+        fs: the run's file system.
+        folder: of the unfinished artifact (no scheme).
+        file: path in that folder.
+        table: the rows.
+        keys: see `Part`.
+    """
+    path = f"{folder}/{file}"
+    fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+    temporary = _temporary(path)
+    with fs.open(temporary, "wb") as f:
+        hashing = _HashingFile(f)
+        with pq.ParquetWriter(hashing, table.schema, compression="zstd") as writer:
+            for batch in table.combine_chunks().to_batches(max_chunksize=_ROW_GROUP):
+                writer.write_batch(batch, row_group_size=_ROW_GROUP)
+    size = fs.size(temporary)
+    fs.mv(temporary, path)
+    return Part(file=file, rows=table.num_rows, bytes=size, keys=keys, digest=hashing.digest.hexdigest())
 
 
 class _HashingFile(io.RawIOBase):
@@ -351,6 +447,8 @@ def writing(
         if resume_key is None:
             run.fs.rm(folder, recursive=True)
         raise
+    if resume_key is not None:
+        _delete_half_written(run, folder)
     manifest = Manifest(
         stage=stage,
         kind=kind or stage,
@@ -426,6 +524,13 @@ def _open_partial(run: Run, stage: str, key: str) -> str:
     return folder
 
 
+def _delete_half_written(run: Run, folder: str) -> None:
+    """Deletes the files that killed writers of an attempt left under temporary names."""
+    for path in run.fs.find(folder):
+        if _TEMPORARY in PurePosixPath(path).name:
+            run.fs.rm_file(path)
+
+
 def _differing(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     return [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
 
@@ -437,14 +542,14 @@ def _short(value: object) -> str:
 
 def _temporary(path: str) -> str:
     """A name beside `path` that says which process owns it."""
-    return f"{path}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    return f"{path}{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
 
 
 def _delete_leftovers(run: Run, stage: str) -> None:
     """Deletes what killed processes of this machine left behind for this stage."""
     if not run.fs.exists(run.root):
         return
-    prefix = f"{stage}.tmp-{socket.gethostname()}-"
+    prefix = f"{stage}{_TEMPORARY}{socket.gethostname()}-"
     for entry in run.fs.ls(run.root, detail=True):
         name = PurePosixPath(entry["name"]).name
         if name.startswith(prefix):

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from gubs.artifacts import JsonObject
-from gubs.data.settings import FilterSettings, SourceSettings, SplitSettings
+from gubs.data.settings import DataSettings, FilterSettings, SourceSettings, SplitSettings
 from gubs.errors import SettingsError
 from gubs.evaluate.settings import EvalSettings
 from gubs.llm.settings import LLMSettings
@@ -42,6 +42,7 @@ class Settings(Section):
     render: RenderSettings = RenderSettings()
     filters: FilterSettings = FilterSettings()
     splits: SplitSettings = SplitSettings()
+    data: DataSettings = DataSettings()
     frames: FrameSettings = FrameSettings()
     llm: LLMSettings = LLMSettings()
     ugm: UGMSettings = UGMSettings()

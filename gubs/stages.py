@@ -76,7 +76,7 @@ class Stage:
     preflight: str = ""
     """Checks what needs no data, before anything is made; gets the sections."""
     ray: bool = True
-    """Whether its maker needs Ray."""
+    """Whether its maker needs Ray in any case; makers that need it for large data only start it themselves."""
     page: str = ""
     """Writes its page; gets the run, returns the page's path."""
     resumable: bool = False
@@ -117,9 +117,10 @@ STAGES: tuple[Stage, ...] = (
         command="gubs synth",
         doing="simulate an app",
         settings=("source.kind", "synthetic", "seed"),
-        sections=("synthetic", "seed"),
+        sections=("synthetic", "seed", "data"),
         wanted=_simulated,
         ray=False,
+        version=2,
     ),
     Stage(
         "raw",
@@ -128,9 +129,11 @@ STAGES: tuple[Stage, ...] = (
         doing="read logs",
         settings=("source", "-source.path"),
         outside=(("source", "gubs.data.ingest:source_identity"),),
-        sections=("source",),
+        sections=("source", "data", "ray"),
         wanted=lambda s: not _simulated(s),
         ray=False,
+        resumable=True,
+        version=2,
     ),
     Stage(
         "truth",
@@ -160,8 +163,10 @@ STAGES: tuple[Stage, ...] = (
         doing="filter and split",
         reads=("raw",),
         settings=("filters", "splits", "seed"),
-        sections=("filters", "splits", "seed"),
+        sections=("filters", "splits", "seed", "data", "ray"),
         ray=False,
+        resumable=True,
+        version=2,
     ),
     Stage(
         "frames",

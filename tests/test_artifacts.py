@@ -10,7 +10,7 @@ import threading
 import pyarrow as pa
 import pytest
 
-from gubs.artifacts import MANIFEST, Recipe, Run, StageJob, fingerprint, in_words, writing
+from gubs.artifacts import MANIFEST, Recipe, Run, StageJob, fingerprint, in_words, write_part, writing
 from gubs.config import Settings
 from gubs.errors import ArtifactError, MissingArtifactError
 
@@ -79,6 +79,44 @@ def test_large_tables_are_read_piece_by_piece(run):
     assert pa.concat_tables(pieces) == artifact.table("t", ["x"])
     with pytest.raises(ArtifactError, match="no table 'u'"):
         list(artifact.batches("u"))
+
+
+def write_parts(run):
+    """A table in three files, which a manifest lists in their order."""
+    with attempt(run) as out:
+        tables = {
+            "a": pa.table({"x": [1, 2]}),
+            "b": pa.table({"x": [3]}),
+            "c": pa.table({"x": pa.array([], pa.int64())}),
+        }
+        parts = [write_part(run.fs, out.folder, f"t/{k}.parquet", t, kind=k) for k, t in tables.items()]
+        out.add_table("t", parts)
+    return run.artifact("raw")
+
+
+def test_a_table_in_parts_is_one_table(run):
+    artifact = write_parts(run)
+    assert artifact.table("t").equals(TABLE)
+    assert artifact.table("t", ["x"], kind="b")["x"].to_pylist() == [3]
+    assert artifact.table("t", kind="none").num_rows == 0
+    assert artifact.table("t", other="key").equals(TABLE), "parts without a key are read"
+    assert pa.concat_tables(artifact.batches("t", wanted=lambda p: p.keys["kind"] != "b"))["x"].to_pylist() == [1, 2]
+    assert [(p.file, p.rows) for p in artifact.parts("t")] == [
+        ("t/a.parquet", 2),
+        ("t/b.parquet", 1),
+        ("t/c.parquet", 0),
+    ]
+    assert artifact.manifest.tables["t"].rows == 3
+    assert artifact.content == write_parts(run).content
+    assert names(run, run.path("raw", "t")) == ["a.parquet", "b.parquet", "c.parquet"]
+
+
+@pytest.mark.parametrize("damage", [lambda fs, p: fs.rm_file(p), lambda fs, p: fs.pipe_file(p, b"short")])
+def test_a_damaged_part_is_found(run, damage):
+    write_parts(run)
+    damage(run.fs, run.path("raw", "t", "b.parquet"))
+    with pytest.raises(ArtifactError, match=r"damaged: t/b\.parquet is missing"):
+        run.artifact("raw")
 
 
 def test_a_stage_may_be_a_link_to_a_stage_of_another_run(tmp_path):

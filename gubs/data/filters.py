@@ -1,12 +1,15 @@
 """The paper's filters: three noise criteria, minimum views per video and exposures per user, with a count per step.
 
-Plain functions over tables: no Ray, no files. A filter that needs columns which the source lacks is skipped, with a
-note.
+Plain functions over blocks: no Ray, no files. A block is any part of the interactions that holds all rows of its users.
+`Known` says which criteria apply; `Cells` keeps what the counts need of a block; `Tally` and `Round` are counts, which
+add up over blocks. So the filters of one table (`apply_filters`) and of a log on many machines are the same. A filter
+that needs columns which the source lacks is skipped, with a note.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, pairwise
 
 import numpy as np
@@ -18,6 +21,13 @@ from gubs.data.settings import FilterSettings
 from gubs.records import FAST_SKIP_BELOW, Task
 
 Mask = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+
+COLUMNS = (
+    *("user_id", "video_id", "task", "play_rate", "clicked"),
+    *("prev_op_gap_s", "next_op_gap_s", "exited_app"),
+)
+"""Columns of `interactions` that the filters read."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class FilterStep:
 
 
 def apply_filters(interactions: pa.Table, settings: FilterSettings) -> tuple[pa.Table, list[FilterStep]]:
-    """Applies all filters, in the paper's order.
+    """Applies all filters to one table, in the paper's order.
 
     Args:
         interactions: table of schema `interactions`.
@@ -45,12 +55,12 @@ def apply_filters(interactions: pa.Table, settings: FilterSettings) -> tuple[pa.
     Returns:
         The interactions that pass, in their order, and one `FilterStep` for "read" and for each filter.
     """
-    steps = [_step("read", interactions, interactions)]
-    if settings.noise:
-        for criterion in _noise_criteria(settings):
-            interactions, step = _apply_criterion(criterion, interactions, settings.noise_scope)
-            steps.append(step)
-    return _minimum_counts(interactions, settings, steps), steps
+    criteria = applicable(Known.of(interactions), settings)
+    cells = Cells.of(interactions, interactions["video_id"].combine_chunks().unique(), criteria, settings.noise_scope)
+    limits, steps = decide(
+        noise_tally(cells), criteria, settings, lambda before, kept: Round.of(cells, before, kept, settings)
+    )
+    return interactions.filter(pa.array(passing(cells, limits, settings))), steps
 
 
 NEARLY_EMPTY = 0.05
@@ -82,7 +92,7 @@ def _warning(steps: list[FilterStep], kind: str, settings: FilterSettings) -> st
 
 def _settings_by_filter(settings: FilterSettings) -> dict[str, str]:
     """The setting that decides each filter, by the filter's name."""
-    operations, gap, stay = (criterion.name for criterion in _noise_criteria(settings))
+    operations, gap, stay = (criterion.name for criterion in noise_criteria(settings.max_gap_s))
     return {
         operations: f"filters.noise={str(settings.noise).lower()}",
         gap: f"filters.max_gap_s={settings.max_gap_s:g}",
@@ -122,54 +132,236 @@ def is_view(table: pa.Table) -> Mask:
 
 
 _GAPS = ("prev_op_gap_s", "next_op_gap_s")
+OPERATIONS = (*_GAPS, "exited_app")
+"""Columns that the noise criteria need."""
 
 
 @dataclass(frozen=True)
-class _Criterion:
+class Criterion:
+    """A noise criterion: rows that it judges and that do not meet it are removed."""
+
     name: str
     columns: tuple[str, ...]
     meets: Callable[[pa.Table], Mask]
+    note: str = ""
+    """Why it is not applied."""
 
 
-def _noise_criteria(settings: FilterSettings) -> list[_Criterion]:
-    gap = settings.max_gap_s
+def noise_criteria(gap: float) -> list[Criterion]:
+    """The three criteria in the paper's order, the second with the longest gap in seconds."""
     return [
-        _Criterion("an operation before and after", _GAPS, has_operations),
-        _Criterion(f"at most {gap:g} s between them", _GAPS, lambda t: within_gap(t, gap)),
-        _Criterion("no app exit", ("exited_app",), stayed_in_app),
+        Criterion("an operation before and after", _GAPS, has_operations),
+        Criterion(f"at most {gap:g} s between them", _GAPS, partial(within_gap, max_gap_s=gap)),
+        Criterion("no app exit", ("exited_app",), stayed_in_app),
     ]
 
 
-def _apply_criterion(criterion: _Criterion, table: pa.Table, scope: str) -> tuple[pa.Table, FilterStep]:
-    sequential = _is_task(table, Task.SEQUENTIAL)
-    views = table.filter(sequential)
-    if missing := [c for c in criterion.columns if views[c].null_count == len(views)]:
-        note = f"not applicable: the source has no {' and no '.join(missing)}"
-        return table, _step(criterion.name, table, table, note)
-    judged = is_fast_skip(table) if scope == "skips" else sequential.to_numpy()
-    kept = table.filter(pa.array(~judged | criterion.meets(table)))
-    return kept, _step(criterion.name, table, kept)
+@dataclass(frozen=True)
+class Known:
+    """Values in the columns that the noise criteria need, among sequential views; adds up over blocks."""
+
+    counts: dict[str, int]
+
+    @classmethod
+    def of(cls, block: pa.Table) -> "Known":
+        """The counts of a block."""
+        views = block.select([*OPERATIONS, "task"]).filter(_is_task(block, Task.SEQUENTIAL))
+        return cls({c: views.num_rows - views[c].null_count for c in OPERATIONS})
+
+    def __add__(self, other: "Known") -> "Known":
+        return Known({c: n + other.counts[c] for c, n in self.counts.items()})
 
 
-def _minimum_counts(table: pa.Table, settings: FilterSettings, steps: list[FilterStep]) -> pa.Table:
-    """Removes rare videos and users with few exposures, once or until both limits hold.
+def applicable(known: Known, settings: FilterSettings) -> list[Criterion]:
+    """The noise criteria, those that lack a column with a note; none if they are not wanted."""
+    criteria = []
+    for criterion in noise_criteria(settings.max_gap_s) if settings.noise else []:
+        missing = [c for c in criterion.columns if not known.counts[c]]
+        note = f"not applicable: the source has no {' and no '.join(missing)}" if missing else ""
+        criteria.append(Criterion(criterion.name, criterion.columns, criterion.meets, note))
+    return criteria
 
-    Removing a video shortens users' logs and vice versa, so one pass may leave videos or users below the limits; the
-    fixed point is the largest set of interactions in which both limits hold.
+
+@dataclass(frozen=True)
+class Cells:
+    """What the counts need of the rows of a block."""
+
+    user: Ints
+    """A number for each user of the block, from 0."""
+    video: Ints
+    """The place of the video among those of all blocks."""
+    videos: int
+    """How many these are."""
+    view: Mask
+    click: Mask
+    """Rows of the click task."""
+    failed: npt.NDArray[np.int8]
+    """Number of the noise criterion that removes the row, from 1; 0: none does."""
+    criteria: int
+    """How many there are."""
+
+    @classmethod
+    def of(cls, block: pa.Table, video_ids: pa.Array, criteria: Sequence[Criterion], scope: str) -> "Cells":
+        """The cells of a block.
+
+        Args:
+            block: `COLUMNS` of some users' interactions.
+            video_ids: the videos of all blocks.
+            criteria: the noise criteria; those with a note are not applied.
+            scope: `filters.noise_scope`.
+        """
+        sequential = _is_task(block, Task.SEQUENTIAL).to_numpy()
+        judged = is_fast_skip(block) if scope == "skips" else sequential
+        failed = np.zeros(block.num_rows, np.int8)
+        for number, criterion in enumerate(criteria, 1):
+            if not criterion.note:
+                failed[judged & (failed == 0) & ~criterion.meets(block)] = number
+        user = block["user_id"].combine_chunks().dictionary_encode().indices
+        return cls(
+            user=user.to_numpy(zero_copy_only=False).astype(np.int64),
+            video=pc.index_in(block["video_id"], value_set=video_ids).to_numpy().astype(np.int64),
+            videos=len(video_ids),
+            view=is_view(block),
+            click=~sequential,
+            failed=failed,
+            criteria=len(criteria),
+        )
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How many interactions, users and videos rows have; adds up over blocks with different users."""
+
+    interactions: int
+    users: int
+    seen: Mask
+    """(videos,) whether a row has the video."""
+
+    @classmethod
+    def of(cls, cells: Cells, rows: Mask) -> "Tally":
+        """The tally of some rows of a block."""
+        seen = np.bincount(cells.video[rows], minlength=cells.videos) > 0
+        return cls(int(rows.sum()), _distinct(cells.user[rows]), seen)
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(self.interactions + other.interactions, self.users + other.users, self.seen | other.seen)
+
+
+def _distinct(codes: Ints) -> int:
+    return int(np.count_nonzero(np.bincount(codes)))
+
+
+@dataclass(frozen=True)
+class NoiseTally:
+    """Tallies of the rows as read and after each noise criterion, and the views of each video that remain."""
+
+    steps: tuple[Tally, ...]
+    views: Ints
+
+    def __add__(self, other: "NoiseTally") -> "NoiseTally":
+        pairs = zip(self.steps, other.steps, strict=True)
+        return NoiseTally(tuple(a + b for a, b in pairs), self.views + other.views)
+
+
+def noise_tally(cells: Cells) -> NoiseTally:
+    """The tallies of a block."""
+    steps = [Tally.of(cells, (cells.failed == 0) | (cells.failed > n)) for n in range(cells.criteria + 1)]
+    return NoiseTally(tuple(steps), _views(cells, cells.failed == 0))
+
+
+def _views(cells: Cells, rows: Mask) -> Ints:
+    return np.bincount(cells.video[rows & cells.view], minlength=cells.videos)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of the minimum counts: tallies once rare videos are gone, and once users with few exposures are too."""
+
+    by_video: Tally
+    by_user: Tally
+    views: Ints
+    """(videos,) views of each video that remain."""
+
+    @classmethod
+    def of(cls, cells: Cells, before: Mask | None, kept: Mask, settings: FilterSettings) -> "Round":
+        """The round of one block.
+
+        Args:
+            cells: of the block.
+            before: (videos,) the videos that the round before kept; None in the first round.
+            kept: (videos,) the videos that this round keeps.
+            settings: the limits.
+        """
+        rows = cells.failed == 0 if before is None else passing(cells, before, settings)
+        rows &= kept[cells.video]
+        by_user = rows & _often_exposed(cells, rows, settings)
+        return cls(Tally.of(cells, rows), Tally.of(cells, by_user), _views(cells, by_user))
+
+    def __add__(self, other: "Round") -> "Round":
+        return Round(self.by_video + other.by_video, self.by_user + other.by_user, self.views + other.views)
+
+
+def passing(cells: Cells, kept: Mask, settings: FilterSettings) -> Mask:
+    """The rows of a block that pass all filters, if these videos are kept.
+
+    A user who was removed in an earlier round, with more videos, is removed with fewer videos too: so the videos alone
+    say how far the rounds have come.
     """
-    views, exposures = settings.min_video_views, settings.min_user_exposures
+    rows = (cells.failed == 0) & kept[cells.video]
+    return rows & _often_exposed(cells, rows, settings)
+
+
+def _often_exposed(cells: Cells, rows: Mask, settings: FilterSettings) -> Mask:
+    exposures = np.bincount(cells.user[rows & cells.click], minlength=int(cells.user.max(initial=-1)) + 1)
+    return ~cells.click | (exposures[cells.user] >= settings.min_user_exposures)
+
+
+def decide(
+    noise: NoiseTally,
+    criteria: Sequence[Criterion],
+    settings: FilterSettings,
+    run_round: Callable[[Mask | None, Mask], Round],
+) -> tuple[Mask, list[FilterStep]]:
+    """Finds the videos to keep, and counts each step.
+
+    Removing a video shortens users' logs and vice versa, so one round may leave videos or users below the limits; the
+    fixed point is the largest set of interactions in which both limits hold.
+
+    Args:
+        noise: over all blocks.
+        criteria: the noise criteria.
+        settings: the limits.
+        run_round: does one round over all blocks; see `Round.of`.
+
+    Returns:
+        (videos,) the videos that stay, for `passing`; and the steps.
+    """
+    first, *after = noise.steps
+    steps = [_step("read", first, first)]
+    for criterion, (before, tally) in zip(criteria, pairwise([first, *after]), strict=True):
+        steps.append(_step(criterion.name, before, tally, criterion.note))
+    return _minimum_counts(noise, settings, run_round, steps), steps
+
+
+def _minimum_counts(
+    noise: NoiseTally,
+    settings: FilterSettings,
+    run_round: Callable[[Mask | None, Mask], Round],
+    steps: list[FilterStep],
+) -> Mask:
+    table, views, before = noise.steps[-1], noise.views, None
     for number in count(1):
-        by_video = table.filter(pa.array(_often_viewed(table, views)))
-        by_user = by_video.filter(pa.array(_often_exposed(by_video, exposures)))
+        kept = views >= settings.min_video_views
+        done = run_round(before, kept)
         suffix = f"{_ROUND} {number}" if number > 1 else ""
-        stable = by_user.num_rows == table.num_rows
+        stable = done.by_user.interactions == table.interactions
         if number == 1 or not stable:
-            steps.append(_step(f"{_views_filter(settings)}{suffix}", table, by_video))
-            steps.append(_step(f"{_exposures_filter(settings)}{suffix}", by_video, by_user))
+            steps.append(_step(f"{_views_filter(settings)}{suffix}", table, done.by_video))
+            steps.append(_step(f"{_exposures_filter(settings)}{suffix}", done.by_video, done.by_user))
         if stable or not settings.fixed_point:
-            break
-        table = by_user
-    return by_user
+            return kept
+        table, views, before = done.by_user, done.views, kept
+    raise AssertionError("unreachable")
 
 
 _ROUND = ", round"
@@ -183,33 +375,17 @@ def _exposures_filter(settings: FilterSettings) -> str:
     return f"click users with at least {settings.min_user_exposures} exposures"
 
 
-def _often_viewed(table: pa.Table, minimum: int) -> Mask:
-    return _counts(table["video_id"], is_view(table)) >= minimum
-
-
-def _often_exposed(table: pa.Table, minimum: int) -> Mask:
-    click = _is_task(table, Task.CLICK).to_numpy()
-    return ~click | (_counts(table["user_id"], click) >= minimum)
-
-
-def _counts(ids: pa.ChunkedArray, counted: Mask) -> npt.NDArray[np.float64]:
-    """For each row, the number of counted rows with the same id."""
-    encoded = ids.combine_chunks().dictionary_encode()
-    codes = encoded.indices.to_numpy(zero_copy_only=False)
-    return np.bincount(codes, weights=counted, minlength=len(encoded.dictionary))[codes]
-
-
 def _is_task(table: pa.Table, task: Task) -> pa.ChunkedArray:
     return pc.equal(table["task"], str(task))
 
 
-def _step(name: str, before: pa.Table, after: pa.Table, note: str = "") -> FilterStep:
+def _step(name: str, before: Tally, after: Tally, note: str = "") -> FilterStep:
     return FilterStep(
         name=name,
         applied=not note,
-        removed=before.num_rows - after.num_rows,
-        interactions=after.num_rows,
-        users=pc.count_distinct(after["user_id"]).as_py(),
-        videos=pc.count_distinct(after["video_id"]).as_py(),
+        removed=before.interactions - after.interactions,
+        interactions=after.interactions,
+        users=after.users,
+        videos=int(after.seen.sum()),
         note=note,
     )

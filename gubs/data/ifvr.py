@@ -5,13 +5,14 @@
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache, cached_property
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gubs.artifacts import Run
+from gubs.artifacts import Part, Run
+from gubs.data.partition import hashes, parts_of
 from gubs.prompts.people import Person, Taste, View
 from gubs.records import FAST_SKIP_BELOW, SCHEMAS, Role, Split, Task, User, Video
 
@@ -54,24 +55,28 @@ class IFVR:
         """The interactions (schema `ifvr`) by task, user and time; only those of `task` if it is given."""
         if task is None:
             return self.artifact.table("interactions", columns)
-        table = self.artifact.table("interactions", None if columns is None else list({*columns, "task"}))
+        needed = None if columns is None else list({*columns, "task"})
+        table = self.artifact.table("interactions", needed, task=str(task))
         table = table.filter(pc.equal(table["task"], str(task)))
         return table if columns is None else table.select(list(columns))
 
     def targets(self, task: Task, splits: Collection[Split] = tuple(Split)) -> pa.Table:
         """What is to be predicted: the targets of a task (schema `ifvr`) for the users of these splits."""
-        table = self.log(task=task)
-        in_splits = pc.is_in(table["split"], value_set=pa.array([str(s) for s in splits], pa.string()))
-        return table.filter(pc.and_(pc.equal(table["role"], str(Role.TARGET)), in_splits))
+        wanted = pa.array([str(s) for s in splits], pa.string())
+        pieces = []
+        for piece in self.artifact.batches("interactions", wanted=lambda p: p.keys.get("task", task) == str(task)):
+            target = pc.and_(pc.equal(piece["task"], str(task)), pc.equal(piece["role"], str(Role.TARGET)))
+            pieces.append(piece.filter(pc.and_(target, pc.is_in(piece["split"], value_set=wanted))))
+        return pa.concat_tables(pieces or [SCHEMAS["ifvr"].empty_table()])
 
     def history_log(self, user_ids: Iterable[str], columns: Sequence[str], task: Task | None = None) -> pa.Table:
-        """The records of some users that a model may see, by task, user and time; reads the log piece by piece, so that
-        the memory needed is that of the result.
+        """The records of some users that a model may see, by task, user and time; reads the files of these users piece
+        by piece, so that the memory needed is that of the result.
         """
         wanted = pa.array(sorted(set(user_ids)), pa.string())
         needed, schema = list(dict.fromkeys([*columns, "user_id", "role", "task"])), SCHEMAS["ifvr"]
         pieces = [pa.schema([schema.field(c) for c in columns]).empty_table()]
-        for piece in self.artifact.batches("interactions", needed):
+        for piece in self.artifact.batches("interactions", needed, _of_users(wanted, task)):
             mask = pc.and_(pc.is_in(piece["user_id"], value_set=wanted), pc.equal(piece["role"], str(Role.HISTORY)))
             if task is not None:
                 mask = pc.and_(mask, pc.equal(piece["task"], str(task)))
@@ -118,7 +123,10 @@ class IFVR:
         if "users" in self.__dict__:
             return {u: user for u, user in self.users.items() if u in ids}
         wanted = pa.array(sorted(ids), pa.string())
-        pieces = (p.filter(pc.is_in(p["user_id"], value_set=wanted)) for p in self.artifact.batches("users"))
+        pieces = (
+            p.filter(pc.is_in(p["user_id"], value_set=wanted))
+            for p in self.artifact.batches("users", None, _of_users(wanted))
+        )
         return {u.user_id: u for piece in pieces for u in User.from_table(piece)}
 
     def split_users(self, task: Task, split: Split) -> list[str]:
@@ -154,6 +162,21 @@ class IFVR:
         """What the stage `profiles` wrote about users who list no tags, by user."""
         rows = self.run.artifact(PROFILES).table("profiles").to_pylist()
         return {r["user_id"]: Taste(r["text"], tuple(r["tags"]), r["until"]) for r in rows}
+
+
+def _of_users(wanted: pa.Array, task: Task | None = None) -> Callable[[Part], bool]:
+    """Whether a file of a table has rows of these users, and of the task."""
+
+    @cache
+    def numbers(parts: int) -> frozenset[int]:
+        return frozenset(parts_of(hashes(wanted), parts).tolist())
+
+    def has_some(part: Part) -> bool:
+        number, parts = map(int, part.keys.get("users", "0/1").split("/"))
+        of_task = task is None or part.keys.get("task", str(task)) == str(task)
+        return of_task and number in numbers(parts)
+
+    return has_some
 
 
 def fast_skips(table: pa.Table) -> pa.Table:

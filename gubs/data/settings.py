@@ -86,3 +86,14 @@ class SplitSettings(Section):
     place, 10 in another)."""
     min_history: int = Field(2, ge=1)
     """Users with a shorter history are left out (and counted): there is too little to predict from."""
+
+
+class DataSettings(Section):
+    """How logs of any size are read and split. None of it changes a row of the result."""
+
+    ray_from_rows: int = Field(2_000_000, ge=0)
+    """Logs from this size on (rows; of text files, an estimate) are read and split on Ray; smaller ones in one process,
+    which is faster than starting Ray."""
+    part_rows: int = Field(1_000_000, ge=1)
+    """Rows of a part, about: larger tables are cut by user into files of this size. A worker holds one part in memory
+    (about 0.6 GiB per million rows)."""

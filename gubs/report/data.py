@@ -26,6 +26,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from gubs.artifacts import Artifact, Run
+from gubs.artifacts import Part as ArtifactPart
 from gubs.data.filters import is_view
 from gubs.errors import ArtifactError
 from gubs.records import FAST_SKIP_BELOW, FINISH_ABOVE, Task
@@ -235,14 +236,14 @@ def describe(run: Run) -> DataSummary:
         code_version=data.manifest.code_version,
         users=users.num_rows,
         videos=videos.num_rows,
-        interactions=log.table.num_rows,
-        tasks=_parts(log.table, ["task"]),
-        parts=_parts(log.table, ["task", "split", "role"]) if data.stage == "ifvr" else [],
+        interactions=sum(p.interactions for p in log.parts("task")),
+        tasks=log.parts("task"),
+        parts=log.parts("task", "split", "role") if data.stage == "ifvr" else [],
         filter_steps=info.get("filter_steps", []),
         splits=info.get("splits", {}),
-        rates=_rates(log),
-        views_per_video=_histogram(_counts(log.video[log.view])),
-        records_per_user=_histogram(_counts(log.user)),
+        rates=log.rates(),
+        views_per_video=_histogram(log.views[log.views > 0]),
+        records_per_user=_histogram(log.records),
         video_length_s=_histogram(_floats(_watched(videos, log)["duration_s"])),
         age=_histogram(_floats(users["age"])),
         gender=_shares(users["gender"]),
@@ -271,40 +272,163 @@ def write_page(run: Run) -> str:
     return pages.write(run, PAGE, render_page(run, describe(run)))
 
 
-@dataclass(frozen=True)
-class _Log:
-    """The interactions as arrays, one entry per row, NaN if unknown."""
+_KEYS = ("task", "split", "role")
+_RATES = {
+    "Fast skips": "sequential views",
+    "Finished": "sequential views",
+    "Person play rate": "users of the sequential task",
+    "Total play rate": "sequential views",
+    "Clicks": "records of the click task",
+    "Dislikes": "interactions",
+}
+"""Each rate, and what it is about."""
 
-    table: pa.Table
-    user: Ints
-    """Code of the user, from 0."""
-    video: Ints
+
+@dataclass
+class _Mean:
+    """A mean of known values that grows value by value."""
+
+    total: float = 0.0
+    n: int = 0
+    unknown: int = 0
+
+    def add(self, values: Floats) -> None:
+        known = ~np.isnan(values)
+        self.total += float(values[known].sum())
+        self.n += int(known.sum())
+        self.unknown += int((~known).sum())
+
+
+@dataclass
+class _ByVideo:
+    """Sums of a value over each video's rows."""
+
+    total: Floats
+    n: Ints
+    rows: Ints
+
+    @classmethod
+    def zero(cls, videos: int) -> "_ByVideo":
+        return cls(np.zeros(videos), np.zeros(videos, np.int64), np.zeros(videos, np.int64))
+
+    def add(self, codes: Ints, values: Floats) -> None:
+        known, n = ~np.isnan(values), len(self.n)
+        self.rows += np.bincount(codes, minlength=n)
+        self.n += np.bincount(codes[known], minlength=n)
+        self.total += np.bincount(codes[known], weights=values[known], minlength=n)
+
+    @property
+    def means(self) -> Floats:
+        """NaN where no value is known."""
+        return np.divide(self.total, self.n, out=np.full(len(self.n), np.nan), where=self.n > 0)
+
+    def rate(self, name: str, base: str, code: int) -> Rate:
+        n = int(self.n[code])
+        return Rate(name, float(self.total[code] / n) if n else None, n, int(self.rows[code]) - n, base)
+
+
+@dataclass
+class _Count:
+    """Interactions, users and videos of one part of the data."""
+
+    seen: Mask
+    users: int = 0
+    interactions: int = 0
+
+
+@dataclass
+class _Log:
+    """What the page says of the interactions: sums over blocks, so that the log is never in memory as a whole."""
+
     video_ids: list[str]
-    """Id by code."""
-    sequential: Mask
-    view: Mask
-    play_rate: Floats
-    clicked: Floats
-    disliked: Floats
+    views: Ints
+    skips: _ByVideo
+    clicks: _ByVideo
+    means: dict[str, _Mean]
+    counts: dict[tuple[str | None, ...], _Count]
+    """By task, split and role, and by task alone."""
+    records: Ints
+    """Records of each user."""
 
     @classmethod
     def of(cls, artifact: Artifact) -> "_Log":
         columns = ["user_id", "video_id", "task", "play_rate", "clicked", "disliked"]
-        if artifact.stage == "ifvr":
-            columns += ["split", "role"]
-        table = artifact.table("interactions", columns)
-        user, video = (table[c].combine_chunks().dictionary_encode() for c in ("user_id", "video_id"))
-        return cls(
-            table=table,
-            user=user.indices.to_numpy(zero_copy_only=False).astype(np.int64),
-            video=video.indices.to_numpy(zero_copy_only=False).astype(np.int64),
-            video_ids=video.dictionary.to_pylist(),
-            sequential=pc.equal(table["task"], str(Task.SEQUENTIAL)).to_numpy(),
-            view=is_view(table),
-            play_rate=_floats(table["play_rate"]),
-            clicked=_floats(table["clicked"]),
-            disliked=_floats(table["disliked"]),
+        columns += ["split", "role"] if artifact.stage == "ifvr" else []
+        ids = pa.array([], pa.string())
+        for piece in artifact.batches("interactions", ["video_id"]):
+            ids = pa.concat_arrays([ids, piece["video_id"].combine_chunks().unique()]).unique()
+        n = len(ids)
+        means = {name: _Mean() for name in _RATES}
+        log = cls(
+            ids.to_pylist(), np.zeros(n, np.int64), _ByVideo.zero(n), _ByVideo.zero(n), means, {}, np.zeros(0, int)
         )
+        for block in _user_blocks(artifact, columns):
+            log.add(block, ids)
+        return log
+
+    def add(self, block: pa.Table, ids: pa.Array) -> None:
+        """Adds all rows of some users."""
+        user = block["user_id"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+        video = pc.index_in(block["video_id"], value_set=ids).to_numpy().astype(np.int64)
+        sequential = pc.equal(block["task"], str(Task.SEQUENTIAL)).to_numpy()
+        play, clicked, disliked = (_floats(block[c]) for c in ("play_rate", "clicked", "disliked"))
+        self.views += np.bincount(video[is_view(block)], minlength=len(ids))
+        self.skips.add(video[sequential], _is_skip(play[sequential]))
+        self.clicks.add(video[~sequential], clicked[~sequential])
+        self.records = np.concatenate([self.records, np.bincount(user)]).astype(np.int64)
+        self._add_rates(user, sequential, play, clicked, disliked)
+        for keys in {tuple(k for k in _KEYS if k in block.column_names), ("task",)}:
+            self._add_counts(block.select(list(keys)), user, video)
+
+    def _add_rates(self, user: Ints, sequential: Mask, play: Floats, clicked: Floats, disliked: Floats) -> None:
+        views = play[sequential]
+        self.means["Fast skips"].add(_is_skip(views))
+        self.means["Finished"].add(np.where(np.isnan(views), _NO_RATE, views > FINISH_ABOVE))
+        self.means["Person play rate"].add(_person_play_rates(user[sequential], views))
+        self.means["Total play rate"].add(views)
+        self.means["Clicks"].add(clicked[~sequential])
+        self.means["Dislikes"].add(disliked)
+
+    def _add_counts(self, keys: pa.Table, user: Ints, video: Ints) -> None:
+        numbered = keys.append_column("row", pa.array(np.arange(keys.num_rows)))
+        for group in numbered.group_by(keys.column_names).aggregate([("row", "list")]).to_pylist():
+            rows = np.array(group.pop("row_list"))
+            count = self.counts.setdefault(tuple(group.values()), _Count(np.zeros(len(self.video_ids), bool)))
+            count.interactions += len(rows)
+            count.users += len(np.unique(user[rows]))
+            count.seen[video[rows]] = True
+
+    def parts(self, *keys: str) -> list[Part]:
+        """Sizes of the parts with these keys, in the order of a person."""
+        parts = [
+            Part(
+                task=str(found[0]),
+                split=(found[1] or "held out") if len(found) > 1 else None,
+                role=found[2] if len(found) > 1 else None,
+                users=count.users,
+                videos=int(count.seen.sum()),
+                interactions=count.interactions,
+            )
+            for found, count in self.counts.items()
+            if len(found) == len(keys)
+        ]
+        order = {"sequential": 0, "train": 0, "test": 1, "history": 0}
+        return sorted(parts, key=lambda p: tuple((order.get(k or "", 2), k or "") for k in (p.task, p.split, p.role)))
+
+    def rates(self) -> list[Rate]:
+        """The rates of the whole log."""
+        return [
+            Rate(name, m.total / m.n if m.n else None, m.n, m.unknown, _RATES[name]) for name, m in self.means.items()
+        ]
+
+
+def _user_blocks(artifact: Artifact, columns: list[str]) -> Iterator[pa.Table]:
+    """The interactions in blocks that have all rows of their users: the files of the same users."""
+    files: dict[str, list[ArtifactPart]] = {}
+    for part in artifact.parts("interactions"):
+        files.setdefault(part.keys.get("users", ""), []).append(part)
+    for own in files.values():
+        yield pa.concat_tables([artifact.part(part, columns) for part in own])
 
 
 def _floats(column: pa.ChunkedArray) -> Floats:
@@ -312,62 +436,17 @@ def _floats(column: pa.ChunkedArray) -> Floats:
     return np.asarray(column.cast(pa.float64()).to_numpy(), np.float64)
 
 
-def _parts(table: pa.Table, keys: list[str]) -> list[Part]:
-    sums = table.group_by(keys).aggregate(
-        [("user_id", "count_distinct"), ("video_id", "count_distinct"), ([], "count_all")]
-    )
-    parts = [
-        Part(
-            task=row["task"],
-            split=(row["split"] or "held out") if "split" in row else None,
-            role=row.get("role"),
-            users=row["user_id_count_distinct"],
-            videos=row["video_id_count_distinct"],
-            interactions=row["count_all"],
-        )
-        for row in sums.to_pylist()
-    ]
-    order = {"sequential": 0, "train": 0, "test": 1, "history": 0}
-    return sorted(parts, key=lambda p: tuple((order.get(k or "", 2), k or "") for k in (p.task, p.split, p.role)))
-
-
-def _rates(log: _Log) -> list[Rate]:
-    play, click = log.play_rate[log.sequential], log.clicked[~log.sequential]
-    return [
-        _rate("Fast skips", _is_skip(play), "sequential views"),
-        _rate("Finished", np.where(np.isnan(play), _NO_RATE, play > FINISH_ABOVE), "sequential views"),
-        _person_play_rate(log),
-        _rate("Total play rate", play, "sequential views"),
-        _rate("Clicks", click, "records of the click task"),
-        _rate("Dislikes", log.disliked, "interactions"),
-    ]
-
-
 def _is_skip(play: Floats) -> Floats:
     return np.where(np.isnan(play), _NO_RATE, play < FAST_SKIP_BELOW)
 
 
-def _rate(name: str, values: Floats, base: str) -> Rate:
-    present = values[~np.isnan(values)]
-    mean = float(present.mean()) if present.size else None
-    return Rate(name, mean, int(present.size), int(values.size - present.size), base)
-
-
-def _person_play_rate(log: _Log) -> Rate:
-    """Mean of the users' mean play rates (paper: the average Play Rate per user)."""
-    known = log.sequential & ~np.isnan(log.play_rate)
-    views = np.bincount(log.user[known])
-    sums = np.bincount(log.user[known], weights=log.play_rate[known])
-    means = sums[views > 0] / views[views > 0]
-    users = len(np.unique(log.user[log.sequential]))
-    value = float(means.mean()) if means.size else None
-    return Rate("Person play rate", value, int(means.size), users - int(means.size), "users of the sequential task")
-
-
-def _counts(codes: Ints) -> Ints:
-    """How often each code occurs, without zeros."""
-    counts = np.bincount(codes)
-    return counts[counts > 0]
+def _person_play_rates(user: Ints, play: Floats) -> Floats:
+    """Each user's mean play rate (paper: the average Play Rate per user); NaN if none is known."""
+    people, codes = np.unique(user, return_inverse=True)
+    known = ~np.isnan(play)
+    views = np.bincount(codes[known], minlength=len(people))
+    sums = np.bincount(codes[known], weights=play[known], minlength=len(people))
+    return np.divide(sums, views, out=np.full(len(people), np.nan), where=views > 0)
 
 
 def _bin_widths() -> Iterator[int]:
@@ -400,7 +479,7 @@ def _histogram(values: Floats | Ints) -> Histogram | None:
 
 def _watched(videos: pa.Table, log: _Log) -> pa.Table:
     """The videos with at least one view."""
-    viewed = [log.video_ids[i] for i in np.unique(log.video[log.view])]
+    viewed = [log.video_ids[i] for i in np.flatnonzero(log.views)]
     return videos.filter(pc.is_in(videos["video_id"], value_set=pa.array(viewed, pa.string())))
 
 
@@ -450,8 +529,10 @@ def _source(run: Run, stages: list[str]) -> Source:
 def _simulation_only(run: Run, data: Artifact) -> SimulationOnly:
     """True causes of the fast skips in `data`; the filters removed the others."""
     skips = run.artifact("truth").table("skips")
-    ids = data.table("interactions", ["interaction_id"])["interaction_id"].combine_chunks()
-    skips = skips.filter(pc.is_in(skips["interaction_id"], value_set=ids))
+    there = np.zeros(skips.num_rows, bool)
+    for piece in data.batches("interactions", ["interaction_id"]):
+        there |= pc.is_in(skips["interaction_id"], value_set=piece["interaction_id"].combine_chunks()).to_numpy()
+    skips = skips.filter(pa.array(there))
     return SimulationOnly(skips.num_rows, _shares(skips["cause"]).top, _shares(skips["mechanism"]).top)
 
 
@@ -460,14 +541,11 @@ def _samples(videos: pa.Table, log: _Log, pictured: set[str]) -> tuple[list[Samp
 
     If skip rates are unknown or all equal, the order is by click rate, else by views.
     """
-    n = len(log.video_ids)
-    views = np.bincount(log.video[log.view], minlength=n)
-    skips = _is_skip(np.where(log.sequential, log.play_rate, _NO_RATE))
-    orders = {"skipped": _means(log.video, skips, n), "clicked": _means(log.video, log.clicked, n)}
+    orders = {"skipped": log.skips.means, "clicked": log.clicks.means}
     by = next((name for name, rates in orders.items() if _varies(rates)), "viewed")
-    order = orders.get(by, views.astype(np.float64))
-    pool = sorted(_pool(log, order, views, pictured).tolist(), key=lambda i: (order[i], log.video_ids[i]))
-    return _describe(videos, log, [pool[p] for p in _spread(len(pool), SAMPLES)], skips, views), by
+    order = orders.get(by, log.views.astype(np.float64))
+    pool = sorted(_pool(log, order, pictured).tolist(), key=lambda i: (order[i], log.video_ids[i]))
+    return _describe(videos, log, [pool[p] for p in _spread(len(pool), SAMPLES)]), by
 
 
 def _spread(n: int, most: int) -> list[int]:
@@ -476,10 +554,10 @@ def _spread(n: int, most: int) -> list[int]:
     return numbers
 
 
-def _pool(log: _Log, order: Floats, views: Ints, pictured: set[str]) -> Ints:
+def _pool(log: _Log, order: Floats, pictured: set[str]) -> Ints:
     """Codes of the videos to choose from: if possible with pictures, and with enough views for a rate to mean much."""
     known = ~np.isnan(order)
-    frequent = known & (views >= _SAMPLE_MIN_VIEWS)
+    frequent = known & (log.views >= _SAMPLE_MIN_VIEWS)
     visible = np.array([v in pictured for v in log.video_ids], bool)
     choices = (visible & frequent, visible & known, frequent, known)
     return np.flatnonzero(next((c for c in choices if c.any()), known))
@@ -490,21 +568,12 @@ def _varies(rates: Floats) -> bool:
     return bool(known.size) and bool(known.min() < known.max())
 
 
-def _means(codes: Ints, values: Floats, n: int) -> Floats:
-    """Mean value per code; NaN if no value is known."""
-    known = ~np.isnan(values)
-    counts = np.bincount(codes[known], minlength=n)
-    sums = np.bincount(codes[known], weights=values[known], minlength=n)
-    return np.divide(sums, counts, out=np.full(n, np.nan), where=counts > 0)
-
-
-def _describe(videos: pa.Table, log: _Log, chosen: list[int], skips: Floats, views: Ints) -> list[SampleVideo]:
+def _describe(videos: pa.Table, log: _Log, chosen: list[int]) -> list[SampleVideo]:
     ids = [log.video_ids[i] for i in chosen]
     selected = videos.filter(pc.is_in(videos["video_id"], value_set=pa.array(ids, pa.string())))
     rows = {row["video_id"]: row for row in selected.to_pylist()}
     samples = []
     for code, video_id in zip(chosen, ids, strict=True):
-        of_video = log.video == code
         row = rows.get(video_id, {})
         duration = row.get("duration_s")
         samples.append(
@@ -513,9 +582,9 @@ def _describe(videos: pa.Table, log: _Log, chosen: list[int], skips: Floats, vie
                 title=row.get("title"),
                 duration_s=duration if duration is not None and math.isfinite(duration) else None,
                 tags=list(row.get("tags") or []),
-                views=int(views[code]),
-                skip=_rate("Fast skips", skips[of_video & log.sequential], "sequential views"),
-                click=_rate("Clicks", log.clicked[of_video & ~log.sequential], "records of the click task"),
+                views=int(log.views[code]),
+                skip=log.skips.rate("Fast skips", "sequential views", code),
+                click=log.clicks.rate("Clicks", "records of the click task", code),
             )
         )
     return samples

@@ -10,6 +10,7 @@ import pyarrow as pa
 from gubs.artifacts import Run, StageJob, write_atomically
 from gubs.console import progress
 from gubs.data.ingest import write_raw
+from gubs.data.settings import DataSettings
 from gubs.data.sources import SourceTables
 from gubs.ray_runtime import quiet_ray_data
 from gubs.simulator.behaviour import simulate
@@ -21,9 +22,9 @@ _BATCH = 16
 """Videos per Ray task; a kill loses one unfinished file per worker."""
 
 
-def make_raw(job: StageJob, synthetic: SyntheticSettings, seed: int) -> str:
+def make_raw(job: StageJob, synthetic: SyntheticSettings, seed: int, data: DataSettings) -> str:
     """Simulates the app's log; returns a summary."""
-    return write_raw(job, _simulated(synthetic, seed))
+    return write_raw(job, _simulated(synthetic, seed), data)
 
 
 def make_truth(job: StageJob, synthetic: SyntheticSettings, seed: int) -> str:

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from gubs.data.settings import SourceSettings
-from gubs.data.sources import SourceTables, logs, read_source
+from gubs.data.sources import SourceTables, read_source
 from gubs.data.sources.columns import CellRules, Kind, convert, decode
+from gubs.data.sources.log_rows import Unclicked
 from gubs.data.sources.units import Evidence, Sizes, named_unit, total
 from gubs.errors import InputError
 
@@ -295,6 +296,23 @@ def json_lines(path: Path, *rows: dict) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def test_json_lines_are_read_block_by_block_with_their_true_numbers(tmp_path, monkeypatch):
+    """A column that only the last block has, blank and broken lines in one, ids beyond 64 bits in another."""
+    monkeypatch.setattr("gubs.data.sources.formats._JSON_BYTES", 400)
+    rows = [{"user_id": f"u{i % 7}", "video_id": f"v{i}", "play_rate": 0.5} for i in range(60)]
+    rows[40]["user_id"], rows[59]["rating"] = 2**70, 3
+    lines = [json.dumps(r) for r in rows]
+    lines[20:20], lines[10:10] = ["", "{broken"], [""]
+    (tmp_path / "interactions.jsonl").write_text("\n".join(lines))
+    tables = read(tmp_path, max_bad_rows=0.1)
+    assert column(tables, "video_id") == [f"v{i}" for i in range(60)]
+    assert column(tables, "user_id")[40] == str(2**70)
+    assert column(tables, "rating") == [*[None] * 59, 3]
+    assert [r["row"] for r in tables.rejects.to_pylist()] == [11, 22, 23]
+    numbers = [i + 1 + (i >= 10) + 2 * (i >= 20) for i in range(60)]
+    assert column(tables, "interaction_id") == [str(n) for n in numbers]
+
+
 def test_json_keeps_ids_of_any_length_and_texts_that_look_like_dates(tmp_path):
     ids = [2**53 + 1, 2**53 + 2, 2**63, 2**64 + 1, 10**25]
     json_lines(
@@ -417,8 +435,8 @@ def test_counts_of_unclicked_rows_add_up():
     ]
     rows += [("click", None, False, 1, None), (None, None, None, None, 0.5), (None, None, None, 0, None)]
     table = pa.Table.from_pylist([dict(zip(names, r, strict=True)) for r in rows], pa.schema(names))
-    assert logs.Unclicked.of(table) == logs.Unclicked(2, 1, 2, 1, 1)
-    assert logs.Unclicked.of(table.slice(0, 3)) + logs.Unclicked.of(table.slice(3)) == logs.Unclicked.of(table)
+    assert Unclicked.of(table) == Unclicked(2, 1, 2, 1, 1)
+    assert Unclicked.of(table.slice(0, 3)) + Unclicked.of(table.slice(3)) == Unclicked.of(table)
 
 
 @pytest.mark.parametrize("unknown", [0, None])

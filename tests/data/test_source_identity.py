@@ -1,8 +1,10 @@
 """What makes the raw tables, or the frames, stale: any file that they were made from."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from gubs.data.ingest import source_identity
@@ -44,6 +46,50 @@ def test_every_file_that_counts_makes_stale(folder: Path, path: str, change: str
     do(folder)
     after = source_identity(source), files_identity(source)
     assert (before[0] != after[0], before[1] != after[1]) == (tables, frames)
+
+
+def test_large_files_are_told_apart_by_size_stamp_and_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gubs.data.sources.files._SMALL_BYTES", 1000)
+    path = folder / "interactions.csv"
+    source = SourceSettings(kind="logs", path=str(folder))
+    before, stamp = source_identity(source), path.stat().st_mtime_ns
+    seen = {before}
+    for change, when in [
+        (b"b" + b"a" * 299_999, 0),
+        (b"a" * 299_999 + b"b", 0),
+        (b"a" * 300_001, 0),
+        (b"a" * 300_000, 1),
+    ]:
+        path.write_bytes(change)
+        os.utime(path, ns=(stamp + 10**9 * when, stamp + 10**9 * when))
+        seen.add(source_identity(source))
+    assert len(seen) == 5
+    path.write_bytes(b"a" * 300_000)
+    os.utime(path, ns=(stamp, stamp))
+    assert source_identity(source) == before
+
+
+def test_parts_globs_and_uris_have_an_identity(folder: Path) -> None:
+    (folder / "interactions.csv").rename(folder / "log.csv")
+    (folder / "interactions").mkdir()
+    part = folder / "interactions" / "part-0.csv"
+    part.write_text("x")
+    parts, pattern = (SourceSettings(kind="logs", path=p) for p in (str(folder), f"{folder}/interactions/*.csv"))
+    before = source_identity(parts), source_identity(pattern)
+    (folder / "interactions" / "_SUCCESS").write_text("")
+    assert before == (source_identity(parts), source_identity(pattern))
+    part.write_text("y")
+    assert before[0] != source_identity(parts)
+    assert before[1] != source_identity(pattern)
+    with pytest.raises(InputError, match="no file matches"):
+        source_identity(SourceSettings(kind="logs", path=f"{folder}/nothing-*.csv"))
+    fs = fsspec.filesystem("memory")
+    fs.put(str(folder), "/identity", recursive=True)
+    remote = SourceSettings(kind="logs", path="memory://identity")
+    before = source_identity(remote)
+    fs.pipe_file("/identity/users.csv", b"z")
+    assert before != source_identity(remote)
+    fs.rm("/identity", recursive=True)
 
 
 def test_the_folder_of_videos_must_exist(folder: Path) -> None:

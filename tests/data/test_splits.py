@@ -155,6 +155,23 @@ def test_the_draw_depends_on_the_seed_not_on_the_order_of_rows():
     assert test_users(rows, 1) != test_users(rows, 2)
 
 
+def test_a_lot_is_of_the_seed_and_the_id_alone():
+    """Users who are not drawn may come and go: those who are drawn stay drawn."""
+    rows, wanted = log([6] * 60), SplitSettings(test_users=10, ugm_users=12)
+
+    def drawn(table):
+        users = split(table, wanted, 5).users
+        test = users.filter(pc.equal(users["split"], "test"))["user_id"].to_pylist()
+        return set(test), set(users.filter(users["ugm"])["user_id"].to_pylist())
+
+    test, ugm = drawn(rows)
+    assert (len(test), len(ugm)) == (10, 12)
+    others = [u for u in rows["user_id"].unique().to_pylist() if u not in test | ugm]
+    fewer = rows.filter(pc.invert(pc.is_in(rows["user_id"], value_set=pa.array(others[:25]))))
+    assert drawn(fewer) == (test, ugm)
+    assert not test & ugm
+
+
 @pytest.mark.parametrize(
     ("tamper", "message"),
     [

@@ -38,6 +38,7 @@ def results(folder: Path, overrides: list[str]) -> dict[str, Any]:
 def test_an_example_gives_what_the_page_says(title: str, blocks: dict[str, str], tmp_path: Path) -> None:
     files = re.split(r"^# (\S+)\n", blocks["text"], flags=re.MULTILINE)[1:]
     for name, text in zip(files[::2], files[1::2], strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     overrides = re.findall(r"source\.(?!kind|path)\S+=\S+", blocks.get("bash", ""))
     assert "assert" in blocks["python"]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,10 +21,14 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from gubs.data.sources.columns import EXACT
+from gubs.data.sources.files import InputFile
 from gubs.errors import InputError
 
 BLOCK_BYTES = 8 << 20
 """Bytes read at once; a single row must be shorter."""
+
+_JSON_BYTES = 64 << 20
+"""Bytes of a block of JSON lines."""
 
 _BROKEN_CHARS = 1000
 _NUL_SHARE = 0.01
@@ -63,14 +67,14 @@ Batch = tuple[pa.RecordBatch, dict[str, np.ndarray]]
 class RawFile:
     """An open table file: its column names, its batches, and its broken rows (complete after the last batch)."""
 
-    path: Path
+    file: InputFile
     header: list[str] = field(default_factory=list)
     broken: list[BrokenRow] = field(default_factory=list)
 
     @property
     def label(self) -> str:
         """Name of the file in messages and accounts."""
-        return self.path.name
+        return self.file.label
 
     def batches(self, names: list[str]) -> Iterator[Batch]:
         """Yields the rows as raw columns, in order; columns that are not in `names` may be missing."""
@@ -85,25 +89,30 @@ class RawFile:
         return rows + 1
 
 
-def open_table(path: Path, text: TextFormat | None = None) -> RawFile:
+def open_table(file: Path | InputFile, text: TextFormat | None = None, groups: range | None = None) -> RawFile:
     """Opens a file according to its suffix, or as delimited text if `text` is given.
+
+    Args:
+        file: the file.
+        text: how it is written, if the suffix does not tell.
+        groups: only these row groups of a Parquet file.
 
     Raises:
         InputError: the file is missing, empty, of an unknown type, or unreadable.
     """
-    if not path.is_file():
-        raise InputError(f"{path.name}: no such file; put it there, or point source.path at the folder that has it")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path.name}: the file is empty; copy it again from its origin")
-    suffix = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
-    if text is not None or suffix in (".csv", ".tsv"):
-        return Delimited(path, text=text or TextFormat("\t" if suffix == ".tsv" else ","))
-    if suffix == ".jsonl":
-        return JsonLines(path)
-    if suffix == ".parquet":
-        return Parquet(path)
+    file = InputFile.at(file) if isinstance(file, Path) else file
+    if not file.exists():
+        raise InputError(f"{file.label}: no such file; put it there, or point source.path at the folder that has it")
+    if file.size() == 0:
+        raise InputError(f"{file.label}: the file is empty; copy it again from its origin")
+    if text is not None or file.suffix in (".csv", ".tsv"):
+        return Delimited(file, text=text or TextFormat("\t" if file.suffix == ".tsv" else ","))
+    if file.suffix == ".jsonl":
+        return JsonLines(file)
+    if file.suffix == ".parquet":
+        return Parquet(file, groups=groups)
     raise InputError(
-        f"{path.name}: unknown file type; give .csv, .tsv, .jsonl or .parquet (the first three also as .gz)"
+        f"{file.label}: unknown file type; give .csv, .tsv, .jsonl or .parquet (the first three also as .gz or .zst)"
     )
 
 
@@ -133,8 +142,8 @@ def _readable(label: str, problem: str) -> Iterator[None]:
 class _Bytes:
     """A readable stream: the file unzipped, transcoded, with one-character delimiters; remembers how it ends."""
 
-    def __init__(self, path: Path, text: TextFormat) -> None:
-        self.stream: BinaryIO = pa.input_stream(str(path), compression="detect")
+    def __init__(self, file: InputFile, text: TextFormat) -> None:
+        self.stream = file.stream()
         self.text = text
         self.tail = b""
         self.pending = b""
@@ -184,7 +193,7 @@ class Delimited(RawFile):
     def _start(self) -> bytes:
         with (
             _readable(self.label, "cannot be unzipped"),
-            pa.input_stream(str(self.path), compression="detect") as stream,
+            self.file.stream() as stream,
         ):
             start = bytes(stream.read(1 << 16))
         if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -210,7 +219,7 @@ class Delimited(RawFile):
 
     def batches(self, names: list[str]) -> Iterator[Batch]:  # noqa: ARG002
         """Yields the rows as columns of bytes."""
-        source = _Bytes(self.path, self.text)
+        source = _Bytes(self.file, self.text)
         try:
             last: Batch | None = None
             base = 0
@@ -324,52 +333,71 @@ def _count(column: pa.Array, byte: bytes) -> np.ndarray:
 
 @dataclass
 class JsonLines(RawFile):
-    """One JSON object per line. Read by Arrow; line by line if Arrow refuses the file, to find the bad lines, or if it
-    cannot hold a number exactly.
+    """One JSON object per line, in blocks of whole lines. Arrow reads a block; line by line it is read if Arrow refuses
+    it, to find the bad lines, or if Arrow cannot hold a number exactly.
     """
 
     def __post_init__(self) -> None:
-        self._line_numbers: np.ndarray | None = None
-        table = self._read_at_once()
-        self._table: pa.Table = self._read_line_by_line() if table is None else table
-        self.header = self._table.column_names
-
-    def _read_at_once(self) -> pa.Table | None:
-        try:
-            table = self._read_typed(None)
-            if (as_text := _dates_as_text(table.schema)) != table.schema:
-                table = self._read_typed(as_text)
-            with pa.input_stream(str(self.path), compression="detect") as stream:
-                breaks, last = 0, b"\n"
-                while block := stream.read(BLOCK_BYTES):
-                    breaks, last = breaks + block.count(b"\n"), block[-1:]
-        except (pa.ArrowInvalid, OSError):
-            return None
-        one_per_line = table.num_rows == breaks + (last != b"\n")  # else blank lines would shift the numbers
-        return table if one_per_line and table.num_columns and not _has_rounded(table) else None
-
-    def _read_typed(self, schema: pa.Schema | None) -> pa.Table:
-        options = pa_json.ReadOptions(use_threads=False, block_size=BLOCK_BYTES)
-        with pa.input_stream(str(self.path), compression="detect") as stream:
-            return pa_json.read_json(stream, options, pa_json.ParseOptions(explicit_schema=schema))
-
-    def _read_line_by_line(self) -> pa.Table:
-        with (
-            _readable(self.label, "cannot be unzipped"),
-            pa.input_stream(str(self.path), compression="detect") as stream,
-        ):
-            raw_lines = bytes(stream.read()).removeprefix(b"\xef\xbb\xbf").splitlines()
-        rows = {n: row for n, raw in enumerate(raw_lines, 1) if (row := self._parse(n, raw)) is not None}
-        if not rows:
+        self._numbers: list[np.ndarray] = []
+        blocks = self._blocks()
+        self._read = [next(blocks)]  # most files are one block: it is not read twice
+        names = dict.fromkeys(self._read[0].column_names)
+        for block in blocks:
+            self._read = []
+            names |= dict.fromkeys(block.column_names)
+        if not names:
             example = (
                 f", e.g. row {self.broken[0].line} ({self.broken[0].cause}): {self.broken[0].text!r}"
                 if self.broken
                 else ""
             )
             raise InputError(f"{self.label}: no row holds a JSON object{example}; write one object a line, in UTF-8")
+        self.header = list(names)
+
+    def _blocks(self) -> Iterator[pa.Table]:
+        """The rows of each block, at least one; notes their lines, and what is broken."""
+        self._numbers, self.broken, first = [], [], 1
+        for raw in self._raw_blocks():
+            table = self._read_at_once(raw)
+            if table is None:
+                table, lines = self._read_line_by_line(raw, first)
+            else:
+                lines = table.num_rows
+                self._numbers.append(np.arange(first, first + lines))
+            first += lines
+            yield table
+
+    def _raw_blocks(self) -> Iterator[bytes]:
+        rest, found = b"", False
+        with _readable(self.label, "cannot be unzipped"), self.file.stream() as stream:
+            while part := bytes(stream.read(_JSON_BYTES)):
+                whole, newline, rest = (rest + part).rpartition(b"\n")
+                if whole or newline:
+                    found = True
+                    yield whole + newline
+        if rest or not found:
+            yield rest
+
+    def _read_at_once(self, raw: bytes) -> pa.Table | None:
+        try:
+            table = self._read_typed(raw, None)
+            if (as_text := _dates_as_text(table.schema)) != table.schema:
+                table = self._read_typed(raw, as_text)
+        except pa.ArrowInvalid:
+            return None
+        one_per_line = table.num_rows == raw.count(b"\n") + (not raw.endswith(b"\n"))  # blank lines shift the numbers
+        return table if one_per_line and table.num_columns and not _has_rounded(table) else None
+
+    def _read_typed(self, raw: bytes, schema: pa.Schema | None) -> pa.Table:
+        options = pa_json.ReadOptions(use_threads=False, block_size=BLOCK_BYTES)
+        return pa_json.read_json(pa.BufferReader(raw), options, pa_json.ParseOptions(explicit_schema=schema))
+
+    def _read_line_by_line(self, raw: bytes, first: int) -> tuple[pa.Table, int]:
+        lines = (raw.removeprefix(b"\xef\xbb\xbf") if first == 1 else raw).splitlines()
+        rows = {n: row for n, line in enumerate(lines, first) if (row := self._parse(n, line)) is not None}
         names = dict.fromkeys(name for row in rows.values() for name in row)
-        self._line_numbers = np.array(list(rows), np.int64)
-        return pa.table({name: _texts([row.get(name) for row in rows.values()]) for name in names})
+        self._numbers.append(np.array(list(rows), np.int64))
+        return pa.table({name: _texts([row.get(name) for row in rows.values()]) for name in names}), len(lines)
 
     def _parse(self, line: int, raw: bytes) -> dict[str, Any] | None:
         """The object on this line; anything else is a broken row."""
@@ -391,14 +419,18 @@ class JsonLines(RawFile):
         self.broken.append(BrokenRow(line, cause, raw.decode("utf-8", "replace")[:_BROKEN_CHARS]))
         return None
 
-    def batches(self, names: list[str]) -> Iterator[Batch]:  # noqa: ARG002
+    def batches(self, names: list[str]) -> Iterator[Batch]:
         """Yields the rows as typed columns, or as text if the lines had to be read one by one."""
-        for batch in self._table.to_batches():
-            yield batch, {}
+        for table in self._read or self._blocks():
+            for name in names:
+                if name not in table.column_names and table.num_rows:
+                    table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))
+            for batch in table.to_batches():
+                yield batch, {}
 
     def lines(self, rows: np.ndarray) -> np.ndarray:
         """1-based line of each row."""
-        return rows + 1 if self._line_numbers is None else self._line_numbers[rows]
+        return np.concatenate(self._numbers)[rows]
 
 
 class _RepeatedNameError(ValueError):
@@ -448,16 +480,34 @@ def _texts(values: list[Any]) -> pa.Array:
 
 @dataclass
 class Parquet(RawFile):
-    """A Parquet file."""
+    """A Parquet file, or some of its row groups."""
+
+    groups: range | None = None
 
     def __post_init__(self) -> None:
         with _readable(self.label, "not a Parquet file"):
-            self._file = pq.ParquetFile(self.path)
+            # Arrow's own threads must not hold a Python file; see docs/notes.md
+            self._file = (
+                pq.ParquetFile(self.file.uri)
+                if self.file.is_local
+                else pq.ParquetFile(self.file.open(), pre_buffer=False)
+            )
         self.header = self._file.schema_arrow.names
         _refuse_repeated(self.label, self.header)
 
+    @property
+    def group_rows(self) -> list[int]:
+        """Rows of each row group of the file."""
+        metadata = self._file.metadata
+        return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+
     def batches(self, names: list[str]) -> Iterator[Batch]:
         """Yields the columns `names` with the types that they have in the file."""
+        groups = None if self.groups is None else list(self.groups)
         with _readable(self.label, "damaged Parquet file"):
-            for batch in self._file.iter_batches(1 << 18, columns=names):
+            for batch in self._file.iter_batches(1 << 18, groups, names, use_threads=self.file.is_local):
                 yield batch, {}
+
+    def lines(self, rows: np.ndarray) -> np.ndarray:
+        """1-based row of the file."""
+        return rows + 1 + (sum(self.group_rows[: self.groups.start]) if self.groups else 0)

@@ -6,9 +6,10 @@ cause. It may reject more rows (`Sheet.reject`) and finally hands its sheets to 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from sys import maxsize
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ import pyarrow.compute as pc
 
 from gubs.data.sources import FileCount, SourceTables
 from gubs.data.sources.columns import KINDS, RULES, CellRules, Converted, Kind, convert, decode
+from gubs.data.sources.files import InputFile
 from gubs.data.sources.formats import Batch, RawFile, TextFormat, open_table
 from gubs.errors import InputError
 from gubs.records import SCHEMAS, Task, conform, empty
@@ -28,6 +30,9 @@ STARS_NOTE = f"liked means {LIKED_FROM:g} stars or more, disliked {DISLIKED_TO:g
 
 _VALUE_CHARS = 200
 """Characters kept of a rejected value."""
+
+_ROWS_NAMED = 3
+"""Rejected rows that a refusal names."""
 
 _WORDS_NAMED = 8
 """Words for missing values that a note names."""
@@ -60,9 +65,51 @@ class Column:
         return self.source or (self.name,)
 
 
+@dataclass(frozen=True)
+class Account:
+    """What became of the rows of a file; those of its parts add up."""
+
+    rows_in: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Rejected rows by cause."""
+    malformed: int = 0
+    """Rejected rows that no good file has (duplicates, for example, are normal)."""
+    first: tuple[tuple[int, str, str, str], ...] = ()
+    """The first few rejected rows: row, column or nothing, cause, value."""
+    nulls: dict[str, Counter[str]] = field(default_factory=dict)
+    """By column of the file: how often each word for a missing value occurs."""
+
+    def __add__(self, other: "Account") -> "Account":
+        names = dict.fromkeys([*self.nulls, *other.nulls])
+        return Account(
+            self.rows_in + other.rows_in,
+            self.rejected + other.rejected,
+            self.malformed + other.malformed,
+            tuple(sorted(self.first + other.first)[:_ROWS_NAMED]),
+            {n: self.nulls.get(n, Counter()) + other.nulls.get(n, Counter()) for n in names},
+        )
+
+    def check_quality(self, label: str, max_bad: float) -> None:
+        """Refuses the file if too large a share of its rows is malformed.
+
+        Raises:
+            InputError: with the first few rejected rows.
+        """
+        if self.malformed <= max_bad * self.rows_in:
+            return
+        examples = "; ".join(
+            f"row {row}" + (f", column {column!r}" if column else "") + f": {cause} ({value:.80})"
+            for row, column, cause, value in self.first
+        )
+        raise InputError(
+            f"{label}: {self.malformed} of {self.rows_in} rows cannot be used, more than the share {max_bad:g} that "
+            f"source.max_bad_rows allows. First: {examples}. Fix the file, or raise source.max_bad_rows"
+        )
+
+
 @dataclass
 class Sheet:
-    """The rows of one input file."""
+    """The rows of an input file, of a piece of it, or of several files."""
 
     label: str
     table: pa.Table
@@ -82,6 +129,8 @@ class Sheet:
     """Columns of the file that were not read."""
     nulls: dict[str, Counter[str]] = field(default_factory=dict)
     """By column of the file: how often each word for a missing value occurs."""
+    labels: pa.Array | None = None
+    """For each row the name of its file, if the sheet is of several."""
 
     def reject(
         self, mask: np.ndarray | pa.ChunkedArray, cause: str, column: str | None = None, malformed: bool = False
@@ -101,9 +150,12 @@ class Sheet:
         if not bad.any():
             return
         values = [None] * int(bad.sum()) if column is None else self.table[column].filter(pa.array(bad)).to_pylist()
-        self.record(self.lines[bad], column, cause, values, malformed)
+        labels = None if self.labels is None else self.labels.filter(pa.array(bad))
+        self.record(self.lines[bad], column, cause, values, malformed, labels)
         self.table = self.table.filter(pa.array(~bad))
         self.lines = self.lines[~bad]
+        if self.labels is not None:
+            self.labels = self.labels.filter(pa.array(~bad))
         if malformed:
             self.check_quality()
 
@@ -112,13 +164,20 @@ class Sheet:
         self.reject(duplicated([self.column(name) for name in key]), "duplicate", key[-1])
 
     def record(
-        self, lines: np.ndarray, column: str | None, cause: str, values: Sequence[object], malformed: bool
+        self,
+        lines: np.ndarray,
+        column: str | None,
+        cause: str,
+        values: Sequence[object],
+        malformed: bool,
+        labels: pa.Array | None = None,
     ) -> None:
         """Adds rows to the rejects; they must not be in the table."""
         self.malformed += len(lines) * malformed
         self.rejected[cause] += len(lines)
         n = len(lines)
-        columns = [[self.label] * n, lines, [column] * n, [cause] * n, [_excerpt(v) for v in values]]
+        files = [self.label] * n if labels is None else labels.cast(pa.string())
+        columns = [files, lines, [column] * n, [cause] * n, [_excerpt(v) for v in values]]
         self.rejects.append(pa.table(columns, schema=SCHEMAS["rejects"]))
 
     def check_quality(self) -> None:
@@ -127,20 +186,19 @@ class Sheet:
         Raises:
             InputError: with the first few rejected rows.
         """
-        if self.malformed <= self.max_bad * self.rows_in:
-            return
-        rows = sorted((r for t in self.rejects for r in t.slice(0, 3).to_pylist()), key=lambda r: r["row"])[:3]
-        examples = "; ".join(
-            f"row {r['row']}"
-            + (f", column {r['column']!r}" if r["column"] else "")
-            + f": {r['cause']} ({r['value']!r:.80})"
-            for r in rows
-        )
-        raise InputError(
-            f"{self.label}: {self.malformed} of {self.rows_in} rows cannot be used, more than the share "
-            f"{self.max_bad:g} that source.max_bad_rows allows. First: {examples}. Fix the file, or raise "
-            f"source.max_bad_rows"
-        )
+        self.account().check_quality(self.label, self.max_bad)
+
+    def account(self) -> Account:
+        """What became of the rows so far."""
+        rows = (r for t in self.rejects for r in t.slice(0, _ROWS_NAMED).to_pylist())
+        first = sorted((r["row"], r["column"] or "", r["cause"], repr(r["value"])) for r in rows)
+        return Account(self.rows_in, self.rejected, self.malformed, tuple(first[:_ROWS_NAMED]), self.nulls)
+
+    def counts(self) -> dict[str, FileCount]:
+        """The account of each of its files, once everything is rejected that is to be."""
+        if self.labels is None:
+            return {self.label: FileCount(self.rows_in, self.table.num_rows, dict(self.rejected))}
+        return file_counts(self.labels, self.rejects)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """The column of this (our) name."""
@@ -148,12 +206,16 @@ class Sheet:
 
 
 def read_sheet(
-    path: Path, columns: Sequence[Column], max_bad: float, text: TextFormat | None = None, rules: CellRules = RULES
+    file: Path | InputFile,
+    columns: Sequence[Column],
+    max_bad: float,
+    text: TextFormat | None = None,
+    rules: CellRules = RULES,
 ) -> Sheet:
     """Reads columns of a file and converts them to their kinds.
 
     Args:
-        path: a .csv, .tsv, .jsonl or .parquet file (text may be gzipped), or any text file if `text` is given.
+        file: a .csv, .tsv, .jsonl or .parquet file (text may be packed), or any text file if `text` is given.
         columns: what to read; other columns are ignored and listed in `Sheet.unused`.
         max_bad: share of malformed rows above which the file is refused (`source.max_bad_rows`).
         text: delimiter, header, quoting and encoding, if the suffix does not tell them.
@@ -162,28 +224,89 @@ def read_sheet(
     Raises:
         InputError: missing or empty file, missing column, or too many malformed rows; names file, row, column, remedy.
     """
-    raw = open_table(path, text)
-    names = _match_columns(raw, columns)
-    sheet = _SheetReader(raw, columns, names, rules).read()
-    sheet.unused = [n for n in raw.header if n not in names.values() and not n.startswith("(unnamed")]
-    if not sheet.rows_in:
-        raise InputError(f"{raw.label}: row 1: a header and no rows below it; copy the file again from its origin")
+    (sheet,) = read_blocks(open_table(file, text), columns, rules, maxsize)
+    refuse_empty(sheet.label, sheet.rows_in)
     sheet.max_bad = max_bad
     sheet.check_quality()
     return sheet
 
 
-def _match_columns(raw: RawFile, columns: Sequence[Column]) -> dict[str, str]:
-    """Our name to the file's name, for the columns that the file has."""
+def refuse_empty(label: str, rows_in: int) -> None:
+    """Refuses a file without rows.
+
+    Raises:
+        InputError: it has none.
+    """
+    if not rows_in:
+        raise InputError(f"{label}: row 1: a header and no rows below it; copy the file again from its origin")
+
+
+def read_blocks(raw: RawFile, columns: Sequence[Column], rules: CellRules, rows: int) -> Iterator[Sheet]:
+    """The file in sheets of about this many rows, in order; at least one. What `read_sheet` refuses is left to the
+    caller, who adds up their accounts.
+
+    Raises:
+        InputError: a column is missing, or cannot be read at all.
+    """
+    names = match_columns(raw.label, raw.header, columns)
+    unused = [n for n in raw.header if n not in names.values() and not n.startswith("(unnamed")]
+    for sheet in _SheetReader(raw, columns, names, rules).sheets(rows):
+        sheet.unused = unused
+        yield sheet
+
+
+def together(sheets: Sequence[Sheet], label: str) -> Sheet:
+    """The sheets of several files as one; the sheet itself if it is one."""
+    if len(sheets) == 1:
+        return sheets[0]
+    labels = pa.concat_arrays([constant(s.label, len(s.lines), pa.string()).combine_chunks() for s in sheets])
+    return Sheet(
+        label=label,
+        table=pa.concat_tables([s.table for s in sheets]),
+        lines=np.concatenate([s.lines for s in sheets]),
+        rows_in=sum(s.rows_in for s in sheets),
+        rejected=sum((s.rejected for s in sheets), Counter[str]()),
+        rejects=[t for s in sheets for t in s.rejects],
+        malformed=sum(s.malformed for s in sheets),
+        names={ours: theirs for s in reversed(sheets) for ours, theirs in s.names.items()},
+        unused=list(dict.fromkeys(n for s in sheets for n in s.unused)),
+        nulls=sum((s.account() for s in sheets), Account()).nulls,
+        labels=labels,
+    )
+
+
+def file_counts(kept: pa.Array, rejects: Sequence[pa.Table]) -> dict[str, FileCount]:
+    """The account of each file, from the file of each row that stays and from the rejects."""
+    out = {v["values"]: v["counts"] for v in pc.value_counts(kept).to_pylist()}
+    rejected = by_cause(rejects)
+    causes = {name: rejected.get(name, Counter[str]()) for name in sorted(out.keys() | rejected.keys())}
+    return {n: FileCount(out.get(n, 0) + c.total(), out.get(n, 0), dict(c)) for n, c in causes.items()}
+
+
+def by_cause(rejects: Sequence[pa.Table]) -> dict[str, Counter[str]]:
+    """How many rows of each file were rejected, by cause."""
+    causes: dict[str, Counter[str]] = {}
+    for table in rejects:
+        for row in table.group_by(["file", "cause"]).aggregate([([], "count_all")]).to_pylist():
+            causes.setdefault(row["file"], Counter[str]())[row["cause"]] += row["count_all"]
+    return causes
+
+
+def match_columns(label: str, header: Sequence[str], columns: Sequence[Column]) -> dict[str, str]:
+    """Our name to the file's name, for the columns that the file has.
+
+    Raises:
+        InputError: it lacks one that it must have.
+    """
     names = {}
     for c in columns:
-        name = next((n for n in c.names if n in raw.header), None)
+        name = next((n for n in c.names if n in header), None)
         if name is not None:
             names[c.name] = name
         elif not c.optional:
             raise InputError(
-                f"{raw.label}: row 1: no column {' or '.join(map(repr, c.names))}; the file has "
-                f"{', '.join(map(repr, raw.header))}. Rename the column (or, in your own logs, map it with "
+                f"{label}: row 1: no column {' or '.join(map(repr, c.names))}; the file has "
+                f"{', '.join(map(repr, header))}. Rename the column (or, in your own logs, map it with "
                 f"source.columns.{c.name}=NAME)"
             )
     return names
@@ -194,26 +317,41 @@ class _SheetReader:
 
     def __init__(self, raw: RawFile, columns: Sequence[Column], names: dict[str, str], rules: CellRules) -> None:
         self.raw, self.columns, self.names, self.rules = raw, columns, names, rules
+        self._begin()
+
+    def _begin(self) -> None:
         self.nulls: dict[str, Counter[str]] = {}
         self.good: list[pa.Table] = []
         self.positions: list[np.ndarray] = []
         self.rejects: list[tuple[np.ndarray, str | None, str, list[object]]] = []
+        self.rows = 0
 
-    def read(self) -> Sheet:
+    def sheets(self, rows: int) -> Iterator[Sheet]:
+        """Sheets of at least so many rows, but for the last, which has the broken rows too."""
         base = 0
         for batch in self.raw.batches(list(dict.fromkeys(self.names.values()))):
+            if self.rows >= rows:
+                yield self._sheet()
             self._add(batch, base)
             base += batch[0].num_rows
+            self.rows += batch[0].num_rows
+        sheet = self._sheet()
+        broken = self.raw.broken_rows()
+        sheet.rows_in += len(broken)
+        for row in broken:
+            sheet.record(np.array([row.line]), None, row.cause, [row.text], row.cause not in _NOT_MALFORMED)
+        yield sheet
+
+    def _sheet(self) -> Sheet:
+        """What was added since the last one."""
         schema = pa.schema([(c.name, KINDS[c.kind][0]) for c in self.columns])
         table = pa.concat_tables(self.good) if self.good else schema.empty_table()
         positions = np.concatenate([np.zeros(0, np.int64), *self.positions])
-        broken = self.raw.broken_rows()
-        sheet = Sheet(self.raw.label, table, self.raw.lines(positions), base + len(broken))
+        sheet = Sheet(self.raw.label, table, self.raw.lines(positions), self.rows)
         sheet.names, sheet.nulls = self.names, self.nulls
-        for rows, column, cause, values in self.rejects:
-            sheet.record(self.raw.lines(rows), column, cause, values, cause not in _NOT_MALFORMED)
-        for row in broken:
-            sheet.record(np.array([row.line]), None, row.cause, [row.text], row.cause not in _NOT_MALFORMED)
+        for at, column, cause, values in self.rejects:
+            sheet.record(self.raw.lines(at), column, cause, values, cause not in _NOT_MALFORMED)
+        self._begin()
         return sheet
 
     def _add(self, raw: Batch, base: int) -> None:
@@ -266,14 +404,14 @@ class _SheetReader:
             self.rejects.append((np.flatnonzero(new) + base, column, cause, cells.filter(pa.array(new)).to_pylist()))
 
 
-def null_note(sheet: Sheet) -> str | None:
-    """Which cells of the sheet's file count as missing because of a word in them; None if there are none."""
-    if not sheet.nulls:
+def null_note(label: str, nulls: Mapping[str, Counter[str]]) -> str | None:
+    """Which cells of a file count as missing because of a word in them (`Account.nulls`); None if there are none."""
+    if not nulls:
         return None
-    words = sum(sheet.nulls.values(), Counter[str]())
+    words = sum(nulls.values(), Counter[str]())
     said = ", ".join(repr(word) for word, _ in words.most_common(_WORDS_NAMED))
-    columns = ", ".join(f"{name} {sum(counts.values()):,}" for name, counts in sheet.nulls.items())
-    return f"{sum(words.values()):,} cells of {sheet.label} count as missing, since they say {said} ({columns})."
+    columns = ", ".join(f"{name} {sum(counts.values()):,}" for name, counts in nulls.items())
+    return f"{sum(words.values()):,} cells of {label} count as missing, since they say {said} ({columns})."
 
 
 def _outside(values: pa.Array, c: Column) -> Iterator[tuple[np.ndarray, str]]:
@@ -393,22 +531,37 @@ def assemble(
         videos=_with_bare("videos", "video_id", videos, interactions, notes),
         interactions=interactions,
         rejects=pa.concat_tables(rejects) if rejects else empty("rejects"),
-        files={s.label: FileCount(s.rows_in, s.table.num_rows, dict(s.rejected)) for s in sheets},
+        files={label: count for s in sheets for label, count in s.counts().items()},
         notes=notes,
     )
 
 
 def _with_bare(name: str, key: str, table: pa.Table | None, interactions: pa.Table, notes: list[str]) -> pa.Table:
     ids = interactions[key].unique()
+    bare = bare_records(name, key, ids, table)
+    notes += bare_notes(name, bare.num_rows, table is not None)
+    return bare if table is None else pa.concat_tables([table, bare])
+
+
+def bare_records(name: str, key: str, ids: pa.Array, table: pa.Table | None) -> pa.Table:
+    """Records of the ids that a table lacks, by id: they have nothing else."""
     if table is not None:
         ids = ids.filter(pc.invert(pc.is_in(ids, value_set=table[key].combine_chunks())))
-    n = len(ids)
-    if not n:
-        return empty(name) if table is None else table
-    blank = {"tags": tag_lists(n, [])} | ({"other": facts(n, {})} if name == "users" else {})
-    bare = build(name, n, **{key: pa.chunked_array([ids])}, **blank)
-    if table is None:
-        notes.append(f"No file describes the {name}: all {n} are known by their id alone.")
-        return bare
-    notes.append(f"{n} {name} occur in interactions only: they are known by their id alone.")
-    return pa.concat_tables([table, bare])
+    ids = ids.take(pc.sort_indices(ids))
+    blank = {"tags": tag_lists(len(ids), [])} | ({"other": facts(len(ids), {})} if name == "users" else {})
+    return build(name, len(ids), **{key: pa.chunked_array([ids], pa.string())}, **blank) if len(ids) else empty(name)
+
+
+def bare_notes(name: str, bare: int, described: bool) -> list[str]:
+    """How many users (videos) are known by their id alone; nothing if none is.
+
+    Args:
+        name: `users` or `videos`.
+        bare: how many.
+        described: whether a file describes others.
+    """
+    if not bare:
+        return []
+    if described:
+        return [f"{bare} {name} occur in interactions only: they are known by their id alone."]
+    return [f"No file describes the {name}: all {bare} are known by their id alone."]

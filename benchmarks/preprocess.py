@@ -1,0 +1,344 @@
+"""From logs to the data set at 1, 10 and 100 M interactions: time, rows per second, peak memory of all processes.
+
+Beside it, the same work in DuckDB and in Polars (streaming), where these packages are installed: repeated rows, play
+rates, noise criteria, minimum counts to the fixed point, histories and targets without divided pages, test users by a
+hash, sorted Parquet. All must keep equally many interactions. Every run is a process of its own; its memory is the sum
+of PSS of it and its children, every half second. The log is written before, a part per million rows, by time: each part
+has rows of all users.
+
+    python benchmarks/preprocess.py --rows 1e6 1e7 --work DIR --json out.json
+    python benchmarks/preprocess.py --rows 1e7 --work DIR --engines gubs --nodes 1 2
+"""
+
+import argparse
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+RECORDS, SHOWN = 62, 37
+"""Records of a user and of a video, as in the paper's data set."""
+PAGE = 8
+PART_ROWS = 1_000_000
+AIM_S, AIM_GIB, AIM_DUCKDB, AIM_NODES = 900.0, 6.0, 0.5, 1.7
+"""For 100 M rows; share of DuckDB's speed; speed-up from one node of one core to two."""
+ENGINES = ("gubs", "duckdb", "polars")
+_EVERY_S = 0.5
+MIN_VIEWS, MIN_EXPOSURES, MIN_HISTORY, CLICK_TARGETS, TEST_USERS, MAX_GAP_S = 10, 30, 2, 10, 1000, 120
+
+
+def write_log(folder: Path, rows: int) -> None:
+    """Writes `interactions/part-*.parquet` and `videos.parquet`, unless they are there."""
+    done = folder / "done"
+    if done.exists():
+        return
+    users, videos, parts = max(50, rows // RECORDS), max(20, rows // SHOWN), max(1, rows // PART_ROWS)
+    (folder / "interactions").mkdir(parents=True, exist_ok=True)
+    lengths = np.random.default_rng(0).uniform(10, 30, videos).round(1)
+    pq.write_table(
+        pa.table({"video_id": _ids("v", np.arange(videos)), "duration_s": lengths}), folder / "videos.parquet"
+    )
+    for part in range(parts):
+        table = _part(part, rows // parts, users, lengths)
+        pq.write_table(table, folder / "interactions" / f"part-{part:05}.parquet", compression="zstd")
+    done.touch()
+
+
+def _part(part: int, rows: int, users: int, lengths: np.ndarray) -> pa.Table:
+    """One slice of time: half of the rows are views, half exposures in pages of `PAGE`."""
+    rng = np.random.default_rng([1, part])
+    user = rng.integers(0, users, rows)
+    video = (len(lengths) * rng.random(rows) ** 1.5).astype(np.int64)
+    click = np.arange(rows) % (2 * PAGE) < PAGE
+    user = np.where(click, np.repeat(user[::PAGE], PAGE)[:rows], user)
+    start = 1_700_000_000_000 + part * 3_600_000
+    times = start + np.where(click, np.repeat(rng.integers(0, 3_600_000, rows)[::PAGE], PAGE)[:rows], 0)
+    times = np.where(click, times + np.arange(rows) % PAGE, start + rng.integers(0, 3_600_000, rows))
+    page = part * rows + np.arange(rows) // PAGE
+    watch = np.minimum(rng.exponential(9, rows), 2 * lengths[video]).round(2)
+    table = pa.table(
+        {
+            "user_id": _ids("u", user),
+            "video_id": _ids("v", video),
+            "task": pa.array(np.where(click, "click", "sequential")),
+            "timestamp": times,
+            "page_id": _masked(_ids("p", page), ~click),
+            "clicked": pa.array(rng.random(rows) < 0.2, mask=~click),
+            "watch_s": pa.array(watch, mask=click),
+            "prev_op_gap_s": pa.array(rng.exponential(25, rows).round(1), mask=click | (rng.random(rows) < 0.02)),
+            "next_op_gap_s": pa.array(rng.exponential(25, rows).round(1), mask=click | (rng.random(rows) < 0.02)),
+            "exited_app": pa.array(rng.random(rows) < 0.02, mask=click),
+        }
+    )
+    repeated = (rng.random(rows) < 0.005) & (np.arange(rows) > 0)
+    return table.take(pa.array(np.arange(rows) - repeated))
+
+
+def _ids(letter: str, numbers: np.ndarray) -> pa.Array:
+    return pc.binary_join_element_wise(letter, pa.array(numbers).cast(pa.string()), "")
+
+
+def _masked(values: pa.Array, missing: np.ndarray) -> pa.Array:
+    return pc.if_else(pa.array(missing), None, values)
+
+
+def run_gubs(log: Path, out: Path, nodes: int) -> int:
+    """The stages raw and ifvr; on `nodes` Ray nodes of one core each, if that is not 0."""
+    from gubs import stages
+    from gubs.artifacts import Run
+    from gubs.config import load_settings
+
+    chosen = ["source.kind=logs", f"source.path={log}", "filters.min_video_views=10", "filters.min_user_exposures=30"]
+    chosen += ["splits.test_users=1000", "splits.ugm_users=1000", "splits.click_targets=10", "splits.min_history=2"]
+    run, settings = Run(out), load_settings("paper", chosen + (["data.ray_from_rows=0"] if nodes else []))
+    if nodes:
+        _start_nodes(nodes)
+    stages.make(["ifvr"], run, settings)
+    return run.artifact("ifvr").manifest.tables["interactions"].rows
+
+
+def _start_nodes(nodes: int) -> None:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 200 << 20})
+    for _ in range(nodes):
+        cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+
+
+_RAW = """
+SELECT *, CASE WHEN task = 'sequential' THEN least(watch_s / duration_s, 1.0) END AS play_rate FROM (
+  SELECT i.*, v.duration_s, row_number() OVER (PARTITION BY user_id, video_id, timestamp, task) AS copy
+  FROM read_parquet('{log}/interactions/*.parquet') i LEFT JOIN read_parquet('{log}/videos.parquet') v USING (video_id)
+) WHERE copy = 1"""
+_NOISE = f"""
+SELECT *, (task = 'sequential' OR coalesce(clicked, false)) AS viewed FROM read_parquet('{{out}}/raw/*.parquet')
+WHERE NOT (task = 'sequential' AND coalesce(play_rate < 0.3, false)) OR (
+  prev_op_gap_s IS NOT NULL AND next_op_gap_s IS NOT NULL AND prev_op_gap_s + next_op_gap_s <= {MAX_GAP_S}
+  AND NOT coalesce(exited_app, false))"""
+_VIDEOS = f"SELECT video_id FROM cells GROUP BY 1 HAVING count(*) FILTER (viewed) >= {MIN_VIEWS}"
+_USERS = f"SELECT user_id, task FROM cells WHERE task = 'click' GROUP BY ALL HAVING count(*) < {MIN_EXPOSURES}"
+_BORDERS = f"""
+SELECT *, CASE WHEN task = 'sequential' THEN total // 2 ELSE CASE
+  WHEN before > 0 AND (after IS NULL OR total - {CLICK_TARGETS} - before <= after - total + {CLICK_TARGETS}) THEN before
+  ELSE coalesce(after, 0) END END AS n_history FROM (
+  SELECT *,
+    coalesce(max(place) FILTER (border AND place <= total - {CLICK_TARGETS})
+      OVER (PARTITION BY user_id, task), 0) AS before,
+    min(place) FILTER (border AND place > total - {CLICK_TARGETS} AND place < total)
+      OVER (PARTITION BY user_id, task) AS after
+  FROM (
+    SELECT *,
+      place >= {MIN_HISTORY} AND place = max(page_end) OVER (PARTITION BY user_id, task ORDER BY place) AS border
+    FROM (
+      SELECT *, CASE WHEN page_id IS NULL THEN place ELSE max(place) OVER (PARTITION BY user_id, task, page_id) END
+        AS page_end
+      FROM (
+        SELECT *, row_number() OVER (PARTITION BY user_id, task ORDER BY timestamp) AS place,
+          count(*) OVER (PARTITION BY user_id, task) AS total
+        FROM kept))))"""
+_RESULT = """
+SELECT *, CASE WHEN place <= n_history THEN 'history' ELSE 'target' END AS role,
+  CASE WHEN t.user_id IS NULL THEN 'train' ELSE 'test' END AS split
+FROM divided LEFT JOIN tested t USING (user_id)"""
+
+
+def run_duckdb(log: Path, out: Path) -> int:
+    """The same in SQL."""
+    import duckdb
+
+    db = duckdb.connect(str(out / "work.duckdb"))
+    db.execute(f"SET threads = 2; SET memory_limit = '5GB'; SET temp_directory = '{out}/spill'")
+    db.execute("SET preserve_insertion_order = false")
+    (out / "raw").mkdir()
+    db.execute(f"COPY ({_RAW.format(log=log)}) TO '{out}/raw/part.parquet' (FORMAT parquet, COMPRESSION zstd)")
+    db.execute(f"CREATE TABLE quiet AS {_NOISE.format(out=out)}")
+    db.execute("CREATE TABLE cells AS SELECT user_id, video_id, task, viewed FROM quiet")
+    before = -1
+    while (now := db.execute("SELECT count(*) FROM cells").fetchone()[0]) != before:
+        before = now
+        db.execute(f"CREATE OR REPLACE TABLE videos AS {_VIDEOS}")
+        db.execute("CREATE OR REPLACE TABLE cells AS SELECT c.* FROM cells c SEMI JOIN videos USING (video_id)")
+        db.execute(f"CREATE OR REPLACE TABLE rare AS {_USERS}")
+        db.execute("CREATE OR REPLACE TABLE cells AS SELECT c.* FROM cells c ANTI JOIN rare USING (user_id, task)")
+    db.execute("CREATE TABLE people AS SELECT DISTINCT user_id, task FROM cells")
+    db.execute(
+        "CREATE VIEW kept AS SELECT q.* FROM quiet q SEMI JOIN videos USING (video_id) "
+        "SEMI JOIN people USING (user_id, task)"
+    )
+    db.execute(
+        f"CREATE TABLE divided AS SELECT * FROM ({_BORDERS}) WHERE n_history >= {MIN_HISTORY} AND n_history < total"
+    )
+    db.execute(
+        f"CREATE TABLE tested AS SELECT user_id FROM (SELECT DISTINCT user_id FROM divided) ORDER BY hash(user_id) "
+        f"LIMIT {TEST_USERS}"
+    )
+    db.execute(
+        f"COPY ({_RESULT} ORDER BY task, user_id, place) TO '{out}/ifvr.parquet' (FORMAT parquet, COMPRESSION zstd)"
+    )
+    return int(db.execute("SELECT count(*) FROM divided").fetchone()[0])
+
+
+def run_polars(log: Path, out: Path) -> int:
+    """The same in Polars' streaming engine."""
+    import polars as pl
+
+    me, sequential = ["user_id", "task"], pl.col("task") == "sequential"
+    raw = pl.scan_parquet(f"{log}/interactions/*.parquet").join(
+        pl.scan_parquet(f"{log}/videos.parquet"), on="video_id", how="left"
+    )
+    raw = raw.unique(["user_id", "video_id", "timestamp", "task"], keep="any")
+    raw = raw.with_columns(
+        play_rate=pl.when(sequential).then((pl.col("watch_s") / pl.col("duration_s")).clip(upper_bound=1))
+    )
+    raw.sink_parquet(out / "raw.parquet", compression="zstd", engine="streaming")
+    skip = sequential & (pl.col("play_rate") < 0.3).fill_null(value=False)
+    gap = (pl.col("prev_op_gap_s") + pl.col("next_op_gap_s") <= MAX_GAP_S).fill_null(value=False)
+    noise = ~skip | (gap & ~pl.col("exited_app").fill_null(value=False))
+    kept = pl.scan_parquet(out / "raw.parquet").filter(noise)
+    kept = kept.with_columns(viewed=sequential | pl.col("clicked").fill_null(value=False))
+    cells = kept.select("user_id", "video_id", "task", "viewed").collect(engine="streaming").lazy()
+    before, now = -1, -2
+    while now != before:
+        before = now
+        counts = cells.group_by("video_id").agg(pl.col("viewed").sum())
+        videos = counts.filter(pl.col("viewed") >= MIN_VIEWS).select("video_id").collect(engine="streaming")
+        cells = cells.join(videos.lazy(), on="video_id", how="semi")
+        counts = cells.filter(pl.col("task") == "click").group_by("user_id").len()
+        users = counts.filter(pl.col("len") < MIN_EXPOSURES).select("user_id", task=pl.lit("click"))
+        cells = cells.join(users, on=me, how="anti").collect(engine="streaming").lazy()
+        users = users.collect(engine="streaming")
+        now = cells.select(pl.len()).collect().item()
+    clickers = cells.filter(pl.col("task") == "click").select(me).unique().collect(engine="streaming")
+    kept = kept.join(videos.lazy(), on="video_id", how="semi")
+    kept = kept.filter(sequential | pl.col("user_id").is_in(clickers["user_id"].implode()))
+    place = pl.int_range(1, pl.len() + 1).over(me)
+    frame = kept.sort([*me, "timestamp"]).with_columns(place=place, total=pl.len().over(me).cast(pl.Int64))
+    ends = pl.col("place").max().over([*me, "page_id"])
+    frame = frame.with_columns(page_end=pl.when(pl.col("page_id").is_null()).then(pl.col("place")).otherwise(ends))
+    border = (pl.col("page_end").cum_max().over(me) == pl.col("place")) & (pl.col("place") >= MIN_HISTORY)
+    frame = frame.with_columns(border=border, ideal=pl.col("total") - CLICK_TARGETS)
+    early, late = (
+        pl.col("place") <= pl.col("ideal"),
+        (pl.col("place") > pl.col("ideal")) & (pl.col("place") < pl.col("total")),
+    )
+    frame = frame.with_columns(
+        before=pl.when(pl.col("border") & early).then(pl.col("place")).max().over(me).fill_null(0),
+        after=pl.when(pl.col("border") & late).then(pl.col("place")).min().over(me),
+    )
+    nearer = (pl.col("before") > 0) & (
+        pl.col("after").is_null() | (pl.col("ideal") - pl.col("before") <= pl.col("after") - pl.col("ideal"))
+    )
+    clicks = pl.when(nearer).then(pl.col("before")).otherwise(pl.col("after").fill_null(0))
+    frame = frame.with_columns(n_history=pl.when(sequential).then(pl.col("total") // 2).otherwise(clicks))
+    frame = frame.filter((pl.col("n_history") >= MIN_HISTORY) & (pl.col("n_history") < pl.col("total")))
+    frame = frame.with_columns(
+        role=pl.when(pl.col("place") <= pl.col("n_history")).then(pl.lit("history")).otherwise(pl.lit("target"))
+    )
+    frame.sink_parquet(out / "divided.parquet", compression="zstd", engine="streaming")
+    divided = pl.scan_parquet(out / "divided.parquet")
+    tested = divided.select("user_id").unique().collect(engine="streaming")
+    tested = tested.sort(pl.col("user_id").hash()).head(TEST_USERS)["user_id"]
+    split = pl.when(pl.col("user_id").is_in(tested.implode())).then(pl.lit("test")).otherwise(pl.lit("train"))
+    divided.with_columns(split=split).sort(["task", "user_id", "place"]).sink_parquet(
+        out / "ifvr.parquet", compression="zstd", engine="streaming"
+    )
+    return pq.ParquetFile(out / "ifvr.parquet").metadata.num_rows
+
+
+class _Memory(threading.Thread):
+    """Watches the memory of a process and its children."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.pid, self.peak, self.ended = pid, 0, threading.Event()
+
+    def run(self) -> None:
+        import psutil
+
+        while not self.ended.wait(_EVERY_S):
+            try:
+                processes = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
+            except psutil.NoSuchProcess:
+                return
+            total = 0
+            for process in processes:
+                try:
+                    total += process.memory_full_info().pss
+                except psutil.Error:
+                    continue
+            self.peak = max(self.peak, total)
+
+
+def measured(engine: str, log: Path, work: Path, nodes: int) -> dict[str, Any]:
+    """Runs one engine in a process of its own."""
+    out = work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    command = [sys.executable, __file__, "--engine", engine, "--log", str(log), "--out", str(out), "--on", str(nodes)]
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    memory = _Memory(process.pid)
+    memory.start()
+    printed, _ = process.communicate()
+    seconds = time.perf_counter() - began
+    memory.ended.set()
+    if process.returncode:
+        return {"failed": process.returncode, "seconds": round(seconds, 1), "peak_gib": round(memory.peak / 2**30, 2)}
+    shutil.rmtree(out, ignore_errors=True)
+    return {
+        "seconds": round(seconds, 1),
+        "peak_gib": round(memory.peak / 2**30, 2),
+        "kept": json.loads(printed.splitlines()[-1]),
+    }
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=float, nargs="+", default=[1e6, 1e7])
+    parser.add_argument("--work", type=Path, help="folder for the logs and results")
+    parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
+    parser.add_argument(
+        "--nodes", type=int, nargs="+", default=[0], help="gubs on so many Ray nodes of one core; 0: as usual"
+    )
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--log", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--on", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.engine:
+        run = {"gubs": lambda: run_gubs(args.log, args.out, args.on), "duckdb": lambda: run_duckdb(args.log, args.out)}
+        run["polars"] = lambda: run_polars(args.log, args.out)
+        print(json.dumps(run[args.engine]()))
+        return
+    found: list[dict[str, Any]] = []
+    for rows in map(int, args.rows):
+        log = args.work / f"log-{rows}"
+        write_log(log, rows)
+        size = sum(f.stat().st_size for f in log.rglob("*.parquet")) / 2**30
+        for engine in args.engines:
+            for nodes in args.nodes if engine == "gubs" else [0]:
+                result = {"rows": rows, "log_gib": round(size, 3), "engine": engine, "nodes": nodes}
+                result |= measured(engine, log, args.work, nodes)
+                result["rows_per_s"] = round(rows / result["seconds"])
+                print(result, flush=True)
+                found.append(result)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""How your own logs are read, decided before the first row: their files, columns and units."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import fsspec
+import pyarrow as pa
+
+from gubs.data.settings import SourceSettings
+from gubs.data.sources import units
+from gubs.data.sources.columns import KINDS, CellRules
+from gubs.data.sources.files import InputFile, in_folder, is_wild, listed, matching
+from gubs.data.sources.formats import Parquet, open_table
+from gubs.data.sources.reading import (
+    Column,
+    match_columns,
+)
+from gubs.errors import InputError
+
+_PLAIN = (".parquet", ".csv", ".tsv", ".jsonl")
+
+_SUFFIXES = (*_PLAIN, *(f"{s}.{z}" for s in _PLAIN[1:] for z in ("gz", "zst")))
+
+GAPS = ("prev_op_gap_s", "next_op_gap_s")
+
+TIMES = ("duration_s", "watch_s", *GAPS)
+
+RATE = "play_rate"
+
+_ROW_BYTES = {".csv": 60, ".tsv": 60, ".jsonl": 120}
+"""Bytes of a row, about; they only decide how many parts there are."""
+_PACKED = 4
+"""How much smaller packed text is, about."""
+
+_FILES_NAMED = 4
+"""Files that a refusal names."""
+
+USERS = (
+    Column("user_id", "id", nullable=False),
+    Column("age", "integer", optional=True, minimum=0, maximum=130),
+    Column("gender", "word", optional=True),
+    Column("occupation", "word", optional=True),
+    Column("other", "word", optional=True),
+    Column("tags", "texts", optional=True),
+)
+
+VIDEOS = (
+    Column("video_id", "id", nullable=False),
+    Column("title", optional=True),
+    Column("duration_s", "number", optional=True, minimum=0),
+    Column("uri", "word", optional=True),
+    Column("cover_uri", "word", optional=True),
+    Column("tags", "texts", optional=True),
+)
+
+_INTERACTIONS = (
+    Column("interaction_id", "id", optional=True, nullable=False),
+    Column("user_id", "id", nullable=False),
+    Column("video_id", "id", nullable=False),
+    Column("task", "word", optional=True),
+    Column("timestamp", "time", optional=True),
+    Column("page_id", "id", optional=True),
+    Column("position", "integer", optional=True, minimum=0, maximum=2**31 - 1),
+    Column("watch_s", "number", optional=True, minimum=0),
+    Column("duration_s", "number", optional=True, minimum=0),
+    Column("play_rate", "number", optional=True, minimum=0),
+    Column("clicked", "flag", optional=True),
+    Column("liked", "flag", optional=True),
+    Column("disliked", "flag", optional=True),
+    Column("dislike_reason", "word", optional=True),
+    Column("rating", "number", optional=True, minimum=0, maximum=5),
+    Column("prev_op_gap_s", "number", optional=True, minimum=0),
+    Column("next_op_gap_s", "number", optional=True, minimum=0),
+    Column("exited_app", "flag", optional=True),
+)
+
+TABLES = ("interactions", "users", "videos")
+
+Files = Mapping[str, Sequence[InputFile]]
+"""The files of each table."""
+
+
+def find_files(path: str) -> tuple[dict[str, list[InputFile]], str]:
+    """The files of each table, and their folder. `path` is a folder, the file (or a glob of the files) of the
+    interactions alone, or a URI of either; a table is a file or a folder of parts.
+
+    Raises:
+        InputError: there are no interactions, or a table is there twice.
+    """
+    fs, place = fsspec.core.url_to_fs(path)
+    if is_wild(path):
+        own, folder = matching(path), path[: min(path.index(c) for c in "*?[" if c in path)].rpartition("/")[0]
+        folder = folder.rpartition("/")[0] if folder.endswith("/interactions") else folder
+    elif fs.isfile(place):
+        folder, _, name = path.rpartition("/")
+        folder, own = folder or ".", [InputFile(path, name)]
+    else:
+        folder, own = path, []
+    found = {name: _find(folder, name) for name in TABLES}
+    files = {name: parts for name, parts in (found | ({"interactions": own} if own else {})).items() if parts}
+    if "interactions" not in files:
+        names = ", ".join(f"interactions{suffix}" for suffix in _SUFFIXES)
+        raise InputError(
+            f"{folder}: no interactions file; put one there: {names}; or a folder 'interactions' of parts, or give "
+            f"source.path={folder}/PATTERN"
+        )
+    return files, folder
+
+
+def _find(folder: str, name: str) -> list[InputFile]:
+    matches = [f for s in _SUFFIXES if (f := in_folder(folder, name + s)).exists()]
+    parts = listed(f"{folder.rstrip('/')}/{name}", _SUFFIXES)
+    if len(matches) > 1:
+        raise InputError(f"{folder}: has both {matches[0].label} and {matches[1].label}; keep one of them")
+    if matches and parts:
+        raise InputError(f"{folder}: has both {matches[0].label} and a folder {name!r} of parts; keep one of them")
+    return matches or parts
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is known of a file before its rows are read."""
+
+    label: str
+    header: tuple[str, ...]
+    group_rows: tuple[int, ...] = ()
+    """Rows of each row group of a Parquet file."""
+    rows: int = 0
+    """About how many there are."""
+
+    @classmethod
+    def of(cls, file: InputFile) -> "Head":
+        """The head of a file."""
+        raw = open_table(file)
+        if isinstance(raw, Parquet):
+            return cls(file.label, tuple(raw.header), tuple(raw.group_rows), sum(raw.group_rows))
+        text = file.size() * (_PACKED if file.zipped else 1)
+        return cls(file.label, tuple(raw.header), (), math.ceil(text / _ROW_BYTES[file.suffix]))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a log is read; made from its heads and the settings."""
+
+    settings: SourceSettings
+    files: Files
+    folder: str
+    heads: Mapping[str, Sequence[Head]]
+    columns: tuple[Column, ...]
+    """The columns to read of the interactions."""
+    names: Mapping[str, str]
+    """Our name of each column that a file of the interactions has -> its name there."""
+    derived: frozenset[str]
+    """Columns that are computed from others: the gaps of a log that is declared complete."""
+    stated: units.Stated
+
+    @property
+    def rules(self) -> CellRules:
+        """What cells mean."""
+        return _rules(self.settings)
+
+    def label(self, table: str) -> str:
+        """What a table is called in messages."""
+        files = self.files[table]
+        return files[0].label if len(files) == 1 else f"{table} ({len(files)} files)"
+
+    @property
+    def piece_schema(self) -> pa.Schema:
+        """The columns of the rows between `read_pieces` and `finish`."""
+        kept = [c for c in self.columns if c.name in self.names or c.name in _ALWAYS]
+        return pa.schema([("file", pa.int32()), ("line", pa.int64()), *((c.name, KINDS[c.kind][0]) for c in kept)])
+
+
+_ALWAYS = ("user_id", "video_id", "task", "timestamp", "page_id", "clicked", "watch_s", "duration_s", "play_rate")
+"""Columns that a piece has, even if they are empty."""
+
+
+def plan(settings: SourceSettings, files: Files, folder: str, heads: Mapping[str, Sequence[Head]]) -> Plan:
+    """Checks the settings against the heads of the files.
+
+    Raises:
+        InputError: a file lacks a column, or a setting fits no column.
+    """
+    _check_mapping(settings.columns, heads)
+    mapping = _of_table(settings.columns, "interactions")
+    derived = frozenset(GAPS) if _is_complete(mapping) else frozenset[str]()
+    columns = tuple(c for c in mapped("interactions", settings.columns) if c.name not in derived)
+    found = [match_columns(h.label, h.header, columns) for h in heads["interactions"]]
+    names = {ours: theirs for one in reversed(found) for ours, theirs in one.items()}
+    return Plan(settings, files, folder, heads, columns, names, derived, _stated_units(settings.units))
+
+
+_TABLES = {"users": USERS, "videos": VIDEOS, "interactions": _INTERACTIONS}
+
+Nested = Mapping[str, str | dict[str, str]]
+"""A setting per column, or per table and column."""
+
+
+def _of_table(setting: Nested, table: str) -> dict[str, str]:
+    """The entries that apply to a table; those that name it win."""
+    general = {name: value for name, value in setting.items() if isinstance(value, str)}
+    own = setting.get(table, {})
+    return general | own if isinstance(own, dict) else general
+
+
+def _check_mapping(columns: Nested, heads: Mapping[str, Sequence[Head]]) -> None:
+    for name, value in columns.items():
+        if isinstance(value, str):
+            _check_name(f"source.columns.{name}", name, value, heads)
+        elif name not in _TABLES:
+            raise InputError(f"source.columns.{name}: no such table; they are {', '.join(_TABLES)}")
+        elif name not in heads:
+            raise InputError(f"source.columns.{name}: there is no file of {name}; put {name}.csv beside the others")
+        else:
+            for ours, theirs in value.items():
+                _check_name(f"source.columns.{name}.{ours}", ours, theirs, {name: heads[name]})
+
+
+def _check_name(setting: str, ours: str, theirs: str, heads: Mapping[str, Sequence[Head]]) -> None:
+    """Checks that the column `ours` belongs to one of the tables, and that one of their files has `theirs`."""
+    names = sorted({c.name for table in heads for c in _TABLES[table]})
+    if ours not in names:
+        raise InputError(f"{setting}: no such column of ours; they are {', '.join(names)}")
+    labels = [h.label for parts in heads.values() for h in parts]
+    if not any(theirs in head.header for parts in heads.values() for head in parts):
+        shown = ", ".join(labels[:_FILES_NAMED]) + (" ..." if len(labels) > _FILES_NAMED else "")
+        raise InputError(
+            f"{setting}={theirs}: none of {shown} has a column {theirs!r} in row 1; write its name as it is in the file"
+        )
+
+
+_WITH_UNITS = {"interactions": (*TIMES, RATE), "videos": ("duration_s",)}
+
+
+def _stated_units(setting: Nested) -> units.Stated:
+    """The units that the setting states, by table and column; those for one table win."""
+    general: dict[tuple[str, str], str] = {}
+    own: dict[tuple[str, str], str] = {}
+    for name, value in setting.items():
+        if isinstance(value, str):
+            general |= _stated(f"source.units.{name}", name, value, tuple(_WITH_UNITS))
+        elif name not in _WITH_UNITS:
+            raise InputError(f"source.units.{name}: no such table; they are {', '.join(_WITH_UNITS)}")
+        else:
+            for column, unit in value.items():
+                own |= _stated(f"source.units.{name}.{column}", column, unit, (name,))
+    return general | own
+
+
+def _stated(key: str, name: str, unit: str, tables: Sequence[str]) -> dict[tuple[str, str], str]:
+    """One unit for the column `name` (`watch` or `watch_s`) of those of the tables that have it."""
+    column = name if name in _WITH_UNITS["interactions"] else f"{name}_s"
+    found = {(table, column): unit for table in tables if column in _WITH_UNITS[table]}
+    if not found:
+        names = dict.fromkeys(c.removesuffix("_s") for table in tables for c in _WITH_UNITS[table])
+        raise InputError(f"{key}: no such column of {' or '.join(tables)}; they are {', '.join(names)}")
+    known = units.RATE_UNITS if column == RATE else units.TIME_UNITS
+    if unit not in known:
+        raise InputError(f"{key}={unit}: no such unit; they are {', '.join(known)}")
+    return found
+
+
+def mapped(table: str, setting: Nested) -> list[Column]:
+    """The table's columns with the names that the file may use: the mapped one, else our own."""
+    mapping = _of_table(setting, table)
+    return [replace(c, source=(mapping[c.name], c.name)) if c.name in mapping else c for c in _TABLES[table]]
+
+
+def _rules(settings: SourceSettings) -> CellRules:
+    return CellRules(settings.nulls, settings.separators)
+
+
+def _is_complete(mapping: Mapping[str, str]) -> bool:
+    """Whether both gaps are mapped to the timestamp's column, which declares that the log holds every operation."""
+    return {mapping.get(name) for name in GAPS} == {mapping.get("timestamp", "timestamp")}

@@ -1,0 +1,175 @@
+"""Runs functions over the parts of a log: in this process if the log is small, else by Ray Data on the cluster.
+
+The functions are the same in both cases. They read and write files in the run's folder and return something small. What
+a finished call returned is kept there too, so that a killed command goes on where it was.
+"""
+
+import functools
+import hashlib
+import operator
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import fsspec
+import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
+
+from gubs.artifacts import write_atomically
+from gubs.console import progress
+from gubs.errors import GubsError, PlatformError
+from gubs.ray_runtime import RaySettings, quiet_ray_data, ray_session
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_GROUPS_PER_CPU = 4
+_NO_PROGRESS_S = 3600
+"""After this time without a finished call, Ray Data gives up."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where functions run, and where finished results are kept. Made by `work`."""
+
+    fs: fsspec.AbstractFileSystem
+    folder: str
+    """Of the kept results (no scheme)."""
+    on_ray: bool
+
+    def run(self, phase: str, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """Calls the function with each item and keeps the results; calls that an earlier attempt finished are not
+        repeated.
+
+        Args:
+            phase: a name, for the person who waits and for the kept results.
+            function: may be called twice with one item, if a worker dies; so it writes files under fixed names.
+            items: in the order of the results.
+
+        Raises:
+            GubsError: the function raised it.
+        """
+        if not self.on_ray:
+            return [function(item) for item in items]
+        results = {i: kept for i in range(len(items)) if (kept := self._kept(phase, i)) is not None}
+        missing = [i for i in range(len(items)) if i not in results]
+        calls = [functools.partial(self._call, phase, i, function, items[i]) for i in missing]
+        with progress(phase) as on_progress:
+            for i, result in _on_ray(calls, missing):
+                results[i] = (result,)
+                on_progress(len(results), len(items))
+        return [results[i][0] for i in range(len(items))]
+
+    def total(self, phase: str, function: Callable[[Item], Result], items: Sequence[Item]) -> Result:
+        """Adds up what the function returns for each item; for quick calls, whose results are not kept.
+
+        Raises:
+            GubsError: the function raised it.
+        """
+        if not self.on_ray:
+            return functools.reduce(operator.add, map(function, items))
+        import ray
+
+        groups = min(len(items), int(_GROUPS_PER_CPU * max(1, ray.cluster_resources().get("CPU", 1))))
+        calls = [functools.partial(_sum, function, items[i::groups]) for i in range(groups)]
+        with progress(phase) as on_progress:
+            sums: dict[int, Result] = {}
+            for i, result in _on_ray(calls, range(groups)):
+                sums[i] = result
+                on_progress(len(sums), groups)
+        return functools.reduce(operator.add, (sums[i] for i in range(groups)))
+
+    def _path(self, phase: str, number: int) -> str:
+        return f"{self.folder}/{phase.replace(' ', '-')}-{number:06}.pickle"
+
+    def _kept(self, phase: str, number: int) -> tuple[Any] | None:
+        path = self._path(phase, number)
+        return (pickle.loads(self.fs.cat_file(path)),) if self.fs.exists(path) else None
+
+    def _call(self, phase: str, number: int, function: Callable[[Item], Result], item: Item) -> Result:
+        result = function(item)
+        self.fs.makedirs(self.folder, exist_ok=True)
+        write_atomically(self.fs, self._path(phase, number), pickle.dumps(result))
+        return result
+
+
+def _sum(function: Callable[[Item], Result], items: Sequence[Item]) -> Result:
+    return functools.reduce(operator.add, map(function, items))
+
+
+def _on_ray(calls: Sequence[Callable[[], Result]], numbers: Sequence[int]) -> Iterator[tuple[int, Result]]:
+    """Makes the calls on the cluster; yields number and result of each as it ends. A call whose worker dies is repeated
+    by Ray.
+    """
+    import ray.data
+
+    if not calls:
+        return
+    shared = ray.put(list(calls))  # one copy per node, however many calls there are
+
+    def call(batch: pa.Table) -> pa.Table:
+        own = ray.get(shared)
+        rows = [(i, _outcome(own[i])) for i in batch["id"].to_pylist()]
+        return pa.table({"id": [i for i, _ in rows], "outcome": pa.array([o for _, o in rows], pa.large_binary())})
+
+    dataset = ray.data.range(len(calls), override_num_blocks=len(calls)).map_batches(
+        call, batch_size=None, batch_format="pyarrow"
+    )
+    dataset.context.execution_no_progress_timeout_s = _NO_PROGRESS_S
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in cast(pa.Table, batch).to_pylist():
+            result = pickle.loads(row["outcome"])
+            if isinstance(result, GubsError):
+                raise result
+            yield numbers[row["id"]], result
+
+
+def _outcome(call: Callable[[], object]) -> bytes:
+    """The pickled result, or the error that a person can mend; any other error is Ray's."""
+    try:
+        return pickle.dumps(call())
+    except GubsError as e:
+        return pickle.dumps(e)
+
+
+@contextmanager
+def work(fs: fsspec.AbstractFileSystem, folder: str, on_ray: bool, settings: RaySettings) -> Iterator[Work]:
+    """Joins or starts Ray, if it is to be used, until the context ends.
+
+    Raises:
+        PlatformError: a node does not see the folder.
+    """
+    with ExitStack() as stack:
+        if on_ray:
+            stack.enter_context(ray_session(settings))
+            quiet_ray_data()
+            _check_shared(fs, folder)
+        yield Work(fs, folder, on_ray)
+
+
+def _check_shared(fs: fsspec.AbstractFileSystem, folder: str) -> None:
+    """Refuses a local folder that is another one on other nodes."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+    if len(nodes) < 2 or not isinstance(fs, LocalFileSystem):
+        return
+    fs.makedirs(folder, exist_ok=True)
+    fs.touch(f"{folder}/probe")
+    see = ray.remote(num_cpus=0)(os.path.exists)
+    on = [see.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=False)) for n in nodes]
+    blind = len(nodes) - sum(ray.get([node.remote(f"{folder}/probe") for node in on]))
+    if blind:
+        raise PlatformError(
+            f"{blind} of {len(nodes)} nodes do not see {folder}: put --run on a file system that all nodes share, "
+            "or at a URI"
+        )
+
+
+def attempt_key(*decided_by: str) -> str:
+    """The key of a resumable attempt: what an attempt with another one left is of no use."""
+    return hashlib.sha256("\n".join(decided_by).encode()).hexdigest()[:16]
