@@ -71,8 +71,10 @@ def test_ray_train_gives_the_same_model(ray_local):
     settings = TOY.model_copy(update={"epochs": 2})
     *_, (model, _) = training(circles(), 12, settings, seed=0)
     trained = fit(circles(), 12, settings, seed=0)
-    for name, weight in model.state_dict().items():
-        assert torch.allclose(weight, trained.state_dict()[name], atol=1e-5), name
+    # scores, not weights: the bias of the keys changes no score, so Adam follows the rounding of its gradient
+    mine, theirs = (np.concatenate(list(next_scores(m, circles(), settings))) for m in (model, trained))
+    assert np.allclose(mine, theirs, atol=1e-4)
+    assert np.ptp(mine) > 0.1
 
 
 def test_places_by_hand():
