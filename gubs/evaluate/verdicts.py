@@ -112,7 +112,7 @@ def paired(
     a, b = (np.stack([s[n] for n in names], axis=1) for s in (first, second))
 
     def value(matrix: Floats) -> Floats:
-        return statistic(dict(zip(names, np.moveaxis(matrix, -1, 0), strict=True)))
+        return statistic({name: matrix[..., k] for k, name in enumerate(names)})
 
     rng = np.random.default_rng([seed, 31])
     observed = float(value(a.sum(axis=0)) - value(b.sum(axis=0)))

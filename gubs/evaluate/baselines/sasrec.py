@@ -204,6 +204,7 @@ def fit(sequences: Sequences, items: int, settings: SasrecSettings, seed: int) -
     scaling = ScalingConfig(num_workers=settings.sasrec_workers, use_gpu=gpu)
     with TemporaryDirectory(prefix="gubs-sasrec-") as folder:
         run_config: Any = RunConfig(name="sasrec", storage_path=folder)
-        trainer = TorchTrainer(train_worker, train_loop_config=config, scaling_config=scaling, run_config=run_config)
+        loop: Any = train_worker  # Ray's annotation allows no result, its trainer does
+        trainer = TorchTrainer(loop, train_loop_config=config, scaling_config=scaling, run_config=run_config)
         result: Any = trainer.fit()
     return from_bytes(result.return_value, items, settings)

@@ -68,7 +68,7 @@ def probabilities(model: Any, features: Floats) -> Floats:
     return np.asarray(model.predict_proba(features)[:, 1])
 
 
-def rate(positives: Floats, totals: Floats, prior: float, strength: float = 5.0) -> Floats:
+def rate(positives: Floats | Ints, totals: Floats | Ints, prior: float, strength: float = 5.0) -> Floats:
     """A rate, drawn to `prior` as if `strength` more records had it; where there are none, it is the prior."""
     return (positives + strength * prior) / (totals + strength)
 
