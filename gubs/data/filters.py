@@ -22,6 +22,7 @@ from gubs.records import FAST_SKIP_BELOW, Task
 
 Mask = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
+Codes = npt.NDArray[np.int32]
 
 COLUMNS = (
     *("user_id", "video_id", "task", "play_rate", "clicked"),
@@ -186,9 +187,9 @@ def applicable(known: Known, settings: FilterSettings) -> list[Criterion]:
 class Cells:
     """What the counts need of the rows of a block."""
 
-    user: Ints
+    user: Codes
     """A number for each user of the block, from 0."""
-    video: Ints
+    video: Codes
     """The place of the video among those of all blocks."""
     videos: int
     """How many these are."""
@@ -218,8 +219,8 @@ class Cells:
                 failed[judged & (failed == 0) & ~criterion.meets(block)] = number
         user = block["user_id"].combine_chunks().dictionary_encode().indices
         return cls(
-            user=user.to_numpy(zero_copy_only=False).astype(np.int64),
-            video=pc.index_in(block["video_id"], value_set=video_ids).to_numpy().astype(np.int64),
+            user=user.to_numpy(zero_copy_only=False),
+            video=pc.index_in(block["video_id"], value_set=video_ids).to_numpy(),
             videos=len(video_ids),
             view=is_view(block),
             click=~sequential,
@@ -247,7 +248,7 @@ class Tally:
         return Tally(self.interactions + other.interactions, self.users + other.users, self.seen | other.seen)
 
 
-def _distinct(codes: Ints) -> int:
+def _distinct(codes: Codes) -> int:
     return int(np.count_nonzero(np.bincount(codes)))
 
 
