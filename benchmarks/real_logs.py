@@ -16,10 +16,10 @@ import numpy as np
 
 from gubs.artifacts import Run
 from gubs.config import Settings, load_settings
+from gubs.evaluate.held_out import skipped
+from gubs.evaluate.thresholds import auc
 from gubs.ray_runtime import ray_session
 from gubs.records import Split, Task
-from gubs.serving.filter import auc
-from gubs.serving.stage import skipped
 from gubs.teachers import script
 from gubs.ufm.inputs import Inputs
 from gubs.ufm.labels import Labels

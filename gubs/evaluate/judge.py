@@ -88,7 +88,7 @@ def make(job: StageJob, ufm: UFMSettings, evaluate: EvalSettings, seed: int) -> 
     folder = policy_or_base(job.run, policy, ufm)
     questions = Questions(job.run, ufm.inputs, tastes=job.reads(PROFILES))
     items = test_items(questions, evaluate.items, seed)
-    held_out = held_out_items(questions, Task, ufm.distil.held_out, evaluate.decision, seed)
+    held_out = held_out_items(questions, tuple(Task), ufm.distil.held_out, evaluate.decision, seed)
     with progress("answers") as on_progress:
         answers = ask(items, held_out, questions, folder, ufm, seed, on_progress)
     rules = decision_rules(held_out, answers, evaluate.decision)
