@@ -17,7 +17,7 @@ from gubs.artifacts import Run
 from gubs.errors import ArtifactError, InputError
 from gubs.evaluate.bars import BARS
 from gubs.evaluate.feedback import Bools, Floats
-from gubs.evaluate.judge import MODES, STAGE_PREFIX
+from gubs.evaluate.judge import CALIBRATED, FILTER, GREEDY, STAGE_PREFIX
 from gubs.evaluate.metrics import Metric, Predictions, baselines, bootstrap_weights, evaluate
 from gubs.evaluate.verdicts import Verdict, verdicts
 from gubs.records import FAST_SKIP_BELOW, Task
@@ -34,6 +34,8 @@ COLUMNS = {
 }
 """Columns of a task's table, in order."""
 _VERDICT = {Task.SEQUENTIAL: "judge_balanced_acc", Task.CLICK: "click_balanced_acc"}
+_MODES = {GREEDY: "", CALIBRATED: ", calibrated", FILTER: ", filter"}
+"""Modes of a policy's answers that take a row each, and what their names end with."""
 _CURVE = tuple(round(0.05 * k, 2) for k in range(1, 21))
 """Shares of videos kept at which a curve is measured."""
 _KEYS = ["interaction_id", "user_id", "predicted", "score"]
@@ -119,12 +121,14 @@ def collect(run: Run, task: Task, files: Mapping[str, str]) -> tuple[list[Stored
     happened = happened.assign(gold=None)
     for stage in (s for s in run.stages() if s.startswith(STAGE_PREFIX)):
         frame = run.artifact(stage).table("predictions").to_pandas()
-        frame = frame[(frame["task"] == str(task)) & (frame["mode"] == MODES[0]) & frame["natural"]]
-        if len(frame):
-            golds = frame.set_index("interaction_id")["gold"]
-            happened["gold"] = happened["interaction_id"].map(golds).where(lambda g: g.notna(), None)
-            frame = frame if "score" in frame else frame.assign(score=np.nan)
-            predictors.append(Stored(stage.removeprefix(STAGE_PREFIX), frame[_KEYS], True, "policy"))
+        frame = frame[(frame["task"] == str(task)) & frame["natural"]]
+        frame = frame.assign(score=frame["skip"].fillna(0.0))  # without a readable answer a video is kept
+        for mode, suffix in _MODES.items():
+            part = frame[frame["mode"] == mode]
+            if len(part):
+                golds = part.set_index("interaction_id")["gold"]
+                happened["gold"] = happened["interaction_id"].map(golds)
+                predictors.append(Stored(stage.removeprefix(STAGE_PREFIX) + suffix, part[_KEYS], True, "policy"))
     predictors += [Stored(n, read_file(path, task, happened), True, "file") for n, path in files.items()]
     return predictors, happened
 
@@ -230,8 +234,7 @@ def auc(score: Floats, bad: Bools, weights: Floats | None = None) -> Floats:
 def _aligned(predictor: Stored, truth: pd.DataFrame, task: Task) -> tuple[Predictions, Floats]:
     """A predictor's answers in the order of the truth, and its scores."""
     frame = predictor.frame.set_index("interaction_id").loc[truth["interaction_id"]]
-    gold = truth["gold"].where(truth["gold"].notna(), None).tolist()
-    said = frame["predicted"].where(frame["predicted"].notna(), None).tolist()
+    gold, said = _options(truth["gold"]), _options(frame["predicted"])
     rate = [None if v is None or v != v else float(v) for v in truth["play_rate"].tolist()]
     clicked = [None if v is None or v != v else bool(v) for v in truth["clicked"].tolist()]
     sequential = task is Task.SEQUENTIAL
@@ -244,6 +247,11 @@ def _aligned(predictor: Stored, truth: pd.DataFrame, task: Task) -> tuple[Predic
         clicked=None if sequential else clicked,
     )
     return predictions, frame["score"].to_numpy(dtype=float)
+
+
+def _options(column: pd.Series) -> list[str | None]:
+    """Option letters; None for what pandas has for null, which depends on the column's type."""
+    return [value if isinstance(value, str) else None for value in column]
 
 
 def _row(predictor: Stored, said: Predictions, score: Floats, *, resamples: int, seed: int) -> TableRow:

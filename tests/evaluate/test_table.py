@@ -5,6 +5,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from artifact_helpers import put
 from small_world import WORLD
 
 from gubs import jobs, stages
@@ -12,12 +13,15 @@ from gubs.artifacts import Run
 from gubs.config import load_settings
 from gubs.data.ifvr import IFVR
 from gubs.errors import ArtifactError, InputError
+from gubs.evaluate.bars import STORED
 from gubs.evaluate.baselines.targets import Log, all_scored, features, scores_of, sequences
+from gubs.evaluate.judge import PREDICTIONS
 from gubs.evaluate.metrics import Predictions
 from gubs.evaluate.published import TABLE_2
 from gubs.evaluate.table import ORIGINAL, Stored, auc, build, curve, tables
 from gubs.records import Task
 
+_KNOWN = {"videos_trained_on": 1.0}
 SETTINGS = ("evaluate.bootstrap=50", "evaluate.sasrec.epochs=2", "evaluate.sasrec.width=8", "evaluate.sasrec.length=6")
 
 
@@ -187,3 +191,25 @@ def test_the_command_makes_the_table_and_takes_files(run, ray_local, tmp_path, c
     pq.write_table(pa.table({"interaction_id": ["none"]}), file)
     with pytest.raises(InputError, match="no column predicted"):
         tables(run, {"mine": str(file)}, least_users=1, resamples=20, seed=0)
+
+
+def test_a_judged_policy_takes_a_row_as_it_answers_as_calibrated_and_as_served(tmp_path):
+    """Two targets are skipped. Greedy the policy drops one of them, as served both; one answer cannot be read: it is
+    kept, and its score is the lowest."""
+    run, rates = Run(tmp_path / "run"), [0.1, 0.2, 0.9, 0.8]
+    facts = [{"interaction_id": f"x{k}", "user_id": f"u{k % 2}", "play_rate": r} for k, r in enumerate(rates)]
+    bar = [{**f, "method": "bar", "task": "sequential", "predicted": "A", "score": 0.5} for f in facts]
+    put(run, "bars", {"predictions": pa.Table.from_pylist(bar, schema=STORED)}, info={"sequential": _KNOWN})
+    said = {"greedy": "BAA", "sampled": "AAA", "calibrated": "BBB", "filter": "BBA"}
+    judged = [
+        {**f, "task": "sequential", "mode": mode, "natural": True, "predicted": letter, "skip": skip, "gold": gold}
+        for mode, letters in said.items()
+        for f, letter, skip, gold in zip(facts, [*letters, None], [0.9, 0.6, 0.3, None], "BCAA", strict=True)
+    ]
+    put(run, "eval-grpo", {"predictions": pa.Table.from_pylist(judged, schema=PREDICTIONS)})
+    (table,) = tables(run, {}, least_users=1, resamples=0, seed=0)
+    rows = {r.name: r.values for r in table.rows if r.kind == "policy"}
+    shares = {name: v["share_kept"]["value"] for name, v in rows.items()}
+    assert shares == {"grpo": 0.75, "grpo, calibrated": 0.25, "grpo, filter": 0.5}
+    assert rows["grpo, filter"]["auc"]["value"] == rows["grpo"]["auc"]["value"] == 1
+    assert rows["grpo, filter"]["play_rate_above_30"]["value"] == 1
