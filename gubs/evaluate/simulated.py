@@ -215,7 +215,7 @@ def _bars_on(answers: pa.Table, candidates: Candidates, feedback: Feedback) -> d
     frame = answers.to_pandas()
     frame = frame[frame["protocol"] == candidates.protocol.name]
     keys = [(feedback.users[u], feedback.items[i]) for u, i in zip(candidates.user, candidates.item, strict=True)]
-    said = {}
+    said: dict[str, Sequence[bool | None]] = {}
     for name, part in frame.groupby("method", sort=False):
         yes = dict(zip(zip(part["user_id"], part["item_id"], strict=True), part["yes"], strict=True))
         said[str(name)] = [bool(yes[key]) for key in keys]
