@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from gubs.artifacts import Run
 from gubs.errors import ArtifactError, InputError
 from gubs.evaluate.bars import BARS
+from gubs.evaluate.compare import CONSTANTS
 from gubs.evaluate.feedback import Bools, Floats
 from gubs.evaluate.judge import CALIBRATED, FILTER, GREEDY, STAGE_PREFIX
 from gubs.evaluate.metrics import Metric, Predictions, baselines, bootstrap_weights, evaluate
@@ -173,7 +174,7 @@ def build(
     truth = truth.sort_values(["user_id", "interaction_id"], ignore_index=True)
     said = {p.name: _aligned(p, truth, task) for p in predictors}
     first = next(iter(said.values()))[0]
-    rows = [_original(truth, task, resamples, seed)]
+    rows = [_original(truth, task, resamples, seed), *_constants(first, resamples, seed)]
     rows += [_row(p, *said[p.name], resamples=resamples, seed=seed) for p in predictors]
     scored = {name: score for name, (_, score) in said.items() if np.isfinite(score).all()}
     users = len(truth["user_id"].unique())
@@ -185,7 +186,7 @@ def build(
         rows=tuple(rows),
         curves={name: curve(score, first) for name, score in scored.items()},
         verdicts=tuple(_verdicts(predictors, {n: p for n, (p, _) in said.items()}, task, resamples, seed)),
-        notes=tuple(_notes(truth, users, least_users, happened)),
+        notes=tuple(_notes(truth, users, least_users, happened, task)),
     )
 
 
@@ -274,6 +275,16 @@ def _original(truth: pd.DataFrame, task: Task, resamples: int, seed: int) -> Tab
     return TableRow(ORIGINAL, "baseline", {n: v for n, v in values.items() if not n.startswith(judged)}, {})
 
 
+def _constants(truth: Predictions, resamples: int, seed: int) -> list[TableRow]:
+    """Both constants and the coin: what judging is worth without looking."""
+    rows = baselines(truth, resamples=resamples, seed=seed)
+    said = {name: _values(rows[name], truth.task) for name in CONSTANTS[truth.task]}
+    return [
+        TableRow(name, "baseline", {n: v for n, v in values.items() if not n.startswith("reason")}, {})
+        for name, values in said.items()
+    ]
+
+
 def _values(metrics: Sequence[Metric], task: Task) -> dict[str, dict[str, float]]:
     return {m.name: {"value": m.value, "low": m.low, "high": m.high} for m in metrics if m.name in COLUMNS[task]}
 
@@ -296,13 +307,13 @@ def _verdicts(
     return verdicts(said, pairs, _VERDICT[task], resamples=resamples, seed=seed) if pairs else []
 
 
-def _notes(truth: pd.DataFrame, users: int, least_users: int, happened: pd.DataFrame) -> list[str]:
+def _notes(truth: pd.DataFrame, users: int, least_users: int, happened: pd.DataFrame, task: Task) -> list[str]:
     notes = []
     if users < least_users:
         notes.append(f"only {users} test users (evaluate.least_users={least_users}): these figures tell little apart")
     if len(truth) < len(happened):
         notes.append(f"{len(truth):,} of {len(happened):,} targets: those that every predictor answered")
     unexplained = int((truth["gold"].isna() & (truth["play_rate"] < FAST_SKIP_BELOW)).sum())
-    if unexplained:
+    if unexplained and task is Task.SEQUENTIAL:
         notes.append(f"{unexplained:,} skips without a known reason: they count for the judge, not for the reason")
     return notes

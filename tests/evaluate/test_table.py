@@ -122,6 +122,9 @@ def test_the_table_by_hand():
     assert "reason_f1" not in rows["oracle"].values
     assert any("only 20 test users" in note for note in table.notes)
     assert table.verdicts == ()
+    assert rows["always skip"].values["judge_acc"]["value"] == pytest.approx(skipped.mean())
+    assert rows["never skip"].values["judge_balanced_acc"]["value"] == 0.5
+    assert "coin" in rows
     full = table.curves["oracle"][-1]
     assert (full["share_kept"], full["lost"]) == (1, 0)
 

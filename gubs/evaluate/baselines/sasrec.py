@@ -117,7 +117,7 @@ def training(
     import torch
 
     torch.manual_seed(seed)
-    model = model_class()(items, settings)
+    model: Any = model_class()(items, settings)
     wrapped = wrap(model)
     optimizer = torch.optim.Adam(model.parameters(), settings.lr, betas=(0.9, 0.98))
     rng = np.random.default_rng(seed)

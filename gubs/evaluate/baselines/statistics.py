@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gubs.evaluate.feedback import Bools, Floats, Ints
 
@@ -68,9 +69,9 @@ def probabilities(model: Any, features: Floats) -> Floats:
     return np.asarray(model.predict_proba(features)[:, 1])
 
 
-def rate(positives: Floats | Ints, totals: Floats | Ints, prior: float, strength: float = 5.0) -> Floats:
+def rate(positives: npt.ArrayLike, totals: npt.ArrayLike, prior: float, strength: float = 5.0) -> Floats:
     """A rate, drawn to `prior` as if `strength` more records had it; where there are none, it is the prior."""
-    return (positives + strength * prior) / (totals + strength)
+    return np.asarray((np.asarray(positives) + strength * prior) / (np.asarray(totals) + strength))
 
 
 def best_threshold(score: Floats, labels: Bools, *, balanced: bool = False) -> float:
