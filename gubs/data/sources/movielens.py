@@ -143,7 +143,8 @@ def with_unseen(interactions: pa.Table, each: int) -> pa.Table:
     first = frame.groupby("video_id")["timestamp"].min().sort_values(kind="stable")
     place = {film: i for i, film in enumerate(first.index)}
     known = np.searchsorted(first.to_numpy(), frame["timestamp"].to_numpy(), side="right")
-    rng, rows = np.random.default_rng(_UNSEEN_SEED), []
+    rng = np.random.default_rng(_UNSEEN_SEED)
+    rows: list[tuple[str, str, int]] = []
     for user, mine in frame.groupby("user_id", sort=True).indices.items():
         taken = {place[film] for film in frame["video_id"].iloc[mine]}
         for row in mine:
