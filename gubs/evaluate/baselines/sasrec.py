@@ -130,7 +130,7 @@ def training(
             batch = batch[:, _first(batch) :].to(next(model.parameters()).device)
             seen, following = batch[:, :-1], batch[:, 1:]
             wanted = (seen > 0) & (following > 0)
-            logits = model.scores(wrapped(seen)[wanted])  # type: ignore[operator]
+            logits = model.scores(wrapped(seen)[wanted])
             loss = torch.nn.functional.cross_entropy(logits, following[wanted] - 1)
             optimizer.zero_grad()
             loss.backward()
