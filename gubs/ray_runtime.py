@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _START_TIMEOUT_S = 180.0
 _TRIES = 3
+_PAUSE_S = 2.0
 _LATE = "timed out during startup"
 """Part of Ray's error when a node is not up within half a minute."""
 
@@ -103,12 +104,13 @@ def dashboard_address() -> str:
     Raises:
         PlatformError: it has none.
     """
-    import ray
+    from ray._private.services import get_webui_url_from_internal_kv
 
-    url = ray.init(address="auto", ignore_reinit_error=True, log_to_driver=False).dashboard_url
-    if not url:
-        raise PlatformError("this Ray cluster has no dashboard, which serving needs: start it with one")
-    return f"http://{url}"
+    for _ in range(_TRIES):  # on a busy head, the first answer was seen to be empty
+        if url := get_webui_url_from_internal_kv():
+            return f"http://{url.removeprefix('http://')}"
+        time.sleep(_PAUSE_S)
+    raise PlatformError("this Ray cluster has no dashboard, which serving needs: start it with one")
 
 
 def init_patiently(**options: Any) -> None:
