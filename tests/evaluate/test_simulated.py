@@ -11,6 +11,7 @@ from gubs.config import load_settings
 from gubs.evaluate.protocols import Contrast, HeldOut, Protocol, draw, training
 from gubs.evaluate.simulated import _words
 from gubs.evaluate.simulators import Simulators, UnreadableError, read_answers
+from gubs.llm.calls import Answer
 from gubs.records import Video
 
 LIST = {"answers": [{"id": "a", "yes": True}, {"id": "b", "yes": False}]}
@@ -105,3 +106,67 @@ def test_an_endpoint_takes_a_row_and_is_asked_nothing_twice(tmp_path, server, se
     run.fs.rm(run.path("simulated"), recursive=True)  # as if it had been killed before its end
     stages.make(["simulated"], run, again)
     assert server.stats()["total"] == total
+
+
+class Scripted:
+    """In place of the LLM client: says yes to every third id, forgets one id of each list, knows one title."""
+
+    def __init__(self, *_, **__):
+        self.asked = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def ask(self, requests):
+        self.asked += requests
+        return [self._answer(r) for r in requests]
+
+    def _answer(self, request):
+        ids, value, failure = request.metadata.get("ids"), None, ""
+        if ids is None:
+            value = {"title": "film 3" if request.metadata["id"] == "3" else "Something"}
+        elif "Weigh what speaks" in request.messages[-1]["content"]:
+            failure = "not_json"
+        else:
+            entries = [{"id": i, "yes": k % 3 == 0} for k, i in reversed(list(enumerate(ids)))]
+            value = read_answers({"answers": entries[1:] or entries}, ids)
+        rest = {"finish_reason": "stop", "tokens_in": 1, "tokens_out": 1, "latency_s": 0.0, "attempts": 1, "calls": 1}
+        texts = {"key": "", "text": "", "reasoning": "", "error": "", "price": 0.0}
+        named = {"role": request.role, "label": request.label, "metadata": request.metadata}
+        return Answer(**named, **texts, **rest, value=value, failure=failure)
+
+
+def test_rows_causes_and_verdicts_of_a_scripted_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("gubs.evaluate.baselines.statistics.TREES", 5)
+    monkeypatch.setattr("gubs.evaluate.simulated._USERS", 2)
+    monkeypatch.setattr("gubs.evaluate.simulated.LLMClient", Scripted)
+    data = movielens_folder(tmp_path / "data")
+    changes = ("public.each=2", "least_profile=2", "public.users=6", "evaluate.bootstrap=20", "probes=30")
+    more = ("evaluate.simulate.strategies=[plain,simuser]", "evaluate.simulate.users=5")
+    settings = load_settings("tiny", ["source.kind=movielens", f"source.path={data}", *changes, *more])
+    run = Run(tmp_path / "run")
+    stages.make(["public"], run, settings)
+    stages.make_stage("simulated", run, settings)
+    artifact = run.artifact("simulated")
+    info, answers = artifact.manifest.info, artifact.table("answers").to_pandas()
+    name = "liked / disliked, random"
+    assert info["causes"][f"{name}: plain-style, list-wise"] == {"missing": 5}
+    assert info["causes"][f"{name}: plain-style, point-wise"] == {}
+    assert info["causes"][f"{name}: simuser-style, point-wise"] == {"not_json": 20}
+    assert (info["recalled"], info["probed"]) == (1, 30)
+    listed = answers[(answers["protocol"] == name) & (answers["method"] == "plain-style, list-wise")]
+    assert listed["yes"].isna().sum() == 5
+    assert [None if v is None else bool(v) for v in listed["yes"][:4]] == [True, False, False, None]
+    metrics = [m for m in artifact.table("metrics").to_pylist() if m["protocol"] == name]
+    unread = next(m for m in metrics if m["method"].startswith("simuser-style, l") and m["name"] == "click_acc")
+    assert (unread["value"], unread["n_unanswered"]) == (0, 20)
+    pairs = {(v["first"], v["second"]) for v in artifact.table("verdicts").to_pylist()}
+    assert ("plain-style, list-wise", "popularity, top half") in pairs
+    from gubs.evaluate.sheets import public_sheet
+
+    sheet = public_sheet([run.artifact("public"), artifact])
+    assert any("recalls 1 of 30 titles" in note for note in sheet.notes)
+    assert "plain-style, list-wise" in [row.name for row in sheet.rows]
