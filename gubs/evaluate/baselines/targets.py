@@ -53,7 +53,8 @@ class Log:
         self.task = task
         frame = ifvr.log(_COLUMNS, task).to_pandas()
         column = "clicked" if task is Task.CLICK else "play_rate"
-        frame = frame.loc[frame[column].notna()].reset_index(drop=True)
+        frame = frame.loc[frame[column].notna()]  # in the order of the users' hashes; here in that of their numbers:
+        frame = frame.sort_values("user_id", kind="stable", ignore_index=True)
         self.frame = frame
         self.users, user = np.unique(frame["user_id"].to_numpy(dtype=str), return_inverse=True)
         self.videos, video = np.unique(frame["video_id"].to_numpy(dtype=str), return_inverse=True)
