@@ -216,5 +216,5 @@ def test_with_a_digest_the_thought_ends_with_it_and_decides_nothing():
     case = a_case(views=[seen("a", 20.0, 0.1), seen("b", 20.0, 0.1)])
     think, option = script.watched(case, digest=True)
     assert option == Option.A
-    assert think == ('Topic "pets". Likes "pets". It fits. Skips mostly, 12 to 20 s mostly, such tags unknown, new.')
+    assert think == ('Topic "pets". Likes "pets". It fits. Skips mostly, 20 to 40 s always, such tags unknown, new.')
     assert script.watched(case)[0].endswith("So it is watched on.")

@@ -100,7 +100,7 @@ def test_where_dislikes_are_few_skips_and_watched_targets_become_examples(tmp_pa
     assert [c.target.interaction_id[0] for c in cases] == ["d", *"sss", *"www"]
     found = stage(run, thought, **settings).table("examples").to_pylist()
     assert [r["gold"] == "A" for r in found] == [False] * 4 + [True] * 3
-    assert all("Skips seldom, 12 to 20 s seldom" in r["think"] for r in found)
+    assert all("Skips seldom, 20 to 40 s seldom" in r["think"] for r in found), found
     with pytest.raises(SettingsError, match=r"sft_views is for teachers\.author=script only"):
         load_settings("paper", ["teachers.sft_views=2"])
 

@@ -31,9 +31,9 @@ def some() -> list[tuple]:
 @pytest.fixture(scope="module")
 def words() -> Vocabulary:
     """A log with names that are no words."""
-    tags = tuple(f"tag {n}" for n in range(12))
+    tags = tuple(f"tag {n}" for n in range(4, 16))  # as many odd lengths as even ones: outcomes lean by them
     videos = [Video(f"v{n}", None, float(5 + 7 * n % 200), tags=[tags[n % 12], "upload: short"]) for n in range(60)]
-    users = [User(f"u{n}", other={"fans": "10 to under 100"}) for n in range(20)]
+    users = [User(f"u{n}", other={"fans": "10 to under 100"}) for n in range(100)]
     return Vocabulary(tuple(users), tuple(videos), (*tags, "upload: short"), ((Task.SEQUENTIAL, "skips"),))
 
 

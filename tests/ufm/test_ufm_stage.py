@@ -9,12 +9,13 @@ import pytest
 from ufm_helpers import changed_copy, small_settings
 
 from gubs.errors import ArtifactError, PlatformError
-from gubs.records import Task
+from gubs.records import Option, Task
 from gubs.stages import make_stage
 from gubs.ufm import stage
 from gubs.ufm.memory import Machine
 from gubs.ufm.model import checkpoint
 from gubs.ufm.monitor import check_trackers
+from gubs.ufm.questions import Item
 from gubs.ufm.settings import SFTSettings
 from gubs.ufm.sft import order_of, steps_of
 from gubs.ufm.stage import _options, _tasks
@@ -28,8 +29,8 @@ class Log:
         self.run = SimpleNamespace(uri="r")
         self.ifvr = SimpleNamespace(uri="r/ifvr", targets=lambda task, _: pa.table({"gold": list(golds.get(task, ""))}))
 
-    def items(self, task, _):
-        return [SimpleNamespace(task=task, gold=g) for g in self.golds[str(task)]]
+    def outcomes(self, task, _):
+        return [Item("i", "u", "v", task, Option(g), "rule") for g in self.golds[str(task)]]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from gubs.ugm.stage import NoGroupsError, estimate, ugm_people, ugm_records
 from gubs.ugm.summarize import SummaryError
 
 BASE = ["users=120", "videos=60", "test_users=15", "ugm_users=60", "ugm.groups=4", "top=15", "min_matched=3"]
-BASE += ["context_tokens=60000"]
+BASE += ["context_tokens=60000", "seed=8"]  # four typical users who each have others like them
 RULES = [
     {"match": "You sort the users", "text": categories([1, 2, 3, 4])},
     {"match": "You check whether", "text": "Match or not: Yes\nReason: fits"},
