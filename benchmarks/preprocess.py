@@ -18,6 +18,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +102,15 @@ def run_gubs(log: Path, out: Path, nodes: int) -> int:
 
     chosen = ["source.kind=logs", f"source.path={log}", "filters.min_video_views=10", "filters.min_user_exposures=30"]
     chosen += ["splits.test_users=1000", "splits.ugm_users=1000", "splits.click_targets=10", "splits.min_history=2"]
-    run, settings = Run(out), load_settings("paper", chosen + (["data.ray_from_rows=0"] if nodes else []))
-    if nodes:
-        _start_nodes(nodes)
-    stages.make(["ifvr"], run, settings)
+    run, settings = Run(out.absolute()), load_settings("paper", chosen + (["data.ray_from_rows=0"] if nodes else []))
+    with _nodes(nodes) if nodes else nullcontext():
+        stages.make(["ifvr"], run, settings)
     return run.artifact("ifvr").manifest.tables["interactions"].rows
 
 
-def _start_nodes(nodes: int) -> None:
+@contextmanager
+def _nodes(nodes: int) -> Iterator[None]:
+    """A head without CPUs, and nodes of one core each."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -115,6 +118,11 @@ def _start_nodes(nodes: int) -> None:
     for _ in range(nodes):
         cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 _RAW = """

@@ -111,6 +111,7 @@ def _on_ray(calls: Sequence[Callable[[], Result]], numbers: Sequence[int]) -> It
     shared = ray.put(list(calls))  # one copy per node, however many calls there are
 
     def call(batch: pa.Table) -> pa.Table:
+        pa.set_cpu_count(1)  # a call has one CPU; Arrow would start a thread for each of the node
         own = ray.get(shared)
         rows = [(i, _outcome(own[i])) for i in batch["id"].to_pylist()]
         return pa.table({"id": [i for i, _ in rows], "outcome": pa.array([o for _, o in rows], pa.large_binary())})
