@@ -305,7 +305,7 @@ def evaluate_simulated(
     as_json: JsonOption = False,
     overrides: Overrides = None,
 ) -> None:
-    """Language models as simulated users on the same candidates; a run that was stopped asks nothing twice."""
+    """Language models as simulated users on the same candidates; answers that can be used are never asked for twice."""
     jobs.evaluate_public(open_run(run), load_settings(preset, overrides or []), force, as_json, simulated=True)
 
 

@@ -67,7 +67,7 @@ def evaluate_job(run: Run, settings: Settings, force: bool = False) -> None:
     """Judges every policy of the run and compares them, then fills the tables that the data allow.
 
     IF-VR's table where users have targets to predict; "10 + 10" and the ranking where every record is a choice. What is
-    finished is kept, so that the job goes on where it was killed.
+    finished is kept, so that a job that was killed resumes.
     """
     if trained := policies(run):
         judge(run, settings, trained, force)

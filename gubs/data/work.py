@@ -1,7 +1,7 @@
 """Runs functions over the parts of a log: in this process if the log is small, else by Ray Data on the cluster.
 
 The functions are the same in both cases. They read and write files in the run's folder and return something small. What
-a finished call returned is kept there too, so that a killed command goes on where it was.
+a finished call returned is kept there too, so that a killed command resumes.
 """
 
 import functools

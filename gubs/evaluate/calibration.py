@@ -1,7 +1,7 @@
 """How often a target is skipped when the policy says P(skip) = p. Pure: neither Ray nor vLLM.
 
 A policy is trained on balanced options, so its probabilities do not fit the natural mix. They are calibrated on
-training users that are held out: by Platt scaling, whose intercept also corrects the share of skips, or by isotonic
+training users (see `held_out`): by Platt scaling, whose intercept also corrects the share of skips, or by isotonic
 regression, or not at all, whichever has the lowest Brier score on users that it was not fitted on.
 """
 

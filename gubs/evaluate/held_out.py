@@ -1,6 +1,7 @@
 """Targets of training users that a policy's decisions are made from: calibration, threshold and quality of a ranking.
 
-Held-out users are training users: the threshold sees no test user. Nothing is distilled from them.
+Held-out users are training users: calibration and threshold see no test user. Nothing is distilled from them, but SFT
+and GA-GRPO train on their targets too, so what is measured on them flatters the policy.
 """
 
 from collections.abc import Collection, Sequence

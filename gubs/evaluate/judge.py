@@ -2,8 +2,8 @@
 
 Each target is asked twice, greedy and sampled, with the user's own prompt (as in use); the metrics are computed on the
 natural mix of options and on a balanced one, since a policy trained on balanced batches may do well on only one. Two
-more modes ask nothing: they take the option probabilities of the greedy answer, calibrated on training users that are
-held out. `calibrated` names the option with the highest expected reward; `filter` decides by the threshold that was
+more modes ask nothing: they take the option probabilities of the greedy answer, calibrated on training users (see
+`held_out`). `calibrated` names the option with the highest expected reward; `filter` decides by the threshold that was
 chosen there for a stated goal, as the service does.
 """
 
@@ -99,7 +99,7 @@ def make(job: StageJob, ufm: UFMSettings, evaluate: EvalSettings, seed: int) -> 
         out.write_table("metrics", pa.Table.from_pylist(metrics))
         decisions = {str(task): asdict(rule) for task, rule in rules.items()}
         out.info = {"policy": policy, "summary": summary(rows, metrics), "decisions": decisions}
-        out.summary = f"{len(rows):,} answers"
+        out.summary = f"{len(rows):,} answers" + _uncalibrated(items, rules)
     return out.summary
 
 
@@ -279,6 +279,14 @@ def _decided(mode: str, target: _Target, greedy: Row, prediction: Prediction, ru
         before = Option(greedy["predicted"]) if greedy["predicted"] else None
         row["reward"] = greedy["reward"] - _of_option(before, item) + _of_option(said, item)
     return row
+
+
+def _uncalibrated(items: Sequence[_Target], rules: Rules) -> str:
+    """Says for which tasks the modes `calibrated` and `filter` are only the greedy answers."""
+    tasks = sorted({str(item.task) for item, _ in items if item.task not in rules})
+    if not tasks:
+        return ""
+    return f"; not calibrated, so modes {CALIBRATED} and {FILTER} are the greedy answers: {', '.join(tasks)}"
 
 
 def _of_option(said: Option | None, item: Item) -> float:

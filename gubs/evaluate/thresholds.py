@@ -1,4 +1,4 @@
-"""The P(skip) from which a filter drops a video: chosen for a stated goal, on users that nothing else learned from."""
+"""The P(skip) from which a filter drops a video: chosen for a stated goal, on training users."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -86,3 +86,9 @@ def test_a_rule_is_made_per_task_from_readable_targets_of_both_kinds():
     assert found.threshold.kept == pytest.approx(20 / 39)
     assert float(found.calibration.curve(0.3)) < found.threshold.value <= float(found.calibration.curve(0.8)) + 1e-9
     assert decision_rule(items, options, Task.CLICK, DecisionSettings()) is None, "all were clicked"
+
+
+def test_what_was_not_calibrated_is_told():
+    items = [(item(), {}), (item(task=Task.CLICK), {})]
+    assert judge._uncalibrated(items, {Task.SEQUENTIAL: rule(0.5)}).endswith("are the greedy answers: click")
+    assert judge._uncalibrated(items, {task: rule(0.5) for task in Task}) == ""
