@@ -231,6 +231,22 @@ def run_polars(log: Path, out: Path) -> int:
     clickers = cells.filter(pl.col("task") == "click").select(me).unique().collect(engine="streaming")
     kept = kept.join(videos.lazy(), on="video_id", how="semi")
     kept = kept.filter(sequential | pl.col("user_id").is_in(clickers["user_id"].implode()))
+    _polars_divided(kept).sink_parquet(out / "divided.parquet", compression="zstd", engine="streaming")
+    divided = pl.scan_parquet(out / "divided.parquet")
+    tested = divided.select("user_id").unique().collect(engine="streaming")
+    tested = tested.sort(pl.col("user_id").hash()).head(TEST_USERS)["user_id"]
+    split = pl.when(pl.col("user_id").is_in(tested.implode())).then(pl.lit("test")).otherwise(pl.lit("train"))
+    divided.with_columns(split=split).sort(["task", "user_id", "place"]).sink_parquet(
+        out / "ifvr.parquet", compression="zstd", engine="streaming"
+    )
+    return pq.ParquetFile(out / "ifvr.parquet").metadata.num_rows
+
+
+def _polars_divided(kept: Any) -> Any:
+    """The records that are left with their role, history or target; no page is divided."""
+    import polars as pl
+
+    me, sequential = ["user_id", "task"], pl.col("task") == "sequential"
     place = pl.int_range(1, pl.len() + 1).over(me)
     frame = kept.sort([*me, "timestamp"]).with_columns(place=place, total=pl.len().over(me).cast(pl.Int64))
     ends = pl.col("place").max().over([*me, "page_id"])
@@ -251,18 +267,8 @@ def run_polars(log: Path, out: Path) -> int:
     clicks = pl.when(nearer).then(pl.col("before")).otherwise(pl.col("after").fill_null(0))
     frame = frame.with_columns(n_history=pl.when(sequential).then(pl.col("total") // 2).otherwise(clicks))
     frame = frame.filter((pl.col("n_history") >= MIN_HISTORY) & (pl.col("n_history") < pl.col("total")))
-    frame = frame.with_columns(
-        role=pl.when(pl.col("place") <= pl.col("n_history")).then(pl.lit("history")).otherwise(pl.lit("target"))
-    )
-    frame.sink_parquet(out / "divided.parquet", compression="zstd", engine="streaming")
-    divided = pl.scan_parquet(out / "divided.parquet")
-    tested = divided.select("user_id").unique().collect(engine="streaming")
-    tested = tested.sort(pl.col("user_id").hash()).head(TEST_USERS)["user_id"]
-    split = pl.when(pl.col("user_id").is_in(tested.implode())).then(pl.lit("test")).otherwise(pl.lit("train"))
-    divided.with_columns(split=split).sort(["task", "user_id", "place"]).sink_parquet(
-        out / "ifvr.parquet", compression="zstd", engine="streaming"
-    )
-    return pq.ParquetFile(out / "ifvr.parquet").metadata.num_rows
+    role = pl.when(pl.col("place") <= pl.col("n_history")).then(pl.lit("history")).otherwise(pl.lit("target"))
+    return frame.with_columns(role=role)
 
 
 class _Memory(threading.Thread):
