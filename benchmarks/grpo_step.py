@@ -301,6 +301,7 @@ def _spec(args: argparse.Namespace, settings: list[str], size: str) -> Path:
     from gubs.records import Task
     from gubs.stages import make
     from gubs.ufm import model as models
+    from gubs.ufm.held_out import HeldOut
     from gubs.ufm.inputs import Inputs
     from gubs.ufm.questions import Questions
     from gubs.ufm.samples import Planner
@@ -309,7 +310,9 @@ def _spec(args: argparse.Namespace, settings: list[str], size: str) -> Path:
     make(["frames", "labels"], run, loaded)
     folder = models.checkpoint(loaded.ufm.model)
     inputs = Inputs(folder, loaded.ufm.inputs)
-    planner = Planner(Questions(run, loaded.ufm.inputs), inputs, [Task.SEQUENTIAL], loaded.ufm.grpo, loaded.seed)
+    held_out = HeldOut(loaded.ufm.held_out, loaded.seed)
+    questions = Questions(run, loaded.ufm.inputs)
+    planner = Planner(questions, inputs, [Task.SEQUENTIAL], loaded.ufm.grpo, held_out, loaded.seed)
     steps = []
     for number in range(args.steps + 2):
         firsts = {s.group: s for s in planner.plan(number).samples}

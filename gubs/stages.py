@@ -100,7 +100,7 @@ def _reasons_asked(s: Settings) -> bool:
 
 
 _TEACHERS = ("history_items", "max_text", "author")
-_TRAINING = ("seed", "ufm.inputs", "ufm.model.dtype", "ufm.rollout.min_new_tokens", "ufm.workers.count")
+_TRAINING = ("seed", "ufm.held_out", "ufm.inputs", "ufm.model.dtype", "ufm.rollout.min_new_tokens", "ufm.workers.count")
 _UFM_PROMPTS = ("ufm/brief_user", "ufm/click_user", "ufm/sequential_user", prompts.OPTIONS)
 _GROUP_PROMPTS = ("ufm/brief_group", "ufm/click_group", "ufm/sequential_group")
 _MODEL = ("model", "gubs.ufm.model:identity")
@@ -283,7 +283,7 @@ STAGES: tuple[Stage, ...] = (
         reads=("ifvr", "frames", "profiles", "labels"),
         may_read=("annotations",),
         settings=(
-            *("seed", "ufm.inputs", "ufm.model.dtype", "ufm.rollout.min_new_tokens", "ufm.distil.held_out"),
+            *("seed", "ufm.inputs", "ufm.model.dtype", "ufm.rollout.min_new_tokens", "ufm.held_out"),
             *("evaluate.items", "evaluate.bootstrap", "evaluate.decision"),
         ),
         prompts=_UFM_PROMPTS,
@@ -372,7 +372,7 @@ STAGES: tuple[Stage, ...] = (
         may_read=("annotations",),
         of_policy=True,
         settings=(
-            *("seed", "ufm.inputs", "ufm.model.dtype", "ufm.distil.held_out", "ufm.grpo.tasks"),
+            *("seed", "ufm.inputs", "ufm.model.dtype", "ufm.held_out", "ufm.grpo.tasks"),
             *("serving.policy", "serving.score_gap", "evaluate.decision"),
         ),
         prompts=(*_UFM_PROMPTS, *_GROUP_PROMPTS),

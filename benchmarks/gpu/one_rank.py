@@ -172,10 +172,18 @@ def _random_advantages(grpo: Any) -> None:
 
 def _resize(worker: Any, records: int) -> None:
     """Steps of so many records from now on."""
+    from gubs.ufm.held_out import HeldOut
     from gubs.ufm.samples import Planner
 
     worker.grpo = worker.grpo.model_copy(update={"prompts": records})
-    worker.planner = Planner(worker.questions, worker.inputs, worker.job.tasks, worker.grpo, worker.job.seed)
+    worker.planner = Planner(
+        worker.questions,
+        worker.inputs,
+        worker.job.tasks,
+        worker.grpo,
+        HeldOut(worker.ufm.held_out, worker.job.seed),
+        worker.job.seed,
+    )
     worker._next = None
 
 

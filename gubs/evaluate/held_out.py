@@ -1,7 +1,7 @@
 """Targets of training users that a policy's decisions are made from: calibration, threshold and quality of a ranking.
 
-Held-out users are training users: calibration and threshold see no test user. Nothing is distilled from them, but SFT
-and GA-GRPO train on their targets too, so what is measured on them flatters the policy.
+Held-out users are training users: calibration and threshold see no test user, and no policy is trained on the targets
+of held-out users (`gubs.ufm.held_out`).
 """
 
 from collections.abc import Collection, Sequence
@@ -13,7 +13,7 @@ from gubs.evaluate.calibration import Calibration, fit
 from gubs.evaluate.settings import DecisionSettings
 from gubs.evaluate.thresholds import Threshold, auc, choose_threshold
 from gubs.records import Option, Split, Task
-from gubs.ufm.distil import held_out_users
+from gubs.ufm.held_out import HeldOut
 from gubs.ufm.labels import OptionProbabilities
 from gubs.ufm.questions import Item, Questions
 
@@ -32,22 +32,21 @@ class DecisionRule:
 
 
 def held_out_items(
-    questions: Questions, tasks: Collection[Task], share: float, decision: DecisionSettings, seed: int
+    questions: Questions, tasks: Collection[Task], held_out: HeldOut, decision: DecisionSettings, seed: int
 ) -> list[Item]:
     """Targets of held-out training users in their natural mix, at most `decision.items` per task.
 
     Args:
         questions: of the run.
         tasks: of the targets.
-        share: of the training users that are held out.
+        held_out: the users.
         decision: how many.
         seed: of the draw.
     """
     chosen = []
     for task in tasks:
         items = questions.items(task, Split.TRAIN, unexplained=True)
-        users = held_out_users({i.user_id for i in items}, share, seed)
-        items = [i for i in items if i.user_id in users]
+        items = [i for i in items if i.user_id in held_out]
         order = np.random.default_rng([seed, _SALT, list(Task).index(task)]).permutation(len(items))[: decision.items]
         chosen += [items[i] for i in order]
     return chosen

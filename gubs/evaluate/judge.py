@@ -26,6 +26,7 @@ from gubs.evaluate.held_out import DecisionRule, decision_rule, held_out_items
 from gubs.evaluate.metrics import Predictions, table
 from gubs.evaluate.settings import DecisionSettings, EvalSettings
 from gubs.records import TASK_OPTIONS, Option, Split, Task
+from gubs.ufm.held_out import HeldOut
 from gubs.ufm.inputs import Inputs
 from gubs.ufm.labels import Labels
 from gubs.ufm.predict import Prediction, Predictor, Query
@@ -88,7 +89,7 @@ def make(job: StageJob, ufm: UFMSettings, evaluate: EvalSettings, seed: int) -> 
     folder = policy_or_base(job.run, policy, ufm)
     questions = Questions(job.run, ufm.inputs, tastes=job.reads(PROFILES))
     items = test_items(questions, evaluate.items, seed)
-    held_out = held_out_items(questions, tuple(Task), ufm.distil.held_out, evaluate.decision, seed)
+    held_out = held_out_items(questions, tuple(Task), HeldOut(ufm.held_out, seed), evaluate.decision, seed)
     with progress("answers") as on_progress:
         answers = ask(items, held_out, questions, folder, ufm, seed, on_progress)
     rules = decision_rules(held_out, answers, evaluate.decision)

@@ -8,9 +8,7 @@ from gubs.section import Section
 
 
 class DecisionSettings(Section):
-    """How P(skip) becomes a decision. Chosen on training users that distillation leaves out
-    (`ufm.distil.held_out`).
-    """
+    """How P(skip) becomes a decision. Chosen on training users that no policy is trained on (`ufm.held_out`)."""
 
     goal: Literal["lose", "keep", "balanced"] = "lose"
     """What the threshold aims at. lose: drop as much as possible, but at most `share` of what users watch (click);

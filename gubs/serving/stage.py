@@ -19,6 +19,7 @@ from gubs.serving.filter import Mode
 from gubs.serving.settings import ServingSettings
 from gubs.ufm.checkpoint import POLICY
 from gubs.ufm.distil import DISTIL
+from gubs.ufm.held_out import HeldOut
 from gubs.ufm.inputs import Inputs
 from gubs.ufm.labels import Labels, OptionProbabilities
 from gubs.ufm.predict import Predictor, Query
@@ -67,11 +68,11 @@ def make(
     questions = Questions(job.run, ufm.inputs, tastes=job.reads(PROFILES))
     modes = (Mode.REASON, Mode.SCORE) if distilled else (Mode.REASON,)
     tasks = trainable_tasks(questions, ufm.grpo.tasks)
-    items = held_out_items(questions, tasks, ufm.distil.held_out, evaluate.decision, seed)
+    items = held_out_items(questions, tasks, HeldOut(ufm.held_out, seed), evaluate.decision, seed)
     options = _ask(items, questions, folder, ufm, modes)
     decisions = _decisions(items, options, evaluate.decision)
     if not decisions:
-        raise ArtifactError(f"{job.run.uri} has no held-out targets of both kinds: raise ufm.distil.held_out")
+        raise ArtifactError(f"{job.run.uri} has no held-out targets of both kinds: raise ufm.held_out")
     refused = _refusal(decisions, serving.score_gap, distilled)
     config = FilterConfig(
         name=job.run.name,

@@ -5,7 +5,6 @@ place of the letter, P(option | sampled thoughts), is what the policy then learn
 It keeps learning its own sampled answers too, so that its thoughts stay what they were.
 """
 
-import hashlib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ import pyarrow.parquet as pq
 from gubs.artifacts import JsonObject
 from gubs.console import progress
 from gubs.records import Split, Task
+from gubs.ufm.held_out import HeldOut
 from gubs.ufm.inputs import Inputs
 from gubs.ufm.labels import Labels
 from gubs.ufm.predict import Predictor, Query
 from gubs.ufm.questions import Item, Questions
 from gubs.ufm.sampling import sample_seed
-from gubs.ufm.settings import DistilSettings, UFMSettings
+from gubs.ufm.settings import UFMSettings
 from gubs.ufm.sft import Example, SFTWorker
 from gubs.ufm.train_worker import Job
 
@@ -37,7 +37,6 @@ TARGETS = pa.schema(
     ]
 )
 """One row per target: mean probability of each option, in the task's order, and the sampled answers in token ids."""
-_SALT = "held out of distillation"
 
 
 def train_loop(config: JsonObject) -> JsonObject:
@@ -47,19 +46,13 @@ def train_loop(config: JsonObject) -> JsonObject:
     return DistilWorker(config["job"], ray.train.get_dataset_shard("train"), config["examples"]).run()
 
 
-def held_out_users(users: Collection[str], share: float, seed: int) -> set[str]:
-    """A share of the users, for measurements: each user by a hash of its own, so that others do not move it."""
-    return {u for u in users if _uniform(seed, u) < share}
-
-
-def chosen_targets(questions: Questions, tasks: Collection[Task], distil: DistilSettings, seed: int) -> list[Item]:
-    """At most `distil.items` targets per task, of training users that are not held out, drawn at random."""
-    chosen = []
+def chosen_targets(questions: Questions, tasks: Collection[Task], ufm: UFMSettings, seed: int) -> list[Item]:
+    """At most `ufm.distil.items` targets per task, of training users that are not held out, drawn at random."""
+    chosen, held_out = [], HeldOut(ufm.held_out, seed)
     for number, task in enumerate(tasks):
         items = questions.items(task, Split.TRAIN, unexplained=True)
-        held_out = held_out_users({i.user_id for i in items}, distil.held_out, seed)
         items = [i for i in items if i.user_id not in held_out]
-        order = np.random.default_rng([seed, 53, number]).permutation(len(items))[: distil.items]
+        order = np.random.default_rng([seed, 53, number]).permutation(len(items))[: ufm.distil.items]
         chosen += [items[i] for i in order]
     return chosen
 
@@ -154,9 +147,3 @@ def with_turns(table: pa.Table, order: Sequence[int]) -> pa.Table:
         turns.append(seen.get(number, 0))
         seen[number] = turns[-1] + 1
     return table.take(order).append_column("turn", pa.array(turns, pa.int64()))
-
-
-def _uniform(seed: int, user: str) -> float:
-    """A number in [0, 1) that only depends on the arguments."""
-    digest = hashlib.blake2b(f"{_SALT} {seed} {user}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64

@@ -19,6 +19,7 @@ from gubs.console import say
 from gubs.errors import PlatformError
 from gubs.ufm import health
 from gubs.ufm import model as models
+from gubs.ufm.held_out import HeldOut
 from gubs.ufm.inputs import Batch
 from gubs.ufm.loss import Denominators, policy_loss
 from gubs.ufm.reference import Reference
@@ -48,7 +49,8 @@ class GRPOWorker(TrainWorker):
     def __init__(self, job: Job):
         super().__init__(job, job.ufm.grpo.steps, job.ufm.grpo.checkpoint)
         self.grpo = job.ufm.grpo
-        self.planner = Planner(self.questions, self.inputs, job.tasks, self.grpo, job.seed)
+        held_out = HeldOut(self.ufm.held_out, job.seed)
+        self.planner = Planner(self.questions, self.inputs, job.tasks, self.grpo, held_out, job.seed)
         with self.phases("load"):
             model = models.load(job.start, self.ufm.model, train=True)
             self.trainer = Trainer(model, self.ufm.model, self.grpo.optimizer, self.steps, self.device, self.vision)

@@ -17,6 +17,7 @@ from gubs.prompts.people import Person
 from gubs.records import FAST_SKIP_BELOW, GroupProfile, Option, Split, Task
 from gubs.teachers.annotations import all_labels
 from gubs.teachers.script import GUESS
+from gubs.ufm.held_out import HeldOut
 from gubs.ufm.inputs import Prompt
 from gubs.ufm.prompting import PromptBuilder
 from gubs.ufm.settings import InputSettings
@@ -119,6 +120,10 @@ class Questions:
         if task == Task.CLICK or any(i.gold != Option.A for i in items):
             return items
         return [replace(i, reasons_known=False) for i in self.items(task, split, unexplained=True)]
+
+    def training_outcomes(self, task: Task, held_out: HeldOut) -> list[Item]:
+        """`outcomes` of the training users that are not held out."""
+        return [i for i in self.outcomes(task, Split.TRAIN) if i.user_id not in held_out]
 
     def about_user(self, task: Task, user_id: str, video_id: str, before: int | None = None) -> Prompt:
         """The prompt of the roles T and S.

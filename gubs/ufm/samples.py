@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 from gubs.artifacts import JsonObject
 from gubs.prompts.answers import ANSWER_END, Failure, Reading
-from gubs.records import TASK_OPTIONS, Option, Split, Task
+from gubs.records import TASK_OPTIONS, Option, Task
 from gubs.ufm.advantage import Advantages, SampleRole, advantages
+from gubs.ufm.held_out import HeldOut
 from gubs.ufm.inputs import Encoded, Inputs, Prompt
 from gubs.ufm.questions import SKIP, Item, Questions
 from gubs.ufm.rewards import RewardParts, is_right, outcome_only, reward_answer
@@ -98,15 +99,23 @@ class StepPlan:
 class Planner:
     """Decides what each step asks. It depends on the step's number alone, so a resumed run asks the same."""
 
-    def __init__(self, questions: Questions, inputs: Inputs, tasks: Sequence[Task], settings: GRPOSettings, seed: int):
-        """Reads the training records of the tasks.
+    def __init__(
+        self,
+        questions: Questions,
+        inputs: Inputs,
+        tasks: Sequence[Task],
+        settings: GRPOSettings,
+        held_out: HeldOut,
+        seed: int,
+    ):
+        """Reads the training records of the tasks, but those of users that are held out.
 
         Raises:
             GubsError: an option has no record at all (see `BalancedSampler`).
         """
         self._questions, self._inputs, self._settings, self._seed = questions, inputs, settings, seed
         self.tasks = tuple(tasks)
-        self._items = {t: questions.outcomes(t, Split.TRAIN) for t in self.tasks}
+        self._items = {t: questions.training_outcomes(t, held_out) for t in self.tasks}
         self._samplers = {t: self._sampler(t) for t in self.tasks}
         self._members = {t: questions.members(t) for t in self.tasks}
 

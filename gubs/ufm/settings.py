@@ -155,9 +155,6 @@ class DistilSettings(SFTSettings):
 
     enabled: bool = True
     """Train for mode `score`; False = the filter has mode `reason` only."""
-    held_out: float = Field(0.15, gt=0, lt=1)
-    """Share of the training users that nothing is distilled from: thresholds and the quality of `score` are measured on
-    them."""
     items: int = Field(2000, ge=1)
     """Targets per task that it learns from."""
     samples: int = Field(8, ge=1)
@@ -230,6 +227,9 @@ class GRPOSettings(Section):
 class UFMSettings(Section):
     """The User Feedback Modeler."""
 
+    held_out: float = Field(0.15, gt=0, lt=1)
+    """Share of the training users whose targets are not trained on: calibration, thresholds and the quality of `score`
+    are measured on them."""
     model: ModelSettings = ModelSettings()
     inputs: InputSettings = InputSettings()
     workers: WorkerSettings = WorkerSettings()

@@ -23,10 +23,11 @@ from gubs.artifacts import ArtifactWriter, JsonObject, Recipe, Run, StageJob, fi
 from gubs.console import OnProgress, progress, say
 from gubs.data.ifvr import PROFILES
 from gubs.errors import ArtifactError, GubsError, PlatformError, SettingsError
-from gubs.records import TASK_OPTIONS, Split, Task
+from gubs.records import TASK_OPTIONS, Task
 from gubs.ufm import distil, memory
 from gubs.ufm import model as models
 from gubs.ufm.checkpoint import POLICY, Checkpoints
+from gubs.ufm.held_out import HeldOut
 from gubs.ufm.monitor import STUCK, check_trackers, read_metrics
 from gubs.ufm.questions import SKIP, Item, Questions, trainable_tasks
 from gubs.ufm.settings import CheckpointSettings, ModelSettings, UFMSettings, WorkerSettings
@@ -52,13 +53,7 @@ def make_sft(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: int) 
         ArtifactError: there is no example, or an unfinished training of other settings is in the way.
         PlatformError: no GPU, or a worker failed more often than allowed. DivergedError: see there.
     """
-    examples = job.input(EXAMPLES)
-    table = examples.table("examples", [*COLUMNS, "gold"])
-    if not table.num_rows:
-        raise ArtifactError(
-            f"{examples.uri} has no examples (see teachers.sft_dislikes and teachers.sft_click_users); "
-            "ufm.grpo.start=base trains without SFT"
-        )
+    table = _examples(job, HeldOut(ufm.held_out, seed))
     if ufm.sft.batch % ufm.workers.count:
         raise SettingsError(f"ufm.sft.batch={ufm.sft.batch} cannot be divided evenly among {ufm.workers.count} workers")
     base = base_model(ufm.model, job.run)
@@ -81,13 +76,27 @@ def make_sft(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: int) 
     return out.summary
 
 
+def _examples(job: StageJob, held_out: HeldOut) -> pa.Table:
+    """The teacher's examples of users that are not held out."""
+    examples = job.input(EXAMPLES)
+    table = examples.table("examples", [*COLUMNS, "gold"])
+    table = table.filter(pa.array([user not in held_out for user in table["user_id"].to_pylist()], pa.bool_()))
+    if not table.num_rows:
+        raise ArtifactError(
+            f"{examples.uri} has no examples of users that may be trained on (see teachers.sft_dislikes, "
+            "teachers.sft_click_users and ufm.held_out); ufm.grpo.start=base trains without SFT"
+        )
+    return table
+
+
 def make_grpo(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: int) -> str:
     """Trains the policy by GA-GRPO. Ray has to be running. Errors: as `make_sft`."""
     grpo = ufm.grpo
     questions = Questions(job.run, ufm.inputs, tastes=job.reads(PROFILES))
     start = base_model(ufm.model, job.run) if grpo.start == "base" else policy_folder(job.run, SFT)
     check_trackers(grpo.trackers)
-    tasks = _tasks(questions, grpo.tasks)
+    held_out = HeldOut(ufm.held_out, seed)
+    tasks = _tasks(questions, grpo.tasks, held_out)
     _check_memory(ufm, frames, start, memory.plan_grpo)
     more_steps = ("ufm.grpo.steps",) if grpo.optimizer.schedule == "constant" else ()
     with _training(job, more_steps) as (out, folder):
@@ -98,7 +107,7 @@ def make_grpo(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: int)
             _say_scarce(ufm.workers)
             ended = _fit("gubs.ufm.grpo", {"job": work}, ufm.workers, grpo.checkpoint, folder, {})
         about: JsonObject = {"tasks": [str(t) for t in tasks], "start": start.name, "rule": grpo.advantage.rule}
-        about["outcome_only"] = _outcome_only({t: questions.outcomes(t, Split.TRAIN) for t in set(tasks)})
+        about["outcome_only"] = _outcome_only({t: questions.training_outcomes(t, held_out) for t in set(tasks)})
         _finish(out, folder, about | ended)
         rewards = [s["reward"] for s in read_metrics(folder)]
         edge = max(1, len(rewards) // 10)
@@ -120,7 +129,7 @@ def make_distil(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: in
         raise SettingsError(
             f"ufm.distil.batch={settings.batch} cannot be divided evenly among {ufm.workers.count} workers"
         )
-    items = distil.chosen_targets(questions, tasks, settings, seed)
+    items = distil.chosen_targets(questions, tasks, ufm, seed)
     with _training(job) as (out, folder):
         work = _job(job, ufm, seed, folder, start)
         check_checkpoint(work, settings.checkpoint.keep)
@@ -208,14 +217,14 @@ def check_checkpoint(job: Job, keep: int) -> None:
     Checkpoints(job.checkpoints, job.recipe, keep, world=job.ufm.workers.count).latest()
 
 
-def _tasks(questions: Questions, wanted: Sequence[Task]) -> tuple[Task, ...]:
+def _tasks(questions: Questions, wanted: Sequence[Task], held_out: HeldOut) -> tuple[Task, ...]:
     """The tasks in turn, without those whose records all have the same option: they teach only a constant.
 
     Raises:
         ArtifactError: none is left.
     """
     tasks = trainable_tasks(questions, wanted)
-    items = {t: questions.outcomes(t, Split.TRAIN) for t in tasks}
+    items = {t: questions.training_outcomes(t, held_out) for t in tasks}
     counts = Counter((str(t), i.outcome) for t in tasks for i in items[t])
     _detail(_options("records", counts))
     if unknown := _outcome_only(items):

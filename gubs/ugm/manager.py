@@ -102,15 +102,17 @@ def foreseen_requests(
 ) -> list[LLMRequest]:
     """About what the phases will ask, to estimate the price before spending.
 
-    The first questions are exact. The others depend on answers, so they are asked about groups around users spread over
-    the list, with texts of the usual length.
+    The first questions are exact. The others depend on answers, so they are asked about groups around users who
+    differ, with texts of the usual length.
     """
     author = settings.author_with(llm)
     if author == "evidence":
         return []
-    typical = [i * len(people) // settings.groups for i in range(settings.groups)]
+    encoder, users = make_encoder(settings), [p.with_tags for p in people]
+    encoder.fit(users)
+    typical, _ = apart(users, settings.groups, encoder, 0)
     sketches = [Sketch(f"Name of group {i}", "what unites it " * 10, i) for i in typical]
-    groups, _ = _cluster(people, sketches, make_encoder(settings), settings, 0, [])
+    groups, _ = _cluster(people, sketches, encoder, settings, 0, [])
     groups = [replace(g, initial_profile="what it likes and what it skips\n" * 40) for g in groups if g.members]
     interview = Interview(_Foreseen(llm), author)  # type: ignore[arg-type]
     work = Phases(interview, people, records, settings, author)

@@ -41,7 +41,7 @@ SMALL = [
     "ufm.distil.samples=2",
     "ufm.distil.batch=8",
     "ufm.distil.epochs=1",
-    "ufm.distil.held_out=0.4",
+    "ufm.held_out=0.4",
     "serving.policy=base",
     "serving.score_gap=1",
 ]

@@ -14,10 +14,14 @@ from ufm_helpers import changed_copy, small_settings, tiny_inputs
 from gubs.artifacts import Run
 from gubs.data.ifvr import IFVR
 from gubs.errors import ArtifactError
+from gubs.evaluate.held_out import held_out_items
+from gubs.evaluate.settings import DecisionSettings
 from gubs.prompts.fields import unnamed
 from gubs.prompts.people import View
 from gubs.records import TASK_OPTIONS, Option, Split, Task, Video
 from gubs.ufm.advantage import SampleRole
+from gubs.ufm.distil import chosen_targets
+from gubs.ufm.held_out import HeldOut
 from gubs.ufm.inputs import VISION_MARK, Prompt
 from gubs.ufm.questions import Questions, trainable_tasks
 from gubs.ufm.samples import Planner, excerpt, requests
@@ -238,7 +242,8 @@ def planner(run: Run, settings, tiny: Path, **grpo) -> Planner:
     ask = Questions(run, settings.ufm.inputs)
     inputs = tiny_inputs(tiny, **settings.ufm.inputs.model_dump())
     chosen = settings.ufm.grpo.model_copy(update=grpo)
-    return Planner(ask, inputs, chosen.tasks, chosen, seed=settings.seed)
+    held_out = HeldOut(settings.ufm.held_out, settings.seed)
+    return Planner(ask, inputs, chosen.tasks, chosen, held_out, seed=settings.seed)
 
 
 def test_a_step_asks_six_samples_a_record_with_seeds_of_their_own(ufm_run, ufm_settings, tiny):
@@ -444,10 +449,26 @@ def test_a_guessed_reason_is_none_and_without_any_other_only_the_outcome_counts(
     assert all(i.reasons_known for i in ask.outcomes(Task.CLICK, Split.TRAIN)), "the log knows all of a click"
 
 
+def test_targets_of_held_out_users_are_not_trained_on_but_decided_from(ufm_run, ufm_settings, tiny):
+    ask, held_out = Questions(ufm_run, ufm_settings.ufm.inputs), HeldOut(0.4, 3)
+    all_users = {i.user_id for i in ask.outcomes(Task.SEQUENTIAL, Split.TRAIN)}
+    planner = Planner(ask, tiny_inputs(tiny), [Task.SEQUENTIAL], ufm_settings.ufm.grpo, held_out, 0)
+    trained = {s.item.user_id for step in range(40) for s in planner.plan(step).samples}
+    distilled = chosen_targets(ask, [Task.SEQUENTIAL], ufm_settings.ufm.model_copy(update={"held_out": 0.4}), 3)
+    measured = held_out_items(ask, [Task.SEQUENTIAL], held_out, DecisionSettings(), 3)
+    kept = {u for u in all_users if u not in held_out}
+    assert all_users - kept
+    assert trained
+    assert trained <= kept
+    assert {i.user_id for i in distilled} == kept
+    assert {i.user_id for i in measured} >= all_users - kept
+    assert not {i.user_id for i in measured} & kept
+
+
 def test_a_step_without_reasons_is_balanced_over_skip_and_no_skip(ufm_run, ufm_settings, tiny):
     ask = Questions(ufm_run, ufm_settings.ufm.inputs)
     ask.__dict__["_golds"] = {k: (o, "guess" if s == "truth" else s) for k, (o, s) in ask._golds.items()}
-    planner = Planner(ask, tiny_inputs(tiny), [Task.SEQUENTIAL], ufm_settings.ufm.grpo, 0)
+    planner = Planner(ask, tiny_inputs(tiny), [Task.SEQUENTIAL], ufm_settings.ufm.grpo, HeldOut(0.15, 0), 0)
     plan = planner.plan(0)
     by_group = {s.group: s.item.outcome for s in plan.samples}
     assert sorted(by_group.values()) == ["A", "A", "skip", "skip"]

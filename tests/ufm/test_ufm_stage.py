@@ -12,13 +12,16 @@ from gubs.errors import ArtifactError, PlatformError
 from gubs.records import Option, Task
 from gubs.stages import make_stage
 from gubs.ufm import stage
+from gubs.ufm.held_out import HeldOut
 from gubs.ufm.memory import Machine
 from gubs.ufm.model import checkpoint
 from gubs.ufm.monitor import check_trackers
 from gubs.ufm.questions import Item
 from gubs.ufm.settings import SFTSettings
-from gubs.ufm.sft import order_of, steps_of
-from gubs.ufm.stage import _options, _tasks
+from gubs.ufm.sft import COLUMNS, order_of, steps_of
+from gubs.ufm.stage import _examples, _options, _tasks
+
+NOBODY = HeldOut(0.0, 0)
 
 
 class Log:
@@ -29,7 +32,7 @@ class Log:
         self.run = SimpleNamespace(uri="r")
         self.ifvr = SimpleNamespace(uri="r/ifvr", targets=lambda task, _: pa.table({"gold": list(golds.get(task, ""))}))
 
-    def outcomes(self, task, _):
+    def training_outcomes(self, task, _):
         return [Item("i", "u", "v", task, Option(g), "rule") for g in self.golds[str(task)]]
 
 
@@ -53,6 +56,26 @@ def test_every_epoch_has_an_order_of_its_own_and_leaves_none_out():
     assert first != second
 
 
+def test_no_example_of_a_held_out_user_is_trained_on():
+    users = [f"u{n % 40}" for n in range(400)]
+    table = pa.table({c: users if c == "user_id" else ["x"] * 400 for c in (*COLUMNS, "gold")})
+    job = SimpleNamespace(input=lambda _: SimpleNamespace(uri="r/sft", table=lambda *_: table))
+    held_out = HeldOut(0.3, 7)
+    kept = set(_examples(job, held_out)["user_id"].to_pylist())
+    assert kept == {u for u in users if u not in held_out}
+    assert 0.5 < len(kept) / 40 < 0.9, "about three in ten are held out"
+    with pytest.raises(ArtifactError, match=r"ufm\.held_out"):
+        _examples(job, HeldOut(1.0, 7))
+
+
+def test_users_are_held_out_by_their_own_id_and_the_seed():
+    users = [f"u{n}" for n in range(2000)]
+    first = {u for u in users if u in HeldOut(0.15, 0)}
+    assert 0.12 < len(first) / 2000 < 0.18
+    assert first < {u for u in users if u in HeldOut(0.3, 0)}, "more of them, never others"
+    assert first != {u for u in users if u in HeldOut(0.15, 1)}
+
+
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_spent():
     check_trackers(["tensorboard"])
     with pytest.raises(PlatformError, match="pip install wandb"):
@@ -65,18 +88,18 @@ def test_what_is_missing_is_named():
 
 
 def test_a_task_with_one_option_only_is_left_out_and_said(capsys):
-    assert _tasks(Log(sequential="ABBA", click="BBB"), tuple(Task)) == (Task.SEQUENTIAL,)
+    assert _tasks(Log(sequential="ABBA", click="BBB"), tuple(Task), NOBODY) == (Task.SEQUENTIAL,)
     assert "the click task is left out: its records all have the same option" in capsys.readouterr().err
 
 
 def test_turns_are_kept_as_they_are_named():
     wanted = (Task.CLICK, Task.SEQUENTIAL, Task.SEQUENTIAL)
-    assert _tasks(Log(sequential="AB", click="AB"), wanted) == wanted
+    assert _tasks(Log(sequential="AB", click="AB"), wanted, NOBODY) == wanted
 
 
 def test_without_any_choice_to_learn_nothing_is_trained():
     with pytest.raises(ArtifactError, match="two options"):
-        _tasks(Log(click="BBB"), tuple(Task))
+        _tasks(Log(click="BBB"), tuple(Task), NOBODY)
 
 
 def test_workers_that_find_no_place_are_waited_for_so_long_and_no_longer(ufm_run, tmp_path, monkeypatch, capsys):

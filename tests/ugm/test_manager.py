@@ -195,9 +195,14 @@ def test_match_prompts_of_a_group_share_their_beginning():
     assert a[:profile_ends] == b[:profile_ends], "engines with a prefix cache read the group's profile once"
 
 
-def test_a_dry_run_foresees_the_calls():
-    _, llm = run()
-    foreseen = foreseen_requests(people(30), UGMSettings(**SMALL), llm.settings, records_of(people(30)))
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_dry_run_foresees_the_calls(overlap):
+    crowd = people(30)
+    for place, alike in ((10, 9), (20, 21)):  # the users at 0, 10 and 20 like the same
+        crowd[place], crowd[alike] = crowd[alike], crowd[place]
+    _, llm = run(crowd=crowd, overlap=overlap)
+    settings = UGMSettings(**SMALL, overlap=overlap)
+    foreseen = foreseen_requests(crowd, settings, llm.settings, records_of(crowd))
     assert Counter(r.role for r in foreseen) == Counter(r.role for r in llm.requests)
 
 
