@@ -157,7 +157,7 @@ class _Passes:
     def write(self, kept: Mask, drawn: Drawn, number: int) -> _Written:
         """Writes the part."""
         block = self.read(number).filter(self._passing(number, kept))
-        result, counts = splitting.finish(block, Division.of(block, self.splits), drawn)
+        result, counts = splitting.finish(block, Division.of(block, self.splits), drawn, self.splits, self.seed)
         interactions = result.interactions
         users = self.raw.part(self.raw.parts("users")[number])
         ids = interactions["user_id"].unique()

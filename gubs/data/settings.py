@@ -86,6 +86,9 @@ class SplitSettings(Section):
     place, 10 in another)."""
     min_history: int = Field(2, ge=1)
     """Users with a shorter history are left out (and counted): there is too little to predict from."""
+    held_out_videos: float = Field(0.0, ge=0, lt=1)
+    """Share of the videos that only test users' targets are about, and these about no other: evaluation then asks about
+    videos that nothing was trained on or counted from. 0 = test users are new, videos are not."""
 
 
 class DataSettings(Section):

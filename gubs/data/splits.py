@@ -3,7 +3,8 @@
 Plain functions over blocks: no Ray, no files. A block is any part of the interactions that holds all rows of its users.
 The rules (paper, A.3 and A.6): per task, some users are test users and the others train; the first half of a user's
 records (sequential) or all but the last few (click) are history, the rest are targets. A page is never divided: its
-clicks would give away the rest of it.
+clicks would give away the rest of it. With `held_out_videos`, test targets are about some of the videos, and all other
+records about the others.
 
 A block is first divided (`Division`), which says what it has for the draw (`Candidates`, which add up over blocks);
 the draw is over all blocks (`draw`), and then each block is finished (`finish`).
@@ -11,7 +12,7 @@ the draw is over all blocks (`draw`), and then each block is finished (`finish`)
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -74,7 +75,7 @@ def split(interactions: pa.Table, settings: SplitSettings, seed: int) -> SplitRe
     """
     division = Division.of(interactions, settings)
     drawn = draw(Candidates.of(division, settings, seed), settings)
-    result, counts = finish(interactions, division, drawn)
+    result, counts = finish(interactions, division, drawn, settings, seed)
     result.report = counts.report(settings)
     return result
 
@@ -171,8 +172,8 @@ def _pages(block: pa.Table, order: Ints, group: Ints) -> Ints:
 
 _KINDS = (("click",), ("sequential",), ("click", "sequential"))
 """The tasks that users have."""
-_TEST, _UGM = 1, 2
-"""What is drawn: two independent draws."""
+_TEST, _UGM, _VIDEOS = 1, 2, 3
+"""What is drawn: independent draws."""
 
 
 @dataclass(frozen=True)
@@ -286,6 +287,8 @@ class SplitCounts:
     short_rows: Counter[str] = field(default_factory=Counter)
     seen_targets: int = 0
     set_aside: int = 0
+    held_out_videos: int = 0
+    """Records left out since their video is held out, or since test targets are about held-out videos only."""
 
     def __add__(self, other: "SplitCounts") -> "SplitCounts":
         return SplitCounts(
@@ -295,6 +298,7 @@ class SplitCounts:
             self.short_rows + other.short_rows,
             self.seen_targets + other.seen_targets,
             self.set_aside + other.set_aside,
+            self.held_out_videos + other.held_out_videos,
         )
 
     def report(self, settings: SplitSettings) -> dict[str, Any]:
@@ -308,20 +312,30 @@ class SplitCounts:
                 for task, n in sorted(self.short_users.items())
             },
             "targets_of_videos_in_own_history": self.seen_targets,
-            "set_aside": {"no_time": self.set_aside},
+            "set_aside": {"no_time": self.set_aside, "held_out_videos": self.held_out_videos},
         }
 
 
-def finish(block: pa.Table, division: Division, drawn: Drawn) -> tuple[SplitResult, SplitCounts]:
+def finish(
+    block: pa.Table, division: Division, drawn: Drawn, settings: SplitSettings, seed: int
+) -> tuple[SplitResult, SplitCounts]:
     """The result of a block (without a report) and its counts.
 
     Raises:
         InputError: something leaks; see `check_no_leak`.
     """
     d = division
-    kept = d.enough[d.group]
-    target = (d.place >= d.history[d.group])[kept]
+    target = d.place >= d.history[d.group]
     splits, ugm = _splits(d, drawn), pc.is_in(d.users.ids, value_set=_texts(drawn.ugm))
+    kept = d.enough[d.group]
+    others = 0
+    if settings.held_out_videos:
+        tested = pc.fill_null(pc.equal(splits, str(Split.TEST)), False).to_numpy(zero_copy_only=False)[d.group]
+        fits = (tested & target) == _held_out(block["video_id"], settings.held_out_videos, seed)[d.order]
+        others = int((kept & ~fits).sum())
+        d = _of_records(d, kept & fits, target, settings)
+        kept &= fits & d.enough[d.group]
+    target = target[kept]
     rows = block.take(pa.array(d.order[kept]))
     columns = {
         "split": splits.take(pa.array(d.group[kept])),
@@ -330,7 +344,23 @@ def finish(block: pa.Table, division: Division, drawn: Drawn) -> tuple[SplitResu
     table = pa.table([columns.get(f.name, _column(rows, f.name)) for f in SCHEMAS["ifvr"]], schema=SCHEMAS["ifvr"])
     result = SplitResult(table, _user_table(d, splits, ugm))
     check_no_leak(result)
-    return result, _count(d, result)
+    return result, replace(_count(d, result), held_out_videos=others)
+
+
+def _held_out(videos: pa.ChunkedArray, share: float, seed: int) -> Mask:
+    """Whether each record's video is held out: by a hash of the seed and its id."""
+    encoded = videos.combine_chunks().dictionary_encode()
+    lots = draw_hashes(encoded.dictionary, seed, _VIDEOS)
+    return (lots < np.uint64(share * 2.0**64))[encoded.indices.to_numpy()]
+
+
+def _of_records(d: Division, kept: Mask, target: Mask, settings: SplitSettings) -> Division:
+    """The division with the counts of the records that are kept."""
+    groups = len(d.size)
+    history = np.where(d.enough, np.bincount(d.group[kept & ~target], minlength=groups), d.history).astype(np.int64)
+    size = np.where(d.enough, np.bincount(d.group[kept], minlength=groups), d.size).astype(np.int64)
+    enough = d.enough & (history >= settings.min_history) & (history < size)
+    return replace(d, history=history, size=size, enough=enough)
 
 
 def _column(rows: pa.Table, name: str) -> pa.ChunkedArray | None:

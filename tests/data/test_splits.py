@@ -1,3 +1,4 @@
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -70,7 +71,7 @@ def test_records_without_a_time_are_set_aside_where_others_have_one():
     assert own["role"].to_pylist() == ["history", "history", "target", "target"]
     other = result.interactions.filter(pc.equal(result.interactions["user_id"], "u1"))
     assert other["interaction_id"].to_pylist() == [f"sequential-1-{k}" for k in range(6)], "the order of the log"
-    assert result.report["set_aside"] == {"no_time": 2}
+    assert result.report["set_aside"] == {"no_time": 2, "held_out_videos": 0}
 
 
 def pages(sizes, user="u0", interleaved=False):
@@ -230,7 +231,27 @@ sizes = st.builds(
     ugm_users=st.integers(1, 5),
     click_targets=st.integers(1, 6),
     min_history=st.integers(1, 4),
+    held_out_videos=st.sampled_from([0.0, 0.4]),
 )
+
+
+def test_held_out_videos_are_in_test_targets_and_nowhere_else():
+    whole = log([40] * 60)
+    whole = whole.set_column(2, "video_id", pa.array([f"v{(7 * i) % 101}" for i in range(whole.num_rows)]))
+    wanted = SplitSettings(test_users=20, ugm_users=5, held_out_videos=0.3)
+    result = split(whole, wanted, 0)
+    rows = result.interactions.to_pandas()
+    tested = (rows.split == "test") & (rows.role == "target")
+    new, others = set(rows.video_id[tested]), set(rows.video_id[~tested])
+    assert 15 < len(new) < 45, "about three in ten of 101"
+    assert not new & others
+    assert result.report["users"] == {"sequential/test": 20, "sequential/train": 40}
+    assert result.report["set_aside"]["held_out_videos"] == whole.num_rows - len(rows) > 0
+    users = result.users.to_pandas().set_index("user_id")
+    assert users.n_target.to_dict() == rows[rows.role == "target"].groupby("user_id").size().to_dict()
+    assert users.n_history.to_dict() == rows[rows.role == "history"].groupby("user_id").size().to_dict()
+    again = split(whole.take(np.random.default_rng(0).permutation(whole.num_rows)), wanted, 0)
+    assert set(again.interactions["video_id"].to_pylist()) == new | others, "whatever the order of rows"
 
 
 @given(logs, sizes, st.integers(0, 3))
@@ -241,13 +262,22 @@ def test_splits_hold_their_rules_for_any_log(rows, wanted, seed):
     frame, users = result.interactions.to_pandas(), result.users.to_pandas()
     assert frame.interaction_id.is_unique
     assert set(frame.interaction_id) <= set(rows["interaction_id"].to_pylist())
-    lost = sum(t["interactions"] for t in result.report["too_short"].values()) + result.report["set_aside"]["no_time"]
+    lost = sum(t["interactions"] for t in result.report["too_short"].values()) + sum(
+        result.report["set_aside"].values()
+    )
     assert len(frame) + lost == rows.num_rows, "every record is kept or counted"
     for (_, task), own in frame.groupby(["user_id", "task"]):
         history, target = (own.role == "history").sum(), (own.role == "target").sum()
         assert history >= wanted.min_history
-        assert target == len(own) - len(own) // 2 if task == "sequential" else target > 0
-        if task == "click" and own.page_id.isna().all() and len(own) > wanted.click_targets + wanted.min_history:
+        assert target > 0
+        if task == "sequential" and not wanted.held_out_videos:
+            assert target == len(own) - len(own) // 2
+        if (
+            task == "click"
+            and not wanted.held_out_videos
+            and own.page_id.isna().all()
+            and len(own) > wanted.click_targets + wanted.min_history
+        ):
             assert target == wanted.click_targets
         assert own.role.tolist() == ["history"] * history + ["target"] * target, "history comes first"
     assert (users.groupby("task").split.apply(lambda s: (s == "test").sum()) <= wanted.test_users).all()
