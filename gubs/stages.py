@@ -290,6 +290,7 @@ STAGES: tuple[Stage, ...] = (
         outside=(_MODEL,),
         sections=("ufm", "evaluate", "seed"),
         wanted=lambda _: False,
+        resumable=True,
         version=2,
     ),
     Stage(

@@ -9,7 +9,7 @@ chosen there for a stated goal, as the service does.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gubs.artifacts import StageJob
+from gubs.artifacts import StageJob, code_version
 from gubs.console import progress
 from gubs.data.ifvr import PROFILES
+from gubs.data.work import attempt_key
 from gubs.errors import ArtifactError
+from gubs.evaluate.answers import AnswerLog, Question
 from gubs.evaluate.calibration import best_answer
 from gubs.evaluate.held_out import DecisionRule, decision_rule, held_out_items
 from gubs.evaluate.metrics import Predictions, table
@@ -39,7 +41,7 @@ from gubs.ufm.stage import policy_or_base, use_gpu
 
 OnProgress = Callable[[int, int], None]
 Row = dict[str, Any]
-Answers = dict[tuple[str, int], Prediction]
+Answers = dict[Question, Prediction]
 """By mode and number of the item."""
 _Target = tuple[Item, dict[str, bool]]
 """An item, and whether it is in each mix."""
@@ -90,17 +92,22 @@ def make(job: StageJob, ufm: UFMSettings, evaluate: EvalSettings, seed: int) -> 
     questions = Questions(job.run, ufm.inputs, tastes=job.reads(PROFILES))
     items = test_items(questions, evaluate.items, seed)
     held_out = held_out_items(questions, tuple(Task), HeldOut(ufm.held_out, seed), evaluate.decision, seed)
-    with progress("answers") as on_progress:
-        answers = ask(items, held_out, questions, folder, ufm, seed, on_progress)
-    rules = decision_rules(held_out, answers, evaluate.decision)
-    rows = predictions(items, answers, rules)
-    with job.writing() as out:
+    key = attempt_key(job.recipe.fingerprint(job.kind), code_version())
+    with job.writing(resume_key=key) as out:
+        log = AnswerLog(out.run.fs, out.path("answers"))
+        with progress("answers") as on_progress:
+            ask(items, held_out, questions, folder, ufm, seed, log, on_progress)
+        answers = log.answers
+        rules = decision_rules(held_out, answers, evaluate.decision)
+        rows = predictions(items, answers, rules)
+        out.remove("answers")
         out.write_table("predictions", pa.Table.from_pylist(rows, schema=PREDICTIONS))
         metrics = measure(rows, evaluate.bootstrap, seed)
         out.write_table("metrics", pa.Table.from_pylist(metrics))
         decisions = {str(task): asdict(rule) for task, rule in rules.items()}
         out.info = {"policy": policy, "summary": summary(rows, metrics), "decisions": decisions}
-        out.summary = f"{len(rows):,} answers" + _uncalibrated(items, rules)
+        earlier = f", {log.found:,} of them from an earlier attempt" if log.found else ""
+        out.summary = f"{len(answers):,} answers{earlier}" + _uncalibrated(items, rules)
     return out.summary
 
 
@@ -137,20 +144,30 @@ def ask(
     folder: Path,
     ufm: UFMSettings,
     seed: int,
+    log: AnswerLog,
     on_progress: OnProgress | None = None,
-) -> Answers:
-    """Asks the policy in `folder` about the test targets, greedy and sampled, and about the held-out ones, greedy."""
-    total, answers = 2 * len(items) + len(held_out), {}
+) -> None:
+    """Asks the policy in `folder` about the test targets, greedy and sampled, and about the held-out ones, greedy.
+
+    What the log has answers to is not asked again; new answers are added.
+    """
+    total = 2 * len(items) + len(held_out)
+    if len(log.answers) == total:
+        return
     gpu = use_gpu(ufm.workers)
-    engines = min(ufm.workers.count, math.ceil(total / _ANSWERS_PER_ENGINE)) if gpu else 1
+    engines = min(ufm.workers.count, math.ceil((total - log.found) / _ANSWERS_PER_ENGINE)) if gpu else 1
     pictures = ufm.inputs.vision and questions.pictures
-    queries = _queries(items, held_out, questions, Inputs(folder, ufm.inputs), seed)
-    with Predictor(folder, ufm, pictures=pictures, largest=questions.largest, engines=engines, gpu=gpu) as predictor:
-        for prediction in predictor.stream(queries):
-            answers[prediction.key] = prediction
-            if on_progress and (len(answers) % _REPORT_EVERY == 0 or len(answers) == total):
-                on_progress(len(answers), total)
-    return answers
+    queries = _queries(items, held_out, questions, Inputs(folder, ufm.inputs), seed, frozenset(log.answers))
+    try:
+        with Predictor(
+            folder, ufm, pictures=pictures, largest=questions.largest, engines=engines, gpu=gpu
+        ) as predictor:
+            for prediction in predictor.stream(queries):
+                log.add(prediction)
+                if on_progress and (len(log.answers) % _REPORT_EVERY == 0 or len(log.answers) == total):
+                    on_progress(len(log.answers), total)
+    finally:
+        log.write()
 
 
 def decision_rules(held_out: Sequence[Item], answers: Answers, settings: DecisionSettings) -> Rules:
@@ -214,15 +231,24 @@ def as_predictions(rows: Sequence[Row], task: Task) -> Predictions:
 
 
 def _queries(
-    items: Sequence[_Target], held_out: Sequence[Item], questions: Questions, inputs: Inputs, seed: int
+    items: Sequence[_Target],
+    held_out: Sequence[Item],
+    questions: Questions,
+    inputs: Inputs,
+    seed: int,
+    answered: Container[Question],
 ) -> Iterator[Query]:
-    """Each question in each mode; the key is (mode, number of the item)."""
+    """Each question in each mode, but those that are answered; the key is (mode, number of the item)."""
     labels = {task: Labels.of(inputs, task) for task in Task}
     for mode, temperature in _TEMPERATURE.items():
         for k, (item, _) in enumerate(items):
+            if (mode, k) in answered:
+                continue
             prompt = questions.about_user(item.task, item.user_id, item.video_id)
             yield Query((mode, k), prompt, sample_seed(seed, 0, k, mode, 0), temperature, labels[item.task])
     for k, item in enumerate(held_out):
+        if (_HELD_OUT, k) in answered:
+            continue
         prompt = questions.about_user(item.task, item.user_id, item.video_id)
         yield Query((_HELD_OUT, k), prompt, labels=labels[item.task])
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import pytest
 import ray
 from ufm_helpers import image_prompt, text_prompt, tiny_inputs, video_prompt
 
 from gubs.errors import PlatformError
 from gubs.evaluate import judge
+from gubs.evaluate.answers import AnswerLog
 from gubs.ufm import predict
 from gubs.ufm.inputs import Prompt
 from gubs.ufm.predict import Prediction, Predictor, Query
@@ -248,7 +250,7 @@ def test_queries_are_drawn_only_so_far_ahead_of_the_answers(opened, tmp_path, en
     assert max(ahead) > limit - CHUNK, "the bound was never met: nothing was tested"
 
 
-def test_no_more_engines_judge_than_there_is_work_for(monkeypatch):
+def test_no_more_engines_judge_than_there_is_work_for(monkeypatch, tmp_path):
     """An engine takes a minute to start, which a few answers do not pay for; on CPUs one takes all cores."""
     asked: list[int] = []
 
@@ -268,6 +270,7 @@ def test_no_more_engines_judge_than_there_is_work_for(monkeypatch):
     monkeypatch.setattr(judge, "Predictor", Noted)
     monkeypatch.setattr(judge, "Inputs", lambda *_: None)
     ufm, questions = UFMSettings(workers={"count": 4}), SimpleNamespace(pictures=True, largest=None)
+    log = AnswerLog(fsspec.filesystem("file"), str(tmp_path))
     for gpu in (True, False):
         monkeypatch.setattr(judge, "use_gpu", lambda _, gpu=gpu: gpu)
         for items in (
@@ -276,7 +279,7 @@ def test_no_more_engines_judge_than_there_is_work_for(monkeypatch):
             judge._ANSWERS_PER_ENGINE // 2 + 1,
             50 * judge._ANSWERS_PER_ENGINE,
         ):
-            judge.ask([()] * items, [], questions, Path(), ufm, 0)
+            judge.ask([()] * items, [], questions, Path(), ufm, 0, log)
     assert asked == [1, 1, 2, 4, 1, 1, 1, 1]
 
 
