@@ -2,8 +2,8 @@
 
 A recommender that knows only the listed tags shows videos to users of latent archetypes. One of several hazards ends
 each view (a flaw the user cannot stand, a topic the user does not care for, no time, a slip of the thumb, ...); it is
-the skip's true cause, kept in separate tables that no model may see. Everything is vectorised: 933 K interactions take
-seconds.
+the skip's true cause, kept in separate tables that no model may see. Everything is vectorised: a million interactions
+take seconds.
 """
 
 from dataclasses import dataclass
@@ -42,8 +42,6 @@ P_REPETITION = 0.15
 """Probability that a video seen before ends the view."""
 P_TOO_LONG = 0.75
 """Probability that a video longer than the user's patience ends the view."""
-P_FINISH = 0.22
-"""Probability that a view that is not skipped is finished."""
 
 _REDRAWS = 3
 """Times the recommender draws another video if the user has seen the first one. In a small catalogue some repetitions
@@ -105,10 +103,13 @@ def simulate(settings: SyntheticSettings, seed: int) -> SourceTables:
 def _sequential(
     s: SyntheticSettings, users: Users, videos: Videos, viewers: Ints, rng: np.random.Generator
 ) -> tuple[pa.Table, pa.Table]:
-    exposures = _recommend(users, videos, viewers, _lengths(len(viewers), s.views_per_user, rng), s.matched, rng)
+    lengths = _lengths(len(viewers), s.views_per_user, s.views_spread, rng)
+    if s.loyalty:
+        lengths = _by_hazard(lengths, _hazard(users, videos, viewers), s.loyalty, rng)
+    exposures = _recommend(users, videos, viewers, lengths, s.matched, rng)
     mechanism = _end_of_view(users, videos, exposures, s.noise, rng)
     duration = videos.duration_s[exposures.video]
-    watched = _watch_seconds(mechanism, duration, rng)
+    watched = _watch_seconds(mechanism, duration, s, rng)
     rate = np.minimum(watched / duration, 1.0)
     ids = _ids("s", np.arange(len(watched)), digits=7)
     prev_gap, next_gap = _operation_gaps(mechanism, watched, rng)
@@ -133,17 +134,19 @@ def _sequential(
 
 
 def _click(s: SyntheticSettings, users: Users, videos: Videos, people: Ints, rng: np.random.Generator) -> pa.Table:
-    pages = np.maximum(1, np.round(_lengths(len(people), s.exposures_per_user, rng) / s.page_size)).astype(np.int64)
+    pages = np.maximum(
+        1, np.round(_lengths(len(people), s.exposures_per_user, s.exposures_spread, rng) / s.page_size)
+    ).astype(np.int64)
     exposures = _recommend(users, videos, people, pages * s.page_size, s.matched, rng)
     page, position = exposures.order // s.page_size, exposures.order % s.page_size
     noticed = rng.random(len(position)) < 1.0 / (1.0 + 0.12 * position)
     title_fits = users.interests[exposures.user, videos.title_topic[exposures.video]]
     flaw = videos.flaw[exposures.video]
     repelled = users.intolerance[exposures.user, flaw] & (flaw > 0)
-    interest = np.where(title_fits, 0.34, 0.03) * np.where(repelled, 0.15, 1.0)
+    interest = np.where(title_fits, s.click_interest, 0.03) * np.where(repelled, 0.15, 1.0)
     clicked = noticed & (rng.random(len(interest)) < interest)
     duration = videos.duration_s[exposures.video]
-    watched = np.round(_watch_seconds(np.zeros(len(interest), np.int64), duration, rng), 2)
+    watched = np.round(_watch_seconds(np.zeros(len(interest), np.int64), duration, s, rng), 2)
     ids = _ids("c", np.arange(len(watched)), digits=7)
     first = np.flatnonzero(position == 0)
     page_starts = _Exposures(exposures.user[first], exposures.video[first], page[first])
@@ -165,10 +168,27 @@ def _click(s: SyntheticSettings, users: Users, videos: Videos, people: Ints, rng
     return conform(table, "interactions")
 
 
-def _lengths(n: int, mean: float, rng: np.random.Generator) -> Ints:
+def _lengths(n: int, mean: float, spread: float, rng: np.random.Generator) -> Ints:
     """Records per user: many short logs, few long ones, at least 6, with the given mean."""
-    raw = rng.lognormal(0.0, 0.7, n)
+    raw = rng.lognormal(0.0, spread, n)
     return np.maximum(6, np.round(raw * (mean / raw.mean()))).astype(np.int64) if n else np.zeros(0, np.int64)
+
+
+def _hazard(users: Users, videos: Videos, viewers: Ints) -> Floats:
+    """About what share users skip: for listed tags that are no interests, long videos, wrong moments."""
+    listed = users.listed[viewers]
+    liked = np.take_along_axis(users.interests[viewers], np.maximum(listed, 0), axis=1)
+    mismatched = ((listed >= 0) & ~liked).sum(axis=1) / np.maximum(1, (listed >= 0).sum(axis=1))
+    shorter = np.searchsorted(np.sort(videos.duration_s), users.patience_s[viewers], side="right")
+    too_long = 1.0 - shorter / len(videos.duration_s)
+    return P_MISMATCH * mismatched + P_TOO_LONG * too_long + users.restlessness[viewers]
+
+
+def _by_hazard(lengths: Ints, hazard: Floats, loyalty: float, rng: np.random.Generator) -> Ints:
+    """The same lengths, the longer ones rather for users with a small hazard."""
+    n = len(lengths)
+    calm = np.argsort(np.argsort(-hazard, kind="stable"), kind="stable") / max(1, n)
+    return np.sort(lengths)[np.argsort(np.argsort(loyalty * calm + (1.0 - loyalty) * rng.random(n), kind="stable"))]
 
 
 def _recommend(
@@ -236,10 +256,10 @@ def _seen_before(user: Ints, video: Ints) -> Bools:
     return pd.DataFrame({"user": user, "video": video}).duplicated().to_numpy()
 
 
-def _watch_seconds(mechanism: Ints, duration: Floats, rng: np.random.Generator) -> Floats:
+def _watch_seconds(mechanism: Ints, duration: Floats, s: SyntheticSettings, rng: np.random.Generator) -> Floats:
     n = len(mechanism)
     skipped = FAST_SKIP_BELOW * 0.97 * rng.beta(1.2, 1.8, n)
-    watched = np.where(rng.random(n) < P_FINISH, rng.uniform(0.91, 1.0, n), 0.31 + 0.58 * rng.beta(1.4, 2.6, n))
+    watched = np.where(rng.random(n) < s.finish, rng.uniform(0.91, 1.0, n), 0.31 + 0.58 * rng.beta(1.4, s.leave, n))
     again = (watched > 0.9) & (rng.random(n) < 0.1)
     watched = np.where(again, rng.uniform(1.2, 2.5, n), watched)
     interrupted = rng.uniform(0.02, 0.9, n)

@@ -193,7 +193,7 @@ def make_videos(s: SyntheticSettings, rng: np.random.Generator) -> Videos:
     flaw = np.where(rng.random(m) < s.flaw_rate, rng.integers(1, len(FLAWS), m), 0)
     other = (topic + rng.integers(1, s.topics, m)) % s.topics
     title_topic = np.where(flaw == FLAWS.index("clickbait"), other, topic)
-    weight = rng.lognormal(0.0, 0.9, m)
+    weight = rng.lognormal(0.0, s.popularity, m)
     duration = np.clip(rng.lognormal(np.log(MEDIAN_DURATION_S), 0.75, m), 3.0, 600.0)
     return Videos(
         topic=topic,

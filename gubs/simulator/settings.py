@@ -25,16 +25,26 @@ class NoiseSettings(Section):
 
 
 class SyntheticSettings(Section):
-    """The simulated video app. Paper scale: 15,000 users (8,000 + 7,000), 25,000 videos, 933 K interactions."""
+    """The simulated video app, before filters. Preset `paper` has more, so that the paper's numbers are left:
+    15,000 users (8,000 + 7,000), 25,000 videos, 933 K interactions.
+    """
 
     users: int = Field(15000, ge=8)
     sequential_share: float = Field(8 / 15, ge=0, le=1)
     """Share of users with the sequential task; the others see pages (paper: 8,000 of 15,000)."""
     videos: int = Field(25000, ge=8)
+    popularity: float = Field(0.9, ge=0, le=3)
+    """How unequal videos are: standard deviation of the logarithm of their popularity."""
     views_per_user: float = Field(40.0, gt=4)
     """Mean number of sequential views per user (paper: 320 K / 8,000)."""
+    views_spread: float = Field(0.7, ge=0, le=2)
+    """How unequal users' numbers of views are: standard deviation of their logarithm."""
+    loyalty: float = Field(0.0, ge=0, le=1)
+    """How far users who find less to skip have more views; 0 = not at all, 1 = strictly."""
     exposures_per_user: float = Field(87.6, gt=4)
     """Mean number of page exposures per user (paper: 613 K / 7,000)."""
+    exposures_spread: float = Field(0.7, ge=0, le=2)
+    """As `views_spread`, of the exposures."""
     page_size: int = Field(8, ge=2)
     """Videos per page."""
     topics: int = Field(24, ge=4, le=24)
@@ -43,6 +53,12 @@ class SyntheticSettings(Section):
     """Number of latent user groups."""
     flaw_rate: float = Field(0.13, ge=0, le=1)
     """Share of videos with a flaw (clickbait title, unpleasant picture, vulgar wording)."""
+    finish: float = Field(0.22, ge=0, le=1)
+    """Share of the views that are finished, among those that nothing ends early."""
+    leave: float = Field(2.6, gt=0)
+    """How early the others are left: the second parameter of a beta distribution, the larger the earlier."""
+    click_interest: float = Field(0.34, ge=0, le=1)
+    """Probability that a video is clicked whose title fits the user's interests, once it is noticed."""
     matched: float = Field(0.94, ge=0, le=1)
     """Share of recommendations that follow the listed tags; the others follow popularity."""
     days: int = Field(7, ge=1)

@@ -1,4 +1,5 @@
 import collections
+import json
 import subprocess
 import sys
 
@@ -170,18 +171,46 @@ def test_an_app_may_have_one_task_only(share, task):
     assert set(world.interactions["task"].to_pylist()) == {task}
 
 
-def test_paper_scale_fits_time_and_memory():
-    code = (
-        "import time, resource; t = time.time()\n"
-        "from gubs.config import load_settings; from gubs.simulator.behaviour import simulate\n"
-        "settings = load_settings('paper')\n"
-        "world = simulate(settings.synthetic, settings.seed)\n"
-        "world.check()\n"
-        "gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20\n"
-        "print(world.interactions.num_rows, time.time() - t, gib)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=180)
-    rows, seconds, gib = map(float, done.stdout.split())
-    assert rows == pytest.approx(933_000, rel=0.02)
-    assert seconds < 180
-    assert gib < 6
+PAPER_SCALE = """
+import json, resource, time
+begun = time.time()
+import numpy as np
+from gubs.config import load_settings
+from gubs.data.filters import apply_filters
+from gubs.data.splits import split
+from gubs.simulator.behaviour import simulate
+settings = load_settings("paper")
+world = simulate(settings.synthetic, settings.seed)
+world.check()
+passed, _ = apply_filters(world.interactions, settings.filters)
+log = split(passed, settings.splits, settings.seed).interactions.to_pandas()
+log["clicked"] = log.clicked.fillna(False).astype(bool)
+seq, click = log[log.task == "sequential"], log[log.task == "click"]
+commonest = lambda values: int(np.bincount(np.asarray(values, int) // 10).argmax()) * 10
+length = dict(zip(world.videos["video_id"].to_pylist(), world.videos["duration_s"].to_pylist()))
+print(json.dumps({
+    "seconds": time.time() - begun,
+    "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    "size": [log.user_id.nunique(), seq.user_id.nunique(), log.video_id.nunique(), len(seq), len(click)],
+    "rates": [100 * float(r) for r in (
+        seq.groupby("user_id").play_rate.mean().mean(), seq.play_rate.mean(), (seq.play_rate > 0.9).mean(),
+        (seq.play_rate > 0.3).mean(), click.clicked.mean())],
+    "records per user": commonest(log.groupby("user_id").size()),
+    "views per video": commonest(log[log.clicked | (log.task == "sequential")].groupby("video_id").size()),
+    "length": [commonest(log.video_id.map(length)), float(log.video_id.map(length).between(10, 30).mean())],
+}))
+"""
+
+
+def test_preset_paper_leaves_the_papers_data_set():
+    """Sizes (A.4), and the first row of Table 2: person and total play rate, finish rate, rate above 30 %, clicks."""
+    done = subprocess.run([sys.executable, "-c", PAPER_SCALE], capture_output=True, text=True, check=True, timeout=180)
+    found = json.loads(done.stdout)
+    assert found["size"] == [pytest.approx(n, rel=0.02) for n in (15_000, 8_000, 25_000, 320_000, 613_000)]
+    assert found["rates"] == [pytest.approx(rate, abs=1.0) for rate in (46.5, 48.3, 17.1, 76.3, 21.4)]
+    assert found["rates"][1] - found["rates"][0] > 1.0, "who has more views watches more"
+    assert (found["records per user"], found["views per video"]) == (10, 10), "commonest: 10 to 20"
+    assert found["length"][0] in (10, 20)
+    assert found["length"][1] > 0.4
+    assert found["seconds"] < 180
+    assert found["gib"] < 6
