@@ -490,6 +490,24 @@ def report(
 
 
 @app.command(rich_help_panel=_LOOK)
+def audit(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TABLE] [key=value ...]", help="A known table, or a CSV file; settings of the run."),
+    ] = None,
+    columns: Annotated[Path | None, typer.Option("--columns", help="YAML: what the columns of the file mean.")] = None,
+    run: Annotated[str, typer.Option("--run", "-r", help="Run whose `public` has bars on the same files.")] = "",
+    preset: PresetOption = "tiny",
+    as_json: JsonOption = False,
+) -> None:
+    """Check a published table: which cells cannot hold together, and what simple baselines reach on the same files.
+    Without a table: list the known ones.
+    """
+    tables = [w for w in words or [] if "=" not in w]
+    jobs.audit(tables[0] if tables else "", columns, run, preset, [w for w in words or [] if "=" in w], as_json)
+
+
+@app.command(rich_help_panel=_LOOK)
 def status(
     run: RunArgument = DEFAULT_RUN,
     preset: Annotated[str, typer.Option("--preset", "-p", help="Compare with these settings.")] = "",
