@@ -73,7 +73,7 @@ def synth(
 def ingest(
     run: RunOption, preset: PresetOption = "tiny", force: ForceOption = False, overrides: Overrides = None
 ) -> None:
-    """Read logs: source.kind=logs|movielens|amazon|agent4rec|kuairand|microlens source.path=FOLDER."""
+    """Read logs: source.kind=logs|movielens|netflix|amazon|yelp|mind|agent4rec|kuairand|microlens source.path=DIR."""
     _make(["raw"], run, preset, force, overrides)
 
 

@@ -40,7 +40,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]"
 Work = Callable[[Run, Settings, bool], object]
 """(run, settings, force)"""
 
-CHOICES = ("movielens", "amazon", "agent4rec", "microlens")
+CHOICES = ("movielens", "amazon", "agent4rec", "microlens", "netflix", "yelp")
 """Sources that only know what users chose: no exposure without a click, no play rate."""
 _ROOT = Path(gubs.__file__).resolve().parent.parent
 _EXCLUDES = [".venv", ".git", "runs", "**/__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"]
