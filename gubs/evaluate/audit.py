@@ -283,7 +283,19 @@ def _exchanged(cells: Cells, a: Quantity, b: Quantity) -> Cells:
     return {names.get(name, name): cell for name, cell in cells.items()}
 
 
-def constants(classes: Classes) -> dict[str, dict[Quantity, Range]]:
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """What somebody else reaches."""
+
+    value: float
+    half: float = 0.0
+    """Half its 95 % interval."""
+
+
+Bars = Mapping[str, Mapping[Quantity, Bar]]
+
+
+def constants(classes: Classes) -> Bars:
     """What is reached without looking, in either averaging; 0/0 is 0."""
     ends = (classes.share.low, classes.share.high)
     return {name: _spanned([of(share) for share in ends]) for name, of in (("always yes", _yes), ("always no", _no))}
@@ -301,8 +313,9 @@ def _no(share: float) -> dict[Quantity, float]:
     return figures | {Quantity.BALANCED: 0.5}
 
 
-def _spanned(values: Sequence[Mapping[Quantity, float]]) -> dict[Quantity, Range]:
-    return {q: Range(min(v[q] for v in values), max(v[q] for v in values)) for q in values[0]}
+def _spanned(ends: Sequence[Mapping[Quantity, float]]) -> dict[Quantity, Bar]:
+    first, last = ends
+    return {q: Bar((first[q] + last[q]) / 2, abs(first[q] - last[q]) / 2) for q in first}
 
 
 OVERALL = (Quantity.ACCURACY, Quantity.BALANCED, Quantity.F1)
@@ -313,15 +326,27 @@ class Place(StrEnum):
     """Where a printed figure stands against a bar."""
 
     BELOW = "below"
-    WITHIN = "within its interval"
+    ALIKE = "not to be told from"
     ABOVE = "above"
 
 
-def place(cell: Range, bar: Range) -> Place:
-    """Where a cell stands against the interval of a bar."""
-    if cell.high < bar.low:
+def place(cell: Range, bar: Bar, noise: float = 0.0) -> Place:
+    """Where a cell stands against a bar.
+
+    Args:
+        cell: what is printed.
+        bar: with its interval.
+        noise: half the 95 % interval that the printed figure has as a sample; both are taken to be independent.
+    """
+    least = math.hypot(bar.half, noise)
+    if cell.high < bar.value - least:
         return Place.BELOW
-    return Place.ABOVE if cell.low > bar.high else Place.WITHIN
+    return Place.ABOVE if cell.low > bar.value + least else Place.ALIKE
+
+
+def noise(accuracy: float, answers: int) -> float:
+    """Half the 95 % interval of the accuracy of so many independent answers."""
+    return 1.96 * math.sqrt(accuracy * (1 - accuracy) / answers)
 
 
 def detectable(accuracy: float, answers: int) -> float:

@@ -1,7 +1,8 @@
 """What `gubs audit` says: a published table row by row, what cannot hold together, and what others reach."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from gubs.artifacts import Artifact
@@ -9,6 +10,9 @@ from gubs.errors import InputError
 from gubs.evaluate.audit import (
     OVERALL,
     Averaging,
+    Bar,
+    Bars,
+    Cells,
     Conflict,
     Exchange,
     Place,
@@ -19,6 +23,7 @@ from gubs.evaluate.audit import (
     constants,
     detectable,
     exchanges,
+    noise,
     place,
     reading,
 )
@@ -26,7 +31,6 @@ from gubs.evaluate.baselines.choices import CONSTANTS, THRESHOLD, TOP_HALF
 from gubs.evaluate.printed import Printed
 from gubs.evaluate.sheets import Sheet, SheetRow
 
-Bars = Mapping[str, Mapping[Quantity, Range]]
 _MEASURED = {
     Averaging.POOLED: {
         Quantity.ACCURACY: "click_acc",
@@ -58,22 +62,41 @@ class Audit:
     constants: Bars
     bars: Bars
 
+    @property
+    def all_bars(self) -> Bars:
+        """Constants and bars."""
+        return {**self.constants, **self.bars}
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON; figures are 0-1."""
         return {
             "table": self.printed.label,
             "title": self.printed.columns.title,
-            "rows": [_row_json(row, self._places(row)) for row in self.rows],
-            "exchanges": [vars(e) for e in self.exchanges],
-            "bars": {name: _ranges_json(bar) for name, bar in {**self.constants, **self.bars}.items()},
+            "rows": [_row_json(row, self._places(row.cells)) for row in self.rows],
+            "exchanges": [asdict(e) for e in self.exchanges],
+            "bars": {n: {str(q): asdict(figure) for q, figure in bar.items()} for n, bar in self.all_bars.items()},
         }
 
-    def _places(self, row: RowAudit) -> dict[str, dict[Quantity, Place]]:
-        """Where the row stands against each bar, in what more of is better."""
+    def _places(self, cells: Cells) -> dict[str, dict[Quantity, Place]]:
+        """Where a row stands against each bar, in what more of is better."""
         return {
-            name: {q: place(row.cells[q], bar[q]) for q in OVERALL if q in bar and q in row.cells}
-            for name, bar in {**self.constants, **self.bars}.items()
+            name: {q: place(cells[q], bar[q], self._noise(q, cells[q])) for q in OVERALL if q in bar and q in cells}
+            for name, bar in self.all_bars.items()
         }
+
+    def _noise(self, quantity: Quantity, cell: Range) -> float:
+        """Half the interval of a printed accuracy; 0 for other quantities, and for an unknown number of answers."""
+        if quantity is not Quantity.ACCURACY or not self._answers or not 0 <= cell.low <= cell.high <= 1:
+            return 0.0
+        return noise((cell.low + cell.high) / 2, self._answers)
+
+    @property
+    def _answers(self) -> int:
+        """Answers that a figure is about, at least; 0 if unknown."""
+        c = self.printed.columns
+        if c.positives is None or c.negatives is None:
+            return 0
+        return c.users * sum(v if isinstance(v, int) else v[0] for v in (c.positives, c.negatives))
 
     def sheet(self) -> Sheet:
         """As a table with notes."""
@@ -83,8 +106,8 @@ class Audit:
         columns = [_short(q) for q in printed] + [_IN_WORDS[a] for a in readings]
         columns += [f"{_short(q)}, implied" for q in implied]
         rows = [self._row(row, printed, implied) for row in self.rows]
-        for name, bar in {**self.constants, **self.bars}.items():
-            cells = [_middle(bar[q]) if q in bar else "" for q in printed]
+        for name, bar in self.all_bars.items():
+            cells = [_figure(bar[q]) if q in bar else "" for q in printed]
             rows.append(SheetRow(name, cells + [""] * (len(columns) - len(printed)), faint=True))
         title = f"{self.printed.label}: {self.printed.columns.title or 'published table'}; {self._classes()}; %"
         return Sheet(title, columns, rows, self._notes())
@@ -129,25 +152,23 @@ class Audit:
 
     def _against_bars(self, row: RowAudit) -> str:
         """Which bars the row does not reach, and which it cannot be told from."""
-        places = self._places(row)
-        parts = []
-        for where in (Place.BELOW, Place.WITHIN):
-            names = [f"{bar} ({_short(q)})" for bar, of in places.items() for q, at in of.items() if at is where]
-            if names:
-                parts.append(f"{'below' if where is Place.BELOW else 'within the interval of'} {', '.join(names)}")
+        places, parts = self._places(row.cells), []
+        for q in (q for q in OVERALL if q in row.cells):
+            for where in (Place.BELOW, Place.ALIKE):
+                bars = [name for name, of in places.items() if of.get(q) is where]
+                named = [f"{name} ({100 * self.all_bars[name][q].value:.1f})" for name in bars]
+                parts += [f"{_short(q)} {where} {', '.join(named)}"] if named else []
         return f"{row.name}: {'; '.join(parts)}" if parts else ""
 
     def _resolution(self) -> list[str]:
-        c = self.printed.columns
         accuracies = [r.cells[Quantity.ACCURACY] for r in self.rows if Quantity.ACCURACY in r.cells]
-        if not (c.users and c.positives is not None and c.negatives is not None and accuracies):
+        if not (self._answers and accuracies):
             return []
-        answers = c.users * sum(v if isinstance(v, int) else v[0] for v in (c.positives, c.negatives))
         best = max((a.low + a.high) / 2 for a in accuracies)
-        least = 100 * detectable(best, answers)
+        least = 100 * detectable(best, self._answers)
         return [
-            f"{c.users:,} users: two samples of {answers:,} independent answers show a difference in accuracy of "
-            f"{least:.1f} points in 80 % of cases, and answers of one user are not even independent"
+            f"{self.printed.columns.users:,} users: two samples of {self._answers:,} independent answers show a "
+            f"difference in accuracy of {least:.1f} points in 80 % of cases"
         ]
 
 
@@ -189,7 +210,7 @@ def measured_bars(public: Artifact, printed: Printed) -> Bars:
             f"{public.stage}: no protocol {wanted!r}, which {printed.label} asks for, among {', '.join(protocols)}"
         )
     names = _metric_names(printed.columns.averagings)
-    found: dict[str, dict[Quantity, Range]] = {}
+    found: dict[str, dict[Quantity, Bar]] = {}
     values: dict[str, float] = {}
     for method in dict.fromkeys(m["method"] for m in metrics if m["method"] not in CONSTANTS):
         own = {m["name"]: m for m in metrics if m["method"] == method and m["protocol"] == wanted}
@@ -197,7 +218,7 @@ def measured_bars(public: Artifact, printed: Printed) -> Bars:
         accuracy = own[names[Quantity.ACCURACY]]["value"]
         if accuracy > values.get(short, -1.0):
             values[short] = accuracy
-            found[short] = {q: Range(own[n]["low"], own[n]["high"]) for q, n in names.items()}
+            found[short] = {q: _bar(own[n]) for q, n in names.items()}
     return {name: found[name] for name in sorted(found, key=lambda n: -values[n])}
 
 
@@ -228,9 +249,14 @@ def _span(span: Range) -> str:
     return low if low == high else f"{low}–{high}"
 
 
-def _middle(span: Range) -> str:
-    half = 100 * (span.high - span.low) / 2
-    return f"{50 * (span.low + span.high):.1f}" + (f" ±{half:.1f}" if half >= 0.05 else "")
+def _bar(metric: Mapping[str, Any]) -> Bar:
+    half = (metric["high"] - metric["low"]) / 2
+    return Bar(metric["value"], 0.0 if math.isnan(half) else half)
+
+
+def _figure(bar: Bar) -> str:
+    half = f" ±{100 * bar.half:.1f}" if bar.half >= 0.001 else ""
+    return f"{100 * bar.value:.1f}{half}"
 
 
 def _ranges_json(ranges: Mapping[Quantity, Range | None]) -> dict[str, list[float] | None]:

@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from gubs.errors import InputError
-from gubs.evaluate.audit import Averaging, Cells, Classes, Quantity, Range
+from gubs.evaluate.audit import Averaging, Bar, Bars, Cells, Classes, Quantity, Range
 from gubs.section import Section
 
 _MISSING = frozenset({"", "-", "–", "—", "n/a", "nan"})
@@ -102,7 +102,7 @@ class Printed:
     """Name of each row -> its cells."""
     texts: Mapping[str, Mapping[Quantity, str]]
     """The same as printed."""
-    bars: Mapping[str, Mapping[Quantity, Range]]
+    bars: Bars
 
 
 def case_names() -> list[str]:
@@ -161,7 +161,7 @@ def _printed(label: str, table: Path | Traversable, described: Path | Traversabl
         raise InputError(f"{table.name}: no row {sorted(absent)[0]!r}, which {described.name} names in `rows`")
     _check_unit(label, columns, rows.values())
     bars = {
-        bar: {q: _interval(text, columns, f"{described.name}: bars.{bar}.{q}") for q, text in figures.items()}
+        bar: {q: _bar(text, columns, f"{described.name}: bars.{bar}.{q}") for q, text in figures.items()}
         for bar, figures in columns.bars.items()
     }
     return Printed(label, columns, rows, texts, bars)
@@ -210,10 +210,10 @@ def _cell(text: str, columns: Columns, where: str) -> Range:
     return Range(value - below * step, value + above * step)
 
 
-def _interval(text: str, columns: Columns, where: str) -> Range:
-    """A bar's figure with what stands behind its ±."""
+def _bar(text: str, columns: Columns, where: str) -> Bar:
+    """A bar's figure, with what stands behind its ±."""
     value, _, half = _parsed(text, columns, where)
-    return Range(value - half, value + half)
+    return Bar(value, half)
 
 
 def _parsed(text: str, columns: Columns, where: str) -> tuple[float, float, float]:

@@ -13,6 +13,7 @@ from gubs.cli import app
 from gubs.errors import InputError, SettingsError
 from gubs.evaluate.audit import (
     Averaging,
+    Bar,
     Classes,
     Place,
     Quantity,
@@ -22,6 +23,7 @@ from gubs.evaluate.audit import (
     constants,
     detectable,
     exchanges,
+    noise,
     place,
     reading,
 )
@@ -173,14 +175,17 @@ def test_exchanged_columns_are_found():
 
 def test_constants_and_places():
     found = constants(Classes(Range(0.2, 0.25)))
-    assert found["always yes"][F] == Range(pytest.approx(1 / 3), pytest.approx(0.4))
-    assert found["always no"][A] == Range(0.75, 0.8)
+    assert found["always yes"][F] == Bar(pytest.approx(11 / 30), pytest.approx(1 / 30))
+    assert found["always no"][A] == Bar(pytest.approx(0.775), pytest.approx(0.025))
     for name, table in (("always yes", (10, 10, 0, 0)), ("always no", (0, 0, 10, 10))):
         expected = figures(*table)
-        assert {q: r.low for q, r in constants(TEN)[name].items()} == expected
-    assert place(Range(0.1, 0.2), Range(0.3, 0.4)) is Place.BELOW
-    assert place(Range(0.1, 0.3), Range(0.3, 0.4)) is Place.WITHIN
-    assert place(Range(0.5, 0.6), Range(0.3, 0.4)) is Place.ABOVE
+        assert {q: bar.value for q, bar in constants(TEN)[name].items()} == expected
+    assert place(Range(0.1, 0.2), Bar(0.35, 0.05)) is Place.BELOW
+    assert place(Range(0.1, 0.3), Bar(0.35, 0.05)) is Place.ALIKE
+    assert place(Range(0.5, 0.6), Bar(0.35, 0.05)) is Place.ABOVE
+    assert place(Range(0.2, 0.29), Bar(0.35, 0.03), noise=0.04) is Place.BELOW
+    assert place(Range(0.2, 0.31), Bar(0.35, 0.03), noise=0.04) is Place.ALIKE
+    assert noise(0.5, 400) == pytest.approx(0.049)
     assert detectable(0.8, 20_000) == pytest.approx(0.0112, abs=1e-4)
 
 
@@ -215,6 +220,14 @@ def test_two_rows_of_table_2_cannot_be():
         assert row.implied[B].low - 0.002 <= rebuilt.balanced_accuracy <= row.implied[B].high + 0.002
     against = checked.to_json()["rows"][-1]["against"]
     assert against["always no"] == {"accuracy": "below", "f1": "above"}
+
+
+def test_rows_are_compared_with_the_bars_that_a_table_comes_with():
+    against = {r["row"]: r["against"] for r in audit(read_printed("agent4rec")).to_json()["rows"]}
+    assert against["GPT-4o"]["popularity"] == {"accuracy": "below"}
+    assert against["SimUser"] == against["G-UBS"]
+    assert against["G-UBS"]["popularity"] == {"accuracy": "above"}
+    assert against["RecAgent"]["always yes"] == {"accuracy": "above", "f1": "below"}
 
 
 # Files
@@ -296,11 +309,11 @@ def test_a_runs_baselines_are_the_bars_each_with_its_better_rule():
     printed = read_printed("agent4rec")
     found = measured_bars(public(*rows), printed)
     assert list(found) == ["user kNN", "popularity"]
-    assert found["popularity"][A] == Range(pytest.approx(0.757), pytest.approx(0.777))
+    assert found["popularity"][A] == Bar(0.767, pytest.approx(0.01))
     assert F not in found["popularity"]  # pooled or mean over users: it is not known which of them the table prints
     notes = "\n".join(audit(printed, public(*rows)).sheet().notes)
-    assert "GPT-4o: below user kNN (accuracy), popularity (accuracy)" in notes
-    assert "G-UBS: within the interval of user kNN (accuracy)" in notes
+    assert "GPT-4o: accuracy below user kNN (80.6), popularity (76.7)" in notes
+    assert "G-UBS: accuracy not to be told from user kNN (80.6)" in notes
     with pytest.raises(InputError, match="no protocol 'interacted / unseen, published parts'"):
         measured_bars(public(*rows, protocol="liked / disliked, random"), printed)
 
@@ -315,7 +328,7 @@ def test_the_command_lists_checks_and_gives_json(tmp_path, capsys):
     app(["audit", "ifvr"], standalone_mode=False)
     text = capsys.readouterr().out
     assert "VideoChat-R1, pooled: accuracy, F1 and NPV cannot hold together" in text
-    assert "G-UBS: below always no (accuracy)" in text
+    assert "G-UBS: accuracy below always no (76.3)" in text
     table, columns = files(tmp_path)
     app(["audit", table, "--columns", str(columns), "--json"], standalone_mode=False)
     rows = json.loads(capsys.readouterr().out)["rows"]
