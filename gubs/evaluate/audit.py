@@ -113,16 +113,16 @@ class Reading:
 
     def holds(self, cells: Cells) -> bool:
         """Whether anything prints these cells."""
-        return self._solve(np.zeros(self.limits.shape[1]), np.ones(self.limits.shape[1]), cells) is not None
+        return self.least(np.zeros(self.limits.shape[1]), np.ones(self.limits.shape[1]), cells) is not None
 
     def bounds(self, quantity: Quantity, cells: Cells) -> Range | None:
         """What the cells leave to a quantity; None if they do not hold, or leave it undefined (0/0)."""
         whole = self.whole[quantity]
-        low = self._solve(self.low[quantity], whole, cells)
-        high = self._solve(-self.high[quantity], whole, cells)
+        low = self.least(self.low[quantity], whole, cells)
+        high = self.least(-self.high[quantity], whole, cells)
         return None if low is None or high is None else Range(max(0.0, low), min(1.0, -high))
 
-    def _solve(self, objective: Floats, unit: Floats, cells: Cells) -> float | None:
+    def least(self, objective: Floats, unit: Floats, cells: Cells) -> float | None:
         """Least value of the objective where unit x = 1 and the cells hold; None if that is proven to be impossible."""
         rows = [self.limits]
         for name, cell in cells.items():
@@ -224,6 +224,13 @@ def _conflict(cells: Cells, within: Reading) -> Conflict:
     return Conflict({name: within.bounds(name, rest) for name, rest in others.items()})
 
 
+def shares(cells: Cells) -> Range | None:
+    """The shares of positives with which a row would hold, pooled; None if with none."""
+    within, tp_fn = _pooled(Range(_SLACK, 1 - _SLACK)), np.array([1.0, 0.0, 1.0, 0.0])
+    low, high = (within.least(sign * tp_fn, np.ones(4), cells) for sign in (1, -1))
+    return None if low is None or high is None else Range(max(0.0, low), min(1.0, -high))
+
+
 @dataclass(frozen=True)
 class RowAudit:
     """What was found about a row."""
@@ -234,6 +241,8 @@ class RowAudit:
     """For each reading that the table allows."""
     implied: Mapping[Quantity, Range]
     """Quantities that are not printed -> where they lie, in any reading that holds."""
+    shares: Range | None
+    """Where the row cannot be pooled: shares of positives with which it could."""
 
     @property
     def possible(self) -> list[Averaging]:
@@ -249,7 +258,8 @@ def audit_row(name: str, cells: Cells, readings: Mapping[Averaging, Reading]) ->
         for quantity in (q for q in Quantity if q not in cells):
             if left := readings[averaging].bounds(quantity, cells):
                 implied[quantity] = implied.get(quantity, left) | left
-    return RowAudit(name, cells, found, implied)
+    needed = shares(cells) if found.get(Averaging.POOLED) else None
+    return RowAudit(name, cells, found, implied, needed)
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,8 @@ class Audit:
         for row in self.rows:
             for averaging, found in row.conflicts.items():
                 notes += [self._cannot(row, averaging, conflict) for conflict in found]
+            if row.shares:
+                notes.append(f"{row.name}: pooled, it would hold with {_span(row.shares)} % positive")
         notes += [
             f"with {_short(e.first)} and {_short(e.second)} exchanged, {e.after} rows are impossible, not {e.before}"
             for e in self.exchanges
@@ -270,5 +272,6 @@ def _row_json(row: RowAudit, places: Mapping[str, Mapping[Quantity, Place]]) -> 
         "possible": [str(a) for a in row.possible],
         "conflicts": {str(a): [_ranges_json(c.allowed) for c in found] for a, found in row.conflicts.items()},
         "implied": _ranges_json(row.implied),
+        "share_needed": [row.shares.low, row.shares.high] if row.shares else None,
         "against": {bar: {str(q): str(at) for q, at in of.items()} for bar, of in places.items() if of},
     }

@@ -26,6 +26,7 @@ from gubs.evaluate.audit import (
     noise,
     place,
     reading,
+    shares,
 )
 from gubs.evaluate.audit_sheet import audit, measured_bars
 from gubs.evaluate.metrics import published_confusion
@@ -163,6 +164,16 @@ def test_what_is_not_printed_follows_where_the_row_holds():
     assert row.implied[B] == near(0.7)
     assert row.implied[P].low < 9 / 14 < row.implied[P].high
     assert audit_row("y", exact(accuracy=0.2, recall=0.9), readings).implied == {}
+
+
+def test_the_share_with_which_an_impossible_row_would_hold():
+    values = figures(30, 20, 10, 40)  # 40 % positive
+    cells = {q: values[q] for q in (A, R, F)}
+    row = audit_row("x", rounded(cells, 4), {Averaging.POOLED: reading(TEN, Averaging.POOLED)})
+    assert row.shares.low <= 0.4 <= row.shares.high
+    assert row.shares.high - row.shares.low < 0.01
+    assert shares(exact(precision=0.9, recall=0.5, f1=0.95)) is None
+    assert audit_row("y", exact(accuracy=0.7), {Averaging.POOLED: reading(TEN, Averaging.POOLED)}).shares is None
 
 
 def test_exchanged_columns_are_found():
