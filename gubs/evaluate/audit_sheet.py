@@ -109,7 +109,8 @@ class Audit:
         for name, bar in self.all_bars.items():
             cells = [_figure(bar[q]) if q in bar else "" for q in printed]
             rows.append(SheetRow(name, cells + [""] * (len(columns) - len(printed)), faint=True))
-        title = f"{self.printed.label}: {self.printed.columns.title or 'published table'}; {self._classes()}; %"
+        unit = "%" if self.printed.columns.unit == "percent" else "%, but for what is printed"
+        title = f"{self.printed.label}: {self.printed.columns.title or 'published table'}; {self._classes()}; {unit}"
         return Sheet(title, columns, rows, self._notes())
 
     def _row(self, row: RowAudit, printed: Sequence[Quantity], implied: Sequence[Quantity]) -> SheetRow:
@@ -164,9 +165,9 @@ class Audit:
 
     def _resolution(self) -> list[str]:
         accuracies = [r.cells[Quantity.ACCURACY] for r in self.rows if Quantity.ACCURACY in r.cells]
-        if not (self._answers and accuracies):
+        best = max(((a.low + a.high) / 2 for a in accuracies), default=0.0)
+        if not self._answers or not 0 < best < 1:
             return []
-        best = max((a.low + a.high) / 2 for a in accuracies)
         least = 100 * detectable(best, self._answers)
         return [
             f"{self.printed.columns.users:,} users: two samples of {self._answers:,} independent answers show a "

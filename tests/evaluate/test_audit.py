@@ -290,6 +290,13 @@ def test_files_that_say_something_else_are_refused(tmp_path, table, columns, mes
     assert message in str(caught.value)
 
 
+def test_a_figure_that_cannot_be_is_named_alone(tmp_path):
+    printed = read_printed(*files(tmp_path, "m,acc,rec,f\na,170,80,72.7\nb,,,\n", f"{COLUMNS}users: 9\n"))
+    sheet = audit(printed).sheet()
+    assert "a: accuracy 170 is no such figure" in sheet.notes
+    assert sheet.rows[1].cells[:3] == ["–", "–", "–"]
+
+
 def test_tables_without_a_description_and_unknown_names_are_refused(tmp_path):
     with pytest.raises(InputError, match="--columns"):
         read_printed(files(tmp_path)[0])
