@@ -73,7 +73,7 @@ def synth(
 def ingest(
     run: RunOption, preset: PresetOption = "tiny", force: ForceOption = False, overrides: Overrides = None
 ) -> None:
-    """Read logs: source.kind=logs|movielens|amazon|agent4rec|kuairand|microlens source.path=FOLDER."""
+    """Read logs: source.kind=logs|movielens|netflix|amazon|yelp|mind|agent4rec|kuairand|microlens source.path=DIR."""
     _make(["raw"], run, preset, force, overrides)
 
 
@@ -487,6 +487,24 @@ def report(
 ) -> None:
     """Write a page with training curves, and print the judged policies side by side (or as JSON)."""
     jobs.report(open_run(run), policies or [], as_json)
+
+
+@app.command(rich_help_panel=_LOOK)
+def audit(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TABLE] [key=value ...]", help="A known table, or a CSV file; settings of the run."),
+    ] = None,
+    columns: Annotated[Path | None, typer.Option("--columns", help="YAML: what the columns of the file mean.")] = None,
+    run: Annotated[str, typer.Option("--run", "-r", help="Run whose `public` has bars on the same files.")] = "",
+    preset: PresetOption = "tiny",
+    as_json: JsonOption = False,
+) -> None:
+    """Check a published table: which cells cannot hold together, and what simple baselines reach on the same files.
+    Without a table: list the known ones.
+    """
+    tables = [w for w in words or [] if "=" not in w]
+    jobs.audit(tables[0] if tables else "", columns, run, preset, [w for w in words or [] if "=" in w], as_json)
 
 
 @app.command(rich_help_panel=_LOOK)

@@ -21,7 +21,7 @@ import gubs
 from gubs import stages
 from gubs.artifacts import Artifact, Run, open_run
 from gubs.config import Settings, load_settings, preset_names
-from gubs.console import err, print_json, quiet_libraries, say
+from gubs.console import err, print_json, print_line, quiet_libraries, say
 from gubs.errors import GubsError, MissingArtifactError, PlatformError, SettingsError
 from gubs.ray_runtime import follow_job, free_port, local_head
 from gubs.records import Split, Task
@@ -40,7 +40,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]"
 Work = Callable[[Run, Settings, bool], object]
 """(run, settings, force)"""
 
-CHOICES = ("movielens", "amazon", "agent4rec", "microlens")
+CHOICES = ("movielens", "amazon", "agent4rec", "microlens", "netflix", "yelp")
 """Sources that only know what users chose: no exposure without a click, no play rate."""
 _ROOT = Path(gubs.__file__).resolve().parent.parent
 _EXCLUDES = [".venv", ".git", "runs", "**/__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"]
@@ -112,6 +112,45 @@ def evaluate_ranking(run: Run, settings: Settings, force: bool = False, as_json:
 def evaluate_page(run: Run, settings: Settings) -> None:
     """Writes the page and prints all tables again from what is stored; makes nothing."""
     _show_evaluation(run, settings, ("ifvr", "public", "simulated", "ranking"))
+
+
+def audit(
+    table: str, columns: Path | None, run: str, preset: str, overrides: Sequence[str], as_json: bool = False
+) -> None:
+    """Checks a published table, beside the baselines of a run on the same files.
+
+    Args:
+        table: name of a case, or a CSV file; empty = print the names of the cases.
+        columns: what the columns of a file mean.
+        run: has the artifact `public`, or gets it if there are settings; empty = no run.
+        preset: of the settings.
+        overrides: settings of the run, as the source of its data.
+        as_json: print JSON.
+
+    Raises:
+        SettingsError: settings without a run.
+    """
+    from gubs.evaluate.audit_sheet import audit
+    from gubs.evaluate.printed import case_names, read_printed
+    from gubs.evaluate.sheets import print_sheet
+
+    if not table:
+        for name in case_names():
+            print_line(f"{name:<16} {read_printed(name).columns.title}")
+        return
+    printed, public = read_printed(table, columns), None
+    if overrides and not run:
+        raise SettingsError("settings are those of a run: name its folder with --run")
+    if run:
+        opened = open_run(run)
+        if overrides:
+            stages.make(["public"], opened, load_settings(preset, list(overrides)))
+        public = opened.artifact("public")
+    checked = audit(printed, public)
+    if as_json:
+        print_json(checked.to_json())
+    else:
+        print_sheet(checked.sheet())
 
 
 def _show_evaluation(

@@ -30,7 +30,7 @@ def test_help_lists_every_command():
     text = gubs("--help").stdout
     for command in (
         *("demo", "synth", "ingest", "build", "frames", "ugm", "teach", "groups", "annotate", "submit", "model"),
-        *("sft", "grpo", "judge", "plan", "report", "show", "status", "probe", "doctor", "settings"),
+        *("sft", "grpo", "judge", "plan", "report", "audit", "show", "status", "probe", "doctor", "settings"),
     ):
         assert f" {command} " in text
     assert "Exit codes" in text

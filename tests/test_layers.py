@@ -33,6 +33,7 @@ PURE = [
     "evaluate/feedback",
     "evaluate/protocols",
     "evaluate/verdicts",
+    "evaluate/audit",
     "serving/filter",
     "data/filters",
     "data/splits",

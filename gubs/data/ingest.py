@@ -24,7 +24,7 @@ from gubs.data.log_passes import Finished, LogPasses
 from gubs.data.partition import cut
 from gubs.data.pieces import read_pieces
 from gubs.data.settings import DataSettings, SourceSettings
-from gubs.data.sources import FileCount, SourceTables, log_plan, log_rows, read_source
+from gubs.data.sources import FileCount, SourceTables, log_plan, log_rows, named_files, read_source
 from gubs.data.sources.files import InputFile, identity, refuse_missing
 from gubs.data.sources.logs import Described, attach
 from gubs.data.sources.media import videos_identity
@@ -82,6 +82,8 @@ def _files(source: SourceSettings) -> list[InputFile]:
     if source.kind == "logs":
         return [f for parts in log_plan.find_files(source.path)[0].values() for f in parts]
     path = Path(source.path)
+    if (named := named_files(source)) is not None:
+        return [InputFile(str(p), p.relative_to(path).as_posix()) for p in named if p.is_file()]
     files = (
         [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _TABLE_SUFFIXES and p.is_file())
     )

@@ -27,6 +27,9 @@ class SourceSettings(Section):
         "agent4rec",
         "kuairand",
         "microlens",
+        "mind",
+        "netflix",
+        "yelp",
     ] = "synthetic"
     path: str = ""
     """Folder (or file) of the source's data; unused by `synthetic`."""

@@ -91,8 +91,8 @@ def public_sheet(artifacts: Sequence[Artifact]) -> Sheet:
     ]
     literature = [p.startswith("interacted / unseen, ") and not p.endswith(HeldOut.LAST) for p in protocols]
     data = _PUBLISHED_ON.get(artifacts[0].manifest.settings["source"]["kind"], "")
-    for name, (accuracy, _, _) in TABLE_3.get(data, {}).items():
-        cells = [_number(accuracy) if same else "–" for same in literature]
+    for name, figures in TABLE_3.get(data, {}).items():
+        cells = [_number(figures["accuracy"]) if same else "–" for same in literature]
         rows.append(SheetRow(f"{name}, {data} ({PUBLISHED})", cells, faint=True))
     notes = [_like_the_best(p, artifacts[0].table("verdicts").to_pylist()) for p in protocols]
     for artifact in artifacts[1:]:

@@ -43,7 +43,8 @@ from gubs.prompts.fields import inline
 from gubs.records import Video
 
 SIMULATED, ROLE = "simulated", "annotator"
-THINGS = {"movielens": "films", "agent4rec": "films", "amazon": "books"}
+THINGS = {"movielens": "films", "agent4rec": "films", "netflix": "films", "amazon": "books"}
+THINGS |= {"mind": "news", "yelp": "places"}
 _USERS = 100
 """Users asked about at once."""
 

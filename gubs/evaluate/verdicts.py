@@ -16,7 +16,7 @@ import numpy as np
 from gubs.evaluate.metrics import Floats, Predictions, Statistic, bootstrap_weights, statistic_of, user_sums
 
 ALPHA = 0.05
-_POWER = 1.959964 + 0.841621
+POWER = 1.959964 + 0.841621
 """Standard errors that a difference must have to be found in 80 % of samples at 5 %, two-sided."""
 
 
@@ -131,7 +131,7 @@ def _verdict(observed: float, drawn: Floats, flipped: Floats, by_user: Floats) -
     p = (1 + (np.abs(flipped) >= abs(observed) - 1e-12).sum()) / (1 + len(flipped))
     spread = by_user.std(ddof=1) if len(by_user) > 1 else 0.0
     effect = float(by_user.mean() / spread) if spread > 0 else 0.0
-    detectable = _POWER * float(drawn.std(ddof=1)) if len(drawn) > 1 else float("nan")
+    detectable = POWER * float(drawn.std(ddof=1)) if len(drawn) > 1 else float("nan")
     return Verdict(
         "",
         "",

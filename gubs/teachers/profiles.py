@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
 """text: the profile; tags: interests, strongest first; evidence: ids of the `n` interactions on which they rest; until:
 time of the latest of these (milliseconds since 1970)."""
 
-_ITEM_NOUNS = {"movielens": "films", "amazon": "books"}
+_ITEM_NOUNS = {"movielens": "films", "netflix": "films", "amazon": "books", "yelp": "places"}
 
 
 @dataclass(frozen=True)

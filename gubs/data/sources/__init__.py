@@ -1,11 +1,13 @@
 """Sources of logs: each reads its own files and gives the same typed tables (`SourceTables`).
 
 A source is a module of this package, named like its `source.kind`; it has a function `read` from `SourceSettings` to
-`SourceTables`. The simulated app has no files and is made elsewhere (`gubs.simulator`); it gives the same tables.
+`SourceTables`, and a function `files` if its files are not simply those of its folder. The simulated app has no files
+and is made elsewhere (`gubs.simulator`); it gives the same tables.
 """
 
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -65,6 +67,16 @@ class SourceTables:
         for file, count in self.files.items():
             if count.rows_in != count.rows_out + sum(count.rejected.values()):
                 raise InputError(f"{file}: rows in and rows out do not add up: {count}")
+
+
+def named_files(source: SourceSettings) -> list[Path] | None:
+    """The files that the source names itself; None: they are the table files of its folder.
+
+    Raises:
+        InputError: a file that it cannot do without is missing.
+    """
+    module = import_module(f"gubs.data.sources.{source.kind}")
+    return module.files(source) if hasattr(module, "files") else None
 
 
 def read_source(source: SourceSettings) -> SourceTables:

@@ -224,7 +224,12 @@ def read_sheet(
     Raises:
         InputError: missing or empty file, missing column, or too many malformed rows; names file, row, column, remedy.
     """
-    (sheet,) = read_blocks(open_table(file, text), columns, rules, maxsize)
+    return read_raw(open_table(file, text), columns, max_bad, rules)
+
+
+def read_raw(raw: RawFile, columns: Sequence[Column], max_bad: float, rules: CellRules = RULES) -> Sheet:
+    """`read_sheet` of an open file."""
+    (sheet,) = read_blocks(raw, columns, rules, maxsize)
     refuse_empty(sheet.label, sheet.rows_in)
     sheet.max_bad = max_bad
     sheet.check_quality()

@@ -1,0 +1,167 @@
+"""MIND as a source: news with categories, and pages of news that users were shown, with what they clicked.
+
+Files: `behaviors.tsv` (impression, user, time, news clicked before, news shown as `N1-0 N2-1`) and `news.tsv` (id,
+category, subcategory, title, ...), neither with a header; in the folder, or in subfolders of it (`MINDsmall_train`,
+`MINDsmall_dev`). An impression is a page of the click task. The data are Microsoft's (Wu et al., "MIND", ACL 2020).
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gubs.data.settings import SourceSettings
+from gubs.data.sources import SourceTables
+from gubs.data.sources.files import InputFile
+from gubs.data.sources.formats import TextFormat
+from gubs.data.sources.reading import (
+    Column,
+    Sheet,
+    assemble,
+    build,
+    constant,
+    duplicated,
+    joined,
+    read_sheet,
+    tag_lists,
+)
+from gubs.errors import InputError
+from gubs.records import Task
+
+INTEREST_TAGS = 5
+"""Most interest tags per user."""
+
+_BEHAVIORS, _NEWS = "behaviors.tsv", "news.tsv"
+_TIME = "%m/%d/%Y %I:%M:%S %p"
+_SHOWN = r"^\S+-[01](\s+\S+-[01])*$"
+
+_NOTES = [
+    "There are no watch times, so there is no sequential task: what was shown is the click task.",
+    "News have no video files; abstracts, addresses and entities are left out.",
+    "The zone of the times is unknown; they are taken for UTC.",
+]
+
+_PAGES = (
+    Column("impression", "id", nullable=False),
+    Column("user_id", "id", nullable=False),
+    Column("time", "word", nullable=False),
+    Column("history"),
+    Column("shown", nullable=False),
+)
+
+_ARTICLES = (
+    Column("video_id", "id", nullable=False),
+    Column("category", "word"),
+    Column("subcategory", "word"),
+    Column("title"),
+)
+_UNREAD = ("abstract", "url", "title_entities", "abstract_entities")
+
+
+def read(settings: SourceSettings) -> SourceTables:
+    """Reads a folder of MIND, or a folder of such folders.
+
+    Raises:
+        InputError: no behaviors.tsv, or a file that cannot be used; the test part of MIND has no clicks.
+    """
+    folders, bad = _folders(Path(settings.path)), settings.max_bad_rows
+    labels = ["" if len(folders) == 1 else f"{f.name}/" for f in folders]
+    pages = [_read_pages(f, label, bad) for f, label in zip(folders, labels, strict=True)]
+    news, videos = _read_news(folders, labels, bad)
+    interactions = pa.concat_tables([_shown(sheet, label) for sheet, label in zip(pages, labels, strict=True)])
+    topics = dict(zip(videos["video_id"].to_pylist(), videos["tags"].to_pylist(), strict=True))
+    users, earlier = _users(pages, topics)
+    notes = [
+        *_NOTES,
+        f"Interest tags of users are the {INTEREST_TAGS} most frequent subcategories of what they had clicked before "
+        f"their first page; these {earlier:,} clicks themselves are left out, since their times are unknown.",
+    ]
+    return assemble(users, videos, interactions, [*pages, *news], notes)
+
+
+def files(settings: SourceSettings) -> list[Path]:
+    """The files that decide the tables."""
+    return [folder / name for folder in _folders(Path(settings.path)) for name in (_BEHAVIORS, _NEWS)]
+
+
+def _folders(root: Path) -> list[Path]:
+    found = [root] if (root / _BEHAVIORS).is_file() else sorted(p.parent for p in root.glob(f"*/{_BEHAVIORS}"))
+    if not found:
+        raise InputError(f"{root}: no {_BEHAVIORS} in it or a subfolder; source.path must be a folder of MIND")
+    return found
+
+
+def _read_pages(folder: Path, label: str, bad: float) -> Sheet:
+    """Impressions; `time` becomes `timestamp`."""
+    text = TextFormat("\t", tuple(c.name for c in _PAGES), quoted=False)
+    sheet = read_sheet(InputFile(str(folder / _BEHAVIORS), label + _BEHAVIORS), _PAGES, bad, text=text)
+    unlabelled = pc.invert(pc.match_substring_regex(sheet.column("shown"), _SHOWN))
+    sheet.reject(unlabelled, "not news with -0 or -1 (clicked)", "shown", malformed=True)
+    times = pd.to_datetime(sheet.column("time").to_pandas(), format=_TIME, errors="coerce", utc=True)
+    sheet.reject(times.isna().to_numpy(), "not a time as 11/15/2019 8:55:22 AM", "time", malformed=True)
+    stamps = pa.array(times.dropna(), pa.timestamp("ms", "UTC")).cast(pa.int64())
+    sheet.table = sheet.table.append_column("timestamp", stamps)
+    sheet.reject_duplicates("impression")
+    return sheet
+
+
+def _shown(pages: Sheet, label: str) -> pa.Table:
+    """One exposure for each news of each page."""
+    lists = pc.split_pattern_regex(pages.column("shown"), r"\s+").combine_chunks()
+    rows = pa.array(pc.list_parent_indices(lists).to_numpy(zero_copy_only=False).astype(np.int64))
+    starts = np.searchsorted(rows, np.arange(len(lists)))
+    position = np.arange(len(rows)) - starts[rows]
+    parts = pc.extract_regex(pc.list_flatten(lists), r"^(?P<news>\S+)-(?P<clicked>[01])$")
+    n, page = len(rows), joined(label, pages.column("impression").take(rows))
+    return build(
+        "interactions",
+        n,
+        interaction_id=joined(page, "-", pa.chunked_array([pa.array(position)])),
+        user_id=pages.column("user_id").take(rows),
+        video_id=pc.struct_field(parts, "news"),
+        task=constant(Task.CLICK.value, n, pa.string()),
+        timestamp=pages.column("timestamp").take(rows),
+        page_id=page,
+        position=pa.array(position),
+        clicked=pc.equal(pc.struct_field(parts, "clicked"), "1"),
+    )
+
+
+def _read_news(folders: Sequence[Path], labels: Sequence[str], bad: float) -> tuple[list[Sheet], pa.Table]:
+    """The news of all folders; those that an earlier folder has too are duplicates."""
+    text = TextFormat("\t", (*(c.name for c in _ARTICLES), *_UNREAD), quoted=False)
+    places = zip(folders, labels, strict=True)
+    sheets = [read_sheet(InputFile(str(f / _NEWS), label + _NEWS), _ARTICLES, bad, text=text) for f, label in places]
+    repeated = duplicated(pa.concat_tables([s.table.select(["video_id"]) for s in sheets]).columns)
+    borders = np.cumsum([len(s.lines) for s in sheets])[:-1]
+    for sheet, mask in zip(sheets, np.split(repeated, borders), strict=True):
+        sheet.reject(mask, "duplicate", "video_id")
+    news = pa.concat_tables([s.table for s in sheets])
+    category, subcategory = news["category"], news["subcategory"]
+    finer = pc.if_else(pc.fill_null(pc.equal(category, subcategory), False), None, subcategory)
+    tags = tag_lists(news.num_rows, [category, finer])
+    return sheets, build("videos", news.num_rows, video_id=news["video_id"], title=news["title"], tags=tags)
+
+
+def _users(pages: Sequence[Sheet], topics: dict[str, list[str]]) -> tuple[pa.Table, int]:
+    """Users with interest tags from the history of their first page, and how many clicks those histories have.
+
+    Later histories may hold clicks of the pages themselves, which are to be predicted.
+    """
+    log = pa.concat_tables([s.table.select(["user_id", "timestamp", "history"]) for s in pages])
+    times = log.select(["user_id", "timestamp"]).to_pandas()
+    first = times.sort_values("timestamp", kind="stable").drop_duplicates("user_id").sort_values("user_id").index
+    known = log.take(pa.array(first))
+    clicked = [history.split() if history else [] for history in known["history"].to_pylist()]
+    tags = pa.array([_favourites(news, topics) for news in clicked], pa.list_(pa.string()))
+    return build("users", known.num_rows, user_id=known["user_id"], tags=tags), sum(map(len, clicked))
+
+
+def _favourites(news: Sequence[str], topics: dict[str, list[str]]) -> list[str]:
+    """The most frequent finest topics, equally frequent ones by name."""
+    counts = Counter(topics[n][-1] for n in news if topics.get(n))
+    return sorted(counts, key=lambda topic: (-counts[topic], topic))[:INTEREST_TAGS]

@@ -1,0 +1,122 @@
+"""The Netflix Prize as a source: ratings with dates, listed under a line with the film's number.
+
+Files: `combined_data_*.txt` (many films, each a line `1:` and then lines `user,stars,date`), or `training_set/mv_*.txt`
+(one film a file), and `movie_titles.csv` (number, year, title, which may have commas; ISO-8859-1). A film becomes a
+video, and a rating an interaction of the click task.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gubs.data.settings import SourceSettings
+from gubs.data.sources import SourceTables
+from gubs.data.sources.columns import KINDS, convert
+from gubs.data.sources.files import InputFile
+from gubs.data.sources.formats import TextFormat, guess_encoding
+from gubs.data.sources.reading import (
+    STARS_NOTE,
+    Column,
+    Sheet,
+    assemble,
+    build,
+    clicks,
+    read_sheet,
+    tag_lists,
+    together,
+)
+from gubs.errors import InputError
+
+_TITLES = "movie_titles.csv"
+_PATTERNS = ("combined_data_*.txt", "training_set/mv_*.txt", "mv_*.txt")
+_LINE = (Column("line", nullable=False),)
+
+_NOTES = [
+    "There are no watch times, so there is no sequential task: every rating is a click, and no exposure without a "
+    "click is known.",
+    "The films are described by title and year only: there are neither genres nor video files.",
+    "The users are known by their id alone: no age, gender, occupation or interest tags.",
+    "Ratings have dates without a time of day; those of one day are in the order of the files.",
+    STARS_NOTE,
+]
+
+
+def read(settings: SourceSettings) -> SourceTables:
+    """Reads a Netflix Prize folder.
+
+    Raises:
+        InputError: no ratings or titles in the folder, or a file that cannot be used.
+    """
+    root, bad = Path(settings.path), settings.max_bad_rows
+    parts = [_read_ratings(path, root, bad) for path in _ratings(root)]
+    ratings = together(parts, "the ratings")
+    ratings.reject_duplicates("user_id", "video_id")
+    titles, videos = _read_titles(root / _TITLES, bad)
+    interactions = clicks(ratings.table, "user_id", "video_id")
+    return assemble(None, videos, interactions, [ratings, titles], _NOTES)
+
+
+def files(settings: SourceSettings) -> list[Path]:
+    """The files that decide the tables."""
+    root = Path(settings.path)
+    return [*_ratings(root), root / _TITLES]
+
+
+def _ratings(root: Path) -> list[Path]:
+    for pattern in _PATTERNS:
+        if found := sorted(root.glob(pattern)):
+            return found
+    raise InputError(f"{root}: no {' or '.join(_PATTERNS)}; source.path must be a folder of the Netflix Prize")
+
+
+def _read_ratings(path: Path, root: Path, bad: float) -> Sheet:
+    """A file's ratings: user_id, video_id, rating, timestamp."""
+    file, text = InputFile(str(path), path.relative_to(root).as_posix()), TextFormat("\x1f", ("line",), quoted=False)
+    sheet = read_sheet(file, _LINE, bad, text=text)
+    film = pc.struct_field(pc.extract_regex(sheet.column("line"), r"^(?P<film>\d+):$"), "film")
+    _leave_out_headings(sheet, film)
+    parts = pc.extract_regex(sheet.column("line"), r"^(?P<user>\d+),(?P<stars>[1-5]),(?P<date>[\d-]+)$")
+    sheet.reject(parts.is_null(), "neither FILM: nor USER,STARS,DATE", "line", malformed=True)
+    parts = parts.drop_null()
+    times, wrong = convert(pc.struct_field(parts, "date").combine_chunks(), "time")
+    columns = {
+        "user_id": pc.struct_field(parts, "user"),
+        "video_id": sheet.column("video_id"),
+        "rating": pc.struct_field(parts, "stars").cast(pa.float64()),
+        "timestamp": times,
+        "line": sheet.column("line"),
+    }
+    sheet.table = pa.table(columns)
+    if wrong is not None:
+        sheet.reject(wrong, KINDS["time"][1], "line", malformed=True)
+    sheet.reject(sheet.column("video_id").is_null(), "no film above it", "line", malformed=True)
+    return sheet
+
+
+def _leave_out_headings(sheet: Sheet, film: pa.ChunkedArray) -> None:
+    """Gives each line the film above it (`video_id`). Headings are no rows: the account does not count them."""
+    rating = np.asarray(film.is_null())
+    table = sheet.table.append_column("video_id", pc.fill_null_forward(film))
+    sheet.table, sheet.lines = table.filter(pa.array(rating)), sheet.lines[rating]
+    sheet.rows_in -= int((~rating).sum())
+
+
+def _read_titles(path: Path, bad: float) -> tuple[Sheet, pa.Table]:
+    """Films with the year behind the title, as MovieLens has it."""
+    encoding = guess_encoding(path) if path.is_file() else "utf-8"
+    text = TextFormat("\x1f", ("line",), quoted=False, encoding=encoding)
+    sheet = read_sheet(path, _LINE, bad, text=text)
+    parts = pc.extract_regex(sheet.column("line"), r"^(?P<film>\d+),(?P<year>\d{4}|NULL),(?P<title>.*)$")
+    sheet.reject(parts.is_null(), "not FILM,YEAR,TITLE", "line", malformed=True)
+    parts = parts.drop_null()
+    year, title = pc.struct_field(parts, "year"), pc.utf8_trim_whitespace(pc.struct_field(parts, "title"))
+    title = pc.if_else(pc.equal(title, ""), None, title)
+    dated = pc.binary_join_element_wise(title, pc.binary_join_element_wise(" (", year, ")", ""), "")
+    shown = pc.if_else(pc.equal(year, "NULL"), title, dated)
+    sheet.table = pa.table({"video_id": pc.struct_field(parts, "film"), "title": shown})
+    sheet.reject_duplicates("video_id")
+    n = len(sheet.lines)
+    columns = {"video_id": sheet.column("video_id"), "title": sheet.column("title"), "tags": tag_lists(n, [])}
+    return sheet, build("videos", n, **columns)
