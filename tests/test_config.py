@@ -14,8 +14,7 @@ def test_all_presets_load():
 
 
 def test_paper_preset_has_the_papers_numbers():
-    s = load_settings("paper")
-    assert (s.synthetic.users, s.synthetic.videos) == (15000, 25000)
+    s = load_settings("paper")  # the size of its data set: tests/simulator/test_behaviour.py
     assert (s.splits.test_users, s.splits.ugm_users) == (1000, 1000)
     assert (s.filters.max_gap_s, s.filters.min_video_views, s.filters.min_user_exposures) == (120, 10, 30)
 
