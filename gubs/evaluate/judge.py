@@ -2,14 +2,14 @@
 
 Each target is asked twice, greedy and sampled, with the user's own prompt (as in use); the metrics are computed on the
 natural mix of options and on a balanced one, since a policy trained on balanced batches may do well on only one. Two
-more modes ask nothing: they take the option probabilities of the greedy answer, calibrated on training users (see
-`held_out`). `calibrated` names the option with the highest expected reward; `filter` decides by the threshold that was
-chosen there for a stated goal, as the service does.
+more modes take the mean option probabilities of several sampled answers (`evaluate.decision.thoughts`), calibrated on
+training users (see `held_out`). `calibrated` names the option with the highest expected reward; `filter` decides by the
+threshold that was chosen there for a stated goal.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from gubs.evaluate.settings import DecisionSettings, EvalSettings
 from gubs.records import TASK_OPTIONS, Option, Split, Task
 from gubs.ufm.held_out import HeldOut
 from gubs.ufm.inputs import Inputs
-from gubs.ufm.labels import Labels
+from gubs.ufm.labels import Labels, OptionProbabilities
 from gubs.ufm.predict import Prediction, Predictor, Query
 from gubs.ufm.questions import Item, Questions
 from gubs.ufm.rewards import outcome_only, reward_answer, skip_right
@@ -72,7 +72,6 @@ PREDICTIONS = pa.schema(
 parts, whatever training used (without r_choice where no reason is known); `skip`: P(skip), calibrated in the modes that
 are (null: the answer names no option). A skip whose reason alone is unknown has neither gold nor reward."""
 
-_TEMPERATURE = {GREEDY: 0.0, SAMPLED: 1.0}
 _HELD_OUT = "held out"
 Rules = dict[Task, DecisionRule]
 _REPORT_EVERY = 64
@@ -96,10 +95,10 @@ def make(job: StageJob, ufm: UFMSettings, evaluate: EvalSettings, seed: int) -> 
     with job.writing(resume_key=key) as out:
         log = AnswerLog(out.run.fs, out.path("answers"))
         with progress("answers") as on_progress:
-            ask(items, held_out, questions, folder, ufm, seed, log, on_progress)
+            ask(items, held_out, questions, folder, ufm, evaluate.decision.thoughts, seed, log, on_progress)
         answers = log.answers
         rules = decision_rules(held_out, answers, evaluate.decision)
-        rows = predictions(items, answers, rules)
+        rows = predictions(items, answers, rules, evaluate.decision.thoughts)
         out.remove("answers")
         out.write_table("predictions", pa.Table.from_pylist(rows, schema=PREDICTIONS))
         metrics = measure(rows, evaluate.bootstrap, seed)
@@ -143,21 +142,22 @@ def ask(
     questions: Questions,
     folder: Path,
     ufm: UFMSettings,
+    thoughts: int,
     seed: int,
     log: AnswerLog,
     on_progress: OnProgress | None = None,
 ) -> None:
-    """Asks the policy in `folder` about the test targets, greedy and sampled, and about the held-out ones, greedy.
+    """Asks the policy in `folder` about the test targets, greedy and sampled, and about the held-out ones.
 
-    What the log has answers to is not asked again; new answers are added.
+    What the log has answers to is not asked again; new answers are added. `thoughts`: see `DecisionSettings`.
     """
-    total = 2 * len(items) + len(held_out)
+    total = len(_ways(thoughts)) * len(items) + len(_held_out_ways(thoughts)) * len(held_out)
     if len(log.answers) == total:
         return
     gpu = use_gpu(ufm.workers)
     engines = min(ufm.workers.count, math.ceil((total - log.found) / _ANSWERS_PER_ENGINE)) if gpu else 1
     pictures = ufm.inputs.vision and questions.pictures
-    queries = _queries(items, held_out, questions, Inputs(folder, ufm.inputs), seed, frozenset(log.answers))
+    queries = _queries(items, held_out, questions, Inputs(folder, ufm.inputs), thoughts, seed, frozenset(log.answers))
     try:
         with Predictor(
             folder, ufm, pictures=pictures, largest=questions.largest, engines=engines, gpu=gpu
@@ -172,16 +172,19 @@ def ask(
 
 def decision_rules(held_out: Sequence[Item], answers: Answers, settings: DecisionSettings) -> Rules:
     """Calibration and threshold of each task, from the held-out targets; tasks that allow none are left out."""
-    options = [answers[_HELD_OUT, k].options for k in range(len(held_out))]
+    ways = _held_out_ways(settings.thoughts)
+    options = [_mean_options(answers, ways, k) for k in range(len(held_out))]
     rules = {task: decision_rule(held_out, options, task, settings) for task in Task}
     return {task: rule for task, rule in rules.items() if rule}
 
 
-def predictions(items: Sequence[_Target], answers: Answers, rules: Rules) -> list[Row]:
+def predictions(items: Sequence[_Target], answers: Answers, rules: Rules, thoughts: int = 1) -> list[Row]:
     """The answers as rows of `PREDICTIONS`, ordered by mode and item."""
-    asked = {mode: [_row(t, mode, answers[mode, k]) for k, t in enumerate(items)] for mode in _TEMPERATURE}
+    asked = {mode: [_row(t, mode, answers[mode, k]) for k, t in enumerate(items)] for mode in (GREEDY, SAMPLED)}
+    ways = [way for way in _ways(thoughts) if way != GREEDY] if thoughts > 1 else [GREEDY]
+    options = [_mean_options(answers, ways, k) for k in range(len(items))]
     decided = [
-        _decided(mode, target, row, answers[GREEDY, k], rules.get(target[0].task))
+        _decided(mode, target, row, options[k], rules.get(target[0].task))
         for mode in (CALIBRATED, FILTER)
         for k, (target, row) in enumerate(zip(items, asked[GREEDY], strict=True))
     ]
@@ -235,22 +238,40 @@ def _queries(
     held_out: Sequence[Item],
     questions: Questions,
     inputs: Inputs,
+    thoughts: int,
     seed: int,
     answered: Container[Question],
 ) -> Iterator[Query]:
-    """Each question in each mode, but those that are answered; the key is (mode, number of the item)."""
+    """Each question in each way, but those that are answered; the key is (way, number of the item)."""
     labels = {task: Labels.of(inputs, task) for task in Task}
-    for mode, temperature in _TEMPERATURE.items():
-        for k, (item, _) in enumerate(items):
-            if (mode, k) in answered:
+    asked = (([item for item, _ in items], _ways(thoughts)), (held_out, _held_out_ways(thoughts)))
+    for targets, ways in asked:
+        for k, item in enumerate(targets):  # all ways of a target one after the other: they share its prompt
+            if all((way, k) in answered for way in ways):
                 continue
             prompt = questions.about_user(item.task, item.user_id, item.video_id)
-            yield Query((mode, k), prompt, sample_seed(seed, 0, k, mode, 0), temperature, labels[item.task])
-    for k, item in enumerate(held_out):
-        if (_HELD_OUT, k) in answered:
-            continue
-        prompt = questions.about_user(item.task, item.user_id, item.video_id)
-        yield Query((_HELD_OUT, k), prompt, labels=labels[item.task])
+            for way, temperature in ways.items():
+                if (way, k) not in answered:
+                    yield Query((way, k), prompt, sample_seed(seed, 0, k, way, 0), temperature, labels[item.task])
+
+
+def _ways(thoughts: int) -> dict[str, float]:
+    """How test targets are asked -> temperature."""
+    return {GREEDY: 0.0, SAMPLED: 1.0} | {f"{SAMPLED} {n}": 1.0 for n in range(2, thoughts + 1)}
+
+
+def _held_out_ways(thoughts: int) -> dict[str, float]:
+    """As `_ways`, of held-out targets: only what decides."""
+    return {f"{_HELD_OUT} {n}": 1.0 for n in range(1, thoughts + 1)} if thoughts > 1 else {_HELD_OUT: 0.0}
+
+
+def _mean_options(answers: Answers, ways: Iterable[str], number: int) -> OptionProbabilities | None:
+    """Mean option probabilities of a target's answers that name an option; None if none does."""
+    read = [o for way in ways if (o := answers[way, number].options)]
+    if not read:
+        return None
+    mean = {option: float(np.mean([o.options[option] for o in read])) for option in read[0].options}
+    return OptionProbabilities(mean, float(np.mean([o.mass for o in read])))
 
 
 def _balanced(items: Sequence[Item], order: Sequence[int], count: int, task: Task) -> set[int]:
@@ -293,12 +314,14 @@ def _row(target: _Target, mode: str, prediction: Prediction) -> Row:
     }
 
 
-def _decided(mode: str, target: _Target, greedy: Row, prediction: Prediction, rule: DecisionRule | None) -> Row:
+def _decided(
+    mode: str, target: _Target, greedy: Row, raw: OptionProbabilities | None, rule: DecisionRule | None
+) -> Row:
     """The greedy row with the option that a decision names; unchanged if no option can be read, or there is no rule."""
     row = {**greedy, "mode": mode}
-    if prediction.options is None or rule is None:
+    if raw is None or rule is None:
         return row
-    item, options = target[0], rule.calibration.options(prediction.options)
+    item, options = target[0], rule.calibration.options(raw)
     threshold = rule.threshold.value if mode == FILTER else 0.5
     said = best_answer(options) if mode == CALIBRATED and item.reasons_known else options.at(threshold)
     row |= {"predicted": str(said), "skip": options.skip}

@@ -91,9 +91,9 @@ def test_a_killed_evaluation_asks_nothing_twice(tmp_path, monkeypatch):
         assert log.found == 25 * attempt if attempt < 3 else log.found == 70
         if attempt < 2:
             with pytest.raises(KeyboardInterrupt):
-                judge.ask(items, held_out, questions, Path(), UFMSettings(), 0, log)
+                judge.ask(items, held_out, questions, Path(), UFMSettings(), 1, 0, log)
         else:
-            judge.ask(items, held_out, questions, Path(), UFMSettings(), 0, log)
+            judge.ask(items, held_out, questions, Path(), UFMSettings(), 1, 0, log)
     assert len(Dying.asked) == len(set(Dying.asked)) == 70, "the fourth attempt asks nothing"
     assert set(log.answers) == {(m, n) for m in ("greedy", "sampled") for n in range(30)} | {
         ("held out", n) for n in range(10)

@@ -279,7 +279,7 @@ def test_no_more_engines_judge_than_there_is_work_for(monkeypatch, tmp_path):
             judge._ANSWERS_PER_ENGINE // 2 + 1,
             50 * judge._ANSWERS_PER_ENGINE,
         ):
-            judge.ask([()] * items, [], questions, Path(), ufm, 0, log)
+            judge.ask([()] * items, [], questions, Path(), ufm, 1, 0, log)
     assert asked == [1, 1, 2, 4, 1, 1, 1, 1]
 
 
