@@ -13,7 +13,7 @@ object detection, of audio. Both take them for optional."""
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Within it, Python's garbage collector is off, and neither scikit-learn nor scipy is found. Afterwards all are back.
+    """Within it, Python's garbage collector is off, and scikit-learn and scipy are not found. Afterwards all are back.
 
     Collections during an import look at a growing number of objects that all stay. Later ones would, too: vLLM asks for
     five while it starts, half a second each. So what is there at the end is left out of them. Nothing else may import

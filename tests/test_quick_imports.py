@@ -9,7 +9,6 @@ import pytest
 
 from gubs.quick_imports import quick_imports
 
-
 HIDDEN = ("sklearn", "scipy")
 
 

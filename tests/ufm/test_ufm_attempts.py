@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def _loop(config):
     attempts = Path(config["folder"])
     (attempts / uuid.uuid4().hex).touch()
     if len(list(attempts.iterdir())) == 1:
+        time.sleep(2)  # Ray Train takes a worker that is gone before it was seen to work for a fault of its own
         os._exit(1)
     raise ArtifactError("v7.npy: the frames are missing; run `gubs frames --force`")
 
