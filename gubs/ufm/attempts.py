@@ -3,9 +3,9 @@
 from typing import Any
 
 from ray._private.services import get_webui_url_from_internal_kv
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from gubs.errors import ArtifactError, GubsError, InputError, SettingsError
 
@@ -14,13 +14,13 @@ _FINAL = (SettingsError, InputError, ArtifactError)
 
 
 def cause_of(error: BaseException) -> GubsError | None:
-    """The error of ours that ended a worker, out of what Ray wraps it in; None if it was no error of ours."""
+    """The error of ours that ended a worker, out of what Ray wraps it in; None if it was no error of ours. Of several
+    workers' errors one of settings or data, if there is one: others may follow from it.
+    """
     failures = getattr(error, "worker_failures", None) or {}
-    for outer in (*failures.values(), error):
-        for inner in (outer, getattr(outer, "cause", None), outer.__cause__):
-            if isinstance(inner, GubsError):
-                return inner
-    return None
+    wrapped = [(e, getattr(e, "cause", None), e.__cause__) for e in (*failures.values(), error)]
+    ours = [inner for errors in wrapped for inner in errors if isinstance(inner, GubsError)]
+    return min(ours, key=lambda e: not isinstance(e, _FINAL), default=None)
 
 
 class RetryLostWorkers(DefaultFailurePolicy):
@@ -36,7 +36,8 @@ class RayTrainer(TorchTrainer):
     """`TorchTrainer` with `RetryLostWorkers`."""
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        policy = RetryLostWorkers(self.run_config.failure_config)
+        config: Any = self.run_config.failure_config  # declared as that of Ray's older trainers
+        policy = RetryLostWorkers(config)
         return super()._initialize_and_run_controller(**(parts | {"failure_policy": policy}))
 
     def _create_default_callbacks(self) -> list[Any]:

@@ -354,9 +354,9 @@ def _fit(
     """
     import importlib
 
-    from ray.train import DataConfig, ScalingConfig
+    from ray.train import DataConfig
     from ray.train.torch import TorchConfig
-    from ray.train.v2.api.config import FailureConfig, RunConfig  # ray.train types these as their older versions
+    from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig  # ray.train types these as older ones
 
     from gubs.ufm.attempts import RayTrainer
 

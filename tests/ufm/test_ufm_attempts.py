@@ -32,7 +32,7 @@ from gubs.ufm.checkpoint import SharedError
 )
 def test_only_what_may_go_better_next_time_is_tried_again(error, again):
     policy = RetryLostWorkers(FailureConfig(max_failures=2))
-    lost = {0: RuntimeError("collateral"), 1: error}
+    lost = {0: PlatformError("no answer from the other worker"), 1: error}
     found = [policy.make_decision(WorkerGroupError("failed", lost)) for _ in range(3)]
     retry, end = FailureDecision.RETRY, FailureDecision.RAISE
     assert found == ([retry, retry, end] if again else [end, end, end])

@@ -190,8 +190,7 @@ def fit(sequences: Sequences, items: int, settings: SasrecSettings, seed: int) -
     from tempfile import TemporaryDirectory
 
     import ray
-    from ray.train import ScalingConfig
-    from ray.train.v2.api.config import RunConfig
+    from ray.train.v2.api.config import RunConfig, ScalingConfig
 
     from gubs.ufm.attempts import RayTrainer
 
