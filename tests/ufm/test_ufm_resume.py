@@ -78,6 +78,16 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
+def is_worker(process: psutil.Process, began: float) -> bool:
+    """Whether a process with a worker's title is one that started after that time, not what a worker has just forked,
+    whose title is the worker's until it runs another program."""
+    try:
+        parent = process.parent()
+        return process.create_time() > began and (parent is None or WORKER not in title_of(parent))
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Job:
     """A running job, its progress, and its parts."""
 
@@ -264,14 +274,14 @@ def test_a_run_whose_gradients_are_no_numbers_stops_with_the_batch_saved(ready):
 def test_a_full_disk_ends_the_run_at_once(ready):
     """Trying again would fill it again: one worker, no second one, and an error that names what was not written."""
     partial, here = Path(ready.path("disk.partial")), psutil.Process()
-    earlier, workers = {p.pid for p in below(here, WORKER)}, set()
+    began, workers = time.time(), set()
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(train, ready, resume_settings(), "disk")
         wait_for(lambda: (partial / "recipe.json").exists() or training.done(), PATIENCE, "the training's folder")
         with disk(partial / "checkpoints", "6m") as checkpoints:
             until = time.monotonic() + PATIENCE
             while not training.done() and time.monotonic() < until:
-                workers |= {p.pid for p in below(here, WORKER)} - earlier
+                workers |= {p.pid for p in below(here, WORKER) if is_worker(p, began)}
                 time.sleep(0.2)
             with pytest.raises(SharedError, match=r"cannot write the checkpoint .*step-000002"):
                 training.result(timeout=0)
