@@ -14,7 +14,7 @@ import yaml
 
 from gubs.ray_runtime import free_port
 
-FAST = {"RAY_metrics_report_interval_ms": "1000"}
+FAST = {"RAY_metrics_report_interval_ms": "2000"}
 """For the cluster: short jobs end before the ten seconds that Ray waits otherwise."""
 
 
@@ -52,7 +52,7 @@ def scraping(dashboard: str, folder: Path) -> Iterator[Prometheus | None]:
     url, config = f"http://127.0.0.1:{free_port()}", folder / "prometheus.yml"
     found_by = [{"url": f"{dashboard}/api/prometheus/sd", "refresh_interval": "1s"}]
     jobs = [{"job_name": "ray", "http_sd_configs": found_by}]
-    config.write_text(yaml.safe_dump({"global": {"scrape_interval": "1s"}, "scrape_configs": jobs}))
+    config.write_text(yaml.safe_dump({"global": {"scrape_interval": "2s"}, "scrape_configs": jobs}))
     command = [program, f"--config.file={config}", f"--storage.tsdb.path={folder / 'tsdb'}"]
     command += [f"--web.listen-address={url.removeprefix('http://')}"]
     with (folder / "prometheus.log").open("wb") as log:

@@ -10,13 +10,31 @@ import pytest
 
 from gubs import stages
 from gubs.artifacts import Run, open_run
+from gubs.cli import app
 from gubs.config import load_settings
+from gubs.jobs import run_app
 
 
-def gubs(*args, cwd=None):
-    return subprocess.run(
-        [sys.executable, "-m", "gubs.cli", *map(str, args)], capture_output=True, text=True, timeout=120, cwd=cwd
-    )
+def gubs(*args):
+    """A command as a process of its own."""
+    command = [sys.executable, "-m", "gubs.cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def here(capsys):
+    """A command in this process, which has imported everything; any error but an exit would come through."""
+
+    def call(*args):
+        capsys.readouterr()
+        try:
+            run_app(app, [str(a) for a in args])
+        except SystemExit as e:
+            code = int(e.code or 0)
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(args, code, out, err)
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +74,18 @@ def test_help_lists_every_command():
         (["plan", "--preset", "paper", "--gpus", "3"], 2, "cannot be divided evenly"),
     ],
 )
-def test_errors_are_one_message_and_a_meaningful_exit_code(args, code, message, tmp_path):
-    done = gubs(*args, cwd=tmp_path)
+def test_errors_are_one_message_and_a_meaningful_exit_code(args, code, message, tmp_path, monkeypatch, here):
+    monkeypatch.chdir(tmp_path)
+    done = here(*args)
     assert done.returncode == code
     assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_an_error_of_a_process_is_one_message_too(tmp_path):
+    done = gubs("ingest", "--run", tmp_path / "r", "source.kind=movielens", "source.path=nowhere")
+    assert done.returncode == 3
+    assert "nowhere" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
 
 
@@ -75,8 +101,8 @@ def test_a_finished_stage_is_reported_and_kept(run):
     assert run.fs.stat(run.path("ifvr", "manifest.json"))["mtime"] > before
 
 
-def test_other_settings_do_not_overwrite_silently(run):
-    done = gubs("build", "--run", run.uri, "users=60", "videos=30", "min_video_views=1")
+def test_other_settings_do_not_overwrite_silently(run, here):
+    done = here("build", "--run", run.uri, "users=60", "videos=30", "min_video_views=1")
     assert done.returncode == 4
     messages = " ".join(done.stderr.split())
     assert "ifvr is stale: filters.min_video_views=10, now 1." in messages
@@ -89,12 +115,12 @@ def test_a_missing_stage_is_made_with_all_its_inputs(tmp_path):
     assert Run(tmp_path / "new").stages() == ["ifvr", "raw"]
 
 
-def test_status_lists_every_stage(run):
-    lines = {line.split()[0]: line.split(maxsplit=2)[1:] for line in gubs("status", run.uri).stdout.splitlines()}
+def test_status_lists_every_stage(run, here):
+    lines = {line.split()[0]: line.split(maxsplit=2)[1:] for line in here("status", run.uri).stdout.splitlines()}
     assert lines["raw"][0] == lines["ifvr"][0] == "current"
     assert lines["raw"][1].startswith("60 users, 30 videos, ")
     assert lines["frames"] == ["missing", "`gubs frames` makes it"]
-    other = gubs("status", run.uri, "users=60", "videos=30", "min_video_views=1").stdout
+    other = here("status", run.uri, "users=60", "videos=30", "min_video_views=1").stdout
     assert "ifvr             stale    filters.min_video_views=10, now 1" in other
 
 
@@ -128,15 +154,15 @@ def test_relative_runs_are_where_results_outlive_a_job(tmp_path, monkeypatch):
     assert open_run("runs/x").root == "/home/someone/gubs/runs/x"
 
 
-def test_plan_prints_the_sum_and_refuses_what_cannot_fit():
-    fits = gubs("plan", "--preset", "paper", "--gpu-gib", "80")
+def test_plan_prints_the_sum_and_refuses_what_cannot_fit(here):
+    fits = here("plan", "--preset", "paper", "--gpu-gib", "80")
     assert fits.returncode == 0, fits.stderr
     assert "8.29 B parameters" in fits.stdout
     assert "masters, Adam 23.2 GiB" in fits.stdout
-    small = gubs("plan", "--preset", "paper", "--gpu-gib", "40")
+    small = here("plan", "--preset", "paper", "--gpu-gib", "40")
     assert small.returncode == 5
     assert "DOES NOT FIT" in small.stdout
-    plans = json.loads(gubs("plan", "--preset", "paper", "--json").stdout)
+    plans = json.loads(here("plan", "--preset", "paper", "--json").stdout)
     assert [p["title"] for p in plans] == ["SFT", "GA-GRPO"]
     assert not plans[0]["problems"]
 

@@ -59,8 +59,9 @@ class FilterEngine:
     def __init__(self, bundle: Bundle, settings: ServingSettings):
         """Loads the policy; returns when the engine is up."""
         self._shape = engine_shape(bundle, settings)
-        variables = environment(self._shape.rollout)
-        os.environ.update({k: v for k, v in variables.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"})
+        # The asynchronous engine has a process of its own in any case. Without the variable that says otherwise, vLLM
+        # would start one more for it on a CPU, for the model.
+        os.environ.update(environment(self._shape.rollout))
         with quick_imports():
             import torch
             from vllm import AsyncEngineArgs

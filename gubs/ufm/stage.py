@@ -363,9 +363,11 @@ def _fit(
     """
     import importlib
 
-    from ray.train import DataConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.config import FailureConfig, RunConfig  # ray.train types these as their older versions
+    from ray.train import DataConfig
+    from ray.train.torch import TorchConfig
+    from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig  # ray.train types these as older ones
+
+    from gubs.ufm.attempts import RayTrainer
 
     gpu = use_gpu(workers)
     _environment(workers.stuck_after_s)
@@ -383,7 +385,7 @@ def _fit(
         worker_runtime_env={} if gpu or not _gpus() else {"env_vars": _NO_GPU},
         failure_config=FailureConfig(workers.max_failures, controller_failure_limit=workers.max_failures),
     )
-    trainer = TorchTrainer(
+    trainer = RayTrainer(
         loop,
         train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=patience),
@@ -486,11 +488,10 @@ def _environment(stuck_after_s: float) -> None:
 
 def _unwrapped(error: Exception, folder: Path) -> GubsError:
     """The error that a worker raised; any other becomes a `PlatformError`."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for cause in (*failures.values(), error):
-        for inner in (cause, getattr(cause, "cause", None), cause.__cause__):
-            if isinstance(inner, GubsError):
-                return inner
+    from gubs.ufm.attempts import cause_of
+
+    if cause := cause_of(error):
+        return cause
     stuck = folder / STUCK
     if stuck.exists():  # of the last attempt: each attempt removes it first
         text = json.loads(stuck.read_text())["message"]
@@ -504,6 +505,7 @@ def _unwrapped(error: Exception, folder: Path) -> GubsError:
             f"{timeout.num_workers} workers could not start in time (ufm.workers.stuck_after_s, with max_failures "
             "retries): the cluster has too few free CPUs or GPUs for ufm.workers; see `ray status`"
         )
+    failures = getattr(error, "worker_failures", None) or {}
     text = next((str(f) for f in failures.values()), str(error)) or repr(error)
     return PlatformError(f"training failed: {text.strip()[-3000:]}")
 

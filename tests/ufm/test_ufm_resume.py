@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,10 @@ from gubs.artifacts import Artifact, Run
 from gubs.config import Settings
 from gubs.errors import ArtifactError, PlatformError
 from gubs.stages import GRPO, make_stage, named
+from gubs.ufm.checkpoint import SharedError
 from gubs.ufm.monitor import STUCK, STUCK_EXIT, read_metrics
 from gubs.ufm.stage import _unwrapped
+from gubs.ufm.train_worker import DivergedError
 
 DRIVER = Path(__file__).with_name("drive_grpo.py")
 PATIENCE = 500
@@ -35,26 +38,10 @@ def start(run: Run, name: str, log: Path, *overrides: str) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, str(DRIVER), run.root, name, *overrides], stdout=out, stderr=out)
 
 
-UNDISTURBED = {"whole": (), "nan": ("ufm.grpo.beta=1e300",)}
-
-
 @pytest.fixture(scope="module")
-def ended(ready) -> dict[str, tuple[int, str]]:
-    """Exit status and log of trainings that nobody disturbs, side by side: each needs one core."""
-    logs = {name: Path(ready.root).parent / f"{name}.log" for name in UNDISTURBED}
-    jobs = {name: start(ready, name, logs[name], *overrides) for name, overrides in UNDISTURBED.items()}
-    try:
-        return {name: (job.wait(timeout=PATIENCE), logs[name].read_text()) for name, job in jobs.items()}
-    finally:
-        for job in jobs.values():
-            job.kill()
-
-
-@pytest.fixture(scope="module")
-def whole(ready, ended) -> Path:
-    """The training that ends well."""
-    status, log = ended["whole"]
-    assert status == 0, log[-3000:]
+def whole(ready) -> Path:
+    """The training that nobody disturbs."""
+    train(ready, resume_settings(), "whole")
     return Path(ready.path("whole"))
 
 
@@ -71,7 +58,7 @@ def wait_for(what: Callable[[], bool], seconds: float, says: str, process: subpr
         time.sleep(0.02)
 
 
-def below(process: subprocess.Popen, title: str = "") -> list[psutil.Process]:
+def below(process: subprocess.Popen | psutil.Process, title: str = "") -> list[psutil.Process]:
     """The job's processes, of Ray and ours, whose title holds a text."""
     return [p for p in psutil.Process(process.pid).children(recursive=True) if title in title_of(p)]
 
@@ -87,6 +74,16 @@ def alive(process: psutil.Process) -> bool:
     """Whether a process still runs; a zombie does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def is_worker(process: psutil.Process, began: float) -> bool:
+    """Whether a process with a worker's title is one that started after that time, not what a worker has just forked,
+    whose title is the worker's until it runs another program."""
+    try:
+        parent = process.parent()
+        return process.create_time() > began and (parent is None or WORKER not in title_of(parent))
     except psutil.NoSuchProcess:
         return False
 
@@ -259,11 +256,10 @@ def test_two_workers_do_the_same_step_and_outlive_one_of_them(ready, whole):
 
 
 @pytest.mark.slow
-def test_a_run_whose_gradients_are_no_numbers_stops_with_the_batch_saved(ready, ended):
+def test_a_run_whose_gradients_are_no_numbers_stops_with_the_batch_saved(ready):
     """A weight of the KL term beyond what float32 holds makes every loss NaN: three steps skipped, then a clear end."""
-    status, log = ended["nan"]
-    assert status != 0
-    assert "not a number in 3 steps in a row" in log
+    with pytest.raises(DivergedError, match="not a number in 3 steps in a row"):
+        train(ready, resume_settings("ufm.grpo.beta=1e300"), "nan")
     partial = Path(ready.path("nan.partial"))
     rows = read_metrics(partial)
     assert [row["skipped"] for row in rows] == [1.0, 1.0], "the third ended the run"
@@ -277,21 +273,19 @@ def test_a_run_whose_gradients_are_no_numbers_stops_with_the_batch_saved(ready, 
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_at_once(ready):
     """Trying again would fill it again: one worker, no second one, and an error that names what was not written."""
-    log, partial = Path(ready.root).parent / "disk.log", Path(ready.path("disk.partial"))
-    process, workers = start(ready, "disk", log), set()
-    try:
-        wait_for((partial / "recipe.json").exists, PATIENCE, "the training's folder", process)
+    partial, here = Path(ready.path("disk.partial")), psutil.Process()
+    began, workers = time.time(), set()
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train, ready, resume_settings(), "disk")
+        wait_for(lambda: (partial / "recipe.json").exists() or training.done(), PATIENCE, "the training's folder")
         with disk(partial / "checkpoints", "6m") as checkpoints:
             until = time.monotonic() + PATIENCE
-            while process.poll() is None and time.monotonic() < until:
-                workers |= {p.pid for p in below(process, WORKER)}
+            while not training.done() and time.monotonic() < until:
+                workers |= {p.pid for p in below(here, WORKER) if is_worker(p, began)}
                 time.sleep(0.2)
-            assert process.poll(), "it neither ended nor was it an error"
+            with pytest.raises(SharedError, match=r"cannot write the checkpoint .*step-000002"):
+                training.result(timeout=0)
             assert not list(checkpoints.iterdir()), "what was written in vain keeps the disk full"
-    finally:
-        process.kill()
-    assert "SharedError: cannot write the checkpoint" in log.read_text()
-    assert "step-000002" in log.read_text()
     assert [row["step"] for row in read_metrics(partial)] == [0, 1]
     assert len(workers) == 1
 

@@ -190,9 +190,9 @@ def fit(sequences: Sequences, items: int, settings: SasrecSettings, seed: int) -
     from tempfile import TemporaryDirectory
 
     import ray
-    from ray.train import ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.config import RunConfig
+    from ray.train.v2.api.config import RunConfig, ScalingConfig
+
+    from gubs.ufm.attempts import RayTrainer
 
     config = {
         "sequences": [ray.put([s for s in sequences if len(s) > 1])],
@@ -205,6 +205,6 @@ def fit(sequences: Sequences, items: int, settings: SasrecSettings, seed: int) -
     with TemporaryDirectory(prefix="gubs-sasrec-") as folder:
         run_config: Any = RunConfig(name="sasrec", storage_path=folder)
         loop: Any = train_worker  # Ray's annotation allows no result, its trainer does
-        trainer = TorchTrainer(loop, train_loop_config=config, scaling_config=scaling, run_config=run_config)
+        trainer = RayTrainer(loop, train_loop_config=config, scaling_config=scaling, run_config=run_config)
         result: Any = trainer.fit()
     return from_bytes(result.return_value, items, settings)

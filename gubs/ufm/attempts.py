@@ -1,0 +1,50 @@
+"""Ray Train as gubs uses it: what is tried again, and what is not started."""
+
+from typing import Any
+
+from ray._private.services import get_webui_url_from_internal_kv
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from gubs.errors import ArtifactError, GubsError, InputError, SettingsError
+
+_FINAL = (SettingsError, InputError, ArtifactError)
+"""Errors of settings and data. Workers that start anew, on whatever node, would meet them again."""
+
+
+def cause_of(error: BaseException) -> GubsError | None:
+    """The error of ours that ended a worker, out of what Ray wraps it in; None if it was no error of ours. Of several
+    workers' errors one of settings or data, if there is one: others may follow from it.
+    """
+    failures = getattr(error, "worker_failures", None) or {}
+    wrapped = [(e, getattr(e, "cause", None), e.__cause__) for e in (*failures.values(), error)]
+    ours = [inner for errors in wrapped for inner in errors if isinstance(inner, GubsError)]
+    return min(ours, key=lambda e: not isinstance(e, _FINAL), default=None)
+
+
+class RetryLostWorkers(DefaultFailurePolicy):
+    """Starts the workers again as often as the settings allow, but not after an error of settings or data."""
+
+    def _is_retryable_error(self, training_failed_error: Any) -> bool:
+        if isinstance(cause_of(training_failed_error), _FINAL):
+            return False
+        return super()._is_retryable_error(training_failed_error)
+
+
+class RayTrainer(TorchTrainer):
+    """`TorchTrainer` with `RetryLostWorkers`."""
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        config: Any = self.run_config.failure_config  # declared as that of Ray's older trainers
+        policy = RetryLostWorkers(config)
+        return super()._initialize_and_run_controller(**(parts | {"failure_policy": policy}))
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Without Ray's actor that frees the place of a dead controller, where it could do nothing: it asks the
+        dashboard who is dead. Its start takes 4 s of a core.
+        """
+        callbacks: list[Any] = super()._create_default_callbacks()
+        if get_webui_url_from_internal_kv():
+            return callbacks
+        return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
