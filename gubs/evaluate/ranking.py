@@ -21,7 +21,7 @@ from gubs.evaluate.feedback import Bools, Feedback, Floats, Ints
 from gubs.evaluate.metrics import Sums
 from gubs.evaluate.public import read_feedback
 from gubs.evaluate.settings import EvalSettings
-from gubs.evaluate.verdicts import Verdict, paired, with_holm
+from gubs.evaluate.verdicts import Verdict, exchanges_for, paired, with_holm
 
 RANKING, SASREC = "ranking", "SASRec"
 WAYS = ("all items, own ones masked", "all items, none masked", "100 unseen items")
@@ -167,12 +167,13 @@ def figures(places: Floats, method: str, resamples: int, seed: int) -> list[dict
 
 def compare(ranks: Mapping[str, Floats], resamples: int, seed: int) -> list[Verdict]:
     """SASRec against every other method, in every way, by NDCG; corrected together."""
-    found = []
+    found, exchanges = [], exchanges_for(len(WAYS) * (len(ranks) - 1))
     for number, way in enumerate(WAYS):
         own = user_gains(ranks[SASREC][:, number])
         for name in ranks:
             if name != SASREC:
-                v = paired(own, user_gains(ranks[name][:, number]), _gain, resamples=resamples, seed=seed)
+                other = user_gains(ranks[name][:, number])
+                v = paired(own, other, _gain, resamples=resamples, exchanges=exchanges, seed=seed)
                 found.append(replace(v, metric=f"NDCG@{CUT}, {way}", first=SASREC, second=name))
     return with_holm(found)
 

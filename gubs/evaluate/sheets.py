@@ -11,7 +11,7 @@ from gubs.evaluate.public import METRIC
 from gubs.evaluate.published import PUBLISHED, TABLE_2, TABLE_3
 from gubs.evaluate.ranking import STATISTICS, WAYS
 from gubs.evaluate.table import COLUMNS, Table
-from gubs.evaluate.verdicts import Word
+from gubs.evaluate.verdicts import Word, by_predictor
 from gubs.records import Task
 
 _WIDTH = 170
@@ -72,7 +72,7 @@ def ifvr_sheet(table: Table) -> Sheet:
     ]
     what = "skips" if table.task == Task.SEQUENTIAL else "clicks"
     title = f"{table.task}: {table.items:,} targets of {table.users:,} test users, {100 * table.base_rate:.1f} % {what}"
-    return Sheet(title, [_SHORT[c] for c in columns], rows, [*table.notes, *(v.text for v in table.verdicts)])
+    return Sheet(title, [_SHORT[c] for c in columns], rows, [*table.notes, *by_predictor(table.verdicts)])
 
 
 def public_sheet(artifacts: Sequence[Artifact]) -> Sheet:

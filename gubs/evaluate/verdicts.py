@@ -6,7 +6,8 @@ difference that this many users can show (80 % power at 5 %); below it, the data
 have inflated errors at these sizes and are not offered.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -18,6 +19,12 @@ from gubs.evaluate.metrics import Floats, Predictions, Statistic, bootstrap_weig
 ALPHA = 0.05
 POWER = 1.959964 + 0.841621
 """Standard errors that a difference must have to be found in 80 % of samples at 5 %, two-sided."""
+
+
+_FINENESS = 20
+"""p-values must be this many times finer than Holm's correction divides 5 %."""
+_EXCHANGES = 500
+"""Exchanges held at once."""
 
 
 class Word(StrEnum):
@@ -77,7 +84,7 @@ def verdicts(
         predictions: of the same items, by predictor.
         pairs: (first, second) to compare; Holm's correction is over all of them.
         metric: name of a metric, as `click_acc`.
-        resamples: of users, and random exchanges.
+        resamples: of users; at least as many random exchanges.
         seed: of both.
 
     Raises:
@@ -86,11 +93,14 @@ def verdicts(
     statistic, sums = statistic_of(metric, next(iter(predictions.values())).task), {}
     for name in dict.fromkeys(name for pair in pairs for name in pair):
         sums[name] = user_sums(predictions[name])
-    found = [
-        replace(paired(sums[a], sums[b], statistic, resamples=resamples, seed=seed), metric=metric, first=a, second=b)
-        for a, b in pairs
-    ]
+    fine = {"resamples": resamples, "exchanges": exchanges_for(len(pairs)), "seed": seed}
+    found = [replace(paired(sums[a], sums[b], statistic, **fine), metric=metric, first=a, second=b) for a, b in pairs]
     return with_holm(found)
+
+
+def exchanges_for(comparisons: int) -> int:
+    """How many random exchanges a p-value needs if it is to survive Holm's correction for so many comparisons."""
+    return math.ceil(_FINENESS * comparisons / ALPHA)
 
 
 def paired(
@@ -99,9 +109,13 @@ def paired(
     statistic: Statistic,
     *,
     resamples: int = 1000,
+    exchanges: int = 0,
     seed: int = 0,
 ) -> Verdict:
     """Compares two predictors by their users' sums, [U] each, in one order of users; p is not yet corrected.
+
+    There are `resamples` exchanges, and up to `exchanges` where these leave p below 5 %: with few, no p-value is small
+    enough for Holm's correction.
 
     Raises:
         ValueError: the two have different users or items.
@@ -116,19 +130,33 @@ def paired(
 
     rng = np.random.default_rng([seed, 31])
     observed = float(value(a.sum(axis=0)) - value(b.sum(axis=0)))
-    drawn, flipped = [np.zeros(0)], [np.zeros(0)]
-    for weights in bootstrap_weights(users, resamples, seed):
-        drawn.append(value(weights @ a) - value(weights @ b))
-        swap = rng.integers(0, 2, size=weights.shape).astype(np.float64)
-        moved = swap @ (b - a)
-        flipped.append(value(a.sum(axis=0) + moved) - value(b.sum(axis=0) - moved))
-    return _verdict(observed, np.concatenate(drawn), np.concatenate(flipped), value(a) - value(b))
+    drawn = [value(weights @ a) - value(weights @ b) for weights in bootstrap_weights(users, resamples, seed)]
+
+    def exchanged(count: int) -> Floats:
+        moved = rng.integers(0, 2, (count, users), np.int8).astype(np.float64) @ (b - a)
+        return value(a.sum(axis=0) + moved) - value(b.sum(axis=0) - moved)
+
+    p = _p_value(observed, exchanged, resamples, exchanges)
+    return _verdict(observed, np.concatenate([np.zeros(0), *drawn]), p, value(a) - value(b))
 
 
-def _verdict(observed: float, drawn: Floats, flipped: Floats, by_user: Floats) -> Verdict:
-    drawn, flipped, by_user = (v[~np.isnan(v)] for v in (drawn, flipped, by_user))
+def _p_value(observed: float, exchanged: Callable[[int], Floats], least: int, most: int) -> float:
+    """Share of exchanges with a difference as large as the observed one, which counts as one of them."""
+    made = defined = larger = 0
+    wanted = least
+    while made < wanted:
+        flipped = exchanged(min(_EXCHANGES, wanted - made))
+        made += len(flipped)
+        defined += int((~np.isnan(flipped)).sum())
+        larger += int((np.abs(flipped) >= abs(observed) - 1e-12).sum())
+        if made == least and (1 + larger) / (1 + defined) < ALPHA:
+            wanted = max(least, most)
+    return (1 + larger) / (1 + defined)
+
+
+def _verdict(observed: float, drawn: Floats, p: float, by_user: Floats) -> Verdict:
+    drawn, by_user = (v[~np.isnan(v)] for v in (drawn, by_user))
     low, high = np.percentile(drawn, (2.5, 97.5)) if len(drawn) else (np.nan, np.nan)
-    p = (1 + (np.abs(flipped) >= abs(observed) - 1e-12).sum()) / (1 + len(flipped))
     spread = by_user.std(ddof=1) if len(by_user) > 1 else 0.0
     effect = float(by_user.mean() / spread) if spread > 0 else 0.0
     detectable = POWER * float(drawn.std(ddof=1)) if len(drawn) > 1 else float("nan")
@@ -139,13 +167,32 @@ def _verdict(observed: float, drawn: Floats, flipped: Floats, by_user: Floats) -
         observed,
         float(low),
         float(high),
-        float(p),
-        float(p),
+        p,
+        p,
         effect,
         detectable,
         len(by_user),
         Word.UNKNOWN,
     )
+
+
+def by_predictor(found: Sequence[Verdict]) -> list[str]:
+    """The verdicts in one line per first predictor and metric."""
+    lines = []
+    for first, metric in dict.fromkeys((v.first, v.metric) for v in found):
+        mine = [v for v in found if (v.first, v.metric) == (first, metric)]
+        parts = [
+            f"{said} {', '.join(f'{v.second} ({v.difference:+.3f})' for v in named)}"
+            for word, said in (
+                (Word.BETTER, "better than"),
+                (Word.WORSE, "worse than"),
+                (Word.UNKNOWN, "cannot tell from"),
+            )
+            if (named := [v for v in mine if v.word is word])
+        ]
+        least = max(v.detectable for v in mine)
+        lines.append(f"{first}, {metric}: {'; '.join(parts)} (5 %, Holm; {mine[0].users} users show {least:.3f})")
+    return lines
 
 
 def with_holm(found: Sequence[Verdict]) -> list[Verdict]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gubs.evaluate.metrics import Predictions, evaluate, statistic_of, user_sums
-from gubs.evaluate.verdicts import Word, holm, paired, verdicts, with_holm
+from gubs.evaluate.verdicts import Word, by_predictor, holm, paired, verdicts, with_holm
 from gubs.records import Task
 
 
@@ -36,6 +36,16 @@ def test_below_what_can_be_detected_nobody_can_tell():
     assert v.word is Word.UNKNOWN
     assert 0.009 < v.detectable < 0.013
     assert "cannot tell" in v.text
+
+
+def test_what_is_plain_to_see_survives_the_correction_for_many_comparisons():
+    """1,000 exchanges alone give no p below .001, and 66 comparisons then none below .066."""
+    predictors = {"good": said(0.8, 120, 1)} | {f"bar {n}": said(0.6, 120, 2 + n) for n in range(66)}
+    found = verdicts(predictors, [("good", f"bar {n}") for n in range(66)], "click_acc", resamples=1000)
+    assert {v.word for v in found} == {Word.BETTER}
+    assert all(v.p_holm < 0.01 for v in found)
+    (line,) = by_predictor(found)
+    assert line.startswith("good, click_acc: better than bar 0 (+0.")
 
 
 def test_equal_predictors_have_no_difference():
