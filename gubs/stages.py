@@ -379,7 +379,7 @@ STAGES: tuple[Stage, ...] = (
         prompts=(*_UFM_PROMPTS, *_GROUP_PROMPTS),
         sections=("ufm", "evaluate", "serving", "frames", "seed"),
         wanted=lambda _: False,
-        version=3,
+        version=4,
     ),
 )
 """Every stage. Of two with one name, the one that is wanted under the settings counts."""

@@ -9,7 +9,7 @@ threshold that was chosen there for a stated goal.
 
 import itertools
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from gubs.evaluate.settings import DecisionSettings, EvalSettings
 from gubs.records import TASK_OPTIONS, Option, Split, Task
 from gubs.ufm.held_out import HeldOut
 from gubs.ufm.inputs import Inputs
-from gubs.ufm.labels import Labels, OptionProbabilities
+from gubs.ufm.labels import Labels, OptionProbabilities, mean_options
 from gubs.ufm.predict import Prediction, Predictor, Query
 from gubs.ufm.questions import Item, Questions
 from gubs.ufm.rewards import outcome_only, reward_answer, skip_right
@@ -173,7 +173,7 @@ def ask(
 def decision_rules(held_out: Sequence[Item], answers: Answers, settings: DecisionSettings) -> Rules:
     """Calibration and threshold of each task, from the held-out targets; tasks that allow none are left out."""
     ways = _held_out_ways(settings.thoughts)
-    options = [_mean_options(answers, ways, k) for k in range(len(held_out))]
+    options = [mean_options(answers[way, k].options for way in ways) for k in range(len(held_out))]
     rules = {task: decision_rule(held_out, options, task, settings) for task in Task}
     return {task: rule for task, rule in rules.items() if rule}
 
@@ -182,7 +182,7 @@ def predictions(items: Sequence[_Target], answers: Answers, rules: Rules, though
     """The answers as rows of `PREDICTIONS`, ordered by mode and item."""
     asked = {mode: [_row(t, mode, answers[mode, k]) for k, t in enumerate(items)] for mode in (GREEDY, SAMPLED)}
     ways = [way for way in _ways(thoughts) if way != GREEDY] if thoughts > 1 else [GREEDY]
-    options = [_mean_options(answers, ways, k) for k in range(len(items))]
+    options = [mean_options(answers[way, k].options for way in ways) for k in range(len(items))]
     decided = [
         _decided(mode, target, row, options[k], rules.get(target[0].task))
         for mode in (CALIBRATED, FILTER)
@@ -263,15 +263,6 @@ def _ways(thoughts: int) -> dict[str, float]:
 def _held_out_ways(thoughts: int) -> dict[str, float]:
     """As `_ways`, of held-out targets: only what decides."""
     return {f"{_HELD_OUT} {n}": 1.0 for n in range(1, thoughts + 1)} if thoughts > 1 else {_HELD_OUT: 0.0}
-
-
-def _mean_options(answers: Answers, ways: Iterable[str], number: int) -> OptionProbabilities | None:
-    """Mean option probabilities of a target's answers that name an option; None if none does."""
-    read = [o for way in ways if (o := answers[way, number].options)]
-    if not read:
-        return None
-    mean = {option: float(np.mean([o.options[option] for o in read])) for option in read[0].options}
-    return OptionProbabilities(mean, float(np.mean([o.mass for o in read])))
 
 
 def _balanced(items: Sequence[Item], order: Sequence[int], count: int, task: Task) -> set[int]:

@@ -16,9 +16,9 @@ class DecisionSettings(Section):
     share: float = Field(0.1, ge=0, le=1)
     """See `goal`."""
     thoughts: int = Field(4, ge=1)
-    """Answers sampled per target whose mean option probabilities decide in the evaluation's modes `calibrated` and
-    `filter`. After one thought the letter is all but certain, so one answer ranks nothing finely. 1 = the greedy answer
-    alone, as the service decides."""
+    """Answers sampled per candidate; their mean option probabilities decide, in evaluations (modes `calibrated` and
+    `filter`) and in the service's mode `reason`. After one thought the letter is all but certain, so one answer ranks
+    nothing finely. 1 = the greedy answer alone."""
     items: int = Field(400, ge=20)
     """Most targets of held-out users, per task, that calibration and threshold are made from."""
 

@@ -1,6 +1,8 @@
 """Filters a whole table: a Ray Data job that asks the policy about every row (user_id, video_id)."""
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,6 +12,7 @@ from gubs.errors import InputError
 from gubs.records import Task
 from gubs.serving.bundle import Bundle
 from gubs.serving.filter import Decision, Mode, judge
+from gubs.ufm.labels import mean_options
 from gubs.ufm.prompting import PromptBuilder
 
 if TYPE_CHECKING:
@@ -59,7 +62,9 @@ class BatchFilter:
         """The batch with the decisions. Ids are texts: a CSV reader makes numbers of `17`."""
         from gubs.ufm.predict import Query, request_of
 
-        requests: dict[int, Any] = {}
+        score = self._mode is Mode.SCORE
+        samples = 1 if score else self._bundle.config.thoughts
+        requests: dict[int, list[Any]] = {}
         rows: list[dict[str, object]] = []
         users, videos = (batch[c].cast(pa.string()).to_pylist() for c in ("user_id", "video_id"))
         for i, (user, video) in enumerate(zip(users, videos, strict=True)):
@@ -72,28 +77,29 @@ class BatchFilter:
                     else self._bundle.pictures.clip(video)
                 )
                 prompt = self._prompts.about_user(self._task, person, known, clip)
-                query = Query(i, prompt, labels=self._labels, score=self._mode is Mode.SCORE)
-                requests[i] = request_of(self._inputs, query)
-                if requests[i] is None:
+                query = Query(i, prompt, 0, 1.0 if samples > 1 else 0.0, self._labels, score)
+                request = request_of(self._inputs, query)
+                if request is None:
                     rows[i]["error"] = "too_long"
-        asked = {i: r for i, r in requests.items() if r is not None}
-        for i, response in zip(asked, self._engine.generate(list(asked.values())), strict=True):
-            rows[i] = self._row(response)
+                else:
+                    requests[i] = [replace(request, seed=k) for k in range(samples)]
+        answers = iter(self._engine.generate([r for group in requests.values() for r in group]))
+        for i, group in requests.items():
+            rows[i] = self._row([next(answers) for _ in group])
         added = pa.Table.from_pylist(rows, schema=_RESULTS)
         for name in _RESULTS.names:
             batch = batch.append_column(name, added[name])
         return batch
 
-    def _row(self, response: Any) -> dict[str, object]:
+    def _row(self, responses: Sequence[Any]) -> dict[str, object]:
         from gubs.ufm.predict import read_options
 
         score = self._mode is Mode.SCORE
-        options = read_options(self._inputs, self._labels, response, score=score)
+        options = mean_options(read_options(self._inputs, self._labels, r, score=score) for r in responses)
         if options is None:
             return {"decision": str(Decision.KEEP), "error": "unreadable"}
-        text, finished = ("", True) if score else self._inputs.text(response.ids)
-        calibrated = self._rule.calibration.options(options)
-        judgement = judge(self._task, calibrated, self._threshold, text=text, finished=finished)
+        texts = [] if score else [self._inputs.text(r.ids) for r in responses]
+        judgement = judge(self._task, self._rule.calibration.options(options), self._threshold, texts)
         return {
             "decision": str(judgement.decision),
             "skip_probability": judgement.skip_probability,

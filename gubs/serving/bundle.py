@@ -58,6 +58,8 @@ class FilterConfig(BaseModel):
     """The data set has videos with frames; otherwise prompts show topic tags."""
     decisions: dict[Task, dict[Mode, DecisionRule]]
     """How each task is decided in each mode, from held-out training users."""
+    thoughts: int = 1
+    """Answers sampled per candidate in mode `reason`, whose mean decides; 1 = the greedy answer."""
     modes: tuple[Mode, ...]
     """Modes that may be asked; without `score` if its AUC is below the bar."""
     refused: str = ""

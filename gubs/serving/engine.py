@@ -14,7 +14,7 @@ from gubs.serving.bundle import Bundle
 from gubs.serving.filter import Mode
 from gubs.serving.settings import ServingSettings
 from gubs.ufm.inputs import Inputs, Prompt
-from gubs.ufm.labels import Labels, OptionProbabilities
+from gubs.ufm.labels import Labels, OptionProbabilities, mean_options
 from gubs.ufm.predict import Query, read_options, request_of
 from gubs.ufm.rollout import Shape, alone, engine_arguments, environment, read_output, sampling
 
@@ -30,9 +30,9 @@ class Answer:
     """What the policy answered to one question."""
 
     options: OptionProbabilities | None
-    """None: the answer names no option, or the prompt is too long."""
-    text: str = ""
-    finished: bool = False
+    """Their mean over the answers; None: no answer names an option, or the prompt is too long."""
+    texts: tuple[tuple[str, bool], ...] = ()
+    """In mode `reason`, each answer, and whether it ended by itself."""
     too_long: bool = False
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -74,10 +74,13 @@ class FilterEngine:
         self._llm: AsyncLLM = AsyncLLM.from_engine_args(
             AsyncEngineArgs(**arguments), stat_loggers=[RayPrometheusStatLogger]
         )
+        self._thoughts = bundle.config.thoughts
         self._name, self._numbers = uuid.uuid4().hex[:8], itertools.count()
 
     async def ask(self, task: Task, mode: Mode, prompts: Sequence[Prompt]) -> list[Answer]:
-        """Answers questions at the same time, greedy. If it is cancelled, the engine drops what is left.
+        """Answers questions at the same time. If it is cancelled, the engine drops what is left.
+
+        Mode `reason` samples as many answers as the filter was measured with; the same question gets the same ones.
 
         Raises:
             EngineDiedError: the engine's process ended.
@@ -93,24 +96,25 @@ class FilterEngine:
         from vllm.sampling_params import RequestOutputKind
 
         score, labels = mode is Mode.SCORE, self.labels[task]
-        request = request_of(self.inputs, Query(None, prompt, labels=labels, score=score))
+        samples = 1 if score else self._thoughts
+        query = Query(None, prompt, temperature=1.0 if samples > 1 else 0.0, labels=labels, score=score)
+        request = request_of(self.inputs, query)
         if request is None:
             return Answer(None, too_long=True)
         parameters = sampling(request, self._shape)
+        parameters.n = samples
         parameters.output_kind = RequestOutputKind.FINAL_ONLY
         last = None
         async for output in self._llm.generate(request.prompt, parameters, f"{self._name}-{next(self._numbers)}"):  # type: ignore[arg-type]
             last = output
         assert last is not None
-        response = read_output(last.outputs[0], labels.tokens)
-        text, finished = ("", True) if score else self.inputs.text(response.ids)
+        responses = [read_output(output, labels.tokens) for output in last.outputs]
         return Answer(
-            read_options(self.inputs, labels, response, score=score),
-            text,
-            finished,
+            mean_options(read_options(self.inputs, labels, r, score=score) for r in responses),
+            () if score else tuple(self.inputs.text(r.ids) for r in responses),
             prompt_tokens=len(last.prompt_token_ids or ()),
             cached_tokens=last.num_cached_tokens or 0,
-            answer_tokens=len(response.ids),
+            answer_tokens=sum(len(r.ids) for r in responses),
         )
 
     @property

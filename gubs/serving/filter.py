@@ -1,5 +1,6 @@
 """What the filter decides about a candidate. Pure: no Ray, no vLLM, no HTTP."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -31,7 +32,7 @@ class Judgement:
     decision: Decision
     probabilities: OptionProbabilities
     option: Option
-    """Mode `reason`: the option that was written; mode `score`: the most probable one."""
+    """Mode `reason`: the option of the answer that is shown; mode `score`: the most probable one."""
     reason: str = ""
     """The thought, in mode `reason`."""
 
@@ -42,7 +43,7 @@ class Judgement:
 
 
 def judge(
-    task: Task, probabilities: OptionProbabilities, threshold: float, *, text: str = "", finished: bool = True
+    task: Task, probabilities: OptionProbabilities, threshold: float, texts: Sequence[tuple[str, bool]] = ()
 ) -> Judgement:
     """Decides about one candidate.
 
@@ -50,10 +51,13 @@ def judge(
         task: of the question.
         probabilities: of the options.
         threshold: P(skip) from which a candidate is dropped.
-        text: the whole answer, in mode `reason`.
-        finished: the policy ended the answer by itself.
+        texts: in mode `reason`, the whole answers, and whether the policy ended each by itself. The first that agrees
+            with the decision is shown; if none does, the first that names an option.
     """
-    reading = read_answer(text, TASK_OPTIONS[task], finished=finished) if text else None
-    option = reading.option if reading and reading.option else probabilities.best
     decision = Decision.DROP if probabilities.skip >= threshold else Decision.KEEP
-    return Judgement(decision, probabilities, option, reading.think if reading else "")
+    read = [read_answer(text, TASK_OPTIONS[task], finished=finished) for text, finished in texts]
+    named = [r for r in read if r.option]
+    agreeing = [r for r in named if (r.option != Option.A) == (decision is Decision.DROP)]
+    shown = next(iter([*agreeing, *named, *read]), None)
+    option = shown.option if shown and shown.option else probabilities.best
+    return Judgement(decision, probabilities, option, shown.think if shown else "")

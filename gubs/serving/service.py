@@ -237,7 +237,7 @@ def _result(
         cause = "the prompt is too long" if answer.too_long else "the model named no option"
         return _kept(index, name, "too_long" if answer.too_long else "unreadable", cause)
     calibrated = rule.calibration.options(answer.options)
-    judgement = judge(task, calibrated, threshold, text=answer.text, finished=answer.finished)
+    judgement = judge(task, calibrated, threshold, answer.texts)
     return Result(
         index=index,
         id=name,

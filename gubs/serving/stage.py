@@ -21,9 +21,10 @@ from gubs.ufm.checkpoint import POLICY
 from gubs.ufm.distil import DISTIL
 from gubs.ufm.held_out import HeldOut
 from gubs.ufm.inputs import Inputs
-from gubs.ufm.labels import Labels, OptionProbabilities
+from gubs.ufm.labels import Labels, OptionProbabilities, mean_options
 from gubs.ufm.predict import Predictor, Query
 from gubs.ufm.questions import UGM, Item, Questions, trainable_tasks
+from gubs.ufm.sampling import sample_seed
 from gubs.ufm.settings import UFMSettings
 from gubs.ufm.stage import policy_or_base, use_gpu
 from gubs.ugm.placement import CENTRES, ENCODER
@@ -69,7 +70,7 @@ def make(
     modes = (Mode.REASON, Mode.SCORE) if distilled else (Mode.REASON,)
     tasks = trainable_tasks(questions, ufm.grpo.tasks)
     items = held_out_items(questions, tasks, HeldOut(ufm.held_out, seed), evaluate.decision, seed)
-    options = _ask(items, questions, folder, ufm, modes)
+    options = _ask(items, questions, folder, ufm, modes, evaluate.decision.thoughts, seed)
     decisions = _decisions(items, options, evaluate.decision)
     if not decisions:
         raise ArtifactError(f"{job.run.uri} has no held-out targets of both kinds: raise ufm.held_out")
@@ -83,6 +84,7 @@ def make(
         rollout=ufm.rollout,
         pictures=questions.pictures,
         decisions=decisions,
+        thoughts=evaluate.decision.thoughts,
         modes=(Mode.REASON,) if refused else modes,
         refused=refused,
         prompts=dict(job.recipe.prompts),
@@ -111,21 +113,36 @@ def make(
 
 
 def _ask(
-    items: Sequence[Item], questions: Questions, folder: Path, ufm: UFMSettings, modes: Sequence[Mode]
+    items: Sequence[Item],
+    questions: Questions,
+    folder: Path,
+    ufm: UFMSettings,
+    modes: Sequence[Mode],
+    thoughts: int,
+    seed: int,
 ) -> _Options:
-    """The policy's greedy answers about each item in each mode."""
+    """The policy's answers about each item in each mode, as the service asks: in mode `reason`, the mean of `thoughts`
+    sampled answers.
+    """
     inputs = Inputs(folder, ufm.inputs)
     labels = {task: Labels.of(inputs, task) for task in Task}
-    options: _Options = {mode: [None] * len(items) for mode in modes}
+    samples = {mode: thoughts if mode is Mode.REASON else 1 for mode in modes}
+    answers: dict[tuple[Mode, int], list[OptionProbabilities | None]] = {
+        (mode, number): [] for mode in modes for number in range(len(items))
+    }
     queries = (
         Query(
             (mode, number),
-            questions.about_user(item.task, item.user_id, item.video_id),
+            prompt,
+            sample_seed(seed, 2, number, mode, k),
+            temperature=1.0 if samples[mode] > 1 else 0.0,
             labels=labels[item.task],
             score=mode is Mode.SCORE,
         )
         for mode in modes
         for number, item in enumerate(items)
+        for prompt in [questions.about_user(item.task, item.user_id, item.video_id)]
+        for k in range(samples[mode])
     )
     pictures = ufm.inputs.vision and questions.pictures
     with (
@@ -133,11 +150,10 @@ def _ask(
         Predictor(folder, ufm, pictures=pictures, gpu=use_gpu(ufm.workers)) as predictor,
     ):
         for done, prediction in enumerate(predictor.stream(queries), 1):
-            mode, number = prediction.key
-            options[mode][number] = prediction.options
+            answers[prediction.key].append(prediction.options)
             if done % 64 == 0:
-                on_progress(done, len(items) * len(modes))
-    return options
+                on_progress(done, len(items) * sum(samples.values()))
+    return {mode: [mean_options(answers[mode, number]) for number in range(len(items))] for mode in modes}
 
 
 def _decisions(

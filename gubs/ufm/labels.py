@@ -6,7 +6,7 @@ first token that differs is the option's label.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,19 @@ class OptionProbabilities:
         """The option if skips are called from P(skip) >= `threshold` on: A, or the most probable of the others."""
         others = [o for o in self.options if o != Option.A]
         return max(others, key=lambda o: self.options[o]) if self.skip >= threshold else Option.A
+
+
+def mean_options(answers: Iterable[OptionProbabilities | None]) -> OptionProbabilities | None:
+    """The mean over several answers to one question, without those that name no option; None if none does.
+
+    After a thought the letter is all but certain, so one answer's probabilities are near 0 or 1; the mean over thoughts
+    tells how sure the policy is.
+    """
+    read = [a for a in answers if a is not None]
+    if not read:
+        return None
+    mean = {o: sum(a.options[o] for a in read) / len(read) for o in read[0].options}
+    return OptionProbabilities(mean, sum(a.mass for a in read) / len(read))
 
 
 @dataclass(frozen=True)

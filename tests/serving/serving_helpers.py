@@ -132,7 +132,8 @@ class RuleEngine:
             if mode is Mode.REASON
             else ""
         )
-        return Answer(OptionProbabilities(shares, 0.99), text, True, prompt_tokens=10, cached_tokens=4, answer_tokens=5)
+        texts = ((text, True),) if text else ()
+        return Answer(OptionProbabilities(shares, 0.99), texts, prompt_tokens=10, cached_tokens=4, answer_tokens=5)
 
     async def check(self) -> None:
         """Healthy."""

@@ -109,7 +109,7 @@ class Silent(RuleEngine):
 
     async def ask(self, task, mode, prompts):
         answers = await super().ask(task, mode, prompts)
-        return [a if i % 2 else Answer(None, "...", too_long=i == 2) for i, a in enumerate(answers)]
+        return [a if i % 2 else Answer(None, (("...", True),), too_long=i == 2) for i, a in enumerate(answers)]
 
 
 def test_a_candidate_without_an_answer_is_kept_with_an_error(bundle):
