@@ -104,13 +104,32 @@ def dashboard_address() -> str:
     Raises:
         PlatformError: it has none.
     """
-    from ray._private.services import get_webui_url_from_internal_kv
-
-    for _ in range(_TRIES):  # on a busy head, the first answer was seen to be empty
-        if url := get_webui_url_from_internal_kv():
+    for _ in range(_TRIES):
+        if url := _dashboard():
             return f"http://{url.removeprefix('http://')}"
         time.sleep(_PAUSE_S)
     raise PlatformError("this Ray cluster has no dashboard, which serving needs: start it with one")
+
+
+def has_dashboard() -> bool:
+    """Whether the cluster that this process is connected to has a dashboard."""
+    return bool(_dashboard())
+
+
+def _dashboard() -> str:
+    """Its address, with or without a scheme; empty if there is none. On a busy head the first key stays empty: the node
+    did not wait for the dashboard, which then writes the second.
+    """
+    import ray
+    from ray._private import ray_constants
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.experimental.internal_kv import _initialize_internal_kv, _internal_kv_get, _internal_kv_initialized
+
+    if not _internal_kv_initialized():  # another client of this process has closed it
+        _initialize_internal_kv(GcsClient(address=ray.get_runtime_context().gcs_address))
+    keys = ("webui:url", ray_constants.DASHBOARD_ADDRESS)
+    values = (_internal_kv_get(key, namespace=ray_constants.KV_NAMESPACE_DASHBOARD) for key in keys)
+    return next((v.decode() for v in values if v), "")
 
 
 def init_patiently(**options: Any) -> None:

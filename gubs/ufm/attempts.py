@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from ray._private.services import get_webui_url_from_internal_kv
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from gubs.errors import ArtifactError, GubsError, InputError, SettingsError
+from gubs.ray_runtime import has_dashboard
 
 _FINAL = (SettingsError, InputError, ArtifactError)
 """Errors of settings and data. Workers that start anew, on whatever node, would meet them again."""
@@ -45,6 +45,6 @@ class RayTrainer(TorchTrainer):
         dashboard who is dead. Its start takes 4 s of a core.
         """
         callbacks: list[Any] = super()._create_default_callbacks()
-        if get_webui_url_from_internal_kv():
+        if has_dashboard():
             return callbacks
         return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]

@@ -35,6 +35,7 @@ SMALL = [
     "ufm.model.lessons=0",
     "ufm.grpo.prompts=4",
     "ufm.grpo.tasks=[sequential,click]",
+    "ufm.held_out=0.001",  # nobody: the few users are all needed
     "ufm.sft.min_steps=0",
     "ufm.sft.optimizer.schedule=constant",
     "ufm.sft.optimizer.warmup_steps=0",

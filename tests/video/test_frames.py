@@ -377,7 +377,7 @@ def test_a_worker_may_die_as_it_starts(tmp_path: Path, ray_local: None) -> None:
     killed: list[int] = []
 
     def kill() -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not killed and time.monotonic() < deadline:
             for decoder in psutil.Process().children(recursive=True):
                 if "gubs.video.decoder_process" not in _line(decoder):
