@@ -72,7 +72,7 @@ def test_a_training_outlives_its_worker_and_ends_at_once_on_bad_data(ray_local, 
 
 @pytest.mark.parametrize("dashboard", ["", "127.0.0.1:8265"])
 def test_the_actor_that_asks_the_dashboard_is_left_out_without_one(tmp_path, monkeypatch, dashboard):
-    monkeypatch.setattr(attempts, "get_webui_url_from_internal_kv", lambda: dashboard)
+    monkeypatch.setattr(attempts, "has_dashboard", lambda: bool(dashboard))
     trainer = RayTrainer(_loop, run_config=RunConfig(storage_path=str(tmp_path)))
     found = [type(c) for c in trainer._create_default_callbacks()]
     assert (PlacementGroupCleanerCallback in found) == bool(dashboard)
