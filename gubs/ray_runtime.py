@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _START_TIMEOUT_S = 180.0
 _TRIES = 3
 _PAUSE_S = 2.0
+_DASHBOARD_KEY = "webui:url"
 _LATE = "timed out during startup"
 """Part of Ray's error when a node is not up within half a minute."""
 
@@ -105,21 +106,37 @@ def dashboard_address() -> str:
         PlatformError: it has none.
     """
     for _ in range(_TRIES):
-        if url := _dashboard():
+        if url := _stored(_DASHBOARD_KEY) or _late_dashboard():
             return f"http://{url.removeprefix('http://')}"
         time.sleep(_PAUSE_S)
     raise PlatformError("this Ray cluster has no dashboard, which serving needs: start it with one")
 
 
 def has_dashboard() -> bool:
-    """Whether the cluster that this process is connected to has a dashboard."""
-    return bool(_dashboard())
+    """Whether the cluster that this process is connected to was started with a dashboard."""
+    return bool(_stored(_DASHBOARD_KEY))
 
 
-def _dashboard() -> str:
-    """Its address, with or without a scheme; empty if there is none. On a busy head the first key stays empty: the node
-    did not wait for the dashboard, which then writes the second.
+def _late_dashboard() -> str:
+    """The dashboard of a busy head whose node did not wait for it and stored an empty address. Clusters without a
+    dashboard name one here too: so it has to answer, and for this cluster.
     """
+    import ray
+    from ray._private import ray_constants
+    from ray.job_submission import JobSubmissionClient
+
+    address = _stored(ray_constants.DASHBOARD_ADDRESS)
+    try:
+        client = JobSubmissionClient(f"http://{address}")
+        session = client._do_request("GET", "/api/version").json().get("session_name")
+    except (ConnectionError, RuntimeError, ValueError):
+        return ""
+    node = ray._private.worker.global_worker.node
+    return address if node is not None and session == node.session_name else ""
+
+
+def _stored(key: str) -> str:
+    """A value that the cluster's head keeps about its dashboard; empty if there is none."""
     import ray
     from ray._private import ray_constants
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
@@ -127,9 +144,8 @@ def _dashboard() -> str:
 
     if not _internal_kv_initialized():  # another client of this process has closed it
         _initialize_internal_kv(GcsClient(address=ray.get_runtime_context().gcs_address))
-    keys = ("webui:url", ray_constants.DASHBOARD_ADDRESS)
-    values = (_internal_kv_get(key, namespace=ray_constants.KV_NAMESPACE_DASHBOARD) for key in keys)
-    return next((v.decode() for v in values if v), "")
+    value = _internal_kv_get(key, namespace=ray_constants.KV_NAMESPACE_DASHBOARD)
+    return value.decode() if value else ""
 
 
 def init_patiently(**options: Any) -> None:

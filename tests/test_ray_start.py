@@ -1,5 +1,8 @@
 """A local Ray is started again if a busy machine brings it up too late, but not after other errors."""
 
+import subprocess
+import sys
+
 import pytest
 
 from gubs.errors import PlatformError
@@ -50,3 +53,21 @@ def test_another_error_is_not_tried_again(tries):
     with pytest.raises(ValueError, match="no such thing"), ray_session(RaySettings()):
         pass
     assert calls == ["init"]
+
+
+LATE_DASHBOARD = """
+import ray
+from ray.experimental.internal_kv import _internal_kv_put
+from gubs.ray_runtime import dashboard_address, has_dashboard
+ray.init(num_cpus=1, include_dashboard=True, dashboard_port=0, log_to_driver=False)
+stored = dashboard_address()
+_internal_kv_put("webui:url", "", True, namespace="dashboard")  # as a node does that did not wait for it
+print("late:", has_dashboard(), dashboard_address() == stored)
+ray.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_a_dashboard_that_came_up_late_is_found():
+    done = subprocess.run([sys.executable, "-c", LATE_DASHBOARD], capture_output=True, text=True, timeout=200)
+    assert "late: False True" in done.stdout, done.stderr[-2000:]
