@@ -99,7 +99,6 @@ def make(job: StageJob, ufm: UFMSettings, evaluate: EvalSettings, seed: int) -> 
         answers = log.answers
         rules = decision_rules(held_out, answers, evaluate.decision)
         rows = predictions(items, answers, rules, evaluate.decision.thoughts)
-        out.remove("answers")
         out.write_table("predictions", pa.Table.from_pylist(rows, schema=PREDICTIONS))
         metrics = measure(rows, evaluate.bootstrap, seed)
         out.write_table("metrics", pa.Table.from_pylist(metrics))
@@ -107,6 +106,7 @@ def make(job: StageJob, ufm: UFMSettings, evaluate: EvalSettings, seed: int) -> 
         out.info = {"policy": policy, "summary": summary(rows, metrics), "decisions": decisions}
         earlier = f", {log.found:,} of them from an earlier attempt" if log.found else ""
         out.summary = f"{len(answers):,} answers{earlier}" + _uncalibrated(items, rules)
+        out.remove("answers")  # last: killed before, the next attempt still finds them
     return out.summary
 
 
