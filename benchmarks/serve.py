@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +165,8 @@ def offline(args: argparse.Namespace, mode: str) -> dict[str, Any]:
     config, folder = bundle.config, str(bundle.local_policy())
     inputs, builder = Inputs(folder, config.inputs), PromptBuilder(config.inputs, config.pictures)
     labels = Labels.of(inputs, Task.SEQUENTIAL)
-    requests = []
-    bodies = _bodies(args)
+    requests, bodies = [], _bodies(args)
+    thoughts = config.thoughts if mode == Mode.REASON else 1
     for _ in range(args.requests):
         user, videos = next(bodies)
         person = bundle.person(user, Task.SEQUENTIAL)
@@ -174,16 +175,17 @@ def offline(args: argparse.Namespace, mode: str) -> dict[str, Any]:
             assert person
             assert known
             prompt = builder.about_user(Task.SEQUENTIAL, person, known, bundle.pictures.clip(video))
-            request = request_of(inputs, Query(None, prompt, labels=labels, score=mode == Mode.SCORE))
+            heat = 1.0 if thoughts > 1 else 0.0
+            request = request_of(inputs, Query(None, prompt, 0, heat, labels, score=mode == Mode.SCORE))
             assert request
-            requests.append(request)
+            requests += [replace(request, seed=k) for k in range(thoughts)]
     engine = Engine(Shape(folder, config.model, config.inputs, config.rollout, pictures=config.pictures))
     engine.generate(requests)  # as the service has answered the same before
     engine.forget()
     prompts, parameters = engine._prepared(requests, None)
     began = time.perf_counter()
     engine._llm.generate(prompts, parameters, use_tqdm=False)
-    return {"per_second": len(requests) / (time.perf_counter() - began)}
+    return {"per_second": len(requests) / thoughts / (time.perf_counter() - began)}
 
 
 def load(args: argparse.Namespace, url: str, mode: str, rate: str) -> dict[str, Any]:

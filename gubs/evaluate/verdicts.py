@@ -191,9 +191,8 @@ def by_predictor(found: Sequence[Verdict]) -> list[str]:
             if (named := [v for v in mine if v.word is word])
         ]
         least = max(v.detectable for v in mine)
-        lines.append(
-            f"{first}, {metric}: {'; '.join(parts)} (5 %, Holm; {mine[0].users} users can show differences of {least:.3f})"
-        )
+        power = f"5 %, Holm; {mine[0].users} users can show differences of {least:.3f}"
+        lines.append(f"{first}, {metric}: {'; '.join(parts)} ({power})")
     return lines
 
 
