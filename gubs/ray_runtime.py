@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,31 +203,40 @@ def local_head(num_cpus: int | None = None) -> Iterator[str]:
 
     The cluster's token is in this process's environment until the context ends, unless RAY_AUTH_MODE is already set.
     """
-    port, agent = free_port(), free_port()
-    address = f"http://127.0.0.1:{port}"
     before = {k: os.environ.get(k) for k in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    with tempfile.TemporaryDirectory(prefix="gubs-", ignore_cleanup_errors=True) as folder:
-        head = _start_head(port, agent, folder, num_cpus)
-        try:
-            _wait_until_up(address, agent, head, Path(folder))
-            yield address
-        finally:
-            _stop(head)
-            for name, value in before.items():
-                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    with tempfile.TemporaryDirectory(prefix="gubs-", ignore_cleanup_errors=True) as folder, ExitStack() as stack:
+        for name, value in before.items():
+            stack.callback(_restore, name, value)
+        say("[ray]    starting a head node on this machine ...")
+        for attempt in range(1, _TRIES + 1):
+            dashboard, agent, client = free_ports(3)
+            head = _start_head(dashboard, agent, client, folder, num_cpus)
+            stack.callback(_stop, head)
+            if _is_up(dashboard, agent, head):
+                break
+            if head.poll() is None or attempt == _TRIES:
+                raise PlatformError(_never_up(head, Path(folder)))
+            say("[ray]    it ended while it started (another program may have taken a port); starting another ...")
+        address = f"http://127.0.0.1:{dashboard}"
+        say(f"[ray]    up, dashboard at {address}")
+        yield address
 
 
-def _start_head(port: int, agent: int, folder: str, num_cpus: int | None) -> subprocess.Popen[bytes]:
+def _restore(name: str, value: str | None) -> None:
+    os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _start_head(dashboard: int, agent: int, client: int, folder: str, num_cpus: int | None) -> subprocess.Popen[bytes]:
     bin_dir = Path(sys.executable).parent
     options = {
         "port": 0,
         "dashboard-host": "127.0.0.1",
         "node-ip-address": "127.0.0.1",
-        "dashboard-port": port,
+        "dashboard-port": dashboard,
         "temp-dir": folder,
-        "ray-client-server-port": free_port(),
+        "ray-client-server-port": client,
         "dashboard-agent-listen-port": agent,
         "num-cpus": num_cpus or os.cpu_count(),
     }
@@ -246,21 +255,25 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a killed command leaves no cluster behind
 
 
-def _wait_until_up(address: str, agent: int, head: subprocess.Popen[bytes], folder: Path) -> None:
+def _is_up(dashboard: int, agent: int, head: subprocess.Popen[bytes]) -> bool:
     """Waits for the dashboard, and for the agent that starts jobs: it comes later, and Ray does not wait for it."""
     from ray.job_submission import JobSubmissionClient
 
-    say("[ray]    starting a head node on this machine ...")
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline and head.poll() is None:
         with suppress(OSError, RuntimeError):
-            JobSubmissionClient(address).list_jobs()
+            JobSubmissionClient(f"http://127.0.0.1:{dashboard}").list_jobs()
             socket.create_connection(("127.0.0.1", agent), timeout=5).close()
-            say(f"[ray]    up, dashboard at {address}")
-            return
+            return True
         time.sleep(0.5)
+    return False
+
+
+def _never_up(head: subprocess.Popen[bytes], folder: Path) -> str:
+    ended = head.poll() is not None
+    what = "ended while it started" if ended else f"did not come up within {_START_TIMEOUT_S:g} s"
     log = (folder / "head.log").read_text(errors="replace")[-2000:]
-    raise PlatformError(f"the Ray head node did not come up within {_START_TIMEOUT_S:g} s; the end of its log:\n{log}")
+    return f"the Ray head node {what}; the end of its log:\n{log}"
 
 
 def follow_job(address: str, entrypoint: Sequence[str], runtime_env: dict[str, object]) -> int:
@@ -314,6 +327,13 @@ def _stop(head: subprocess.Popen[bytes]) -> None:
 
 def free_port(host: str = "127.0.0.1") -> int:
     """A port that is free at the moment."""
-    with socket.socket() as s:
-        s.bind((host, 0))
-        return int(s.getsockname()[1])
+    return free_ports(1, host)[0]
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Different ports that are free at the moment: asked for one by one, the same could come twice."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind((host, 0))
+        return [int(s.getsockname()[1]) for s in sockets]

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from prometheus_helpers import FAST
 
-from gubs.ray_runtime import free_port
+from gubs.ray_runtime import free_ports
 
 STORE_BYTES = 100 << 20
 
@@ -24,7 +24,7 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        port, agent = free_port(), free_port()
+        port, agent = free_ports(2)
         self.address = f"http://127.0.0.1:{port}"
         self._cluster = Cluster()
         dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from gubs import ray_runtime
 from gubs.errors import PlatformError
-from gubs.ray_runtime import RaySettings, ray_session
+from gubs.ray_runtime import RaySettings, free_ports, local_head, ray_session
 
 
 @pytest.fixture
@@ -53,6 +55,42 @@ def test_another_error_is_not_tried_again(tries):
     with pytest.raises(ValueError, match="no such thing"), ray_session(RaySettings()):
         pass
     assert calls == ["init"]
+
+
+@pytest.fixture
+def heads(monkeypatch):
+    """Commands that run in place of head nodes, in turn, and the ports each was given; `sleep` counts as up."""
+    commands, ports = [], []
+
+    def start(dashboard, agent, client, folder, num_cpus):
+        ports.append((dashboard, agent, client))
+        (Path(folder) / "head.log").write_text("port is used by other components")
+        return subprocess.Popen(commands.pop(0), start_new_session=True)
+
+    monkeypatch.setattr(ray_runtime, "_start_head", start)
+    up = ray_runtime._is_up
+    monkeypatch.setattr(ray_runtime, "_is_up", lambda d, a, head: head.args[0] == "sleep" or up(d, a, head))
+    return commands, ports
+
+
+def test_a_head_node_that_found_a_port_taken_is_started_again_on_others(heads):
+    commands, ports = heads
+    commands += [["false"], ["sleep", "60"]]
+    with local_head() as address:
+        assert address == f"http://127.0.0.1:{ports[1][0]}"
+    assert set(ports[0]) != set(ports[1])
+
+
+def test_a_head_node_that_always_ends_is_an_error_with_its_log(heads):
+    commands, ports = heads
+    commands += [["false"]] * 3
+    with pytest.raises(PlatformError, match=r"ended while it started(.|\n)*used by other"), local_head():
+        pass
+    assert len(ports) == 3
+
+
+def test_free_ports_differ():
+    assert len(set(free_ports(50))) == 50
 
 
 LATE_DASHBOARD = """
