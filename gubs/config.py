@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from gubs.artifacts import JsonObject
 from gubs.data.settings import DataSettings, FilterSettings, SourceSettings, SplitSettings
+from gubs.earlier import RENAMED
 from gubs.errors import SettingsError
 from gubs.evaluate.settings import EvalSettings
 from gubs.llm.settings import LLMSettings
@@ -203,6 +204,9 @@ def resolve_key(key: str) -> str:
         return matches[0]
     if matches:
         raise SettingsError(f"setting {key!r} could be any of {', '.join(matches)}: write one of them in full")
+    for earlier, remedy in RENAMED.items():
+        if key == earlier or earlier.endswith("." + key):
+            raise SettingsError(f"{earlier} {remedy}")
     short = {name.rsplit(".", 1)[-1]: name for name in names}
     last = key.rsplit(".", 1)[-1]
     close = difflib.get_close_matches(key, names, 1, 0.6) or difflib.get_close_matches(last, short, 1, 0.6)

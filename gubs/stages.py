@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from gubs import prompts
+from gubs import earlier, prompts
 from gubs.artifacts import Artifact, Manifest, Recipe, Run, StageJob, in_words
 from gubs.config import Settings, keys
 from gubs.console import say
@@ -96,11 +96,15 @@ def _annotated(s: Settings) -> bool:
 
 
 def _reasons_asked(s: Settings) -> bool:
-    return _annotated(s) and not (s.teachers.truth and _simulated(s))
+    known = "teacher" not in (s.teachers.train_labels, s.teachers.test_labels)
+    return _annotated(s) and not (known and _simulated(s))
 
 
 _TEACHERS = ("history_items", "max_text", "author")
-_TRAINING = ("seed", "ufm.held_out", "ufm.inputs", "ufm.model.dtype", "ufm.rollout.min_new_tokens", "ufm.workers.count")
+_TRAINING = (
+    *("seed", "ufm.seed", "ufm.held_out", "ufm.inputs", "ufm.model.dtype", "ufm.rollout.min_new_tokens"),
+    "ufm.workers.count",
+)
 _UFM_PROMPTS = ("ufm/brief_user", "ufm/click_user", "ufm/sequential_user", prompts.OPTIONS)
 _GROUP_PROMPTS = ("ufm/brief_group", "ufm/click_group", "ufm/sequential_group")
 _MODEL = ("model", "gubs.ufm.model:identity")
@@ -207,10 +211,21 @@ STAGES: tuple[Stage, ...] = (
         roles=("summarizer", "profiler", "matcher"),
         prompts=("ugm/summarize", "ugm/group_profile", "ugm/match"),
         sections=("ugm", "llm", "seed"),
-        wanted=lambda s: s.ufm.grpo.groups,
+        wanted=lambda s: s.ufm.grpo.groups and s.ufm.grpo.profiles != "oracle",
         asks=lambda s: s.ugm.author != "evidence",
         page="gubs.report.groups:write_page",
         version=2,
+    ),
+    Stage(
+        "oracle",
+        make="gubs.ugm.oracle:make",
+        command="gubs grpo",
+        doing="group users by what the simulation knows",
+        reads=("truth",),
+        sections=("source.kind",),
+        wanted=lambda s: s.ufm.grpo.groups and s.ufm.grpo.profiles == "oracle",
+        preflight="gubs.ugm.oracle:preflight",
+        ray=False,
     ),
     Stage(
         "sft",
@@ -227,7 +242,7 @@ STAGES: tuple[Stage, ...] = (
             "sft_click_each",
             "think_chars",
             "script_mistakes",
-            "truth",
+            "script_flaws",
         ),
         roles=("annotator",),
         prompts=("teachers/dislike", "teachers/click", prompts.OPTIONS),
@@ -240,7 +255,7 @@ STAGES: tuple[Stage, ...] = (
         command="gubs teach",
         doing="find reasons of skips",
         reads=("ifvr", "profiles", "truth"),
-        settings=_teachers("truth", "train_skips", "test_skips", "rounds", "reason_chars"),
+        settings=_teachers("train_labels", "test_labels", "train_skips", "test_skips", "rounds", "reason_chars"),
         roles=("annotator",),
         prompts=("teachers/label", "teachers/judge", prompts.OPTIONS),
         sections=("teachers", "llm", "seed"),
@@ -266,7 +281,7 @@ STAGES: tuple[Stage, ...] = (
         make="gubs.ufm.stage:make_grpo",
         command="gubs grpo",
         doing="GA-GRPO",
-        reads=("ifvr", "frames", "profiles", "labels", "ugm", SFT),
+        reads=("ifvr", "frames", "profiles", "labels", "ugm", "oracle", SFT),
         may_read=("annotations",),
         settings=(*_TRAINING, "ufm.grpo", "-ufm.grpo.checkpoint", "-ufm.grpo.samples_every", "-ufm.grpo.trackers"),
         prompts=(*_UFM_PROMPTS, *_GROUP_PROMPTS),
@@ -545,7 +560,7 @@ class Graph:
 
     def _changes(self, node: Stage, before: Recipe) -> list[str]:
         if node.name not in self.as_made and node.make:
-            return before.changes(self.recipe(node, before))
+            return _changes_in_words(before, self.recipe(node, before))
         return [
             f"made from another {n}"
             for n, content in before.inputs.items()
@@ -665,7 +680,7 @@ def settings_of(node: Stage, settings: Settings) -> dict[str, Any]:
     kept = {n: v for n, v in values.items() if not any(n == m or n.startswith(f"{m}.") for m in minus)}
     if node.asks(settings):
         kept |= {f"llm.roles.{role}": settings.llm.parameters_of(role) for role in node.roles}
-    return kept
+    return earlier.recorded(kept)
 
 
 def sections_of(node: Stage, settings: Settings) -> dict[str, Any]:
@@ -687,6 +702,13 @@ def _dig(nested: Mapping[str, Any], key: str) -> Any:
     return nested
 
 
+def _changes_in_words(before: Recipe, now: Recipe) -> list[str]:
+    """What is different now, by the names that settings have today."""
+    pairs = ((before, now), (now, before))
+    one, two = (a.model_copy(update={"settings": earlier.shown(a.settings, beside=b.settings)}) for a, b in pairs)
+    return one.changes(two)
+
+
 def _latest_settings(run: Run) -> Settings | None:
     manifests = [run.artifact(n).manifest for n in run.stages()]
     newest = max(manifests, key=lambda m: m.created, default=None)
@@ -695,8 +717,8 @@ def _latest_settings(run: Run) -> Settings | None:
 
 def _settings_of(manifest: Manifest, otherwise: Settings) -> Settings:
     try:
-        return Settings(**manifest.settings)
-    except ValueError:  # an older version wrote them
+        return Settings(**earlier.as_now(manifest.settings))
+    except (ValueError, KeyError, TypeError):  # a much older version wrote them
         return otherwise
 
 

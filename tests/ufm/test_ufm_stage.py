@@ -137,7 +137,7 @@ def test_without_sft_and_without_pictures(ufm_run, tmp_path):
         "ufm.grpo.start=base",
         "ufm.inputs.vision=false",
         "ufm.inputs.max_new_tokens=8",
-        "ufm.grpo.steps=2",
+        "ufm.grpo.steps=1",
         "ufm.grpo.beta=0",
         "ufm.rollout.kv_cache_gb=0.1",
         "ufm.workers.threads=1",
