@@ -569,7 +569,13 @@ class Graph:
 
 
 def make(
-    targets: Iterable[str | Stage], run: Run, settings: Settings, *, force: bool = False, as_made: Iterable[str] = ()
+    targets: Iterable[str | Stage],
+    run: Run,
+    settings: Settings,
+    *,
+    force: bool = False,
+    as_made: Iterable[str] = (),
+    on_made: Callable[[str, float], object] | None = None,
 ) -> None:
     """Makes the targets and what they need; reports one line per step on stderr.
 
@@ -579,6 +585,7 @@ def make(
         settings: all settings.
         force: remake the targets, even if they are current, and every stale stage that they need.
         as_made: see `Graph`.
+        on_made: gets the name of each stage that was made, and the seconds that it took.
 
     Raises:
         StaleError: a stage is stale, and `force` is not set; no stage after it was made.
@@ -607,7 +614,10 @@ def make(
                 _refuse_stale(state, run)
             if state.stage.ray:
                 stack.enter_context(ray_session(settings.ray))
+            began = time.monotonic()
             make_stage(state.stage, run, settings, force=forced(state), graph=graph)
+            if on_made:
+                on_made(name, time.monotonic() - began)
 
 
 def make_stage(
