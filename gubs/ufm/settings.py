@@ -1,6 +1,5 @@
 """Settings of the User Feedback Modeler: the model, what it is shown, SFT, rollouts, GA-GRPO."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -246,8 +245,13 @@ class GRPOSettings(Section):
 
 
 def total_steps(steps: int, tasks: Sequence[str]) -> int:
-    """Steps that tasks in turn take until the one named most often has had its `steps`; rounded up to a whole one."""
-    return math.ceil(steps * len(tasks) / max(map(tasks.count, tasks)))
+    """Steps that tasks in turn take until the one named most often has had its `steps`, with the rest of a round that
+    it completes.
+    """
+    main = max(tasks, key=tasks.count)
+    places = [n for n, task in enumerate(tasks, 1) if task == main]
+    rounds, more = divmod(steps, len(places))
+    return rounds * len(tasks) + (places[more - 1] if more else 0)
 
 
 class UFMSettings(Section):
