@@ -137,9 +137,7 @@ def paired(
         return value(a.sum(axis=0) + moved) - value(b.sum(axis=0) - moved)
 
     differences = np.concatenate([np.zeros(0), *drawn])
-    return compared(
-        observed, differences, exchanged, value(a) - value(b), resamples=resamples, exchanges=exchanges or resamples
-    )
+    return compared(observed, differences, exchanged, value(a) - value(b), resamples=resamples, exchanges=exchanges)
 
 
 def compared(
