@@ -142,7 +142,7 @@ def profile_sampling(
         rather: draw from those of them who are among these, if there are any.
     """
     groups = sorted(set(memberships.get(user, ())))
-    others = sorted({*anybody, *(m for g in groups for m in members.get(g, ()) if not anybody)} - {user})
+    others = sorted({*(anybody or (m for g in groups for m in members.get(g, ())))} - {user})
     others = [o for o in others if o in rather] or others
     rng = np.random.default_rng(_stable_hash("profiles", step_seed, user))
     group = groups[rng.integers(len(groups))] if groups else None
