@@ -74,7 +74,7 @@ def test_help_lists_every_command():
         (["plan", "--preset", "paper", "--gpus", "3"], 2, "cannot be divided evenly"),
         (["ablate", "T3"], 2, "there is no ablation 'T3'; there are T4, T5"),
         (["ablate", "rule", "--worlds", "0;1"], 2, "'0;1' is not of the form 0,1,2"),
-        (["ablate", "rule", "--run", "s3://bucket/r"], 2, "ablations need a path that all workers see"),
+        (["ablate", "rule", "--run", "memory://r"], 2, "ablations need a path that all workers see"),
     ],
 )
 def test_errors_are_one_message_and_a_meaningful_exit_code(args, code, message, tmp_path, monkeypatch, here):
