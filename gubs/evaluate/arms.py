@@ -103,8 +103,8 @@ class Asked:
         rewarded = np.array([r["reward"] is not None for r in rows], dtype=float)
         rewards = np.array([r["reward"] or 0.0 for r in rows])
         sums = user_sums(said) | {
-            REWARD: np.bincount(code, rewards, len(users)),
-            "rewarded": np.bincount(code, rewarded, len(users)),
+            REWARD: np.bincount(code, rewards, len(users)).astype(np.float64),
+            "rewarded": np.bincount(code, rewarded, len(users)).astype(np.float64),
         }
         bad = said.positive if task is Task.SEQUENTIAL else ~said.positive
         score = np.array([math.nan if r["skip"] is None else r["skip"] for r in rows], dtype=float)
