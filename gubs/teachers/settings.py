@@ -16,9 +16,16 @@ class TeacherSettings(Section):
     script_mistakes: float = Field(0.0, ge=0, le=1)
     """Share of dislikes, drawn at random, for which the scripted teacher does not blame the content whatever the user
     complains about: no teacher is perfect, and learning from users' actions is meant to correct that."""
-    truth: bool = False
-    """Simulated sources: label skips with their true cause, instead of having people check every label, and tell the
-    scripted teacher, which sees no pictures, which videos have a flaw (not whether a user minded it)."""
+    script_flaws: bool = False
+    """Simulated sources: tell the scripted teacher, which sees no pictures, which videos have a flaw (not whether a
+    user minded it)."""
+    train_labels: Literal["teacher", "truth", "naive"] = "teacher"
+    """Where the reasons of training users' skips come from: the teacher (`author`) or, on simulated sources, the true
+    causes. `naive`: the true causes, but of skips that nobody meant (accidents, exits, interruptions) what their fields
+    suggest, as a reader of the log would have it who takes every skip for meant."""
+    test_labels: Literal["teacher", "truth", "meant"] = "teacher"
+    """The same for test users. `meant`: the true causes; what ended by an accident, exit or interruption is not judged
+    at all."""
     sft_dislikes: int = Field(0, ge=0)
     """Explicit dislikes of training users that become SFT examples, drawn at random; 0 = all (paper: 50 K)."""
     sft_watched: float = Field(0, ge=0, le=10)

@@ -52,7 +52,7 @@ def make(job: StageJob, teachers: TeacherSettings, llm: LLMSettings, seed: int) 
     """
     cases = sft_cases(IFVR(job.run), teachers, seed, tastes=job.reads(PROFILES))
     scripted = teachers.author == "script"
-    flaws = true_flaws(job.run) if teachers.truth and scripted else {}
+    flaws = true_flaws(job.run) if teachers.script_flaws and scripted else {}
     if scripted:
         rows, failed = _scripted(cases, teachers, flaws), failures([])
     else:

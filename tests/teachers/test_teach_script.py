@@ -153,7 +153,9 @@ def test_every_sentence_is_known_to_the_tokenizer():
 
 def settings(truth: bool = False) -> Settings:
     base = synthetic_settings()
-    teachers = {"author": "script", "sft_click_users": 20, "truth": truth, "profiles": False}
+    labels = "truth" if truth else "teacher"
+    known = {"train_labels": labels, "test_labels": labels, "script_flaws": truth}
+    teachers = {"author": "script", "sft_click_users": 20, "profiles": False, **known}
     return base.model_copy(update={"teachers": base.teachers.model_copy(update=teachers)})
 
 
@@ -210,14 +212,14 @@ def test_the_script_says_the_same_where_the_truth_is_another(simulated, tmp_path
 
 
 def test_a_source_without_truth_is_labelled_by_the_script(tmp_path, no_llm):
-    """truth=true is a wish of simulated sources; elsewhere the script has to do."""
+    """True labels are a wish of simulated sources; elsewhere the script has to do."""
     history = [view(f"h{i}", f"v{i}", play_rate=0.9) for i in range(3)]
     run = hand_made(
         tmp_path / "run",
         [*history, view("t1", "v9", role="target", play_rate=0.05), view("t2", "v8", role="target", play_rate=0.9)],
         v9={"title": "News", "duration_s": 20.0, "tags": ["news"]},
     )
-    labels = make_stage("labels", run, with_teachers(author="script", truth=True))
+    labels = make_stage("labels", run, with_teachers(author="script", train_labels="truth", test_labels="truth"))
     found = {r["interaction_id"]: (r["option"], r["label_source"]) for r in labels.table("labels").to_pylist()}
     assert found["t1"] == ("C", "guess"), "nobody said why: the fields only suggest it"
     assert found["t2"] == ("A", "rule")
