@@ -68,7 +68,8 @@ class TeacherSettings(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TeacherSettings":
-        for name in ("sft_watched", "sft_views", "script_digest"):
-            if getattr(self, name) and self.author != "script":
-                raise ValueError(f"teachers.{name} is for teachers.author=script only: set it to 0")
+        scripted = [f"teachers.{n}" for n in ("sft_watched", "sft_views", "script_digest") if getattr(self, n)]
+        if scripted and self.author != "script":
+            are, them = ("are", "them") if len(scripted) > 1 else ("is", "it")
+            raise ValueError(f"{', '.join(scripted)} {are} for teachers.author=script only: set {them} to 0")
         return self
