@@ -186,6 +186,23 @@ def choice_metrics(predictions: Predictions, *, resamples: int = 1000, seed: int
     return _evaluate(predictions, _choice_specs(), resamples, seed)
 
 
+def over_users(
+    users: Sequence[str], value: Callable[[Floats], Floats], *, resamples: int, seed: int
+) -> dict[str, float]:
+    """A figure of items with its 95 % interval over users: `value`, `low`, `high`.
+
+    Args:
+        users: of the items, [N].
+        value: the figure of weighted items: [..., N] -> [...]; NaN where it is undefined.
+        resamples: of users; without any, or with one user, the interval is NaN.
+        seed: of the resamples.
+    """
+    names, codes = np.unique(np.asarray(users, dtype=np.str_), return_inverse=True)
+    drawn = [value(w[:, codes]) for w in bootstrap_weights(len(names), resamples, seed, len(codes))]
+    low, high = _interval(np.concatenate(drawn)) if drawn and len(names) > 1 else (float("nan"), float("nan"))
+    return {"value": float(value(np.ones(len(codes)))), "low": low, "high": high}
+
+
 def user_sums(predictions: Predictions) -> dict[str, Floats]:
     """The sums that every metric is a function of, by user (sorted), [U] each."""
     return _user_sums(predictions)

@@ -37,7 +37,7 @@ def write_page(run: Run, tables: list[Table]) -> str:
     if not sheets:
         raise ArtifactError(f"{run.uri} has nothing evaluated yet: run `gubs evaluate ifvr` or `gubs evaluate public`")
     manifest: dict[str, Any] = run.artifact("candidates").manifest.info if run.has("candidates") else {}
-    curves = [(t.task, _chart(t)) for t in tables if t.curves]
+    curves = [(t.task, kept_chart(t)) for t in tables if t.curves]
     page = pages.render("evaluation", run=run.name, sheets=sheets, curves=curves, drawn=manifest)
     return pages.write(run, PAGE, page)
 
@@ -52,7 +52,7 @@ def sheets_of(run: Run, tables: list[Table]) -> list[Sheet]:
     return sheets
 
 
-def _chart(table: Table) -> Markup:
+def kept_chart(table: Table) -> Markup:
     """What is kept at each share of videos kept: policies first, then the best baselines."""
     rate = "click_rate" if table.task == Task.CLICK else "play_rate_above_30"
     baselines = {r.name for r in table.rows if r.kind == "baseline"}
