@@ -96,9 +96,11 @@ class AnswerLog:
         """
         gpu = use_gpu(ufm.workers)
         engines = min(ufm.workers.count, math.ceil((total - self.found) / _ANSWERS_PER_ENGINE)) if gpu else 1
-        shape = {"pictures": ufm.inputs.vision and questions.pictures, "largest": questions.largest}
+        pictures = ufm.inputs.vision and questions.pictures
         try:
-            with Predictor(folder, ufm, **shape, engines=engines, gpu=gpu) as predictor:
+            with Predictor(
+                folder, ufm, pictures=pictures, largest=questions.largest, engines=engines, gpu=gpu
+            ) as predictor:
                 for prediction in predictor.stream(queries):
                     self.add(prediction)
                     if on_progress and (len(self.answers) % _REPORT_EVERY == 0 or len(self.answers) == total):

@@ -169,12 +169,11 @@ def row(target: Target, condition: Condition, prompt: str, said: Prediction, ufm
     def stands_for(letter: Option) -> Option:
         return meant(letter, item.task, order, ufm.inputs.style)
 
-    options, option, failure = said.options, None, "too_long"
+    options, reading = said.options, None
     if options:
         options = replace(options, options={stands_for(letter): p for letter, p in options.options.items()})
     if said.text is not None:
         reading = read_answer(said.text, TASK_OPTIONS[item.task], finished=said.finished)
-        option, failure = reading.option, reading.failure
     return {
         "interaction_id": item.interaction_id,
         "task": str(item.task),
@@ -185,9 +184,9 @@ def row(target: Target, condition: Condition, prompt: str, said: Prediction, ufm
         "gold": str(item.gold) if item.gold else None,
         "play_rate": item.play_rate,
         "clicked": item.gold == Option.A if item.task == Task.CLICK else None,
-        "predicted": str(stands_for(option)) if option else None,
+        "predicted": str(stands_for(reading.option)) if reading and reading.option else None,
         "skip": options.skip if options else None,
-        "failure": str(failure) if failure else None,
+        "failure": "too_long" if reading is None else str(reading.failure) if reading.failure else None,
         "answer": said.text,
         "prompt": prompt,
     }
@@ -214,8 +213,8 @@ def verdicts(rows: Sequence[Row], *, resamples: int, seed: int) -> list[Row]:
             continue
         metric = VERDICT_METRIC[task]
         fine = {"resamples": resamples, "exchanges": exchanges_for(len(CHANGES)), "seed": seed}
-        sums = (user_sums(as_predictions(answers, task)) for answers in (part, own))
-        verdict = paired(*sums, statistic_of(metric, task), **fine)
+        changed, before = (user_sums(as_predictions(answers, task)) for answers in (part, own))
+        verdict = paired(changed, before, statistic_of(metric, task), **fine)
         found[task].append(replace(verdict, metric=metric, first=str(condition), second=str(Condition.OWN)))
     return [{"task": str(task), **v.to_row()} for task, made in found.items() for v in with_holm(made)]
 

@@ -121,7 +121,7 @@ def _case(kind: str, asked: dict[str, Row], questions: Questions) -> Case:
         profile=_in_words(person.profile(inputs.max_text)),
         history=[_in_words(view) for view in person.views(inputs.max_text)],
         group=f"{profile.name}\n{profile.text}"[:_LONGEST] if profile else "",
-        similar=_in_words(people[similar].profile(inputs.max_text)) if similar in people else "",
+        similar=_in_words(people[similar].profile(inputs.max_text)) if similar else "",
         answers=[_said(c, asked.get(c), task) for c in SHOWN],
     )
 

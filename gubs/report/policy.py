@@ -83,13 +83,15 @@ class Report:
     manifest: Manifest
     """Of the evaluation."""
     findings: list[Finding]
+    stale: list[str]
+    """Artifacts that do not fit the others."""
     sections: list[Section]
     cases: list[Case]
 
     @property
     def missing(self) -> list[str]:
         """All that the run lacks."""
-        return [m for s in self.sections for m in s.missing]
+        return [*self.stale, *(m for s in self.sections for m in s.missing)]
 
     def to_json(self) -> dict[str, Any]:
         """Sentences and tables as plain JSON, without drawings and cases."""
@@ -124,6 +126,7 @@ def report(run: Run, evaluate: EvalSettings, seed: int, policy: str = "") -> Rep
         policy=policy,
         manifest=evaluation.manifest,
         findings=[_finding(policy, b, j, found, fine) for b, j in zip(blocks, judged, strict=True)],
+        stale=[m for a in (evaluation, sensitivity) if a for m in _made_from_others(a)],
         sections=[
             _tables(run, found),
             _thresholds(judged),
@@ -132,8 +135,15 @@ def report(run: Run, evaluate: EvalSettings, seed: int, policy: str = "") -> Rep
             _slices(evaluation, judged, evaluate.least_slice, fine),
             _sensitivity(run, policy, sensitivity),
         ],
-        cases=cases(sensitivity) if sensitivity else [],
+        cases=cases(sensitivity) if sensitivity and not _made_from_others(sensitivity) else [],
     )
+
+
+def _made_from_others(artifact: Artifact) -> list[str]:
+    """Whether what an artifact was made from has been made again since."""
+    run, inputs = artifact.run, artifact.manifest.recipe.inputs
+    changed = [n for n, content in inputs.items() if run.has(n) and run.artifact(n).content != content]
+    return [f"{artifact.stage} from the present {', '.join(changed)}: see `gubs status {run.uri}`"] if changed else []
 
 
 def write_page(run: Run, made: Report) -> str:

@@ -77,7 +77,7 @@ def test_the_page_needs_nothing_else_and_shows_texts_as_texts(run, made):
     assert "<script" not in page
     outside = re.findall(r"""(?:src|href)=["']?(?!data:|#)[^"' >]+|url\((?!#)[^)]*\)""", page)
     assert outside == []
-    assert page.count('src="data:image/jpeg;base64,') == sum(len(c.frames) for c in made.cases) > 10
+    assert page.count('src="data:image/jpeg;base64,') == sum(len(c.frames) for c in made.cases) > 4
 
 
 def test_cases_are_the_first_of_their_kind(run, made):
@@ -133,6 +133,15 @@ def test_small_slices_are_not_shown_and_named(run):
     assert "group: y" not in names
     assert f"group: y ({size})" in sheet.notes[0]
     assert int(sheet.rows[0].cells[1]) == len(j.by_mode[GREEDY])
+
+
+def test_what_does_not_fit_together_is_told(run, tmp_path):
+    copy = Run(tmp_path / "run")
+    shutil.copytree(run.root, copy.root)
+    put(copy, POLICY, {"steps": pa.table({"step": [1]})}, settings=SETTINGS)
+    found = report(copy, SETTINGS.evaluate, SETTINGS.seed)
+    assert [m.split(" from")[0] for m in found.missing] == [f"eval-{POLICY}", f"sensitivity-{POLICY}"]
+    assert found.cases == []
 
 
 def test_a_policy_that_answers_nothing_readable_has_a_page_too(bare, tmp_path):
