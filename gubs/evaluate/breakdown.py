@@ -5,7 +5,6 @@ All of it is computed from the stored predictions of `eval-<policy>`, on targets
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,9 @@ from gubs.artifacts import JsonObject
 from gubs.data.ifvr import IFVR
 from gubs.evaluate.calibration import Bin, reliability
 from gubs.evaluate.judge import FILTER, GREEDY, as_predictions
-from gubs.evaluate.metrics import evaluate, over_users
+from gubs.evaluate.metrics import Bools, Floats, evaluate
 from gubs.evaluate.sheets import Sheet, SheetRow, per_cent
-from gubs.evaluate.table import AUC_RESAMPLES, VERDICT_METRIC, auc
+from gubs.evaluate.table import VERDICT_METRIC, auc_over_users
 from gubs.records import TASK_OPTIONS, Split, Task, User
 from gubs.ufm.questions import SKIP
 
@@ -58,13 +57,12 @@ class Judged:
             if mine:
                 yield cls(task, {m: [r for r in mine if r["mode"] == m] for m in modes}, decisions.get(str(task)))
 
-    def scored(self) -> tuple[Any, Any]:
+    def scored(self) -> tuple[Floats, Bools]:
         """Calibrated P(skip) and what happened (skipped, not clicked), [n] each; targets with a readable answer."""
         rows = self.by_mode[FILTER]
-        positive = as_predictions(rows, self.task).positive
-        bad = positive if self.task is Task.SEQUENTIAL else ~positive
         known = np.array([r["skip"] is not None for r in rows])
-        return np.array([r["skip"] for r in rows if r["skip"] is not None], float), bad[known]
+        bad = as_predictions(rows, self.task).bad[known]
+        return np.array([r["skip"] for r in rows if r["skip"] is not None], float), bad
 
 
 def confusion_sheet(judged: Judged, mode: str) -> Sheet:
@@ -102,7 +100,7 @@ def reliability_curves(judged: Judged) -> dict[str, tuple[Bin, ...]]:
     return {"held-out training users": held_out, "test users": reliability(*judged.scored())}
 
 
-def thresholds(judged: Judged) -> dict[str, Any]:
+def thresholds(judged: Judged) -> dict[str, Floats]:
     """What a filter keeps at each threshold of P(skip), [101] each: `threshold`, `kept`, `lost` (of what is watched or
     clicked), `good` (share of good ones among those kept; NaN where none is).
     """
@@ -184,9 +182,7 @@ def _place(name: str) -> tuple[int, int, str]:
 
 def _cells(part: Mapping[str, Sequence[Row]], task: Task, resamples: int, seed: int) -> list[str]:
     greedy, filtered = (as_predictions(part[mode], task) for mode in (GREEDY, FILTER))
-    bad = greedy.positive if task is Task.SEQUENTIAL else ~greedy.positive
     score = np.array([r["skip"] or 0.0 for r in part[FILTER]])
-    ranked = over_users(greedy.user, partial(auc, score, bad), resamples=min(resamples, AUC_RESAMPLES), seed=seed)
     said, kept = ({m.name: asdict(m) for m in evaluate(p, resamples=resamples, seed=seed)} for p in (greedy, filtered))
     lost = "share_clicked_lost" if task is Task.CLICK else "share_watched_lost"
     return [
@@ -194,7 +190,7 @@ def _cells(part: Mapping[str, Sequence[Row]], task: Task, resamples: int, seed: 
         f"{len(greedy):,}",
         f"{100 * greedy.positive.mean():.1f}",
         per_cent(said[VERDICT_METRIC[task]]),
-        per_cent(ranked),
+        per_cent(auc_over_users(filtered, score, resamples=resamples, seed=seed)),
         per_cent(kept["share_kept"]),
         per_cent(kept[lost]),
     ]

@@ -93,6 +93,11 @@ class Predictions:
             positive_gold = self.gold_code > 0
         return _truth(self.gold_code >= 0, positive_gold, happened, self.user)
 
+    @property
+    def bad(self) -> Bools:
+        """What a filter should drop: fast skips, or what is not clicked."""
+        return ~self.positive if self.task is Task.CLICK else self.positive
+
     @functools.cached_property
     def answered(self) -> Bools:
         """Items with a readable answer."""

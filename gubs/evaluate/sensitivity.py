@@ -24,7 +24,7 @@ from gubs.evaluate.conditions import CHANGES, WHY_NOT, Condition, Subject, promp
 from gubs.evaluate.judge import as_predictions, item_order, judged_items
 from gubs.evaluate.metrics import Bools, Floats, Predictions, judge_metrics, over_users, statistic_of, user_sums
 from gubs.evaluate.settings import EvalSettings
-from gubs.evaluate.table import AUC_RESAMPLES, VERDICT_METRIC, auc
+from gubs.evaluate.table import VERDICT_METRIC, auc_over_users
 from gubs.evaluate.verdicts import Verdict, exchanges_for, paired, with_holm
 from gubs.prompts.answers import read_answer
 from gubs.prompts.question import meant
@@ -248,9 +248,8 @@ def _beside_own(rows: Sequence[Row]) -> Iterator[tuple[Task, Condition, list[Row
 def _quality(said: Predictions, rows: Sequence[Row], resamples: int, seed: int) -> dict[str, dict[str, float]]:
     metrics = judge_metrics(said, resamples=resamples, seed=seed)
     judged = next(m for m in metrics if m.name == VERDICT_METRIC[said.task])
-    bad = said.positive if said.task is Task.SEQUENTIAL else ~said.positive
     score = np.array([r["skip"] or 0.0 for r in rows])  # without a readable answer a video is kept
-    ranked = over_users(said.user, partial(auc, score, bad), resamples=min(resamples, AUC_RESAMPLES), seed=seed)
+    ranked = auc_over_users(said, score, resamples=resamples, seed=seed)
     return {judged.name: {"value": judged.value, "low": judged.low, "high": judged.high}, AUC: ranked}
 
 

@@ -41,7 +41,7 @@ _MODES = {GREEDY: "", CALIBRATED: ", calibrated", FILTER: ", filter"}
 """Modes of a policy's answers that take a row each, and what their names end with."""
 _CURVE = tuple(round(0.05 * k, 2) for k in range(1, 21))
 """Shares of videos kept at which a curve is measured."""
-AUC_RESAMPLES = 200
+_AUC_RESAMPLES = 200
 """Of users, for the intervals of AUC, which sorts all items in each."""
 _KEYS = ["interaction_id", "user_id", "predicted", "score"]
 
@@ -200,7 +200,7 @@ def curve(score: Floats, truth: Predictions) -> list[dict[str, float]]:
     Points: share_kept; play_rate_above_30 and total_play_rate (sequential) or click_rate (click) of what is kept;
     lost, the share of watched (clicked) videos that are dropped.
     """
-    good = truth.positive if truth.task is Task.CLICK else ~truth.positive
+    good = ~truth.bad
     order, rate = np.argsort(score, kind="stable"), np.nan_to_num(truth.rate)
     kept_good, kept_rate = np.cumsum(good[order]), np.cumsum(rate[order])
     points = []
@@ -236,6 +236,12 @@ def auc(score: Floats, bad: Bools, weights: Floats | None = None) -> Floats:
         return np.asarray((yes * below).sum(axis=-1) / (yes.sum(axis=-1) * no.sum(axis=-1)))
 
 
+def auc_over_users(said: Predictions, score: Floats, *, resamples: int, seed: int) -> dict[str, float]:
+    """AUC of a score [n] that grows with what a filter should drop, with its interval: `value`, `low`, `high`."""
+    fine = {"resamples": min(resamples, _AUC_RESAMPLES), "seed": seed}
+    return over_users(said.user, partial(auc, score, said.bad), **fine)
+
+
 def _aligned(predictor: Stored, truth: pd.DataFrame, task: Task) -> tuple[Predictions, Floats]:
     """A predictor's answers in the order of the truth, and its scores."""
     frame = predictor.frame.set_index("interaction_id").loc[truth["interaction_id"]]
@@ -264,9 +270,7 @@ def _row(predictor: Stored, said: Predictions, score: Floats, *, resamples: int,
     if not predictor.reasons or not (said.gold_code > 0).any():
         values = {name: v for name, v in values.items() if not name.startswith("reason")}
     if np.isfinite(score).all():
-        bad = said.positive if said.task is Task.SEQUENTIAL else ~said.positive
-        fine = {"resamples": min(resamples, AUC_RESAMPLES), "seed": seed}
-        values["auc"] = over_users(said.user, partial(auc, score, bad), **fine)
+        values["auc"] = auc_over_users(said, score, resamples=resamples, seed=seed)
     drop = baselines(said, resamples=0, seed=seed)["random drop, expected"]
     return TableRow(predictor.name, predictor.kind, values, {m.name: m.value for m in drop})
 

@@ -154,6 +154,6 @@ def _said(condition: Condition, row: Row | None, task: Task) -> Said:
 def _in_words(line: str) -> str:
     """A line of JSON, as prompts show people and views, as a person would write it."""
     return "; ".join(
-        f"{name} {', '.join(map(str, value)) if isinstance(value, list) else value}"
+        f"{'' if name == 'title' else f'{name} '}{', '.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in json.loads(line).items()
     )

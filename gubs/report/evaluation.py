@@ -14,13 +14,14 @@ from gubs.evaluate.sheets import Sheet, ifvr_sheet, public_sheet, ranking_sheet
 from gubs.evaluate.table import Table
 from gubs.records import Task
 from gubs.report import pages
-from gubs.report.charts import SERIES, drawing
+from gubs.report.charts import SERIES, drawing, legend_above
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PAGE = "evaluation.html"
-_CURVES = 6
+_CURVES, _POLICIES = 6, 4
+"""Most curves in a chart, and most of them that are of policies."""
 
 
 def write_page(run: Run, tables: list[Table]) -> str:
@@ -53,11 +54,14 @@ def sheets_of(run: Run, tables: list[Table]) -> list[Sheet]:
 
 
 def kept_chart(table: Table) -> Markup:
-    """What is kept at each share of videos kept: policies first, then the best baselines."""
+    """What is kept at each share of videos kept: some policies, then the best baselines; equal curves once."""
     rate = "click_rate" if table.task == Task.CLICK else "play_rate_above_30"
     baselines = {r.name for r in table.rows if r.kind == "baseline"}
     half = {name: next(p[rate] for p in points if p["share_kept"] >= 0.49) for name, points in table.curves.items()}
-    shown = sorted(table.curves, key=lambda n: (n in baselines, -half[n]))[:_CURVES]
+    distinct = {str(points): name for name, points in reversed(table.curves.items())}
+    names = sorted(distinct.values(), key=lambda n: (n in baselines, -half[n]))
+    policies = [n for n in names if n not in baselines][:_POLICIES]
+    shown = (policies + [n for n in names if n in baselines])[:_CURVES]
     with drawing(f"curve-{table.task}", (7.0, 3.6)) as chart:
         _draw(chart.axes, table, rate, shown)
     return chart.svg
@@ -70,4 +74,4 @@ def _draw(axes: "Axes", table: Table, rate: str, shown: list[str]) -> None:
         axes.plot(*line, color=colour, label=name.replace("$", ""))
     axes.set_xlabel("videos kept, %")
     axes.set_ylabel("clicked, %" if table.task == Task.CLICK else "not skipped, %")
-    axes.legend(frameon=False, fontsize=9)
+    legend_above(axes)

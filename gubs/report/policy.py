@@ -31,7 +31,7 @@ from gubs.evaluate.verdicts import Verdict, Word, verdicts
 from gubs.records import Task
 from gubs.report import pages
 from gubs.report.cases import PER_KIND, Case, cases
-from gubs.report.charts import INK, SERIES, drawing
+from gubs.report.charts import INK, SERIES, drawing, legend_above
 from gubs.report.evaluation import kept_chart, sheets_of
 from gubs.ufm.questions import Questions
 from gubs.ufm.settings import InputSettings
@@ -189,7 +189,7 @@ def _in_words(found: Sequence[tuple[str, Verdict]]) -> Iterator[str]:
             verb = "" if word is Word.UNKNOWN else "are " if plural else "is "
             parts += [f"{verb}{phrase} {', '.join(of_word)}"] if of_word else []
         least = 100 * max(v.detectable for v in mine)
-        yield f"{who} {'; '.join(parts)} (points of balanced accuracy; {mine[0].users:,} users show {least:.1f})."
+        yield f"{who} {'; '.join(parts)}. {mine[0].users:,} users can show {least:.1f} points."
 
 
 # Sections
@@ -288,14 +288,14 @@ def _draw_thresholds(axes: "Axes", judged: Judged, chosen: float) -> None:
         axes.axvline(chosen, color=INK, linestyle=":")
     axes.set_xlabel("threshold of P(skip)")
     axes.set_ylabel("%")
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    legend_above(axes)
 
 
 def _draw_reliability(axes: "Axes", judged: Judged) -> None:
     axes.plot([0, 100], [0, 100], color=INK, linestyle=":", linewidth=1)
     for (name, bins), colour in zip(reliability_curves(judged).items(), SERIES, strict=False):
         points = 100 * np.array([(b.predicted, b.happened) for b in bins]).reshape(-1, 2)
-        axes.plot(*points.T, "o-", color=colour, label=name, markersize=4)
+        axes.plot(*points.T, "o", color=colour, label=name, markersize=5)
     axes.set_xlabel("P(skip), %")
     axes.set_ylabel("not clicked, %" if judged.task is Task.CLICK else "skipped, %")
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    legend_above(axes)

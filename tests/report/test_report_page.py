@@ -179,6 +179,8 @@ def test_the_page_is_accessible_and_fits(run, made, browser, width, scheme):
     page.goto(f"file://{write_page(run, made)}")
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing scrolls sideways"
     assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    narrow = "[...document.querySelectorAll('.sheet tbody th')].filter(e => e.clientWidth < 90).map(e => e.innerText)"
+    assert page.evaluate(narrow) == [], "names of rows can be read"
     violations = axe.Axe().run(page).response["violations"]
     assert [f"{v['id']}: {v['help']} {v['nodes'][0]['html'][:120]}" for v in violations] == []
     assert messages == [], "axe is let in by the test, the page itself asks for nothing"
