@@ -152,10 +152,10 @@ def slices_sheet(judged: Judged, facts: Facts, *, least: int, resamples: int, se
             m: [r for r in rows if name == "all" or name in facts.get(r["user_id"], ())]
             for m, rows in judged.by_mode.items()
         }
-        if len(part[GREEDY]) < least and name != "all":
-            small.append(f"{name} ({len(part[GREEDY]):,})")
-        elif part[GREEDY]:
+        if name == "all" or len(part[GREEDY]) >= least:
             rows.append(SheetRow(name, _cells(part, judged.task, resamples, seed)))
+        elif part[GREEDY]:
+            small.append(f"{name} ({len(part[GREEDY]):,})")
     bad = "skips" if judged.task is Task.SEQUENTIAL else "clicks"
     good = "watched" if judged.task is Task.SEQUENTIAL else "clicked"
     columns = ["users", "targets", bad, "balanced acc, greedy", "AUC", "kept, filter", f"{good} lost, filter"]

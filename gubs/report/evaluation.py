@@ -62,7 +62,7 @@ def kept_chart(table: Table) -> Markup:
     names = sorted(distinct.values(), key=lambda n: (n in baselines, -half[n]))
     policies = [n for n in names if n not in baselines][:_POLICIES]
     shown = (policies + [n for n in names if n in baselines])[:_CURVES]
-    with drawing(f"curve-{table.task}", (7.0, 3.6)) as chart:
+    with drawing(f"curve-{table.task}", (5.2, 3.2)) as chart:
         _draw(chart.axes, table, rate, shown)
     return chart.svg
 

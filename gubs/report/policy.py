@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -189,7 +189,8 @@ def _in_words(found: Sequence[tuple[str, Verdict]]) -> Iterator[str]:
             verb = "" if word is Word.UNKNOWN else "are " if plural else "is "
             parts += [f"{verb}{phrase} {', '.join(of_word)}"] if of_word else []
         least = 100 * max(v.detectable for v in mine)
-        yield f"{who} {'; '.join(parts)}. {mine[0].users:,} users can show {least:.1f} points."
+        power = f" {mine[0].users:,} users can show {least:.1f} points." if least else ""
+        yield f"{who} {'; '.join(parts)}.{power}"
 
 
 # Sections
@@ -203,7 +204,8 @@ def _tables(run: Run, found: list[Table]) -> Section:
     caption = "what is kept when the videos that look best to each predictor are kept"
     charts = [Chart(f"{t.task}: videos kept", kept_chart(t), caption) for t in found if t.curves]
     missing = [] if found else [f"baselines beside the policy: `gubs evaluate ifvr --run {run.uri}`"]
-    return Section("Beside the baselines", lead, sheets_of(run, found), charts, missing)
+    sheets = sheets_of(run, [replace(t, verdicts=()) for t in found])  # their verdicts stand above, in sentences
+    return Section("Beside the baselines", lead, sheets, charts, missing)
 
 
 def _thresholds(judged: Sequence[Judged]) -> Section:
@@ -215,7 +217,7 @@ def _thresholds(judged: Sequence[Judged]) -> Section:
     for j in judged:
         if j.decision and len(j.scored()[0]):
             chosen = j.decision["threshold"]["value"]
-            with drawing(f"threshold-{j.task}", (7.0, 3.4)) as chart:
+            with drawing(f"threshold-{j.task}", (5.2, 3.2)) as chart:
                 _draw_thresholds(chart.axes, j, chosen)
             where = (
                 f"the dotted line is the threshold in use, {chosen:.2f}" if chosen <= 1 else "the one in use is above 1"
