@@ -321,6 +321,23 @@ def evaluate_ranking(
     jobs.evaluate_ranking(open_run(run), load_settings(preset, overrides or []), force, as_json)
 
 
+@evaluate.command("sensitivity")
+def evaluate_sensitivity(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[POLICY] [key=value ...]", help="Default: grpo, else the one trained last; settings."),
+    ] = None,
+    run: RunOption = DEFAULT_RUN,
+    preset: PresetOption = "tiny",
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What a policy's answers depend on: profile, pictures, title, history, letters; asked again without each."""
+    names = [w for w in words or [] if "=" not in w]
+    settings = load_settings(preset, [w for w in words or [] if "=" in w])
+    jobs.evaluate_sensitivity(open_run(run), settings, names[0] if names else "", force, as_json)
+
+
 @evaluate.command("page")
 def evaluate_page(run: RunArgument = DEFAULT_RUN, preset: PresetOption = "tiny") -> None:
     """Print the tables and write the page again from what is stored; makes nothing and needs no network."""
@@ -511,11 +528,13 @@ def show(run: RunArgument = DEFAULT_RUN, as_json: JsonOption = False) -> None:
 @app.command(rich_help_panel=_LOOK)
 def report(
     run: RunArgument = DEFAULT_RUN,
-    policies: Annotated[list[str] | None, typer.Argument(help="Judged policies; default: all.")] = None,
+    policy: Annotated[str, typer.Option(help="A judged policy; default: the one trained last.")] = "",
+    preset: PresetOption = "tiny",
     as_json: JsonOption = False,
+    overrides: Overrides = None,
 ) -> None:
-    """Write a page with training curves, and print the judged policies side by side (or as JSON)."""
-    jobs.report(open_run(run), policies or [], as_json)
+    """Write one page about a judged policy: verdicts, tables, curves, slices, cases. Needs nothing but the run."""
+    jobs.report(open_run(run), load_settings(preset, overrides or []), policy, as_json)
 
 
 @app.command(rich_help_panel=_LOOK)

@@ -109,6 +109,34 @@ def evaluate_ranking(run: Run, settings: Settings, force: bool = False, as_json:
     _show_evaluation(run, settings, ("ranking",), as_json)
 
 
+def evaluate_sensitivity(
+    run: Run, settings: Settings, policy: str = "", force: bool = False, as_json: bool = False
+) -> None:
+    """Asks a policy about test targets with changed prompts, and shows what its answers depend on.
+
+    Args:
+        run: the run.
+        settings: all settings.
+        policy: as it was trained; empty = GA-GRPO's, else the one trained last.
+        force: ask again.
+        as_json: print JSON instead of tables.
+
+    Raises:
+        MissingArtifactError: the run does not have it.
+    """
+    from gubs.evaluate.sheets import print_sheet, sensitivity_sheets
+
+    name = policy or (stages.GRPO if run.has(stages.GRPO) else (policies(run) or [stages.GRPO])[-1])
+    as_made = _trained(run, [name])
+    stages.make([f"{stages.SENSITIVITY}{name}"], run, settings, force=force, as_made=as_made)
+    artifact = run.artifact(f"{stages.SENSITIVITY}{name}")
+    if as_json:
+        print_json(_figures(artifact) | artifact.manifest.info)
+        return
+    for sheet in sensitivity_sheets(artifact):
+        print_sheet(sheet)
+
+
 def evaluate_page(run: Run, settings: Settings) -> None:
     """Writes the page and prints all tables again from what is stored; makes nothing."""
     _show_evaluation(run, settings, ("ifvr", "public", "simulated", "ranking"))
@@ -177,7 +205,8 @@ def _show_evaluation(
 
 
 def _figures(artifact: Artifact) -> dict[str, object]:
-    return {name: artifact.table(name).to_pylist() for name in ("metrics", "verdicts")}
+    names = (n for n in ("metrics", "figures", "verdicts") if n in artifact.manifest.tables)
+    return {name: artifact.table(name).to_pylist() for name in names}
 
 
 def judge(run: Run, settings: Settings, names: Sequence[str], force: bool = False, as_json: bool = False) -> None:
@@ -186,13 +215,24 @@ def judge(run: Run, settings: Settings, names: Sequence[str], force: bool = Fals
     Raises:
         MissingArtifactError: the run does not have one of them.
     """
-    for name in names:
-        if name != stages.BASE and not run.has(name):
-            trained = ", ".join(policies(run)) or "none"
-            raise MissingArtifactError(name, f"{run.uri} has no policy {name!r} (it has: {trained})")
+    as_made = _trained(run, names)
     targets = [f"{stages.EVALUATION}{n}" for n in names]
-    stages.make(targets, run, settings, force=force, as_made=[n for n in names if n != stages.BASE])
-    report(run, names, as_json)
+    stages.make(targets, run, settings, force=force, as_made=as_made)
+    show_judged(run, names, as_json)
+
+
+def _trained(run: Run, names: Sequence[str]) -> list[str]:
+    """Those of the policies that were trained.
+
+    Raises:
+        MissingArtifactError: the run does not have one of them.
+    """
+    trained = [n for n in names if n != stages.BASE]
+    for name in trained:
+        if not run.has(name):
+            known = ", ".join(policies(run)) or "none"
+            raise MissingArtifactError(name, f"{run.uri} has no policy {name!r} (it has: {known})")
+    return trained
 
 
 def serve_job(run: Run, settings: Settings, force: bool = False) -> None:
@@ -378,7 +418,7 @@ def policies(run: Run) -> list[str]:
     return [m.stage for m in sorted(trained, key=lambda m: m.created)]
 
 
-def report(run: Run, judged: Sequence[str] = (), as_json: bool = False) -> None:
+def show_judged(run: Run, judged: Sequence[str] = (), as_json: bool = False) -> None:
     """Writes the page about training and prints the judged policies (default: all) side by side."""
     from gubs.evaluate.compare import compare, print_blocks
     from gubs.report.training import write_page
@@ -390,6 +430,22 @@ def report(run: Run, judged: Sequence[str] = (), as_json: bool = False) -> None:
     else:
         print_blocks(blocks)
     say(f"[page]   {page}")
+
+
+def report(run: Run, settings: Settings, policy: str = "", as_json: bool = False) -> None:
+    """Writes the page about a judged policy (default: the one trained last), and prints its verdicts."""
+    from gubs.report import policy as page
+
+    made = page.report(run, settings.evaluate, settings.seed, policy)
+    if as_json:
+        print_json(made.to_json())
+    for finding in [] if as_json else made.findings:
+        print_line(f"{made.policy}, {finding.task}: {finding.about}")
+        for sentence in finding.sentences:
+            print_line(f"  {sentence}")
+    for missing in made.missing:
+        say(f"not in this run: {missing}")
+    say(f"[page]   {page.write_page(run, made)}")
 
 
 def job_main(work: Work) -> None:

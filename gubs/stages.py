@@ -27,8 +27,10 @@ from gubs.ray_runtime import ray_session
 BASE = "base"
 """Name of the policy before any training; it lies outside the run."""
 SFT, GRPO, DISTIL, FILTER = "sft_model", "grpo", "distil", "filter"
-EVALUATION = "eval-"
-"""Begins the names of evaluations: eval-grpo is about the policy grpo."""
+EVALUATION, SENSITIVITY = "eval-", "sensitivity-"
+"""Begin the names of stages about a policy: eval-grpo is the evaluation of the policy grpo."""
+ABOUT_POLICY = {EVALUATION: "eval", SENSITIVITY: "sensitivity"}
+"""Their names in the registry."""
 
 
 class StaleError(ArtifactError):
@@ -310,6 +312,23 @@ STAGES: tuple[Stage, ...] = (
         version=2,
     ),
     Stage(
+        "sensitivity",
+        make="gubs.evaluate.sensitivity:make",
+        command="gubs evaluate sensitivity",
+        doing="ask with changed prompts",
+        reads=("ifvr", "frames", "profiles", "labels"),
+        may_read=("annotations", "ugm"),
+        settings=(
+            *("seed", "ufm.inputs", "ufm.model.dtype", "ufm.rollout.min_new_tokens"),
+            *("evaluate.bootstrap", "evaluate.sensitivity"),
+        ),
+        prompts=(*_UFM_PROMPTS, *_GROUP_PROMPTS),
+        outside=(_MODEL,),
+        sections=("ufm", "evaluate", "seed"),
+        wanted=lambda _: False,
+        resumable=True,
+    ),
+    Stage(
         "candidates",
         make="gubs.evaluate.public:make_candidates",
         command="gubs evaluate public",
@@ -450,8 +469,8 @@ def stage(name: str, settings: Settings, run: Run | None = None) -> Stage:
     if namesakes:
         node = next((s for s in namesakes if s.wanted(settings)), namesakes[0])
         return _of_policy(node, settings.serving.policy) if node.of_policy else node
-    if name.startswith(EVALUATION):
-        return _evaluation(name.removeprefix(EVALUATION), settings)
+    if prefix := prefix_of(name):
+        return _about_policy(prefix, name.removeprefix(prefix), settings)
     if run and run.has(name):
         return named(run.artifact(name).manifest.kind, name, settings)
     raise SettingsError(f"there is no stage {name!r}; stages are {', '.join(dict.fromkeys(s.name for s in STAGES))}")
@@ -464,10 +483,15 @@ def named(kind: str, name: str, settings: Settings) -> Stage:
     return dataclasses.replace(node, name=name, kind=kind, command=command)
 
 
-def _evaluation(policy: str, settings: Settings) -> Stage:
-    """The evaluation of a policy. A trained policy is an input; only the base model comes from outside the run."""
-    node = stage("eval", settings)
-    node = dataclasses.replace(node, name=f"{EVALUATION}{policy}", kind="eval", command=f"{node.command} {policy}")
+def prefix_of(name: str) -> str:
+    """How the name of a stage about a policy begins; empty for other stages."""
+    return next((prefix for prefix in ABOUT_POLICY if name.startswith(prefix)), "")
+
+
+def _about_policy(prefix: str, policy: str, settings: Settings) -> Stage:
+    """The evaluation of a policy, for example. A trained policy is an input; only the base model comes from outside."""
+    node = stage(ABOUT_POLICY[prefix], settings)
+    node = dataclasses.replace(node, name=f"{prefix}{policy}", kind=node.name, command=f"{node.command} {policy}")
     return _of_policy(node, policy)
 
 
@@ -655,7 +679,7 @@ def states(run: Run, settings: Settings | None = None) -> Iterator[State]:
     base = settings or _latest_settings(run) or Settings()
     registered = {s.name for s in STAGES}
     existing = sorted(run.stages(), key=lambda n: n not in registered)
-    trainings = [n for n in existing if n not in registered and not n.startswith(EVALUATION)]
+    trainings = [n for n in existing if n not in registered and not prefix_of(n)]
     graph = Graph(dict.fromkeys([*main_targets(base), *existing]), run, base, as_made=trainings)
     stale: set[str] = set()
     for name in graph.order:
@@ -674,9 +698,9 @@ def states(run: Run, settings: Settings | None = None) -> Iterator[State]:
 
 def command_of(name: str) -> str:
     """The command that makes a stage; empty for a name that no stage has."""
-    if name.startswith(EVALUATION):
-        return f"gubs judge {name.removeprefix(EVALUATION)}"
-    return next((s.command for s in STAGES if s.name == name), "")
+    prefix = prefix_of(name)
+    command = next((s.command for s in STAGES if s.name == (ABOUT_POLICY[prefix] if prefix else name)), "")
+    return f"{command} {name.removeprefix(prefix)}" if prefix else command
 
 
 def settings_of(node: Stage, settings: Settings) -> dict[str, Any]:

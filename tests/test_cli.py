@@ -71,6 +71,8 @@ def test_help_lists_every_command():
         (["demo", "ufm.evaluate.items=8"], 2, "did you mean 'evaluate.items'"),
         (["judge", "sft_model", "--run", "no-such-run"], 4, "run `gubs sft` first"),
         (["report", "no-such-run"], 4, "gubs judge"),
+        (["report", "no-such-run", "--policy", "plain"], 4, "run `gubs judge plain` first"),
+        (["evaluate", "sensitivity", "--run", "no-such-run"], 4, "run `gubs grpo` first"),
         (["plan", "--preset", "paper", "--gpus", "3"], 2, "cannot be divided evenly"),
         (["ablate", "T3"], 2, "there is no ablation 'T3'; there are T4, T5"),
         (["ablate", "rule", "--worlds", "0;1"], 2, "'0;1' is not of the form 0,1,2"),

@@ -19,7 +19,7 @@ from test_layers import LAYERS
 import gubs
 from gubs.cli import app
 from gubs.config import load_settings, resolve_key, to_markdown
-from gubs.stages import STAGES, Stage
+from gubs.stages import ABOUT_POLICY, STAGES, Stage
 
 ROOT = Path(gubs.__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -109,7 +109,7 @@ def stage_table() -> str:
 
 def reads(row: Stage) -> str:
     present = [f"{n} (if present)" for n in row.may_read]
-    policy = ["the policy"] if row.name == "eval" else []
+    policy = ["the policy"] if row.name in ABOUT_POLICY.values() else []
     return ", ".join([*row.needs, *policy, *row.reads, *present]) or "–"
 
 

@@ -264,4 +264,5 @@ def test_what_stands_on_something_stale_is_stale(data):
 def test_commands():
     assert stages.command_of("raw") == "gubs synth"
     assert stages.command_of("eval-grpo") == "gubs judge grpo"
+    assert stages.command_of("sensitivity-plain") == "gubs evaluate sensitivity plain"
     assert stages.command_of("plain") == ""

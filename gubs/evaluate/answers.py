@@ -1,7 +1,9 @@
 """A policy's answers on disk: a killed evaluation continues, and asks nothing again that was answered."""
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
@@ -10,12 +12,20 @@ import pyarrow.parquet as pq
 from gubs.artifacts import write_part
 from gubs.records import Option
 from gubs.ufm.labels import OptionProbabilities
-from gubs.ufm.predict import Prediction
+from gubs.ufm.predict import Prediction, Predictor, Query
+from gubs.ufm.questions import Questions
+from gubs.ufm.settings import UFMSettings
+from gubs.ufm.stage import use_gpu
 
+OnProgress = Callable[[int, int], None]
 Question = tuple[str, int]
 """How a target is asked (`greedy`, `sampled`, `held out`), and its number."""
 _ROWS, _SECONDS = 512, 2.0
 """Answers are written when there are so many of them, or after so long."""
+_REPORT_EVERY = 64
+"""Answers between two progress reports."""
+_ANSWERS_PER_ENGINE = 512
+"""Another engine is started only for this many more answers."""
 _SCHEMA = pa.schema(
     [
         ("mode", pa.string()),
@@ -64,6 +74,39 @@ class AnswerLog:
             write_part(self._fs, self._folder, f"{self._next:06}.parquet", rows)
             self._next += 1
         self._unwritten, self._written_at = [], time.monotonic()
+
+    def fill(
+        self,
+        queries: Iterable[Query],
+        total: int,
+        folder: Path,
+        ufm: UFMSettings,
+        questions: Questions,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        """Asks a policy what has no answer yet; answers are kept even if it breaks down.
+
+        Args:
+            queries: about the questions without an answer; the key of each is its `Question`.
+            total: answers there are in the end.
+            folder: the policy's.
+            ufm: of the engines.
+            questions: of the run.
+            on_progress: gets the answers so far, and the total.
+        """
+        gpu = use_gpu(ufm.workers)
+        engines = min(ufm.workers.count, math.ceil((total - self.found) / _ANSWERS_PER_ENGINE)) if gpu else 1
+        pictures = ufm.inputs.vision and questions.pictures
+        try:
+            with Predictor(
+                folder, ufm, pictures=pictures, largest=questions.largest, engines=engines, gpu=gpu
+            ) as predictor:
+                for prediction in predictor.stream(queries):
+                    self.add(prediction)
+                    if on_progress and (len(self.answers) % _REPORT_EVERY == 0 or len(self.answers) == total):
+                        on_progress(len(self.answers), total)
+        finally:
+            self.write()
 
     def _read(self, file: str) -> Iterator[Prediction]:
         with self._fs.open(file, "rb") as f:

@@ -244,11 +244,12 @@ def verdict(blocks: Sequence[Block]) -> list[str]:
     users = max(b.users for b in natural)
     lines = [f"{natural[0].policies[-1]} as a filter, on the targets of {users:,} test users as they come:"]
     for block in natural:
-        lines += _verdict_on(block)
+        lines += verdict_on(block)
     return lines
 
 
-def _verdict_on(block: Block) -> list[str]:
+def verdict_on(block: Block) -> list[str]:
+    """What the last policy is worth as a filter on one block, in three lines."""
     rows = {row.name: row for row in block.rows}
     click = block.task == Task.CLICK
     rate, lost, judge = (

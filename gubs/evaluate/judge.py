@@ -9,12 +9,13 @@ threshold that was chosen there for a stated goal.
 
 import itertools
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from gubs.artifacts import StageJob, code_version
@@ -22,7 +23,7 @@ from gubs.console import progress
 from gubs.data.ifvr import PROFILES
 from gubs.data.work import attempt_key
 from gubs.errors import ArtifactError
-from gubs.evaluate.answers import AnswerLog, Question
+from gubs.evaluate.answers import AnswerLog, OnProgress, Question
 from gubs.evaluate.calibration import best_answer
 from gubs.evaluate.held_out import DecisionRule, decision_rule, held_out_items
 from gubs.evaluate.metrics import Predictions, table
@@ -31,15 +32,14 @@ from gubs.records import TASK_OPTIONS, Option, Split, Task
 from gubs.ufm.held_out import HeldOut
 from gubs.ufm.inputs import Inputs
 from gubs.ufm.labels import Labels, OptionProbabilities, mean_options
-from gubs.ufm.predict import Prediction, Predictor, Query
+from gubs.ufm.predict import Prediction, Query
 from gubs.ufm.questions import Item, Questions
 from gubs.ufm.rewards import outcome_only, reward_answer, skip_right
 from gubs.ufm.sampling import sample_seed
 from gubs.ufm.settings import RewardSettings, UFMSettings
 from gubs.ufm.stage import BASE as BASE
-from gubs.ufm.stage import policy_or_base, use_gpu
+from gubs.ufm.stage import policy_or_base
 
-OnProgress = Callable[[int, int], None]
 Row = dict[str, Any]
 Answers = dict[Question, Prediction]
 """By mode and number of the item."""
@@ -74,10 +74,6 @@ are (null: the answer names no option). A skip whose reason alone is unknown has
 
 _HELD_OUT = "held out"
 Rules = dict[Task, DecisionRule]
-_REPORT_EVERY = 64
-"""Answers between two progress reports."""
-_ANSWERS_PER_ENGINE = 512
-"""Another engine is started only for this many more answers."""
 
 
 def make(job: StageJob, ufm: UFMSettings, evaluate: EvalSettings, seed: int) -> str:
@@ -117,9 +113,9 @@ def test_items(questions: Questions, count: int, seed: int) -> list[_Target]:
     balanced mix has equally many of each option, at most `count` in all, drawn from all test targets.
     """
     targets: list[_Target] = []
-    for number, task in enumerate(Task):
-        items = _judged(questions, task)
-        order = np.random.default_rng([seed, 41, number]).permutation(len(items))
+    for task in Task:
+        items = judged_items(questions, task)
+        order = item_order(len(items), task, seed)
         natural = set(order[: count or len(items)].tolist())
         balanced = _balanced(items, order.tolist(), count, task)
         targets += [
@@ -130,10 +126,15 @@ def test_items(questions: Questions, count: int, seed: int) -> list[_Target]:
     return targets
 
 
-def _judged(questions: Questions, task: Task) -> list[Item]:
+def judged_items(questions: Questions, task: Task) -> list[Item]:
     """All targets of test users whose outcome is known."""
     items = questions.outcomes(task, Split.TEST)
     return questions.items(task, Split.TEST, unexplained=True) if all(i.reasons_known for i in items) else items
+
+
+def item_order(count: int, task: Task, seed: int) -> npt.NDArray[np.int64]:
+    """The order in which so many targets of a task are drawn: numbers of the targets."""
+    return np.random.default_rng([seed, 41, list(Task).index(task)]).permutation(count)
 
 
 def ask(
@@ -154,20 +155,8 @@ def ask(
     total = len(_ways(thoughts)) * len(items) + len(_held_out_ways(thoughts)) * len(held_out)
     if len(log.answers) == total:
         return
-    gpu = use_gpu(ufm.workers)
-    engines = min(ufm.workers.count, math.ceil((total - log.found) / _ANSWERS_PER_ENGINE)) if gpu else 1
-    pictures = ufm.inputs.vision and questions.pictures
     queries = _queries(items, held_out, questions, Inputs(folder, ufm.inputs), thoughts, seed, frozenset(log.answers))
-    try:
-        with Predictor(
-            folder, ufm, pictures=pictures, largest=questions.largest, engines=engines, gpu=gpu
-        ) as predictor:
-            for prediction in predictor.stream(queries):
-                log.add(prediction)
-                if on_progress and (len(log.answers) % _REPORT_EVERY == 0 or len(log.answers) == total):
-                    on_progress(len(log.answers), total)
-    finally:
-        log.write()
+    log.fill(queries, total, folder, ufm, questions, on_progress)
 
 
 def decision_rules(held_out: Sequence[Item], answers: Answers, settings: DecisionSettings) -> Rules:

@@ -93,6 +93,11 @@ class Predictions:
             positive_gold = self.gold_code > 0
         return _truth(self.gold_code >= 0, positive_gold, happened, self.user)
 
+    @property
+    def bad(self) -> Bools:
+        """What a filter should drop: fast skips, or what is not clicked."""
+        return ~self.positive if self.task is Task.CLICK else self.positive
+
     @functools.cached_property
     def answered(self) -> Bools:
         """Items with a readable answer."""
@@ -184,6 +189,23 @@ def evaluate(predictions: Predictions, *, resamples: int = 1000, seed: int = 0) 
 def choice_metrics(predictions: Predictions, *, resamples: int = 1000, seed: int = 0) -> list[Metric]:
     """What the "10 + 10" tables show of yes or no answers: pooled, and as means of users' values. Click task only."""
     return _evaluate(predictions, _choice_specs(), resamples, seed)
+
+
+def over_users(
+    users: Sequence[str], value: Callable[[Floats], Floats], *, resamples: int, seed: int
+) -> dict[str, float]:
+    """A figure of items with its 95 % interval over users: `value`, `low`, `high`.
+
+    Args:
+        users: of the items, [N].
+        value: the figure of weighted items: [..., N] -> [...]; NaN where it is undefined.
+        resamples: of users; without any, or with one user, the interval is NaN.
+        seed: of the resamples.
+    """
+    names, codes = np.unique(np.asarray(users, dtype=np.str_), return_inverse=True)
+    drawn = [value(w[:, codes]) for w in bootstrap_weights(len(names), resamples, seed, len(codes))]
+    low, high = _interval(np.concatenate(drawn)) if drawn and len(names) > 1 else (float("nan"), float("nan"))
+    return {"value": float(value(np.ones(len(codes)))), "low": low, "high": high}
 
 
 def user_sums(predictions: Predictions) -> dict[str, Floats]:

@@ -77,6 +77,13 @@ class SimulateSettings(Section):
     """Items whose title the model is asked for by id, to see whether it knows the data set by heart."""
 
 
+class SensitivitySettings(Section):
+    """What a policy's answers depend on: the same targets, asked about with changed prompts."""
+
+    items: int = Field(200, ge=1)
+    """Targets asked about, of each task: the first ones that `gubs judge` draws in the natural mix."""
+
+
 class EvalSettings(Section):
     """Evaluation of a checkpoint on test users, and the tables that it stands in."""
 
@@ -88,6 +95,9 @@ class EvalSettings(Section):
 
     least_users: int = Field(100, ge=1)
     """A table about fewer test users is flagged: its figures cannot tell predictors apart."""
+    least_slice: int = Field(50, ge=2)
+    """Slices of the test users (by age, group, ...) with fewer targets are left out of the report."""
+    sensitivity: SensitivitySettings = SensitivitySettings()
     public: PublicSettings = PublicSettings()
     simulate: SimulateSettings = SimulateSettings()
     sasrec: SasrecSettings = SasrecSettings()

@@ -6,11 +6,13 @@ from typing import Any
 
 from gubs import console
 from gubs.artifacts import Artifact
+from gubs.evaluate.conditions import Condition
 from gubs.evaluate.protocols import HeldOut
 from gubs.evaluate.public import METRIC
 from gubs.evaluate.published import PUBLISHED, TABLE_2, TABLE_3
 from gubs.evaluate.ranking import STATISTICS, WAYS
-from gubs.evaluate.table import COLUMNS, Table
+from gubs.evaluate.sensitivity import AUC, CHANGED, TURNED
+from gubs.evaluate.table import COLUMNS, VERDICT_METRIC, Table
 from gubs.evaluate.verdicts import Word, by_predictor
 from gubs.records import Task
 
@@ -62,7 +64,7 @@ def ifvr_sheet(table: Table) -> Sheet:
     """The paper's Table 2, measured, with the published rows below."""
     columns, rows = COLUMNS[Task(table.task)], []
     for row in table.rows:
-        rows.append(SheetRow(row.name, [_figure(row.values.get(c)) for c in columns]))
+        rows.append(SheetRow(row.name, [per_cent(row.values.get(c)) for c in columns]))
         if row.kind != "baseline" and row.random_drop:
             same = [_number(row.random_drop.get(c)) for c in columns]
             rows.append(SheetRow(f"random drop of as many as {row.name}", same, faint=True))
@@ -86,7 +88,7 @@ def public_sheet(artifacts: Sequence[Artifact]) -> Sheet:
     found = {(m["protocol"], m["method"], m["name"]): m for m in metrics}
     users = {p: found[p, "coin", "user_acc"]["n"] for p in protocols}
     rows = [
-        SheetRow(method, [_figure(found.get((p, method, METRIC))) for p in protocols])
+        SheetRow(method, [per_cent(found.get((p, method, METRIC))) for p in protocols])
         for method in dict.fromkeys(m["method"] for m in metrics)
     ]
     literature = [p.startswith("interacted / unseen, ") and not p.endswith(HeldOut.LAST) for p in protocols]
@@ -110,7 +112,7 @@ def ranking_sheet(artifact: Artifact) -> Sheet:
     metrics, info = artifact.table("metrics").to_pylist(), artifact.manifest.info
     found = {(m["method"], m["way"], m["name"]): m for m in metrics}
     rows = [
-        SheetRow(method, [_figure(found[method, way, name]) for way in WAYS for name in STATISTICS])
+        SheetRow(method, [per_cent(found[method, way, name]) for way in WAYS for name in STATISTICS])
         for method in dict.fromkeys(m["method"] for m in metrics)
     ]
     tied = f"{info['users_with_tied_last_times']:,} users share their last time with another record"
@@ -118,6 +120,45 @@ def ranking_sheet(artifact: Artifact) -> Sheet:
     notes += [_in_words(v) for v in artifact.table("verdicts").to_pylist()]
     columns = [f"{name}, {way}" for way in WAYS for name in STATISTICS]
     return Sheet(f"leave one out: {info['users']:,} users, {info['items']:,} items; %", columns, rows, notes)
+
+
+def sensitivity_sheets(artifact: Artifact) -> list[Sheet]:
+    """What a policy's answers depend on, one sheet per task: each condition beside the own prompt."""
+    figures, verdicts = artifact.table("figures").to_pylist(), artifact.table("verdicts").to_pylist()
+    info, sheets = artifact.manifest.info, []
+    for task in dict.fromkeys(f["task"] for f in figures):
+        found = {(f["condition"], f["name"]): f for f in figures if f["task"] == task}
+        against = {v["first"]: v for v in verdicts if v["task"] == task}
+        names = (VERDICT_METRIC[Task(task)], AUC, CHANGED, TURNED)
+        rows = [
+            SheetRow(
+                c, [f"{found[c, AUC]['n']:,}", *(per_cent(found.get((c, n))) for n in names), _beside(against.get(c))]
+            )
+            for c in dict.fromkeys(c for c, _ in found)
+        ]
+        n, users = found[Condition.OWN, AUC]["n"], found[Condition.OWN, AUC]["users"]
+        title = f"{task}: what the answers of {info['policy']} depend on, {n:,} targets of {users:,} test users; %"
+        columns = ["targets", "balanced acc", "AUC", "answers changed", "decisions turned", "against the own prompt"]
+        sheets.append(Sheet(title, columns, rows, _sensitivity_notes(task, info, list(against.values()))))
+    return sheets
+
+
+def _sensitivity_notes(task: str, info: Mapping[str, Any], against: Sequence[Mapping[str, Any]]) -> list[str]:
+    notes = [f"left out, {why}: {condition}" for condition, why in info["left_out"].get(task, {}).items()]
+    if info["style"] == "brief":
+        notes.append(f"{Condition.LETTERS}: brief prompts show no texts of options, so only the letters change places")
+    else:
+        notes.append(f"{Condition.LETTERS}: the options' texts change letters, and answers are read accordingly")
+    least = max((v["detectable"] for v in against), default=float("nan"))
+    notes.append(
+        f"against the own prompt: balanced accuracy in points on the same targets (a condition has only those whose "
+        f"prompt it changes); 5 %, Holm over {len(against)} conditions; up to {100 * least:.1f} points go unnoticed"
+    )
+    return notes
+
+
+def _beside(verdict: Mapping[str, Any] | None) -> str:
+    return f"{100 * verdict['difference']:+.1f}: {verdict['word']}" if verdict else "–"
 
 
 def _like_the_best(protocol: str, verdicts: Sequence[Mapping[str, Any]]) -> str:
@@ -157,7 +198,7 @@ def print_sheet(sheet: Sheet) -> None:
         console.print_line(f"  {note}")
 
 
-def _figure(metric: Mapping[str, Any] | None) -> str:
+def per_cent(metric: Mapping[str, Any] | None) -> str:
     """In per cent, with half the width of the interval."""
     if metric is None or metric["value"] is None or metric["value"] != metric["value"]:
         return "–"

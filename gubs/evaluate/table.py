@@ -7,6 +7,7 @@ lost, and a random drop of the same share. A predictor that gives a score has a 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from gubs.evaluate.bars import BARS
 from gubs.evaluate.compare import CONSTANTS
 from gubs.evaluate.feedback import Bools, Floats
 from gubs.evaluate.judge import CALIBRATED, FILTER, GREEDY, STAGE_PREFIX
-from gubs.evaluate.metrics import Metric, Predictions, baselines, bootstrap_weights, evaluate
+from gubs.evaluate.metrics import Metric, Predictions, baselines, evaluate, over_users
 from gubs.evaluate.verdicts import Verdict, verdicts
 from gubs.records import FAST_SKIP_BELOW, Task
 
@@ -34,11 +35,14 @@ COLUMNS = {
     ),
 }
 """Columns of a task's table, in order."""
-_VERDICT = {Task.SEQUENTIAL: "judge_balanced_acc", Task.CLICK: "click_balanced_acc"}
+VERDICT_METRIC = {Task.SEQUENTIAL: "judge_balanced_acc", Task.CLICK: "click_balanced_acc"}
+"""What predictors are compared by."""
 _MODES = {GREEDY: "", CALIBRATED: ", calibrated", FILTER: ", filter"}
 """Modes of a policy's answers that take a row each, and what their names end with."""
 _CURVE = tuple(round(0.05 * k, 2) for k in range(1, 21))
 """Shares of videos kept at which a curve is measured."""
+_AUC_RESAMPLES = 200
+"""Of users, for the intervals of AUC, which sorts all items in each."""
 _KEYS = ["interaction_id", "user_id", "predicted", "score"]
 
 
@@ -196,7 +200,7 @@ def curve(score: Floats, truth: Predictions) -> list[dict[str, float]]:
     Points: share_kept; play_rate_above_30 and total_play_rate (sequential) or click_rate (click) of what is kept;
     lost, the share of watched (clicked) videos that are dropped.
     """
-    good = truth.positive if truth.task is Task.CLICK else ~truth.positive
+    good = ~truth.bad
     order, rate = np.argsort(score, kind="stable"), np.nan_to_num(truth.rate)
     kept_good, kept_rate = np.cumsum(good[order]), np.cumsum(rate[order])
     points = []
@@ -232,6 +236,12 @@ def auc(score: Floats, bad: Bools, weights: Floats | None = None) -> Floats:
         return np.asarray((yes * below).sum(axis=-1) / (yes.sum(axis=-1) * no.sum(axis=-1)))
 
 
+def auc_over_users(said: Predictions, score: Floats, *, resamples: int, seed: int) -> dict[str, float]:
+    """AUC of a score [n] that grows with what a filter should drop, with its interval: `value`, `low`, `high`."""
+    fine = {"resamples": min(resamples, _AUC_RESAMPLES), "seed": seed}
+    return over_users(said.user, partial(auc, score, said.bad), **fine)
+
+
 def _aligned(predictor: Stored, truth: pd.DataFrame, task: Task) -> tuple[Predictions, Floats]:
     """A predictor's answers in the order of the truth, and its scores."""
     frame = predictor.frame.set_index("interaction_id").loc[truth["interaction_id"]]
@@ -260,8 +270,7 @@ def _row(predictor: Stored, said: Predictions, score: Floats, *, resamples: int,
     if not predictor.reasons or not (said.gold_code > 0).any():
         values = {name: v for name, v in values.items() if not name.startswith("reason")}
     if np.isfinite(score).all():
-        bad = said.positive if said.task is Task.SEQUENTIAL else ~said.positive
-        values["auc"] = _auc_interval(score, bad, said, resamples, seed)
+        values["auc"] = auc_over_users(said, score, resamples=resamples, seed=seed)
     drop = baselines(said, resamples=0, seed=seed)["random drop, expected"]
     return TableRow(predictor.name, predictor.kind, values, {m.name: m.value for m in drop})
 
@@ -289,14 +298,6 @@ def _values(metrics: Sequence[Metric], task: Task) -> dict[str, dict[str, float]
     return {m.name: {"value": m.value, "low": m.low, "high": m.high} for m in metrics if m.name in COLUMNS[task]}
 
 
-def _auc_interval(score: Floats, bad: Bools, said: Predictions, resamples: int, seed: int) -> dict[str, float]:
-    users, codes = np.unique(np.asarray(said.user, dtype=np.str_), return_inverse=True)
-    drawn = [auc(score, bad, w[:, codes]) for w in bootstrap_weights(len(users), min(resamples, 200), seed, len(score))]
-    spread = np.concatenate(drawn) if drawn else np.array([])
-    low, high = np.nanpercentile(spread, (2.5, 97.5)) if len(spread) and len(users) > 1 else (np.nan, np.nan)
-    return {"value": float(auc(score, bad)), "low": float(low), "high": float(high)}
-
-
 def _verdicts(
     predictors: Sequence[Stored], said: Mapping[str, Predictions], task: Task, resamples: int, seed: int
 ) -> list[Verdict]:
@@ -304,7 +305,7 @@ def _verdicts(
     bars = [p.name for p in predictors if p.kind == "baseline"]
     rows = [p.name for p in predictors if p.kind != "baseline"]
     pairs = [(row, bar) for row in rows for bar in bars]
-    return verdicts(said, pairs, _VERDICT[task], resamples=resamples, seed=seed) if pairs else []
+    return verdicts(said, pairs, VERDICT_METRIC[task], resamples=resamples, seed=seed) if pairs else []
 
 
 def _notes(truth: pd.DataFrame, users: int, least_users: int, happened: pd.DataFrame, task: Task) -> list[str]:

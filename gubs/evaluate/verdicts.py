@@ -178,6 +178,7 @@ def _p_value(observed: float, exchanged: Callable[[int], Floats], least: int, mo
 
 
 def _verdict(observed: float, drawn: Floats, p: float, by_user: Floats) -> Verdict:
+    users = len(by_user)  # with those of whom alone the metric is undefined: they count in the difference
     drawn, by_user = (v[~np.isnan(v)] for v in (drawn, by_user))
     low, high = np.percentile(drawn, (2.5, 97.5)) if len(drawn) else (np.nan, np.nan)
     spread = by_user.std(ddof=1) if len(by_user) > 1 else 0.0
@@ -194,7 +195,7 @@ def _verdict(observed: float, drawn: Floats, p: float, by_user: Floats) -> Verdi
         p,
         effect,
         detectable,
-        len(by_user),
+        users,
         Word.UNKNOWN,
     )
 

@@ -24,7 +24,7 @@ SKIP_CAUSES: tuple[Option, ...] = (Option.B, Option.C, Option.D)
 """The options that say why a video was skipped."""
 
 
-def option_lines(task: Task, options: Sequence[Option] | None = None) -> str:
-    """The options (all of the task, or some), one per line: `A: ...`."""
-    texts = OPTION_TEXTS[task]
-    return "\n".join(f"{option}: {texts[option]}" for option in options or TASK_OPTIONS[task])
+def option_lines(task: Task, options: Sequence[Option] | None = None, letters: Sequence[Option] | None = None) -> str:
+    """The options (all of the task, or some), one per line: `A: ...`; `letters` are shown instead of their own."""
+    texts, options = OPTION_TEXTS[task], options or TASK_OPTIONS[task]
+    return "\n".join(f"{letter}: {texts[o]}" for letter, o in zip(letters or options, options, strict=True))

@@ -101,6 +101,12 @@ class Person:
             self, history=self.history[-items:], seen_tags=self._tags_from_history(), whole_tally=self.tally
         )
 
+    def backwards(self) -> "Person":
+        """The person with the latest view first; interests and counts stay."""
+        return dataclasses.replace(
+            self, history=self.history[::-1], seen_tags=self._tags_from_history(), whole_tally=self.tally
+        )
+
     @property
     def tags(self) -> list[str]:
         """Interest tags: the user's; else those of the taste; else those seen in the history."""

@@ -4,13 +4,14 @@ Two styles: `full` explains the task and its options, as the paper's prompts do;
 and views, for small models that are trained on nothing else.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 from gubs.prompts import fill
 from gubs.prompts.fields import block, record, unnamed
 from gubs.prompts.options import option_lines
 from gubs.prompts.people import Person
-from gubs.records import TASK_OPTIONS, Task, Video
+from gubs.records import TASK_OPTIONS, Option, Task, Video
 
 Style = Literal["full", "brief"]
 
@@ -24,6 +25,7 @@ def user_prompt(
     tags: bool = False,
     limit: int = 200,
     style: Style = "full",
+    order: Sequence[Option] = (),
     digest: str = "",
 ) -> str:
     """The question about one user: the roles T and S of a GA-GRPO group, and inference.
@@ -36,11 +38,13 @@ def user_prompt(
         tags: show the video's topic tags too (sources without pictures); they always replace a missing title.
         limit: characters per field.
         style: see the module.
+        order: the task's options in another order. In the style `full` the first of them gets the first letter, and so
+            on: `meant` says what an answer names. In `brief`, which shows no texts, only the letters change places.
         digest: what `Person.tally` says about the video; empty = not shown.
     """
     return fill(
         f"ufm/{task}_user" if style == "full" else "ufm/brief_user",
-        **_question(task, style),
+        **_question(task, style, order),
         profile=_styled(person.profile(limit), style),
         views=[_styled(view, style) for view in person.views(limit)],
         video=video_line(video, tags, limit),
@@ -68,7 +72,7 @@ def group_prompt(
     """
     return fill(
         f"ufm/{task}_group" if style == "full" else "ufm/brief_group",
-        **_question(task, style),
+        **_question(task, style, ()),
         name=name,
         profile=block(profile, profile_limit),
         video=video_line(video, tags, limit),
@@ -87,8 +91,13 @@ def _styled(line: str, style: Style) -> str:
     return line if style == "full" else unnamed(line)
 
 
-def _question(task: Task, style: Style) -> dict[str, str]:
+def meant(letter: Option, task: Task, order: Sequence[Option], style: Style) -> Option:
+    """The option that a letter stands for in a prompt with another order of the options (see `user_prompt`)."""
+    return order[TASK_OPTIONS[task].index(letter)] if order and style == "full" else letter
+
+
+def _question(task: Task, style: Style, order: Sequence[Option]) -> dict[str, str]:
     if style == "full":
-        return {"options": option_lines(task)}
+        return {"options": option_lines(task, order, TASK_OPTIONS[task])}
     verb = "Click" if task == Task.CLICK else "Skip"
-    return {"task": str(task), "question": f"{verb}? {' '.join(TASK_OPTIONS[task])}"}
+    return {"task": str(task), "question": f"{verb}? {' '.join(order or TASK_OPTIONS[task])}"}

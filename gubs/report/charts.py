@@ -48,6 +48,13 @@ def drawing(name: str, size: tuple[float, float]) -> Iterator[Drawing]:
     chart.svg = Markup(svg[svg.index("<svg") :])
 
 
+def legend_above(axes: "Axes") -> None:
+    """Puts the legend above the data."""
+    layout: Any = {"loc": "outside upper left", "ncols": 3}
+    legend = {"frameon": False, "labelcolor": INK, "fontsize": 9.5, "handlelength": 1.2, "columnspacing": 1.2}
+    axes.figure.legend(**legend, **layout)
+
+
 def whole_ticks(axis: "Axis", most: int) -> None:
     """Puts ticks at whole numbers, at most `most` of them."""
     from matplotlib.ticker import MaxNLocator

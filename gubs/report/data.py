@@ -4,8 +4,6 @@
 page into the run's folder. The numbers describe the stage `ifvr`, or `raw` if the filters have not run.
 """
 
-import base64
-import io
 import itertools
 import math
 import shutil
@@ -23,7 +21,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from fsspec.implementations.local import LocalFileSystem
 from markupsafe import Markup
-from PIL import Image
 
 from gubs.artifacts import Artifact, Run
 from gubs.artifacts import Part as ArtifactPart
@@ -52,7 +49,6 @@ MAX_BINS = 14
 """Bars of a histogram; the last one holds everything above."""
 
 _SAMPLE_MIN_VIEWS = 10
-_PICTURE_PX = 224
 _MAX_FILE_BYTES = 256 * 2**20
 _DECODE_TIMEOUT_S = 10.0
 _SAMPLE_FRAMES = 4
@@ -610,8 +606,8 @@ class _Gallery:
     def add(self, video_id: str, cover: bytes | None, frames: list[bytes]) -> None:
         """Adds a video's cover and a few of its frames, evenly spaced."""
         if cover:
-            self.covers[video_id] = _data_uri(cover)
-        self.frames[video_id] = [_data_uri(frames[p]) for p in _spread(len(frames), _SAMPLE_FRAMES)]
+            self.covers[video_id] = pages.picture(cover)
+        self.frames[video_id] = [pages.picture(frames[p]) for p in _spread(len(frames), _SAMPLE_FRAMES)]
 
 
 def _gallery(run: Run, stage: str, samples: list[SampleVideo]) -> _Gallery:
@@ -685,17 +681,6 @@ def _local(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[str]:
                 shutil.copyfileobj(f, copy)
             copy.flush()
         yield copy.name
-
-
-def _data_uri(jpeg: bytes) -> str:
-    """The picture as a data URI, scaled down for the page."""
-    with Image.open(io.BytesIO(jpeg)) as image:
-        if max(image.size) > _PICTURE_PX:
-            image.thumbnail((_PICTURE_PX, _PICTURE_PX))
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=80)
-            jpeg = buffer.getvalue()
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
 
 
 def render_page(run: Run, summary: DataSummary) -> str:

@@ -14,13 +14,14 @@ from gubs.evaluate.sheets import Sheet, ifvr_sheet, public_sheet, ranking_sheet
 from gubs.evaluate.table import Table
 from gubs.records import Task
 from gubs.report import pages
-from gubs.report.charts import SERIES, drawing
+from gubs.report.charts import SERIES, drawing, legend_above
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PAGE = "evaluation.html"
-_CURVES = 6
+_CURVES, _POLICIES = 6, 4
+"""Most curves in a chart, and most of them that are of policies."""
 
 
 def write_page(run: Run, tables: list[Table]) -> str:
@@ -37,7 +38,7 @@ def write_page(run: Run, tables: list[Table]) -> str:
     if not sheets:
         raise ArtifactError(f"{run.uri} has nothing evaluated yet: run `gubs evaluate ifvr` or `gubs evaluate public`")
     manifest: dict[str, Any] = run.artifact("candidates").manifest.info if run.has("candidates") else {}
-    curves = [(t.task, _chart(t)) for t in tables if t.curves]
+    curves = [(t.task, kept_chart(t)) for t in tables if t.curves]
     page = pages.render("evaluation", run=run.name, sheets=sheets, curves=curves, drawn=manifest)
     return pages.write(run, PAGE, page)
 
@@ -52,13 +53,16 @@ def sheets_of(run: Run, tables: list[Table]) -> list[Sheet]:
     return sheets
 
 
-def _chart(table: Table) -> Markup:
-    """What is kept at each share of videos kept: policies first, then the best baselines."""
+def kept_chart(table: Table) -> Markup:
+    """What is kept at each share of videos kept: some policies, then the best baselines; equal curves once."""
     rate = "click_rate" if table.task == Task.CLICK else "play_rate_above_30"
     baselines = {r.name for r in table.rows if r.kind == "baseline"}
     half = {name: next(p[rate] for p in points if p["share_kept"] >= 0.49) for name, points in table.curves.items()}
-    shown = sorted(table.curves, key=lambda n: (n in baselines, -half[n]))[:_CURVES]
-    with drawing(f"curve-{table.task}", (7.0, 3.6)) as chart:
+    distinct = {str(points): name for name, points in reversed(table.curves.items())}
+    names = sorted(distinct.values(), key=lambda n: (n in baselines, -half[n]))
+    policies = [n for n in names if n not in baselines][:_POLICIES]
+    shown = (policies + [n for n in names if n in baselines])[:_CURVES]
+    with drawing(f"curve-{table.task}", (5.2, 3.2)) as chart:
         _draw(chart.axes, table, rate, shown)
     return chart.svg
 
@@ -70,4 +74,4 @@ def _draw(axes: "Axes", table: Table, rate: str, shown: list[str]) -> None:
         axes.plot(*line, color=colour, label=name.replace("$", ""))
     axes.set_xlabel("videos kept, %")
     axes.set_ylabel("clicked, %" if table.task == Task.CLICK else "not skipped, %")
-    axes.legend(frameon=False, fontsize=9)
+    legend_above(axes)

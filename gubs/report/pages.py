@@ -3,12 +3,17 @@
 Pages are self-contained: no script, no outside resource. Text from models and users is escaped.
 """
 
+import base64
+import io
 from functools import cache
 from typing import Any
 
 import jinja2
 
 from gubs.artifacts import Run, write_atomically
+
+_PICTURE_PX = 224
+"""Longest side of a picture."""
 
 
 def render(template: str, **values: Any) -> str:
@@ -20,6 +25,19 @@ def write(run: Run, name: str, page: str) -> str:
     """Writes a page into the run's folder and returns its full path, with the scheme."""
     write_atomically(run.fs, run.path(name), page.encode())
     return run.full(name)
+
+
+def picture(jpeg: bytes) -> str:
+    """A picture as a data URI, scaled down for the page."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(jpeg)) as image:
+        if max(image.size) > _PICTURE_PX:
+            image.thumbnail((_PICTURE_PX, _PICTURE_PX))
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=80)
+            jpeg = buffer.getvalue()
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
 
 
 @cache

@@ -18,7 +18,7 @@ from gubs.evaluate.judge import MODES
 from gubs.prompts.answers import Failure
 from gubs.records import Task
 from gubs.report import pages
-from gubs.report.charts import INK, SERIES, drawing, whole_ticks
+from gubs.report.charts import INK, SERIES, drawing, legend_above, whole_ticks
 from gubs.ufm.advantage import MEASURED
 from gubs.ufm.monitor import SAMPLES
 
@@ -256,6 +256,4 @@ def _label(axes: "Axes", panel: Panel, curves: int) -> None:
     whole_ticks(axes.xaxis, 6)
     axes.margins(x=0.01)
     if curves > 1:
-        layout: Any = {"loc": "outside upper left", "ncols": 3}
-        legend = {"frameon": False, "labelcolor": INK, "fontsize": 9.5, "handlelength": 1.2, "columnspacing": 1.2}
-        axes.figure.legend(**legend, **layout)
+        legend_above(axes)

@@ -5,7 +5,6 @@ Knows neither Serve nor HTTP. The engine is anything with `FilterEngine.ask`.
 
 import asyncio
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Protocol
@@ -263,14 +262,7 @@ def _added(usage: Usage, answer: Answer) -> Usage:
 
 
 def _as_jpegs(clip: Clip | None) -> list[str]:
-    from PIL import Image
-
-    pictures = []
-    for frame in clip.frames if clip else ():
-        buffer = io.BytesIO()
-        Image.fromarray(frame).save(buffer, "JPEG", quality=85)
-        pictures.append(base64.b64encode(buffer.getvalue()).decode())
-    return pictures
+    return [base64.b64encode(jpeg).decode() for jpeg in clip.jpegs()] if clip else []
 
 
 def merged(chunks: Sequence[tuple[list[Result], Usage, float]]) -> tuple[list[Result], Usage]:

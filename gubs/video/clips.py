@@ -38,6 +38,15 @@ class Clip:
         """`image` if there is a single picture."""
         return "image" if len(self.frames) == 1 else "video"
 
+    def jpegs(self) -> list[bytes]:
+        """The pictures as JPEG files, for people to look at."""
+        from PIL import Image
+
+        buffers = [io.BytesIO() for _ in self.frames]
+        for frame, buffer in zip(self.frames, buffers, strict=True):
+            Image.fromarray(frame).save(buffer, "JPEG", quality=85)
+        return [b.getvalue() for b in buffers]
+
 
 class ByteCache(Generic[T]):
     """Keeps the most recently used values up to a total size in bytes; thread-safe."""

@@ -78,9 +78,9 @@ class Dying:
 
 
 def test_a_killed_evaluation_asks_nothing_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(judge, "Predictor", Dying)
+    monkeypatch.setattr(answers, "Predictor", Dying)
     monkeypatch.setattr(judge, "Inputs", lambda *_: None)
-    monkeypatch.setattr(judge, "use_gpu", lambda _: False)
+    monkeypatch.setattr(answers, "use_gpu", lambda _: False)
     monkeypatch.setattr(judge.Labels, "of", lambda *_: None)
     Dying.asked.clear()
     questions = SimpleNamespace(pictures=False, largest=None, about_user=lambda *_: None)

@@ -29,6 +29,12 @@ def test_a_clear_difference_is_better_and_its_mirror_worse():
     assert better.effect > 0.3
 
 
+def test_users_of_one_class_count_too():
+    two = {"a": said(0.8, 40, 1, each=1), "b": said(0.7, 40, 2, each=1)}
+    (v,) = verdicts(two, [("a", "b")], "click_balanced_acc", resamples=20)
+    assert v.users == 40, "alone, none of them has a balanced accuracy"
+
+
 def test_below_what_can_be_detected_nobody_can_tell():
     """The .8 points between the literature's best rows, at 1,000 users x 20 items."""
     two = {"a": said(0.799, 1000, 1), "b": said(0.791, 1000, 2)}
