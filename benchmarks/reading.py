@@ -75,7 +75,7 @@ def questions(words: Vocabulary | None, count: int) -> dict[str, list[tuple[Prom
     rng = np.random.default_rng([_SEED, 1])
     if words is not None:
         pool = lessons.own_words(words, rng)
-        return {"own words": [lessons.own_lesson(pool, rng) for _ in range(count)]}
+        return {"own words": [lessons.lesson(pool, rng) for _ in range(count)]}
     pool = lessons.simulated(rng, count, clips=True)
     held_out = [lessons.lesson(pool, rng) for _ in range(count)]
     return {"lessons": held_out, "new names": [new_names(rng) for _ in range(count)]}
@@ -88,8 +88,9 @@ def new_names(rng: np.random.Generator) -> tuple[Prompt, str]:
     tags = [listed[-1] if rng.random() < 1 / 2 else names[-1]]
     person = Person(User("u", tags=listed), ())
     video = Video("v", None, float(rng.integers(3, 150)), tags=tags)
-    answer = as_answer(script.facts(person, video).sentences(), Option.A)
-    return Prompt(user_prompt(Task.SEQUENTIAL, person, video, tags=True, style="brief"), None), answer
+    answer = as_answer(script.facts(person, video, digest=True).sentences(), Option.A)
+    digest = person.tally.digest(video)
+    return Prompt(user_prompt(Task.SEQUENTIAL, person, video, tags=True, style="brief", digest=digest), None), answer
 
 
 def read(engine: Engine, inputs: Inputs, asked: list[tuple[Prompt, str]]) -> dict[str, float]:
