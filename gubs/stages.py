@@ -250,7 +250,6 @@ STAGES: tuple[Stage, ...] = (
         prompts=("teachers/dislike", "teachers/click", prompts.OPTIONS),
         sections=("teachers", "llm", "seed"),
         asks=_annotated,
-        version=2,
     ),
     Stage(
         "labels",

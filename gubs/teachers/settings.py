@@ -34,7 +34,7 @@ class TeacherSettings(Section):
     has, and GRPO cannot reinforce an answer that is never sampled."""
     sft_views: int = Field(0, ge=0)
     """Sequential targets of training users, half of them fast skips, that become SFT examples because the log knows
-    what happened; drawn at random, by the scripted teacher only, which gives a skip any reason (paper: none)."""
+    what happened; drawn at random, by the scripted teacher only, whose reason for a skip is a guess (paper: none)."""
     script_digest: bool = False
     """Let the scripted teacher note how the user's earlier views went, and leave out its conclusion; for prompts that
     show the same (`ufm.inputs.digest`)."""

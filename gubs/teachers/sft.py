@@ -93,10 +93,8 @@ def _by_rules(case: Case, teachers: TeacherSettings, seen: str) -> tuple[str, Op
     target, digest = case.target, teachers.script_digest
     if target.task == Task.CLICK:
         return script.click(case, seen, digest=digest)
-    if target.disliked:
+    if target.disliked or is_fast_skip(target):
         return script.dislike(case, teachers.script_mistakes, seen, digest=digest)
-    if is_fast_skip(target):
-        return script.skipped(case, seen, digest=digest)
     return script.watched(case, seen, digest=digest)
 
 
