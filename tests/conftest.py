@@ -25,6 +25,7 @@ SHARED = ("ufm_run", "service")
 """Fixtures that take long: all files that use one are run by one process, one after the other."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files come first: of several processes (pytest -n 2 --dist loadgroup) none is left alone with one. A
     file's tests stay together. Whatever needs Ray or is slow counts as `engine`, which `make check` leaves out.
