@@ -345,6 +345,35 @@ def evaluate_page(run: RunArgument = DEFAULT_RUN, preset: PresetOption = "tiny")
 
 
 @app.command(rich_help_panel=_MODEL)
+def ablate(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME] [key=value ...]", help="T4 ... T11, rule, groups or noise; settings of all arms."
+        ),
+    ] = None,
+    run: Annotated[str, typer.Option("--run", "-r", help="Folder of all policies and the table.")] = "runs/ablations",
+    preset: PresetOption = "tiny",
+    worlds: Annotated[str, typer.Option(help="Data sets, by their seeds.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Trainings in each world.")] = "0,1,2",
+    arm: Annotated[list[str] | None, typer.Option(help="Only this arm; can be given again.")] = None,
+    level: Annotated[list[str] | None, typer.Option(help="Only this level; can be given again.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the cells and what they will take.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train and judge the arms of an ablation; what is finished is kept. Without NAME: list the ablations."""
+    from gubs.ablate.command import ablate, list_grids
+    from gubs.ablate.grid import Choice
+
+    names = [w for w in words or [] if "=" not in w]
+    if not names:
+        return list_grids()
+    choice = Choice(jobs.parse_numbers(worlds), jobs.parse_numbers(seeds), tuple(arm or ()), tuple(level or ()))
+    settings = [w for w in words or [] if "=" in w]
+    return ablate(names[0], open_run(run), choice, preset, settings, dry_run=dry_run, as_json=as_json)
+
+
+@app.command(rich_help_panel=_MODEL)
 def plan(
     preset: PresetOption = "tiny",
     gpu_gib: Annotated[float, typer.Option(help="Memory of a GPU, GiB.")] = 80.0,

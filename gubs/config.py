@@ -59,6 +59,15 @@ def preset_names() -> list[str]:
     return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
 
 
+_RENAMED = {
+    "teachers.truth": (
+        "is now three settings: teachers.train_labels=truth, teachers.test_labels=truth (whose reasons are true), "
+        "teachers.script_flaws=true (what the scripted teacher is told)"
+    )
+}
+"""Settings that no longer exist -> what to write instead."""
+
+
 def load_settings(preset: str = "tiny", overrides: Sequence[str] = ()) -> Settings:
     """Resolves a preset and overrides into settings.
 
@@ -203,6 +212,9 @@ def resolve_key(key: str) -> str:
         return matches[0]
     if matches:
         raise SettingsError(f"setting {key!r} could be any of {', '.join(matches)}: write one of them in full")
+    for earlier, remedy in _RENAMED.items():
+        if key == earlier or earlier.endswith("." + key):
+            raise SettingsError(f"{earlier} {remedy}")
     short = {name.rsplit(".", 1)[-1]: name for name in names}
     last = key.rsplit(".", 1)[-1]
     close = difflib.get_close_matches(key, names, 1, 0.6) or difflib.get_close_matches(last, short, 1, 0.6)

@@ -376,6 +376,18 @@ def parse_shares(texts: Sequence[str]) -> dict[str, float]:
     return shares
 
 
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers from a text such as `0,1,2`.
+
+    Raises:
+        SettingsError: it is not of that form.
+    """
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise SettingsError(f"{text!r} is not of the form 0,1,2") from None
+
+
 def filter_table(
     run: Run, settings: Settings, tables: Sequence[str], out: str, task: Task, mode: str, force: bool = False
 ) -> None:

@@ -98,11 +98,15 @@ def _annotated(s: Settings) -> bool:
 
 
 def _reasons_asked(s: Settings) -> bool:
-    return _annotated(s) and not (s.teachers.truth and _simulated(s))
+    known = "teacher" not in (s.teachers.train_labels, s.teachers.test_labels)
+    return _annotated(s) and not (known and _simulated(s))
 
 
 _TEACHERS = ("history_items", "max_text", "author")
-_TRAINING = ("seed", "ufm.held_out", "ufm.inputs", "ufm.model.dtype", "ufm.rollout.min_new_tokens", "ufm.workers.count")
+_TRAINING = (
+    *("seed", "ufm.seed", "ufm.held_out", "ufm.inputs", "ufm.model.dtype", "ufm.rollout.min_new_tokens"),
+    "ufm.workers.count",
+)
 _UFM_PROMPTS = ("ufm/brief_user", "ufm/click_user", "ufm/sequential_user", prompts.OPTIONS)
 _GROUP_PROMPTS = ("ufm/brief_group", "ufm/click_group", "ufm/sequential_group")
 _MODEL = ("model", "gubs.ufm.model:identity")
@@ -209,10 +213,21 @@ STAGES: tuple[Stage, ...] = (
         roles=("summarizer", "profiler", "matcher"),
         prompts=("ugm/summarize", "ugm/group_profile", "ugm/match"),
         sections=("ugm", "llm", "seed"),
-        wanted=lambda s: s.ufm.grpo.groups,
+        wanted=lambda s: s.ufm.grpo.groups and s.ufm.grpo.profiles != "oracle",
         asks=lambda s: s.ugm.author != "evidence",
         page="gubs.report.groups:write_page",
         version=2,
+    ),
+    Stage(
+        "oracle",
+        make="gubs.ugm.oracle:make",
+        command="gubs grpo",
+        doing="group users by what the simulation knows",
+        reads=("truth",),
+        sections=("source.kind",),
+        wanted=lambda s: s.ufm.grpo.groups and s.ufm.grpo.profiles == "oracle",
+        preflight="gubs.ugm.oracle:preflight",
+        ray=False,
     ),
     Stage(
         "sft",
@@ -229,12 +244,13 @@ STAGES: tuple[Stage, ...] = (
             "sft_click_each",
             "think_chars",
             "script_mistakes",
-            "truth",
+            "script_flaws",
         ),
         roles=("annotator",),
         prompts=("teachers/dislike", "teachers/click", prompts.OPTIONS),
         sections=("teachers", "llm", "seed"),
         asks=_annotated,
+        version=2,
     ),
     Stage(
         "labels",
@@ -242,7 +258,7 @@ STAGES: tuple[Stage, ...] = (
         command="gubs teach",
         doing="find reasons of skips",
         reads=("ifvr", "profiles", "truth"),
-        settings=_teachers("truth", "train_skips", "test_skips", "rounds", "reason_chars"),
+        settings=_teachers("train_labels", "test_labels", "train_skips", "test_skips", "rounds", "reason_chars"),
         roles=("annotator",),
         prompts=("teachers/label", "teachers/judge", prompts.OPTIONS),
         sections=("teachers", "llm", "seed"),
@@ -268,7 +284,7 @@ STAGES: tuple[Stage, ...] = (
         make="gubs.ufm.stage:make_grpo",
         command="gubs grpo",
         doing="GA-GRPO",
-        reads=("ifvr", "frames", "profiles", "labels", "ugm", SFT),
+        reads=("ifvr", "frames", "profiles", "labels", "ugm", "oracle", SFT),
         may_read=("annotations",),
         settings=(*_TRAINING, "ufm.grpo", "-ufm.grpo.checkpoint", "-ufm.grpo.samples_every", "-ufm.grpo.trackers"),
         prompts=(*_UFM_PROMPTS, *_GROUP_PROMPTS),
@@ -578,7 +594,13 @@ class Graph:
 
 
 def make(
-    targets: Iterable[str | Stage], run: Run, settings: Settings, *, force: bool = False, as_made: Iterable[str] = ()
+    targets: Iterable[str | Stage],
+    run: Run,
+    settings: Settings,
+    *,
+    force: bool = False,
+    as_made: Iterable[str] = (),
+    on_made: Callable[[str, float], object] | None = None,
 ) -> None:
     """Makes the targets and what they need; reports one line per step on stderr.
 
@@ -588,6 +610,7 @@ def make(
         settings: all settings.
         force: remake the targets, even if they are current, and every stale stage that they need.
         as_made: see `Graph`.
+        on_made: gets the name of each stage that was made, and the seconds that it took.
 
     Raises:
         StaleError: a stage is stale, and `force` is not set; no stage after it was made.
@@ -616,7 +639,10 @@ def make(
                 _refuse_stale(state, run)
             if state.stage.ray:
                 stack.enter_context(ray_session(settings.ray))
+            began = time.monotonic()
             make_stage(state.stage, run, settings, force=forced(state), graph=graph)
+            if on_made:
+                on_made(name, time.monotonic() - began)
 
 
 def make_stage(

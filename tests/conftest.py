@@ -21,16 +21,28 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 LONGEST = ("test_ufm_resume.py", "test_train_job.py", "test_serve_job.py", "test_build_job.py")
+SHARED = ("ufm_run", "service")
+"""Fixtures that take long: all files that use one are run by one process, one after the other."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files come first: of several processes (pytest -n 2 --dist loadfile) none is left alone with one.
-    Whatever needs Ray or is slow counts as `engine`, which `make check` leaves out.
+    """The longest files come first: of several processes (pytest -n 2 --dist loadgroup) none is left alone with one. A
+    file's tests stay together. Whatever needs Ray or is slow counts as `engine`, which `make check` leaves out.
     """
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    groups = {item.path: str(item.path) for item in items}
     for item in items:
+        shared = [name for name in SHARED if name in getattr(item, "fixturenames", ())]
+        groups[item.path] = shared[0] if shared else groups[item.path]
+    first = {group: min(_place(p) for p, g in groups.items() if g == group) for group in set(groups.values())}
+    items.sort(key=lambda item: (first[groups[item.path]], groups[item.path], _place(item.path)))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
         if "ray_local" in getattr(item, "fixturenames", ()) or item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.engine)
+
+
+def _place(path: Path) -> int:
+    return LONGEST.index(path.name) if path.name in LONGEST else len(LONGEST)
 
 
 @pytest.fixture(scope="session")

@@ -10,4 +10,5 @@ WORLD = (
     "splits.test_users=8",
     "splits.click_targets=6",
     "sft_click_users=10",
+    "sft_views=40",
 )

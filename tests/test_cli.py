@@ -48,7 +48,7 @@ def test_help_lists_every_command():
     text = gubs("--help").stdout
     for command in (
         *("demo", "synth", "ingest", "build", "frames", "ugm", "teach", "groups", "annotate", "submit", "model"),
-        *("sft", "grpo", "judge", "plan", "report", "audit", "show", "status", "probe", "doctor", "settings"),
+        *("sft", "grpo", "judge", "ablate", "plan", "report", "audit", "show", "status", "probe", "doctor", "settings"),
     ):
         assert f" {command} " in text
     assert "Exit codes" in text
@@ -74,6 +74,9 @@ def test_help_lists_every_command():
         (["report", "no-such-run", "--policy", "plain"], 4, "run `gubs judge plain` first"),
         (["evaluate", "sensitivity", "--run", "no-such-run"], 4, "run `gubs grpo` first"),
         (["plan", "--preset", "paper", "--gpus", "3"], 2, "cannot be divided evenly"),
+        (["ablate", "T3"], 2, "there is no ablation 'T3'; there are T4, T5"),
+        (["ablate", "rule", "--worlds", "0;1"], 2, "'0;1' is not of the form 0,1,2"),
+        (["ablate", "rule", "--run", "memory://r"], 2, "ablations need a path that all workers see"),
     ],
 )
 def test_errors_are_one_message_and_a_meaningful_exit_code(args, code, message, tmp_path, monkeypatch, here):

@@ -20,7 +20,7 @@ LAYERS = [
         "ray_runtime",
     ),
     *("prompts", "llm", "data", "video", "simulator", "ugm", "teachers", "ufm", "evaluate", "serving", "report"),
-    *("config", "doctor_gpu", "doctor", "stages", "jobs", "cli"),
+    *("config", "doctor_gpu", "doctor", "stages", "ablate", "jobs", "cli"),
 ]
 """From the bottom to the top; docs/architecture.md says what each is for."""
 PURE = [

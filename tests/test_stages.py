@@ -174,7 +174,8 @@ def test_the_scripted_teacher_does_not_depend_on_a_language_model():
     stage = stages.stage("sft", settings())
     keys = stages.settings_of(stage, settings())
     assert "llm.roles.annotator" not in keys
-    assert "llm.roles.annotator" in stages.settings_of(stage, settings("teachers.author=annotator", "sft_watched=0"))
+    by_annotator = settings("teachers.author=annotator", "sft_views=0", "script_digest=false")
+    assert "llm.roles.annotator" in stages.settings_of(stage, by_annotator)
 
 
 def test_training_may_be_given_other_checkpoints_and_trackers():

@@ -136,8 +136,31 @@ def paired(
         moved = rng.integers(0, 2, (count, users), np.int8).astype(np.float64) @ (b - a)
         return value(a.sum(axis=0) + moved) - value(b.sum(axis=0) - moved)
 
+    differences = np.concatenate([np.zeros(0), *drawn])
+    return compared(observed, differences, exchanged, value(a) - value(b), resamples=resamples, exchanges=exchanges)
+
+
+def compared(
+    observed: float,
+    drawn: Floats,
+    exchanged: Callable[[int], Floats],
+    by_user: Floats,
+    *,
+    resamples: int,
+    exchanges: int,
+) -> Verdict:
+    """A verdict from differences, for any statistic.
+
+    Args:
+        observed: the difference.
+        drawn: differences of the resamples.
+        exchanged: makes so many differences in which the two predictors changed places at random, user by user.
+        by_user: difference of each user.
+        resamples: exchanges that are made in any case.
+        exchanges: most of them; see `paired`.
+    """
     p = _p_value(observed, exchanged, resamples, exchanges)
-    return _verdict(observed, np.concatenate([np.zeros(0), *drawn]), p, value(a) - value(b))
+    return _verdict(observed, drawn, p, by_user)
 
 
 def _p_value(observed: float, exchanged: Callable[[int], Floats], least: int, most: int) -> float:

@@ -19,6 +19,7 @@ from gubs.prompts.answers import Failure
 from gubs.records import Task
 from gubs.report import pages
 from gubs.report.charts import INK, SERIES, drawing, legend_above, whole_ticks
+from gubs.ufm.advantage import MEASURED
 from gubs.ufm.monitor import SAMPLES
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ def render(run: Run, blocks: Sequence[Block] = ()) -> str:
         modes=MODES,
         constants={str(t): (*c, DROP) for t, c in CONSTANTS.items()},
         tasks={str(t): t for t in Task},
+        measured=MEASURED,
     )
 
 

@@ -52,6 +52,8 @@ MECHANISMS = (
     *("interruption", "exit", "autoplay"),
 )
 """How a view can end; the order up to `accident` is the order of precedence."""
+UNMEANT = frozenset({"accident", "interruption", "exit"})
+"""Mechanisms of skips that nobody meant."""
 _CAUSE = {"flaw": Option.B, "mismatch": Option.C, "repetition": Option.C}
 """True causes of skips; all others are D."""
 _P_DISLIKE = {"flaw": 0.8, "mismatch": 0.7, "repetition": 0.7, "too_long": 0.6, "no_intent": 0.4}

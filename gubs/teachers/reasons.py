@@ -21,17 +21,21 @@ from gubs.llm.settings import LLMSettings
 from gubs.prompts import fill
 from gubs.prompts.options import SKIP_CAUSES, option_lines
 from gubs.records import FAST_SKIP_BELOW, Interaction, Option, Split, Task
+from gubs.simulator.behaviour import UNMEANT as UNMEANT_MECHANISMS
 from gubs.teachers import script
 from gubs.teachers.annotator import Ask, annotator, by_cause, failures, in_words, request_about
 from gubs.teachers.cases import Case, clicked, draw, load_cases, target_ids, with_split
 from gubs.teachers.forms import label_form, verdict_form, words
-from gubs.teachers.score import score, true_causes
+from gubs.teachers.score import score, true_causes, true_mechanisms
 from gubs.teachers.settings import TeacherSettings
 
 STAGE = "labels"
 RULE = "rule"
-TRUE = "truth"
-"""`label_source` of true causes, which only simulated sources know."""
+TRUE, NAIVE = "truth", "naive"
+"""`label_source` of true causes, which only simulated sources know, and of what the fields of a skip suggest that
+nobody meant (`teachers.train_labels=naive`)."""
+UNMEANT = "unmeant"
+"""`label_source` of a target that is not judged, since nobody meant how it ended (`teachers.test_labels=meant`)."""
 INVALID = "invalid"
 """Why an item is in the queue: the annotator found none of its own rationales sound."""
 
@@ -58,7 +62,7 @@ LABELS = pa.schema(
     ]
 )
 """One row per labelled target. label_source: rule, teacher-1 ... teacher-3 (the round), script, guess (see
-teachers/script.py), truth, human. rounds: 0 for rule."""
+teachers/script.py), truth, naive, unmeant, human. rounds: 0 for rule."""
 
 QUEUE = pa.schema([*IDS, ("play_rate", pa.float64()), pa.field("cause", pa.string(), nullable=False)]).append(
     pa.field("attempts", _ATTEMPTS)
@@ -107,9 +111,9 @@ def make(job: StageJob, teachers: TeacherSettings, llm: LLMSettings, seed: int) 
     ifvr, truth = IFVR(job.run), true_causes(job.run)
     skips = open_skips(ifvr, teachers, seed, tastes=job.reads(PROFILES))
     with annotator(job.run, llm) as opened:
-        _find_reasons(skips, teachers, truth if teachers.truth else {}, opened.ask)
+        _find_reasons(skips, teachers, Known(truth, true_mechanisms(job.run)), opened.ask)
     rows = [_label_row(s, s.sound) for s in skips if s.sound]
-    rules, unknown = rule_labels(ifvr)
+    rules, unknown = rule_labels(ifvr, meant_only=teachers.test_labels == "meant")
     with job.writing() as out:
         out.write_table("labels", pa.concat_tables([rules, pa.Table.from_pylist(rows, schema=LABELS)]))
         out.write_table("queue", queue := queue_table(skips))
@@ -125,15 +129,45 @@ def make(job: StageJob, teachers: TeacherSettings, llm: LLMSettings, seed: int) 
     return out.summary
 
 
-def _find_reasons(skips: list[Skip], teachers: TeacherSettings, truth: Mapping[str, str], ask: Ask) -> None:
-    """Gives the skips their reasons: the true causes if `truth` has them, else the teacher's."""
-    if not truth and teachers.author == "annotator":
-        label(skips, ask, teachers)
-        return
+@dataclass(frozen=True)
+class Known:
+    """What the simulation knows about skips, by interaction id; both empty for other sources."""
+
+    causes: Mapping[str, str]
+    mechanisms: Mapping[str, str]
+
+    def label(self, skip: Skip, way: str) -> tuple[Option, str] | None:
+        """Option and `label_source` of a skip; None if the teacher is to find them.
+
+        Args:
+            skip: the skip.
+            way: `teachers.train_labels` or `teachers.test_labels`.
+        """
+        item = skip.case.target.interaction_id
+        if way == "teacher" or not self.causes:
+            return None
+        if way == TRUE or self.mechanisms[item] not in UNMEANT_MECHANISMS:
+            return Option(self.causes[item]), TRUE
+        if way == NAIVE:
+            return script.skip_cause(skip.case)[1], NAIVE
+        return Option(self.causes[item]), UNMEANT
+
+
+def _find_reasons(skips: list[Skip], teachers: TeacherSettings, known: Known, ask: Ask) -> None:
+    """Gives the skips their reasons: those that the simulation knows, if they are wanted, else the teacher's."""
+    ways = {str(Split.TRAIN): teachers.train_labels, str(Split.TEST): teachers.test_labels}
+    unlabelled = []
     for skip in skips:
+        if found := known.label(skip, ways[skip.case.split]):
+            option, skip.author = found
+            skip.attempts.append(Attempt(option.value, "", valid=True))
+        else:
+            unlabelled.append(skip)
+    if teachers.author == "annotator":
+        label(unlabelled, ask, teachers)
+        return
+    for skip in unlabelled:
         rationale, option, skip.author = script.skip_cause(skip.case)
-        if truth:
-            rationale, option, skip.author = "", Option(truth[skip.case.target.interaction_id]), TRUE
         skip.attempts.append(Attempt(option.value, rationale, valid=True))
 
 
@@ -141,9 +175,12 @@ def requests(run: Run, teachers: TeacherSettings, seed: int) -> list[LLMRequest]
     """The labels of the first round and the verdicts on them, for an estimate; rationales that are found wanting cost
     two further calls each time.
     """
-    if teachers.author == "script" or (teachers.truth and true_causes(run)):
+    if teachers.author == "script":
         return []
     skips = open_skips(IFVR(run), teachers, seed, tastes=teachers.profiles and run.has(PROFILES))
+    if true_causes(run):
+        asked = {str(Split.TRAIN): teachers.train_labels, str(Split.TEST): teachers.test_labels}
+        skips = [s for s in skips if asked[s.case.split] == "teacher"]
     labels = [label_request(s, teachers) for s in skips]
     foreseen = Attempt(SKIP_CAUSES[0].value, "x" * teachers.reason_chars)
     return labels + [verdict_request(Skip(s.case, [foreseen]), teachers) for s in skips]
@@ -180,12 +217,18 @@ def verdict_request(skip: Skip, settings: TeacherSettings) -> LLMRequest:
     return request_about(skip.case.target.interaction_id, f"verdict{len(skip.attempts)}", prompt, form)
 
 
-def rule_labels(ifvr: IFVR) -> tuple[pa.Table, int]:
-    """Labels that need no teacher, and the number of targets whose outcome the log does not have."""
+def rule_labels(ifvr: IFVR, *, meant_only: bool = False) -> tuple[pa.Table, int]:
+    """Labels that need no teacher, and the number of targets whose outcome the log does not have; with `meant_only`,
+    test users' views that ended as they left the app are marked.
+    """
     targets = [pair for task in Task for pair in with_split(ifvr.targets(task))]
-    common = {"rounds": 0, "label_source": RULE, "verdicts": []}
+
+    def source(target: Interaction, split: str) -> str:
+        return UNMEANT if meant_only and split == Split.TEST and target.exited_app else RULE
+
+    common = {"rounds": 0, "verdicts": []}
     rows = [
-        {**target_ids(target, split), "option": option.value, **common}
+        {**target_ids(target, split), "option": option.value, "label_source": source(target, split), **common}
         for target, split in targets
         if (option := _by_rule(target)) is not None
     ]

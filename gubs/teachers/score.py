@@ -14,6 +14,11 @@ def true_causes(run: Run) -> dict[str, str]:
     return _truth(run, "skips", "interaction_id", "cause")
 
 
+def true_mechanisms(run: Run) -> dict[str, str]:
+    """How every skip came about in the simulation, by interaction id; empty if the source does not know it."""
+    return _truth(run, "skips", "interaction_id", "mechanism")
+
+
 def true_flaws(run: Run) -> dict[str, str]:
     """The flaw of each video (possibly "none"), by video id; empty if the source does not know it."""
     return _truth(run, "videos", "video_id", "flaw")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gubs.prompts.complaints import COMPLAINTS
+from gubs.prompts.options import SKIP_CAUSES
 from gubs.prompts.people import Person
 from gubs.records import Option, Task, Video
 from gubs.teachers.cases import Case, clicked
@@ -143,6 +144,13 @@ def dislike(case: Case, mistakes: float = 0.0, seen: str = "", *, digest: bool =
     return concluded(fields, seen or remark, Task(case.target.task), option), option
 
 
+def skipped(case: Case, seen: str = "", *, digest: bool = False) -> tuple[str, Option]:
+    """Chain of thought for a fast skip that nobody explained, and any of the reasons, drawn by the target's id: the log
+    knows that it was a skip, not why, and a policy that has learned all reasons can be taught the right one.
+    """
+    return _explained(case, seen, SKIP_CAUSES[int(len(SKIP_CAUSES) * _drawn(case, "reason"))], digest=digest)
+
+
 def watched(case: Case, seen: str = "", *, digest: bool = False) -> tuple[str, Option]:
     """Chain of thought for a target that was no fast skip; `seen` and `digest` as in `dislike`."""
     return _explained(case, seen, Option.A, digest=digest)
@@ -180,8 +188,13 @@ def _explained(case: Case, seen: str, option: Option, *, digest: bool) -> tuple[
 
 
 def _mistaken(case: Case, share: float) -> bool:
-    drawn = int(hashlib.sha256(case.target.interaction_id.encode()).hexdigest()[:8], 16)
-    return drawn < share * 16**8
+    return _drawn(case) < share
+
+
+def _drawn(case: Case, what: str = "") -> float:
+    """A number from 0 to 1 by the target's id."""
+    digits = hashlib.sha256(f"{what}{case.target.interaction_id}".encode()).hexdigest()[:8]
+    return float(int(digits, 16)) / 16.0**8
 
 
 def _patience(person: Person) -> float:

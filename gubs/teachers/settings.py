@@ -16,9 +16,16 @@ class TeacherSettings(Section):
     script_mistakes: float = Field(0.0, ge=0, le=1)
     """Share of dislikes, drawn at random, for which the scripted teacher does not blame the content whatever the user
     complains about: no teacher is perfect, and learning from users' actions is meant to correct that."""
-    truth: bool = False
-    """Simulated sources: label skips with their true cause, instead of having people check every label, and tell the
-    scripted teacher, which sees no pictures, which videos have a flaw (not whether a user minded it)."""
+    script_flaws: bool = False
+    """Simulated sources: tell the scripted teacher, which sees no pictures, which videos have a flaw (not whether a
+    user minded it)."""
+    train_labels: Literal["teacher", "truth", "naive"] = "teacher"
+    """Where the reasons of training users' skips come from: the teacher (`author`) or, on simulated sources, the true
+    causes. `naive`: the true causes, but of skips that nobody meant (accidents, exits, interruptions) what their fields
+    suggest, as a reader of the log would have it who takes every skip for meant."""
+    test_labels: Literal["teacher", "truth", "meant"] = "teacher"
+    """The same for test users. `meant`: the true causes; what ended by an accident, exit or interruption is not judged
+    at all."""
     sft_dislikes: int = Field(0, ge=0)
     """Explicit dislikes of training users that become SFT examples, drawn at random; 0 = all (paper: 50 K)."""
     sft_watched: float = Field(0, ge=0, le=10)
@@ -27,8 +34,7 @@ class TeacherSettings(Section):
     has, and GRPO cannot reinforce an answer that is never sampled."""
     sft_views: int = Field(0, ge=0)
     """Sequential targets of training users, half of them fast skips, that become SFT examples because the log knows
-    what happened; drawn at random, by the scripted teacher only, whose reason for a skip is a guess (paper: none). For
-    logs with few dislikes."""
+    what happened; drawn at random, by the scripted teacher only, which gives a skip any reason (paper: none)."""
     script_digest: bool = False
     """Let the scripted teacher note how the user's earlier views went, and leave out its conclusion; for prompts that
     show the same (`ufm.inputs.digest`)."""
@@ -62,7 +68,8 @@ class TeacherSettings(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TeacherSettings":
-        for name in ("sft_watched", "sft_views", "script_digest"):
-            if getattr(self, name) and self.author != "script":
-                raise ValueError(f"teachers.{name} is for teachers.author=script only: set it to 0")
+        scripted = [f"teachers.{n}" for n in ("sft_watched", "sft_views", "script_digest") if getattr(self, n)]
+        if scripted and self.author != "script":
+            are, them = ("are", "them") if len(scripted) > 1 else ("is", "it")
+            raise ValueError(f"{', '.join(scripted)} {are} for teachers.author=script only: set {them} to 0")
         return self

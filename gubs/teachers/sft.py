@@ -52,7 +52,7 @@ def make(job: StageJob, teachers: TeacherSettings, llm: LLMSettings, seed: int) 
     """
     cases = sft_cases(IFVR(job.run), teachers, seed, tastes=job.reads(PROFILES))
     scripted = teachers.author == "script"
-    flaws = true_flaws(job.run) if teachers.truth and scripted else {}
+    flaws = true_flaws(job.run) if teachers.script_flaws and scripted else {}
     if scripted:
         rows, failed = _scripted(cases, teachers, flaws), failures([])
     else:
@@ -93,8 +93,10 @@ def _by_rules(case: Case, teachers: TeacherSettings, seen: str) -> tuple[str, Op
     target, digest = case.target, teachers.script_digest
     if target.task == Task.CLICK:
         return script.click(case, seen, digest=digest)
-    if target.disliked or is_fast_skip(target):
+    if target.disliked:
         return script.dislike(case, teachers.script_mistakes, seen, digest=digest)
+    if is_fast_skip(target):
+        return script.skipped(case, seen, digest=digest)
     return script.watched(case, seen, digest=digest)
 
 

@@ -34,6 +34,13 @@ _SAME = 1e-12
 """Weighted rewards closer than this share of the largest are equal: 0.6 * 1 is 0.2 * 3, but not in floating point."""
 
 
+MEASURED: Mapping[str, str] = {
+    "paper": "one third of the right answers get a negative advantage, at any accuracy from .3 to .9 (`weighted` and "
+    "`anchored`: none)",
+}
+"""Rule -> what was measured of it, for pages and logs beside a training that uses it; tests measure it again."""
+
+
 class SampleRole(StrEnum):
     """Whose profile a sample's prompt showed (the paper's profile sampling)."""
 
@@ -110,6 +117,26 @@ def advantages(
         anchor = roles[order] == SampleRole.T
         values[order] = RULES[settings.rule](rewards[order], weight[order], anchor, groups, settings.eps)
     return _with_health(values, rewards, rewards * weight, roles, ids, is_right)
+
+
+def contradicted(opposite: npt.ArrayLike, group_id: Sequence[int], share: float) -> Bools:
+    """Samples of groups whose label is probably wrong: at least this share of the group's answers says the opposite.
+
+    Args:
+        opposite: whether an answer says the opposite of the label about skip or not, [N]; one without an option does
+            not.
+        group_id: the group of each sample, [N].
+        share: see `GRPOSettings.doubt`; 0 = no label is doubted.
+
+    Returns:
+        [N]
+    """
+    against = np.asarray(opposite, dtype=bool)
+    if not share or not len(against):
+        return np.zeros(len(against), dtype=bool)
+    _, inverse = np.unique(np.asarray(group_id), return_inverse=True)
+    doubtful: Bools = np.bincount(inverse, against) >= share * np.bincount(inverse) - _SAME
+    return doubtful[inverse]
 
 
 def paper_rule(raw: Floats, weight: Floats, anchor: Bools, groups: "Groups", eps: float) -> Floats:  # noqa: ARG001

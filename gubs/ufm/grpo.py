@@ -47,10 +47,10 @@ class GRPOWorker(TrainWorker):
     """One rank: a trainer, the frozen reference, and its own rollout engine."""
 
     def __init__(self, job: Job):
-        super().__init__(job, job.ufm.grpo.steps, job.ufm.grpo.checkpoint)
+        super().__init__(job, job.ufm.grpo.total_steps(job.tasks), job.ufm.grpo.checkpoint)
         self.grpo = job.ufm.grpo
         held_out = HeldOut(self.ufm.held_out, job.seed)
-        self.planner = Planner(self.questions, self.inputs, job.tasks, self.grpo, held_out, job.seed)
+        self.planner = Planner(self.questions, self.inputs, job.tasks, self.grpo, held_out, job.training_seed)
         with self.phases("load"):
             model = models.load(job.start, self.ufm.model, train=True)
             self.trainer = Trainer(model, self.ufm.model, self.grpo.optimizer, self.steps, self.device, self.vision)

@@ -18,7 +18,8 @@ import numpy as np
 
 from gubs.console import OnProgress
 from gubs.prompts.answers import as_answer
-from gubs.prompts.digest import CLICKS, LIKES
+from gubs.prompts.digest import CLICKS, LIKES, SKIPS
+from gubs.prompts.digest import words as digest_words
 from gubs.prompts.people import DERIVED_TAGS, Person, View
 from gubs.prompts.question import Style, group_prompt, user_prompt
 from gubs.records import FAST_SKIP_BELOW, TASK_OPTIONS, Option, Task, User, Video
@@ -49,7 +50,10 @@ _FLAW_RATE = 0.4
 _REPEATS = 4
 """Times the tokenizer sees a word, so that it becomes one token."""
 _GROUPS = 1 / 8
-"""Share of the lessons in a run's own words that show a group's profile."""
+"""Share of the lessons that show a group's profile."""
+_WITH_VIEWS = 0.25
+"""Share of the lessons with pictures that show the latest views too: they are long."""
+_WITHOUT_PICTURE = 0.1
 _GROUP_LIKES = 4
 _VIEWS_SHOWN = 2
 _TOPICS = 120
@@ -58,16 +62,16 @@ _TOPICS = 120
 
 @dataclass(frozen=True)
 class LessonPool:
-    """People with an invented history, and videos; of the simulated app, with their flaws and clips."""
+    """People with invented histories, and videos; those of the simulated app have flaws and clips."""
 
-    people: list[Person]
+    people: Mapping[Task, list[Person]]
+    """By the task that their views are of."""
     videos: list[Video]
     topics: tuple[str, ...]
     """Names that interests are drawn from."""
     flaws: list[str] = field(default_factory=list)
     clips: list[Clip] = field(default_factory=list)
-    by_task: Mapping[Task, list[Person]] = field(default_factory=dict)
-    """A run's own people, with views of one task; empty: those of the simulated app, for both tasks."""
+    most_interests: int = DERIVED_TAGS
 
 
 def corpus(words: Vocabulary | None = None) -> Iterator[str]:
@@ -80,7 +84,7 @@ def _own_corpus(words: Vocabulary) -> Iterator[str]:
     rng = np.random.default_rng(_SEED)
     pool = own_words(words, rng)
     for _ in range(_PEOPLE):
-        prompt, answer = own_lesson(pool, rng)
+        prompt, answer = lesson(pool, rng)
         yield prompt.text
         yield answer
     for _ in range(_REPEATS):
@@ -93,17 +97,19 @@ def _simulated_corpus() -> Iterator[str]:
     """Prompts of both styles and tasks with answers, the words of all topics, and numbers; always the same."""
     rng = np.random.default_rng(_SEED)
     pool = simulated(rng, _PEOPLE)
-    for i, person in enumerate(pool.people):
-        video = pool.videos[int(rng.integers(len(pool.videos)))]
-        for task in Task:
-            yield user_prompt(task, person, video, style=_STYLES[i % 2])
-            think = script.facts(person, video).sentences()
+    for task, people in pool.people.items():
+        for i, person in enumerate(people):
+            video = pool.videos[int(rng.integers(len(pool.videos)))]
+            digest = person.tally.digest(video)
+            yield user_prompt(task, person.latest(_VIEWS_SHOWN), video, style=_STYLES[i % 2], digest=digest)
+            think = script.facts(person, video, digest=i % 4 > 0).sentences()
             yield as_answer(think, TASK_OPTIONS[task][i % len(TASK_OPTIONS[task])])
-        if i % 8 == 0:
-            yield group_prompt(Task.SEQUENTIAL, "Viewers", f"likes {person.user.tags}", video, style=_STYLES[i % 2])
+            if i % 8 == 0:
+                yield group_prompt(task, "Viewers", f"likes {person.user.tags}", video, style=_STYLES[i % 2])
     yield from script.texts()
     yield " ".join(word for topic in TOPICS for word in (topic.name, *topic.nouns))
     yield " ".join(f"{n} s {n % 101}%" for n in range(600))
+    yield from (f" {word}" for word in digest_words() * _REPEATS)
     words = [w for texts in USER_TEXTS.values() for w in texts]
     yield from (f'["{word}", "yes", "no", "user"] user assistant' for word in words * _REPEATS)
 
@@ -130,14 +136,13 @@ def teach(
 
     rng = np.random.default_rng([seed, 51])
     pool = simulated(rng, _CLIPS, clips=True) if words is None else own_words(words, rng)
-    draw = lesson if words is None else own_lesson
     adam = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     model.train()
     losses = []
     for step in range(steps):
         for group in adam.param_groups:
             group["lr"] = _learning_rate(step, steps)
-        lessons = [draw(pool, rng) for _ in range(BATCH)]
+        lessons = [lesson(pool, rng) for _ in range(BATCH)]
         adam.zero_grad()
         losses.append(_backward(model, inputs, [(inputs.encode(p), inputs.answer_ids(a)) for p, a in lessons]))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -165,59 +170,66 @@ def _learning_rate(step: int, steps: int) -> float:
 
 
 def lesson(pool: LessonPool, rng: np.random.Generator) -> tuple[Prompt, str]:
-    """One prompt, and an answer about what it shows. Some show a history, some only a cover, some no picture.
+    """One prompt, and an answer about what it shows.
 
-    Interests are drawn anew each time: a list that comes back would be learned by heart instead of being read.
+    One in eight shows a group's profile; the others show a user with a digest of an invented history. On the simulated
+    app most also show pictures, in the click task only a cover. Interests are drawn anew each time: a list that comes
+    back would be learned by heart instead of being read.
     """
-    someone = pool.people[int(rng.integers(len(pool.people)))]
+    task = list(pool.people)[int(rng.random() * len(pool.people))]
+    someone = pool.people[task][int(rng.integers(len(pool.people[task])))]
     number = int(rng.integers(len(pool.videos)))
-    video, flaw, clip = pool.videos[number], pool.flaws[number], pool.clips[number]
-    topics = [pool.topics[t] for t in rng.permutation(len(pool.topics))[: int(rng.integers(1, 5))]]
-    if rng.random() < 0.5 and video.tags[0] not in topics:
-        topics[int(rng.integers(len(topics)))] = video.tags[0]
-    shortest, longest = (3, int(script.LONG_S)) if rng.random() < 0.5 else (int(script.LONG_S), _LONGEST_S)
-    video = replace(video, duration_s=float(rng.integers(shortest, longest)))
-    history = someone.history if rng.random() < 0.25 else ()
-    person = Person(replace(someone.user, tags=topics), history)
-    task = Task.CLICK if rng.random() < 0.25 else Task.SEQUENTIAL
-    with_picture = rng.random() > 0.1
-    if task == Task.CLICK:
-        clip = Clip(f"{clip.key}-cover", clip.frames[:1])
-    text = user_prompt(task, person, video, vision=VISION_MARK if with_picture else "", style="brief")
-    remark = script.REMARKS.get(flaw, "") if with_picture or flaw != "unpleasant" else ""
-    facts = script.facts(person, video)
-    option = _guess(task, facts, remark, rng)
-    think = script.concluded(facts, remark, task, option)
-    return Prompt(text, clip if with_picture else None), as_answer(think, option)
-
-
-def own_lesson(pool: LessonPool, rng: np.random.Generator) -> tuple[Prompt, str]:
-    """One prompt in a run's own words without a picture, and an answer about what it shows.
-
-    One in eight shows a group's profile; the others show a user with a digest of an invented history. Interests are
-    drawn anew each time, half of the time with a tag of the video.
-    """
-    task = list(pool.by_task)[int(rng.random() * len(pool.by_task))]
-    someone = pool.by_task[task][int(rng.integers(len(pool.by_task[task])))]
-    video = pool.videos[int(rng.integers(len(pool.videos)))]
+    video, clip, remark = _shown(pool, number, task, someone, rng)
     topics = _interests(pool, video, rng)
-    person = Person(replace(someone.user, tags=topics), someone.history[-_VIEWS_SHOWN:], whole_tally=someone.tally)
+    vision, tags = VISION_MARK if clip else "", not pool.flaws
     if rng.random() < _GROUPS:
-        listed, skipped = topics[:_GROUP_LIKES], _interests(pool, None, rng)[:2]
-        profile = f"Likes: {', '.join(listed)}.\nSkips: {', '.join(f'{t} {int(rng.integers(100))}%' for t in skipped)}."
-        group = Person(User("", tags=listed))
-        text = group_prompt(task, f"Fans of {listed[0]}", profile, video, tags=True, style="brief")
-        facts = script.facts(group, video)
-        facts = replace(facts, seconds=None, repeated=False)
+        profile, facts = _about_group(pool, topics, video, rng)
+        name = f"Fans of {topics[0]}"
+        text = group_prompt(task, name, profile, video, vision=vision, tags=tags, style="brief")
     else:
-        text = user_prompt(task, person, video, tags=True, style="brief", digest=person.tally.digest(video))
+        shown = _VIEWS_SHOWN if rng.random() < _WITH_VIEWS or not pool.flaws else 0
+        views = someone.history[-shown:] if shown else ()
+        person = Person(replace(someone.user, tags=topics), views, whole_tally=someone.tally)
+        digest = person.tally.digest(video)
+        text = user_prompt(task, person, video, vision=vision, tags=tags, style="brief", digest=digest)
         facts = replace(script.facts(person, video, digest=True), repeated=False)
-    return Prompt(text), as_answer(facts.sentences(), _guess(task, facts, "", rng))
+    return Prompt(text, clip), as_answer(facts.sentences(remark), _guess(task, facts, remark, rng))
+
+
+def _shown(
+    pool: LessonPool, number: int, task: Task, someone: Person, rng: np.random.Generator
+) -> tuple[Video, Clip | None, str]:
+    """A video, the pictures that a lesson shows of it, and the remark that they and the title allow.
+
+    A video of the simulated app gets another length each time, half of the time one of the user's history.
+    """
+    video = pool.videos[number]
+    if not pool.flaws:
+        return video, None, ""
+    seen = someone.history[int(rng.integers(len(someone.history)))].video.duration_s
+    seconds = seen if rng.random() < 0.5 else float(rng.integers(3, _LONGEST_S))
+    video = replace(video, duration_s=seconds)
+    clip: Clip | None = pool.clips[number] if pool.clips and rng.random() > _WITHOUT_PICTURE else None
+    if clip and task == Task.CLICK:
+        clip = Clip(f"{clip.key}-cover", clip.frames[:1])
+    flaw = pool.flaws[number]
+    return video, clip, script.REMARKS.get(flaw, "") if clip or flaw != "unpleasant" else ""
+
+
+def _about_group(
+    pool: LessonPool, topics: list[str], video: Video, rng: np.random.Generator
+) -> tuple[str, script.Facts]:
+    """The profile of a group that likes some topics, and the facts in it."""
+    listed, skipped = topics[:_GROUP_LIKES], _interests(pool, None, rng)[:2]
+    profile = f"Likes: {', '.join(listed)}.\nSkips: {', '.join(f'{t} {int(rng.integers(100))}%' for t in skipped)}."
+    return profile, replace(
+        script.facts(Person(User("", tags=listed)), video), seconds=None, long=False, repeated=False
+    )
 
 
 def _interests(pool: LessonPool, video: Video | None, rng: np.random.Generator) -> list[str]:
-    """One to six topics, half of the time with a tag of the video."""
-    count = min(int(rng.integers(1, DERIVED_TAGS + 1)), len(pool.topics))
+    """Some topics, half of the time with a tag of the video."""
+    count = min(int(rng.integers(1, pool.most_interests + 1)), len(pool.topics))
     topics = [pool.topics[t] for t in rng.choice(len(pool.topics), count, replace=False)]
     shared = [tag for tag in video.tags if tag in pool.topics and tag not in topics] if video else []
     if shared and rng.random() < 0.5:
@@ -226,20 +238,20 @@ def _interests(pool: LessonPool, video: Video | None, rng: np.random.Generator) 
 
 
 def own_words(words: Vocabulary, rng: np.random.Generator) -> LessonPool:
-    """A run's users with histories invented for each task: random videos, and outcomes by a rate drawn per user and per
-    half of the tags, so that every word of a digest comes up.
-    """
-    by_task = {
-        task: [Person(user, _invented(words, measure, rng)) for user in words.users] for task, measure in words.measures
+    """A run's users, with histories invented for each task, and videos."""
+    people = {
+        task: [Person(user, _invented(words.videos, measure, rng)) for user in words.users]
+        for task, measure in words.measures
     }
-    return LessonPool([], list(words.videos), words.interests[:_TOPICS], by_task=by_task)
+    return LessonPool(people, list(words.videos), words.interests[:_TOPICS])
 
 
-def _invented(words: Vocabulary, measure: str, rng: np.random.Generator) -> tuple[View, ...]:
+def _invented(videos: Sequence[Video], measure: str, rng: np.random.Generator) -> tuple[View, ...]:
+    """Random videos; outcomes by a rate drawn per user and per half of the tags, so every word of a digest comes up."""
     rate, contrast = rng.random(), rng.random()
     views = []
-    for number in rng.integers(len(words.videos), size=int(rng.integers(1, 30))):
-        video = words.videos[number]
+    for number in rng.integers(len(videos), size=int(rng.integers(1, 30))):
+        video = videos[number]
         likely = rate + contrast * (0.5 if len(video.tags[0] if video.tags else "") % 2 else -0.5)
         hit = bool(rng.random() < likely)
         views.append(_view(video, measure, hit, float(rng.random())))
@@ -274,20 +286,27 @@ def _guess(task: Task, facts: script.Facts, remark: str, rng: np.random.Generato
 def simulated(rng: np.random.Generator, count: int, clips: bool = False) -> LessonPool:
     """As many people as videos; the videos have clips only on request."""
     settings = SyntheticSettings(users=count, videos=count, flaw_rate=_FLAW_RATE)
-    users = make_users(settings, make_archetypes(settings, rng), rng)
     drawn = make_videos(settings, rng)
     videos = [
         Video(f"v{i}", title, float(drawn.duration_s[i]), tags=[TOPICS[drawn.title_topic[i]].name])
         for i, title in enumerate(drawn.titles)
     ]
-    people = []
-    for i, listed in enumerate(users.listed):
-        user = User(f"u{i}", int(users.age[i]), "female", "teacher", {}, [TOPICS[t].name for t in listed if t >= 0])
-        views = [View(videos[int(rng.integers(count))], play_rate=float(rng.random())) for _ in range(3)]
-        people.append(Person(user, tuple(views)))
+    users = _simulated_users(settings, rng)
+    people = {
+        task: [Person(user, _invented(videos, measure, rng)) for user in users]
+        for task, measure in ((Task.SEQUENTIAL, SKIPS), (Task.CLICK, CLICKS))
+    }
     flaws = [FLAWS[f] for f in drawn.flaw]
     rendered = [_clip(i, int(drawn.topic[i]), flaws[i]) for i in range(count)] if clips else []
-    return LessonPool(people, videos, tuple(t.name for t in TOPICS), flaws, rendered)
+    return LessonPool(people, videos, tuple(t.name for t in TOPICS), flaws, rendered, most_interests=4)
+
+
+def _simulated_users(settings: SyntheticSettings, rng: np.random.Generator) -> list[User]:
+    drawn = make_users(settings, make_archetypes(settings, rng), rng)
+    return [
+        User(f"u{i}", int(drawn.age[i]), "female", "teacher", {}, [TOPICS[t].name for t in listed if t >= 0])
+        for i, listed in enumerate(drawn.listed)
+    ]
 
 
 def _clip(number: int, topic: int, flaw: str) -> Clip:

@@ -16,18 +16,20 @@ from gubs.errors import ArtifactError
 from gubs.prompts.people import Person
 from gubs.records import FAST_SKIP_BELOW, GroupProfile, Option, Split, Task
 from gubs.teachers.annotations import all_labels
+from gubs.teachers.reasons import UNMEANT
 from gubs.teachers.script import GUESS
 from gubs.ufm.held_out import HeldOut
 from gubs.ufm.inputs import Prompt
 from gubs.ufm.prompting import PromptBuilder
-from gubs.ufm.settings import InputSettings
+from gubs.ufm.settings import GRPOSettings, InputSettings
 from gubs.video.clips import Clip, StoredFrames
 from gubs.video.decoded import DecodeOptions
 
 SKIP = "skip"
 """Stands for the gold option of a skip whose reason is unknown."""
 _FACTS = ("interaction_id", "user_id", "video_id", "timestamp", "play_rate", "clicked")
-UGM = "ugm"
+UGM, ORACLE = "ugm", "oracle"
+"""Stages that make groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +59,21 @@ class Item:
 class Questions:
     """Reads the artifacts of a run: `ifvr`, `labels`, and `frames`, `profiles` and `ugm` if it has them."""
 
-    def __init__(self, run: Run, inputs: InputSettings, *, tastes: bool | None = None):
+    def __init__(self, run: Run, inputs: InputSettings, *, tastes: bool | None = None, groups: str = UGM):
         """Opens the data set.
 
         Args:
             run: the run.
             inputs: what prompts show.
             tastes: show what the stage `profiles` wrote; None = if the run has it.
+            groups: the stage that made the groups.
 
         Raises:
             ArtifactError: the run has no data set.
         """
         self.run, self.ifvr, self.inputs = run, IFVR(run), inputs
         self._tastes = run.has(PROFILES) if tastes is None else tastes
+        self._groups = groups
         self._frames = StoredFrames.of(run)
         self._people: dict[Task, dict[str, Person]] = {}
 
@@ -89,7 +93,8 @@ class Questions:
         return self._frames.store.options if self.pictures else None
 
     def items(self, task: Task, split: Split, *, unexplained: bool = False) -> list[Item]:
-        """The targets of a task that have a gold option, in the order of the data set.
+        """The targets of a task that have a gold option, in the order of the data set; without those that nobody meant
+        (`teachers.test_labels`).
 
         Args:
             task: of the targets.
@@ -102,6 +107,8 @@ class Questions:
         items = []
         for row in self.ifvr.targets(task, [split]).to_pylist():
             gold, source = self._golds.get(row["interaction_id"], (None, ""))
+            if source == UNMEANT:
+                continue
             gold = None if source == GUESS else gold
             skipped = task == Task.SEQUENTIAL and row["play_rate"] is not None and row["play_rate"] < FAST_SKIP_BELOW
             if gold or (unexplained and skipped):
@@ -159,9 +166,9 @@ class Questions:
     @cached_property
     def groups(self) -> dict[str, GroupProfile]:
         """Groups that have a profile, by id; none before the UGM has run."""
-        if not self.run.has(UGM):
+        if not self.run.has(self._groups):
             return {}
-        groups = GroupProfile.from_table(self.run.artifact(UGM).table("groups"))
+        groups = GroupProfile.from_table(self.run.artifact(self._groups).table("groups"))
         return {g.group_id: g for g in groups if g.final_profile or g.initial_profile}
 
     @cached_property
@@ -169,7 +176,7 @@ class Questions:
         """User -> ids of the user's groups that have a profile."""
         groups_of: dict[str, list[str]] = {}
         if self.groups:
-            table = self.run.artifact(UGM).table("memberships", ["user_id", "group_id"])
+            table = self.run.artifact(self._groups).table("memberships", ["user_id", "group_id"])
             for user, group in zip(table["user_id"].to_pylist(), table["group_id"].to_pylist(), strict=True):
                 if group in self.groups:
                     groups_of.setdefault(user, []).append(group)
@@ -187,6 +194,11 @@ class Questions:
     def _golds(self) -> dict[str, tuple[Option, str]]:
         table = all_labels(self.run).select(["interaction_id", "option", "label_source"])
         return {r["interaction_id"]: (Option(r["option"]), r["label_source"]) for r in table.to_pylist()}
+
+
+def groups_of(grpo: GRPOSettings) -> str:
+    """The stage whose groups a training shows."""
+    return ORACLE if grpo.profiles == "oracle" else UGM
 
 
 def trainable_tasks(questions: Questions, wanted: Collection[Task]) -> list[Task]:

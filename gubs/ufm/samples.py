@@ -5,19 +5,19 @@ user's (S), one from a group profile's (G), all judged against the record's gold
 the sample; nothing is ever grouped by position.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gubs.artifacts import JsonObject
 from gubs.prompts.answers import ANSWER_END, Failure, Reading
-from gubs.records import TASK_OPTIONS, Option, Task
-from gubs.ufm.advantage import Advantages, SampleRole, advantages
+from gubs.records import TASK_OPTIONS, Option, Split, Task
+from gubs.ufm.advantage import Advantages, SampleRole, advantages, contradicted
 from gubs.ufm.held_out import HeldOut
 from gubs.ufm.inputs import Encoded, Inputs, Prompt
 from gubs.ufm.questions import SKIP, Item, Questions
-from gubs.ufm.rewards import RewardParts, is_right, outcome_only, reward_answer
+from gubs.ufm.rewards import RewardParts, is_right, outcome_only, reward_answer, skip_right
 from gubs.ufm.rollout import Request, Response
-from gubs.ufm.sampling import BalancedSampler, Sampled, profile_sampling, sample_seed
+from gubs.ufm.sampling import BalancedSampler, Sampled, profile_sampling, sample_seed, shuffled
 from gubs.ufm.settings import GRPOSettings
 
 _BY_ROLE = ("reward_raw", "reward_weighted", "advantage")
@@ -49,6 +49,8 @@ class Sample:
     reading: Reading | None = None
     parts: RewardParts | None = None
     advantage: float = 0.0
+    doubted: bool = False
+    """The record's label is taken for wrong (`ufm.grpo.doubt`)."""
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -59,6 +61,11 @@ class Sample:
     def right(self) -> bool:
         """Whether the answer is the gold option, or a skip where no more is known."""
         return self.reading is not None and is_right(self.reading.option, self.item.gold)
+
+    @property
+    def judged_right(self) -> bool:
+        """Whether the answer is right about skip or not."""
+        return self.reading is not None and skip_right(self.reading.option, self.item.gold)
 
     def to_json(self) -> JsonObject:
         """What a person may want to read."""
@@ -96,6 +103,45 @@ class StepPlan:
     figures: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Peers:
+    """Who and what may be asked about beside the training user, in one task."""
+
+    memberships: Mapping[str, Sequence[str]]
+    members: Mapping[str, Sequence[str]]
+    anybody: Sequence[str]
+    """All training users of the task, where similar users are drawn at random; else empty."""
+    shown: Mapping[str, str]
+    """Group -> the group whose profile is shown for it."""
+    records: Mapping[tuple[str, str], Item]
+    """(user, video) -> that user's own record of the video, where it judges the user's answers; else empty."""
+    viewers: Mapping[str, frozenset[str]]
+    """Video -> the users with such a record."""
+
+    @classmethod
+    def of(cls, questions: Questions, task: Task, items: Sequence[Item], settings: GRPOSettings, seed: int) -> "Peers":
+        """Those that the settings want; `items` are the records that may be trained on."""
+        groups = list(questions.groups)
+        own = settings.similar_gold == "own"
+        records = {(i.user_id, i.video_id): i for i in items} if own else {}
+        viewers: dict[str, set[str]] = {}
+        for user, video in records:
+            viewers.setdefault(video, set()).add(user)
+        return cls(
+            memberships=questions.memberships,
+            members=questions.members(task),
+            anybody=questions.ifvr.split_users(task, Split.TRAIN) if settings.similar == "random" else (),
+            shown=shuffled(groups, seed) if settings.profiles == "shuffled" else {g: g for g in groups},
+            records=records,
+            viewers={video: frozenset(users) for video, users in viewers.items()},
+        )
+
+    def draw(self, item: Item, seed: int) -> Sampled:
+        """The similar user and the group for a record."""
+        rather = self.viewers.get(item.video_id, frozenset())
+        return profile_sampling(item.user_id, seed, self.memberships, self.members, anybody=self.anybody, rather=rather)
+
+
 class Planner:
     """Decides what each step asks. It depends on the step's number alone, so a resumed run asks the same."""
 
@@ -117,7 +163,7 @@ class Planner:
         self.tasks = tuple(tasks)
         self._items = {t: questions.training_outcomes(t, held_out) for t in self.tasks}
         self._samplers = {t: self._sampler(t) for t in self.tasks}
-        self._members = {t: questions.members(t) for t in self.tasks}
+        self._peers = {t: Peers.of(questions, t, self._items[t], settings, seed) for t in self.tasks}
 
     def plan(self, step: int, rank: int = 0, world: int = 1) -> StepPlan:
         """One worker's samples of a step; steps take the tasks in turn, each as often as it is named."""
@@ -135,9 +181,10 @@ class Planner:
                 if not self._inputs.fits(encoded[role]):
                     plan.dropped += count
                     continue
+                judged = self._judged_by(item, sampled) if role == SampleRole.S else item
                 for k in range(count):
                     seed = sample_seed(self._seed, step, slot, role, k)
-                    plan.samples.append(Sample(slot, role, k, item, encoded[role], seed, prompt.text))
+                    plan.samples.append(Sample(slot, role, k, judged, encoded[role], seed, prompt.text))
         self._inputs.compute_pixels(s.encoded for s in plan.samples)
         return plan
 
@@ -153,13 +200,19 @@ class Planner:
         own = ask.about_user(item.task, item.user_id, item.video_id)
         if not s.groups:
             return [(SampleRole.T, own, s.user_samples + 2)], Sampled("", "")
-        seed = sample_seed(self._seed, step, slot, "profiles", 0)
-        sampled = profile_sampling(item.user_id, seed, ask.memberships, self._members[item.task])
+        seed, peers = sample_seed(self._seed, step, slot, "profiles", 0), self._peers[item.task]
+        sampled = peers.draw(item, seed)
         similar = own
         if sampled.similar:
-            similar = ask.about_user(item.task, sampled.similar, item.video_id, before=item.timestamp)
-        group = ask.about_group(item.task, sampled.group, item.video_id) if sampled.group else own
+            own_record = self._judged_by(item, sampled) is not item  # whose history ends before that record
+            before = None if own_record else item.timestamp
+            similar = ask.about_user(item.task, sampled.similar, item.video_id, before=before)
+        group = ask.about_group(item.task, peers.shown[sampled.group], item.video_id) if sampled.group else own
         return [(SampleRole.T, own, s.user_samples), (SampleRole.S, similar, 1), (SampleRole.G, group, 1)], sampled
+
+    def _judged_by(self, item: Item, sampled: Sampled) -> Item:
+        """The record that the similar user's answer is judged by."""
+        return self._peers[item.task].records.get((sampled.similar or "", item.video_id), item)
 
     def _sampler(self, task: Task) -> BalancedSampler:
         items = self._items[task]
@@ -191,8 +244,10 @@ def assign_rewards(
         s.advantage,
         right=[x.right for x in samples],
     )
-    for sample, value in zip(samples, result.values.tolist(), strict=True):
-        sample.advantage = value
+    opposite = [x.reading is not None and x.reading.option is not None and not x.judged_right for x in samples]
+    doubtful = contradicted(opposite, [x.group for x in samples], s.doubt)
+    for sample, value, doubted in zip(samples, result.values.tolist(), doubtful.tolist(), strict=True):
+        sample.advantage, sample.doubted = 0.0 if doubted else value, doubted
     return result
 
 
@@ -217,6 +272,7 @@ def answer_sums(plan: StepPlan, result: Advantages) -> dict[str, float]:
         "answers": float(len(plan.samples)),
         "groups": float(groups),
         "zero_variance": result.frac_zero_variance * groups,
+        "doubted": float(len({s.group for s in plan.samples if s.doubted})),
         "dropped_too_long": float(plan.dropped),
         "without_peer": float(plan.without_peer),
     }
@@ -257,6 +313,7 @@ def answer_figures(sums: dict[str, float]) -> dict[str, float]:
     return figures | {
         "reward": total / n,
         "frac_zero_variance": sums["zero_variance"] / max(1.0, sums["groups"]),
+        "frac_doubted": sums["doubted"] / max(1.0, sums["groups"]),
         "frac_right_pushed_down": sums["right_down"] / max(1.0, sums["right"]),
         "frac_wrong_pushed_up": sums["wrong_up"] / max(1.0, n - sums["right"]),
         "frac_truncated": sums["truncated"] / n,

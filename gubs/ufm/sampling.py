@@ -6,7 +6,7 @@ A resumed run therefore continues with the step's number alone.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +121,13 @@ class Sampled:
 
 
 def profile_sampling(
-    user: str, step_seed: int, memberships: Mapping[str, Sequence[str]], members: Mapping[str, Sequence[str]]
+    user: str,
+    step_seed: int,
+    memberships: Mapping[str, Sequence[str]],
+    members: Mapping[str, Sequence[str]],
+    *,
+    anybody: Sequence[str] = (),
+    rather: Collection[str] = (),
 ) -> Sampled:
     """Draws the similar user, evenly from all others in any of the user's groups, and the group, evenly.
 
@@ -132,13 +138,22 @@ def profile_sampling(
         step_seed: of this draw; the same seed gives another user another draw.
         memberships: user -> ids of the groups the user belongs to.
         members: group id -> its users.
+        anybody: draw the similar user from these instead.
+        rather: draw from those of them who are among these, if there are any.
     """
     groups = sorted(set(memberships.get(user, ())))
-    others = sorted({m for g in groups for m in members.get(g, ())} - {user})
+    others = sorted({*(anybody or (m for g in groups for m in members.get(g, ())))} - {user})
+    others = [o for o in others if o in rather] or others
     rng = np.random.default_rng(_stable_hash("profiles", step_seed, user))
     group = groups[rng.integers(len(groups))] if groups else None
     similar = others[rng.integers(len(others))] if others else None
     return Sampled(similar, group)
+
+
+def shuffled(names: Collection[str], seed: int) -> dict[str, str]:
+    """Each name -> another one, each of them once; drawn evenly from the cyclic permutations. A single name stays."""
+    order = np.random.default_rng(_stable_hash("shuffled", seed)).permutation(sorted(names)).tolist()
+    return dict(zip(order, order[1:] + order[:1], strict=True))
 
 
 def sample_seed(run_seed: int, step: int, group_id: int | str, role: str, k: int) -> int:

@@ -1,11 +1,15 @@
 """Settings of the User Feedback Modeler: the model, what it is shown, SFT, rollouts, GA-GRPO."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from gubs.records import Task
 from gubs.section import Section
+
+_APART = 1_000_003
+"""Between the seeds of two trainings of a run: more than runs have seeds."""
 
 
 class RewardSettings(Section):
@@ -196,8 +200,20 @@ class GRPOSettings(Section):
     """Policy to start from: after SFT, or the model as it is (paper, Table 7)."""
     groups: bool = True
     """Group-aware: S and G samples besides T. False = plain GRPO, all from the user's own prompt (paper, Table 7)."""
+    profiles: Literal["own", "oracle", "shuffled"] = "own"
+    """Whose groups: `own`, those of the stage `ugm`; `oracle`, the archetypes of a simulated app with all that is true
+    of them; `shuffled`, `ugm`'s members, each group with the profile of another: what a profile says then means
+    nothing."""
+    similar: Literal["group", "random"] = "group"
+    """Who the similar user is: another member of the user's groups, or anybody."""
+    similar_gold: Literal["target", "own"] = "target"
+    """What the similar user's answer is judged by: the training record, or that user's own record of the video. With
+    `own`, somebody who has one is drawn where there is one; without any, the training record counts."""
+    doubt: float = Field(0.0, ge=0, le=1)
+    """Share of a record's answers that say the opposite of its label about skip or not, from which the label is taken
+    for wrong: the record then gives no advantage in that step. 0 = every label is trusted."""
     steps: int = Field(200, ge=1)
-    """Optimiser steps (paper: 200)."""
+    """Optimiser steps of the task that `tasks` names most often (paper: 200); the others have theirs in proportion."""
     prompts: int = Field(4, ge=1)
     """Training records per step, over all workers, balanced over gold options (paper: 4)."""
     user_samples: int = Field(4, ge=1)
@@ -223,10 +239,28 @@ class GRPOSettings(Section):
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where figures go besides `metrics.jsonl` and Ray's metrics; wandb and mlflow must be installed."""
 
+    def total_steps(self, tasks: Sequence[Task] = ()) -> int:
+        """Steps of all tasks together; `tasks`: those in turn that the data set has, empty = all that are named."""
+        return total_steps(self.steps, tasks or self.tasks)
+
+
+def total_steps(steps: int, tasks: Sequence[str]) -> int:
+    """Steps that tasks in turn take until the one named most often has had its `steps`, with the rest of a round that
+    it completes.
+    """
+    main = max(tasks, key=tasks.count)
+    places = [n for n, task in enumerate(tasks, 1) if task == main]
+    rounds, more = divmod(steps, len(places))
+    return rounds * len(tasks) + (places[more - 1] if more else 0)
+
 
 class UFMSettings(Section):
     """The User Feedback Modeler."""
 
+    seed: int = Field(0, ge=0)
+    """Of trainings that differ in nothing but chance, the number of this one: it moves the order of examples and
+    records, the choice of similar users, and the sampled answers. Data, held-out users and evaluation follow the run's
+    `seed` alone."""
     held_out: float = Field(0.15, gt=0, lt=1)
     """Share of the training users whose targets are not trained on: calibration, thresholds and the quality of `score`
     are measured on them."""
@@ -237,6 +271,10 @@ class UFMSettings(Section):
     sft: SFTSettings = SFTSettings()
     grpo: GRPOSettings = GRPOSettings()
     distil: DistilSettings = DistilSettings()
+
+    def training_seed(self, seed: int) -> int:
+        """Seed of a training in a run with this `seed`."""
+        return seed + _APART * self.seed
 
     @model_validator(mode="after")
     def _consistent(self) -> "UFMSettings":

@@ -26,11 +26,12 @@ from gubs.errors import ArtifactError, GubsError, PlatformError, SettingsError
 from gubs.records import TASK_OPTIONS, Task
 from gubs.ufm import distil, memory
 from gubs.ufm import model as models
+from gubs.ufm.advantage import MEASURED
 from gubs.ufm.checkpoint import POLICY, Checkpoints
 from gubs.ufm.held_out import HeldOut
 from gubs.ufm.monitor import STUCK, check_trackers, read_metrics
 from gubs.ufm.questions import SKIP, Item, Questions, trainable_tasks
-from gubs.ufm.settings import CheckpointSettings, ModelSettings, UFMSettings, WorkerSettings
+from gubs.ufm.settings import CheckpointSettings, GRPOSettings, ModelSettings, UFMSettings, WorkerSettings
 from gubs.ufm.sft import COLUMNS, order_of, steps_of
 from gubs.ufm.train_worker import CHECKPOINTS, SETTINGS, Job
 from gubs.ufm.trainer import check_allocator
@@ -65,7 +66,7 @@ def make_sft(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: int) 
         check_checkpoint(work, ufm.sft.checkpoint.keep)
         _check_disk(ufm, frames, base, memory.plan_sft, folder)
         steps = steps_of(table.num_rows, ufm.sft)
-        order = order_of(table.num_rows, ufm.sft, seed)
+        order = order_of(table.num_rows, ufm.sft, ufm.training_seed(seed))
         data = _dataset(table.select(list(COLUMNS)).take(order), ufm.workers.count)
         config = {"job": work, "examples": table.num_rows}
         with _watching(folder, steps, "SFT"):
@@ -103,7 +104,8 @@ def make_grpo(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: int)
         work = _job(job, ufm, seed, folder, start, tasks=tasks, free=more_steps)
         check_checkpoint(work, grpo.checkpoint.keep)
         _check_disk(ufm, frames, start, memory.plan_grpo, folder)
-        with _watching(folder, grpo.steps, "GA-GRPO"):
+        _say_rule(grpo)
+        with _watching(folder, grpo.total_steps(tasks), "GA-GRPO"):
             _say_scarce(ufm.workers)
             ended = _fit("gubs.ufm.grpo", {"job": work}, ufm.workers, grpo.checkpoint, folder, {})
         about: JsonObject = {"tasks": [str(t) for t in tasks], "start": start.name, "rule": grpo.advantage.rule}
@@ -139,7 +141,7 @@ def make_distil(job: StageJob, ufm: UFMSettings, frames: FrameSettings, seed: in
         )
         if not table.num_rows:
             raise ArtifactError(f"{job.run.uri}: no answer of {policy} names an option; there is nothing to distil")
-        steps, order = steps_of(table.num_rows, settings), order_of(table.num_rows, settings, seed)
+        steps, order = steps_of(table.num_rows, settings), order_of(table.num_rows, settings, ufm.training_seed(seed))
         _check_memory(ufm, frames, start, memory.plan_distil)
         data = _dataset(distil.with_turns(table, order), ufm.workers.count)
         with _watching(folder, steps, "distil"):
@@ -466,6 +468,12 @@ def _say_scarce(workers: WorkerSettings) -> None:
     short = [f"{n:g} {name} ({free.get(name, 0.0):g} free)" for name, n in wanted.items() if free.get(name, 0.0) < n]
     if short:
         _detail(f"{workers.count} workers wait for {' and '.join(short)}")
+
+
+def _say_rule(grpo: GRPOSettings) -> None:
+    """Says what is known of the advantage rule, where it takes part."""
+    if grpo.groups and (measured := MEASURED.get(grpo.advantage.rule)):
+        _detail(f"advantage rule {grpo.advantage.rule}: {measured}")
 
 
 def _detail(text: str) -> None:

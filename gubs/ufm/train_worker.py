@@ -19,7 +19,7 @@ from gubs.ufm.checkpoint import POLICY, Checkpoints, SharedError, Write, disk_er
 from gubs.ufm.inputs import Inputs
 from gubs.ufm.model import cpu_threads
 from gubs.ufm.monitor import STUCK, Monitor, Phases, Watchdog
-from gubs.ufm.questions import Questions
+from gubs.ufm.questions import Questions, groups_of
 from gubs.ufm.settings import CheckpointSettings, UFMSettings
 from gubs.ufm.trainer import Trainer, check_allocator, copied_to_host, reduce_max
 
@@ -44,6 +44,7 @@ class Job:
     run_uri: str
     ufm: UFMSettings
     seed: int
+    """Of the run: decides who is held out."""
     settings: Mapping[str, object]
     """All settings of the run, for the record."""
     stage: str
@@ -56,6 +57,11 @@ class Job:
     tastes: bool = False
     """Prompts show what the stage `profiles` wrote."""
     tasks: tuple[Task, ...] = ()
+
+    @property
+    def training_seed(self) -> int:
+        """Decides all that is drawn in this training."""
+        return self.ufm.training_seed(self.seed)
 
     @property
     def checkpoints(self) -> str:
@@ -85,7 +91,7 @@ class TrainWorker:
         self.threads = cpu_threads(local_world, self.ufm.workers.threads)
         if self.device.type == "cpu":
             torch.set_num_threads(self.threads)
-        torch.manual_seed(job.seed)
+        torch.manual_seed(job.training_seed)
         self.folder = Path(job.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
@@ -93,7 +99,8 @@ class TrainWorker:
         self.phases = Phases()
         limits = dict.fromkeys(_ON_DISK, checkpoint.timeout_s)
         self._watchdog = Watchdog(self.phases, self.ufm.workers.stuck_after_s, self.folder, self.rank, limits)
-        self.questions = Questions(Run(job.run_uri), job.ufm.inputs, tastes=job.tastes)
+        groups = groups_of(job.ufm.grpo)
+        self.questions = Questions(Run(job.run_uri), job.ufm.inputs, tastes=job.tastes, groups=groups)
         self.vision = self.ufm.inputs.vision and self.questions.pictures
         self.launch()
         with quick_imports():

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from gubs.data.settings import SourceSettings
 from gubs.data.sources import SourceTables, amazon, kuairand, logs, microlens, movielens
 from gubs.data.sources.formats import TextFormat, open_table
-from gubs.data.sources.reading import Column, Sheet, clicks, constant, duplicated, read_sheet
+from gubs.data.sources.reading import Column, Sheet, clicks, codes, constant, duplicated, read_sheet
 from gubs.errors import InputError
 from gubs.records import SCHEMAS
 
@@ -210,6 +211,15 @@ def test_line_numbers_hold_across_blocks(tmp_path, monkeypatch):
 def test_duplicates_are_the_later_rows_and_nulls_are_equal():
     a, b = pa.chunked_array([["x", "x"], ["x", None, None]]), pa.chunked_array([[1, 2, 1, None, None]])
     assert duplicated([a, b]).tolist() == [False, False, True, False, True]
+
+
+def test_a_column_in_many_pieces_costs_little_more_than_a_whole_one():
+    """A part of a large log is put together from as many pieces as the log has files."""
+    values = [f"v{n * 7919 % 400_000}" for n in range(400_000)]
+    pieces = pa.chunked_array([pa.array(values[n : n + 2000]) for n in range(0, len(values), 2000)])
+    began = time.process_time()
+    assert len(set(codes(pieces).tolist())) == 400_000
+    assert time.process_time() - began < 3, "with a dictionary for each piece it takes more than ten times as long"
 
 
 # Reading: what must be refused, with file, row, column and remedy

@@ -219,3 +219,15 @@ def test_curves_are_means_over_whole_rounds_of_the_tasks():
 def test_the_whole_step_is_a_line_over_its_phases():
     columns = {"step": np.arange(4.0), "seconds/train": np.ones(4), "seconds/step": np.full(4, 2.0)}
     assert ">step<" in str(draw(_SECONDS, columns)).split("seconds")[-1]
+
+
+def test_the_page_says_what_was_measured_of_the_papers_rule(run):
+    """Preset `paper` stays the replica; whoever reads its curves reads this beside them."""
+    assert "one third of the right answers" not in render(run)
+    paper = load_settings("tiny", ["ufm.grpo.advantage.rule=paper"])
+    table = pa.table({"step": [0, 1], "reward": [1.0, 2.0]})
+    put(run, "by-paper", {"steps": table}, settings=paper, info={"steps": 2, "tasks": ["click"]})
+    assert "(measured: one third of the right answers get a negative advantage" in render(run)
+    plain = load_settings("tiny", ["ufm.grpo.advantage.rule=paper", "ufm.grpo.groups=false"])
+    put(run, "by-paper", {"steps": table}, settings=plain, info={"steps": 2, "tasks": ["click"]})
+    assert "one third of the right answers" not in render(run), "without S and G it punishes nothing"

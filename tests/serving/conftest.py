@@ -1,4 +1,4 @@
-"""The service with fake engines, deployed once per test file."""
+"""The service with fake engines, deployed once for all files here."""
 
 import json
 import os
@@ -61,7 +61,7 @@ class Service:
         return serve.get_app_handle(app).work.remote().result(timeout_s=20)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def service(ray_local, tmp_path_factory):
     assert os.environ[CALLBACK_VARIABLE] == CALLBACK, "conftest sets it before Ray starts"
     for module in (serving_helpers, fake_replica):

@@ -214,3 +214,33 @@ def test_preset_paper_leaves_the_papers_data_set():
     assert found["length"][1] > 0.4
     assert found["seconds"] < 180
     assert found["gib"] < 6
+
+
+def test_accidents_and_exits_change_only_the_views_that_they_hit():
+    """With one seed. So a laboratory of noise compares the same views at every rate of it."""
+    quiet, noisy = (
+        simulate(load_settings("tiny", [*small, f"accidental_skip={a}", f"app_exit={e}"]).synthetic, 3)
+        for small in [["users=200", "videos=60"]]
+        for a, e in ((0.0, 0.0), (0.2, 0.15))
+    )
+    assert quiet.users.equals(noisy.users)
+    assert quiet.videos.equals(noisy.videos)
+    shown = ["interaction_id", "user_id", "video_id", "task", "clicked"]
+    assert quiet.interactions.select(shown).equals(noisy.interactions.select(shown))
+    before, after = (
+        dict(
+            zip(t.truth["skips"]["interaction_id"].to_pylist(), t.truth["skips"]["mechanism"].to_pylist(), strict=True)
+        )
+        for t in (quiet, noisy)
+    )
+    hit = {i for i, mechanism in after.items() if mechanism in ("accident", "exit")}
+    assert hit
+    assert {i: m for i, m in after.items() if i not in hit}.items() <= before.items()
+    ended = {
+        i
+        for i, left in zip(
+            *noisy.interactions.select(["interaction_id", "exited_app"]).to_pydict().values(), strict=True
+        )
+        if left
+    }
+    assert before.keys() - after.keys() <= ended, "an exit may come before what would have been a skip"

@@ -1,13 +1,16 @@
 """Reasons of skips: rounds, queue, rules, and the truth that only the score may see."""
 
 import json
+from pathlib import Path
 
 import pytest
 from teach_helpers import EVIL, copy_run, hand_made, prompt_of, scripted, synthetic_settings, view, with_teachers
 
+from gubs.artifacts import Run
 from gubs.data.ifvr import IFVR
 from gubs.llm.settings import LLMSettings
 from gubs.prompts.answers import TAGS
+from gubs.records import Task
 from gubs.stages import make_stage
 from gubs.teachers import reasons
 from gubs.teachers.annotator import Annotator
@@ -282,3 +285,48 @@ def rules(chosen):
         says(chosen["garbage"], "I will not say"),
         says("skip", {"rationale": "fine", "option": "C"}),
     ]
+
+
+def labelled(simulated: Run, tmp_path: Path, **teachers: str) -> dict[str, dict]:
+    run = copy_run(simulated, tmp_path / "run")
+    chosen = with_teachers(synthetic_settings(), author="script", **teachers)
+    rows = make_stage("labels", run, chosen).table("labels").to_pylist()
+    return {r["interaction_id"]: r for r in rows}
+
+
+def mechanisms(run: Run) -> dict[str, tuple[str, str]]:
+    rows = run.artifact("truth").table("skips").to_pylist()
+    return {r["interaction_id"]: (r["mechanism"], r["cause"]) for r in rows}
+
+
+def test_a_naive_reader_takes_every_skip_for_meant(simulated, tmp_path):
+    """Training labels: true causes, but what the fields suggest where nobody meant the skip. Test labels stay true."""
+    found, truth = labelled(simulated, tmp_path, train_labels="naive", test_labels="truth"), mechanisms(simulated)
+    skips = {i: r for i, r in found.items() if i in truth and r["label_source"] != "rule"}
+    unmeant = {i for i in skips if truth[i][0] in ("accident", "exit", "interruption")}
+    train = {i for i in skips if skips[i]["split"] == "train"}
+    assert unmeant & train
+    assert {skips[i]["label_source"] for i in unmeant & train} == {"naive"}
+    assert {skips[i]["label_source"] for i in skips.keys() - (unmeant & train)} == {"truth"}
+    assert all(skips[i]["option"] == truth[i][1] for i in skips.keys() - (unmeant & train))
+    assert {skips[i]["option"] for i in unmeant & train} - {"D"}, "some are blamed on content or recommendation"
+
+
+def test_only_what_test_users_meant_is_judged(simulated, tmp_path):
+    found, truth = labelled(simulated, tmp_path, train_labels="truth", test_labels="meant"), mechanisms(simulated)
+    log = {r["interaction_id"]: r for r in IFVR(simulated).targets(Task.SEQUENTIAL).to_pylist()}
+    for item, row in found.items():
+        if item not in log:
+            continue
+        ended = truth[item][0] in ("accident", "exit", "interruption") if item in truth else log[item]["exited_app"]
+        assert (row["label_source"] == "unmeant") is (row["split"] == "test" and bool(ended)), item
+    assert {"unmeant", "truth", "rule"} == {r["label_source"] for r in found.values()}
+
+
+def test_what_the_simulation_knows_is_asked_of_no_teacher(simulated):
+    both = with_teachers(synthetic_settings(), train_labels="naive", test_labels="meant").teachers
+    assert reasons.requests(simulated, both, 0) == []
+    some = with_teachers(synthetic_settings(), train_labels="truth").teachers
+    asked = reasons.requests(simulated, some, 0)
+    targets = {r["interaction_id"]: r["split"] for r in IFVR(simulated).targets(Task.SEQUENTIAL).to_pylist()}
+    assert {targets[r.metadata["item"]] for r in asked} == {"test"}

@@ -1,5 +1,6 @@
 """The scripted teacher: what it reads, what it says, and that it never knows the truth."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ from teach_helpers import copy_run, hand_made, synthetic_settings, view, with_te
 from gubs.artifacts import Run
 from gubs.config import Settings
 from gubs.prompts.answers import as_answer, read_answer
+from gubs.prompts.options import SKIP_CAUSES
 from gubs.prompts.people import Person, View
 from gubs.records import TASK_OPTIONS, Interaction, Option, Task, User, Video
 from gubs.stages import make_stage
@@ -115,6 +117,16 @@ def test_mistakes_do_not_blame_the_content_in_about_that_share():
     assert script.dislike(a_case("clickbait", tags=("news",)), 1.0)[1] == Option.C
 
 
+def test_a_skip_that_nobody_explained_gets_any_reason():
+    """As often each, the same for the same target, and not by what the fields suggest."""
+    case = a_case(tags=("news",))
+    cases = [replace(case, target=replace(case.target, interaction_id=f"s{n}")) for n in range(600)]
+    said = Counter(script.skipped(case, digest=True)[1] for case in cases)
+    assert set(said) == set(SKIP_CAUSES)
+    assert min(said.values()) > 150
+    assert script.skipped(cases[0]) == script.skipped(cases[0])
+
+
 def test_what_a_look_shows_is_noted_whatever_the_user_complains_about():
     think, option = script.dislike(a_case("too long"), seen=script.REMARKS["unpleasant"])
     assert "But the picture is hard to bear. So it is the user's moment." in think
@@ -141,7 +153,9 @@ def test_every_sentence_is_known_to_the_tokenizer():
 
 def settings(truth: bool = False) -> Settings:
     base = synthetic_settings()
-    teachers = {"author": "script", "sft_click_users": 20, "truth": truth, "profiles": False}
+    labels = "truth" if truth else "teacher"
+    known = {"train_labels": labels, "test_labels": labels, "script_flaws": truth}
+    teachers = {"author": "script", "sft_click_users": 20, "profiles": False, **known}
     return base.model_copy(update={"teachers": base.teachers.model_copy(update=teachers)})
 
 
@@ -198,14 +212,14 @@ def test_the_script_says_the_same_where_the_truth_is_another(simulated, tmp_path
 
 
 def test_a_source_without_truth_is_labelled_by_the_script(tmp_path, no_llm):
-    """truth=true is a wish of simulated sources; elsewhere the script has to do."""
+    """True labels are a wish of simulated sources; elsewhere the script has to do."""
     history = [view(f"h{i}", f"v{i}", play_rate=0.9) for i in range(3)]
     run = hand_made(
         tmp_path / "run",
         [*history, view("t1", "v9", role="target", play_rate=0.05), view("t2", "v8", role="target", play_rate=0.9)],
         v9={"title": "News", "duration_s": 20.0, "tags": ["news"]},
     )
-    labels = make_stage("labels", run, with_teachers(author="script", truth=True))
+    labels = make_stage("labels", run, with_teachers(author="script", train_labels="truth", test_labels="truth"))
     found = {r["interaction_id"]: (r["option"], r["label_source"]) for r in labels.table("labels").to_pylist()}
     assert found["t1"] == ("C", "guess"), "nobody said why: the fields only suggest it"
     assert found["t2"] == ("A", "rule")

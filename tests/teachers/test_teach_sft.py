@@ -73,6 +73,8 @@ def test_watched_targets_become_examples_of_option_a_by_the_script_alone(tmp_pat
     assert [c.target.interaction_id for c in cases_of(run, TeacherSettings(author="script"))] == ["d1"]
     with pytest.raises(SettingsError, match=r"sft_watched is for teachers.author=script only: set it to 0$"):
         load_settings("paper", ["teachers.sft_watched=0.6"])
+    with pytest.raises(SettingsError, match=r"sft_views, teachers.script_digest are for .*script only: set them to 0$"):
+        load_settings("tiny", ["teachers.author=annotator"])
     rows = stage(run, thought, author="script", sft_watched=0.6).table("examples").to_pylist()
     assert [(r["interaction_id"], r["gold"]) for r in rows][1] == ("next", "A")
     assert rows[1]["response"].endswith("So it is watched on.</think><answer>A</answer>")

@@ -15,7 +15,7 @@ STEPS = 10
 def resume_settings(*overrides: str) -> Settings:
     """Short steps, a checkpoint every second one, nothing thrown away."""
     return small_settings(
-        f"ufm.grpo.steps={STEPS}",
+        f"ufm.grpo.steps={STEPS // 2}",  # of each of two tasks
         "ufm.grpo.checkpoint.every=2",
         "ufm.grpo.checkpoint.keep=10",
         "ufm.grpo.optimizer.learning_rate=0.001",

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gubs.ufm.advantage import RULES, SampleRole, advantages
+from gubs.ufm.advantage import MEASURED, RULES, SampleRole, advantages, contradicted
 from gubs.ufm.settings import AdvantageSettings
 
 ROLES = ["T", "T", "T", "T", "S", "G"]
@@ -229,3 +229,28 @@ def test_repaired_rules_ignore_scale_and_offset(batch, scale, offset):
         one = advantages(raw, roles, ids, rule(name), right=raw == 3).values
         two = advantages(raw * scale + offset, roles, ids, rule(name), right=raw == 3).values
         assert two == pytest.approx(one, abs=1e-8), name
+
+
+@pytest.mark.parametrize("accuracy", [0.3, 0.5, 0.7, 0.9])
+def test_what_was_measured_of_the_papers_rule_can_be_measured_again(accuracy):
+    """A third of the right answers is pushed down at any accuracy: S and G weigh less, whatever they say. It is written
+    beside every training that uses the rule. Wrong answers here are in the right form, half of them skips as well."""
+    rng, groups = np.random.default_rng(7), 2000
+    right = rng.random(6 * groups) < accuracy
+    raw = np.where(right, 3, rng.integers(1, 3, 6 * groups))
+    roles, ids = ROLES * groups, np.repeat(np.arange(groups), 6)
+    down = {n: advantages(raw, roles, ids, rule(n, 1e-4), right=right).frac_right_pushed_down for n in RULES}
+    assert down["paper"] == pytest.approx(1 / 3, abs=0.02)
+    assert down["weighted"] == down["anchored"] == 0
+    assert "one third" in MEASURED["paper"]
+    assert set(MEASURED) == {"paper"}
+
+
+def test_a_label_is_doubted_if_enough_answers_say_the_opposite():
+    """Six samples each, of which 6, 5, 4 and 0 contradict the label."""
+    ids = np.repeat([7, 3, 5, 9], 6)
+    opposite = np.concatenate([np.arange(6) < n for n in (6, 5, 4, 0)])
+    assert contradicted(opposite, ids, 0.8).tolist() == [True] * 12 + [False] * 12
+    assert contradicted(opposite, ids, 4 / 6).tolist() == [True] * 18 + [False] * 6
+    assert not contradicted(opposite, ids, 0.0).any(), "off: a group of unanimous answers is trusted"
+    assert contradicted([], [], 0.8).tolist() == []

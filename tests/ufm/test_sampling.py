@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gubs.errors import GubsError
-from gubs.ufm.sampling import BalancedSampler, Sampled, profile_sampling, sample_seed
+from gubs.ufm.sampling import BalancedSampler, Sampled, profile_sampling, sample_seed, shuffled
 
 ABCD = "ABCD"
 
@@ -139,3 +139,31 @@ def test_seeds_are_the_same_in_every_process():
     code = "from gubs.ufm.sampling import sample_seed; print(sample_seed(7, 3, 'record', 'S', 1))"
     runs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()}
     assert runs == {str(sample_seed(7, 3, "record", "S", 1))}
+
+
+def test_anybody_may_be_the_similar_user():
+    """The control: a stranger's answers instead of a similar user's. The group stays the user's own."""
+    drawn = [profile_sampling("u", s, MEMBERSHIPS, MEMBERS, anybody=["u", "alone", "x"]) for s in range(100)]
+    assert {d.similar for d in drawn} == {"alone", "x"}
+    assert [d.group for d in drawn] == [profile_sampling("u", s, MEMBERSHIPS, MEMBERS).group for s in range(100)]
+
+
+def test_somebody_with_a_record_of_the_video_is_drawn_where_there_is_one():
+    rather = [profile_sampling("u", s, MEMBERSHIPS, MEMBERS, rather={"w", "alone", "u"}).similar for s in range(50)]
+    assert set(rather) == {"w"}
+    none = [profile_sampling("u", s, MEMBERSHIPS, MEMBERS, rather={"alone"}) for s in range(50)]
+    assert none == [profile_sampling("u", s, MEMBERSHIPS, MEMBERS) for s in range(50)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 6, 40])
+def test_shuffled_profiles_are_each_of_another_group(count):
+    """Wrong here: a group keeps its own profile, or two show the same one, and "shuffled" says something after all."""
+    names = [f"g{i}" for i in range(count)]
+    for seed in range(20):
+        found = shuffled(names, seed)
+        assert sorted(found) == sorted(found.values()) == sorted(names)
+        assert all(a != b for a, b in found.items())
+        assert found == shuffled(names[::-1], seed)
+    assert len({tuple(shuffled(names, s).items()) for s in range(20)}) > 1
+    assert shuffled(["g"], 0) == {"g": "g"}
+    assert shuffled([], 0) == {}

@@ -12,6 +12,7 @@ import torch
 from gubs.prompts.answers import read_answer
 from gubs.prompts.digest import RATES
 from gubs.records import TASK_OPTIONS, Option, Task, User, Video
+from gubs.teachers.script import LONG_S
 from gubs.ufm import lessons
 from gubs.ufm.inputs import Inputs
 from gubs.ufm.model import init, load
@@ -41,7 +42,7 @@ def words() -> Vocabulary:
 def own(words) -> list[tuple]:
     rng = np.random.default_rng(1)
     pool = lessons.own_words(words, rng)
-    return [lessons.own_lesson(pool, rng) for _ in range(300)]
+    return [lessons.lesson(pool, rng) for _ in range(300)]
 
 
 def test_lessons_in_own_words_say_only_what_stands_in_the_prompt(own):
@@ -84,14 +85,27 @@ def test_a_lesson_ends_in_the_form_of_an_answer(some):
 
 
 def test_what_a_lesson_says_stands_in_its_prompt(some):
-    """Topic, interests and length are quoted, the verdict on them is right."""
+    """Topic, interests and digest are quoted, the verdict on the interests is right; groups have no digest."""
+    groups = 0
     for prompt, answer in some:
-        listed = json.loads(re.search(r"^User: (.*)$", prompt.text, re.MULTILINE)[1])[-1]
+        group = "Group: " in prompt.text
+        groups += group
+        shown = re.search(r"Likes: (.*)\.$" if group else r"^User: (.*)$", prompt.text, re.MULTILINE)[1]
+        listed = shown.split(", ") if group else json.loads(shown)[-1]
         topic = re.search(r'Topic "(\w+)"', answer)[1]
         assert (topic in listed) is ("It fits." in answer)
         assert topic in prompt.text.rsplit("Video:", 1)[1]
-        seconds = re.search(r"Length (\d+) s, (long|short)", answer)
-        assert f'"{seconds[1]} s"' in prompt.text
+        digest = re.search(r"^(Skips|Clicks) .*$", prompt.text, re.MULTILINE)
+        assert group or digest[0] in answer
+        assert group is (digest is None)
+    assert 20 < groups < 60
+
+
+def test_half_of_the_lengths_are_known_from_the_history(some):
+    """Each length's word comes up: with invented lengths alone, most would be unknown."""
+    named = Counter(found[1] for p, _ in some if (found := re.search(r" s(?: and more)? (\w+), such tags", p.text)))
+    assert 0.1 < named["unknown"] / named.total() < 0.6
+    assert set(RATES) <= set(named)
 
 
 def test_common_sense_names_what_speaks_and_leaves_open_which_of_several_counts(some):
@@ -99,8 +113,9 @@ def test_common_sense_names_what_speaks_and_leaves_open_which_of_several_counts(
     by_facts: dict[tuple[str, ...], Counter[str]] = {}
     for prompt, answer in some:
         if task_of(prompt) == Task.SEQUENTIAL:
-            marks = {"B": "But the", "C": "not fit", "D": "s, long"}
-            speaks = tuple(o for o, words in marks.items() if words in answer)
+            seconds = re.search(r'"(\d+) s"', prompt.text.rsplit("Video:", 1)[1])
+            marks = {"B": "But the" in answer, "C": "not fit" in answer, "D": long(prompt.text, int(seconds[1]))}
+            speaks = tuple(o for o, holds in marks.items() if holds)
             option = read_answer(answer, tuple(Option), finished=True).option
             by_facts.setdefault(speaks, Counter())[str(option)] += 1
     assert len(by_facts) >= 6
@@ -110,6 +125,11 @@ def test_common_sense_names_what_speaks_and_leaves_open_which_of_several_counts(
         likely = set(speaks or "A")
         assert said.most_common(1)[0][0] in likely, (speaks, said)
         assert said.total() < 20 or likely <= set(said), (speaks, said)
+
+
+def long(prompt: str, seconds: int) -> bool:
+    """No lesson shows three watched views, which would say what is long for the user; groups have no length."""
+    return "Group: " not in prompt and seconds > LONG_S
 
 
 def test_hidden_pictures_are_not_talked_about(some):

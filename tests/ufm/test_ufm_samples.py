@@ -112,3 +112,38 @@ def test_where_no_reason_is_known_only_skip_or_not_is_rewarded(gold, rewards):
     assert tuple(s.parts.total for s in own) == rewards
     assert [s.right for s in own] == [gold is None, gold is None, gold is not None, False]
     assert own[0].to_json()["gold"] == ("skip" if gold is None else "A")
+
+
+def test_a_doubted_record_gives_no_advantage_and_is_counted():
+    """Gold B; four of six answers say that it is watched on. With `doubt` up to 4/6 the record is dropped."""
+    answers = {"T": (3, 3, 3, 1), "S": (3,), "G": (2,)}
+    for doubt, dropped in ((0.0, False), (0.6, True), (0.7, False)):
+        plan, responses = plan_of(0, answers)
+        settings = GRPOSettings(advantage={"rule": "weighted"}, doubt=doubt)
+        found = assign_rewards(plan.samples, responses, lambda ids: TEXTS[ids[0]], settings)
+        assert any(s.advantage for s in plan.samples) is not dropped
+        assert answer_figures(answer_sums(plan, found))["frac_doubted"] == float(dropped)
+
+
+def test_answers_without_an_option_doubt_nothing():
+    plan, responses = plan_of(0, {"T": (4, 4, 4, 1), "S": (4,), "G": (4,)})
+    assign_rewards(plan.samples, responses, lambda ids: TEXTS[ids[0]], GRPOSettings(doubt=0.5))
+    assert not any(s.doubted for s in plan.samples)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "steps", "total"),
+    [
+        (["sequential", "sequential", "sequential", "click"], 45, 60),
+        (["sequential", "click"], 200, 400),
+        (["click"], 45, 45),
+        (["sequential", "sequential", "click"], 3, 4),
+    ],
+)
+def test_steps_are_those_of_a_task(tasks, steps, total):
+    """The paper's 200 steps are 200 of each task; of a task that the data set lacks there are none."""
+    settings = GRPOSettings(tasks=tasks, steps=steps)
+    assert settings.total_steps() == total
+    turns = [tasks[n % len(tasks)] for n in range(total)]
+    assert max(map(turns.count, tasks)) == steps
+    assert settings.total_steps([Task.CLICK]) == steps

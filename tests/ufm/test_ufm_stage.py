@@ -17,7 +17,7 @@ from gubs.ufm.memory import Machine
 from gubs.ufm.model import checkpoint
 from gubs.ufm.monitor import check_trackers
 from gubs.ufm.questions import Item
-from gubs.ufm.settings import SFTSettings
+from gubs.ufm.settings import GRPOSettings, SFTSettings
 from gubs.ufm.sft import COLUMNS, order_of, steps_of
 from gubs.ufm.stage import _examples, _options, _tasks
 
@@ -92,6 +92,21 @@ def test_a_task_with_one_option_only_is_left_out_and_said(capsys):
     assert "the click task is left out: its records all have the same option" in capsys.readouterr().err
 
 
+def test_the_log_says_what_was_measured_of_the_papers_rule(capsys):
+    stage._say_rule(GRPOSettings(advantage={"rule": "paper"}))
+    assert "advantage rule paper: one third of the right answers" in capsys.readouterr().err
+    stage._say_rule(GRPOSettings(advantage={"rule": "paper"}, groups=False))
+    stage._say_rule(GRPOSettings(advantage={"rule": "weighted"}))
+    assert not capsys.readouterr().err
+
+
+def test_trainings_of_a_world_differ_in_their_seed_alone():
+    """The first one is what it was before there could be several."""
+    seeds = [small_settings(f"ufm.seed={n}").ufm.training_seed(world) for world in (0, 1, 2) for n in range(3)]
+    assert len(set(seeds)) == 9
+    assert seeds[::3] == [0, 1, 2]
+
+
 def test_turns_are_kept_as_they_are_named():
     wanted = (Task.CLICK, Task.SEQUENTIAL, Task.SEQUENTIAL)
     assert _tasks(Log(sequential="AB", click="AB"), wanted, NOBODY) == wanted
@@ -137,7 +152,7 @@ def test_without_sft_and_without_pictures(ufm_run, tmp_path):
         "ufm.grpo.start=base",
         "ufm.inputs.vision=false",
         "ufm.inputs.max_new_tokens=8",
-        "ufm.grpo.steps=2",
+        "ufm.grpo.steps=1",
         "ufm.grpo.beta=0",
         "ufm.rollout.kv_cache_gb=0.1",
         "ufm.workers.threads=1",

@@ -21,12 +21,14 @@ from gubs.artifacts import Run
 from gubs.cli import app
 from gubs.config import load_settings
 from gubs.data.ifvr import IFVR
+from gubs.errors import SettingsError
 from gubs.jobs import run_app
 from gubs.llm.calls import estimate_prompt
 from gubs.llm.errors import BudgetReachedError, IncompleteError, NotInJournalError
 from gubs.records import GroupProfile, conform
 from gubs.report.groups import purity_of, render
 from gubs.teachers.profiles import SCHEMA as PROFILES
+from gubs.ugm import oracle
 from gubs.ugm.manager import foreseen_requests
 from gubs.ugm.placement import Placement
 from gubs.ugm.settings import UGMSettings
@@ -384,3 +386,26 @@ def test_a_killed_run_resumes_without_repeating_a_finished_call(run, server):
     repeated = [k for k, n in after.items() if n > before.get(k, 0) and before.get(k, 0)]
     assert len(repeated) <= 8, "only what was in flight at the kill is asked again"
     assert Run(run.uri).artifact("ugm").manifest.info["kept"] == 4
+
+
+def test_true_groups_are_the_archetypes_with_what_is_true_of_them(tmp_path):
+    """An upper bound of what groups can be worth: no model may see it in earnest."""
+    run, settings = Run(tmp_path / "run"), load_settings("tiny", ["users=60", "videos=30", "ufm.grpo.profiles=oracle"])
+    stages.make_stage("truth", run, settings)
+    made = stages.make_stage("oracle", run, settings)
+    users = {u["user_id"]: u for u in run.artifact("truth").table("users").to_pylist()}
+    groups = {g["group_id"]: g for g in made.table("groups").to_pylist()}
+    for row in made.table("memberships").to_pylist():
+        user, profile = users[row["user_id"]], groups[row["group_id"]]["final_profile"]
+        assert profile.startswith(f"Likes: {', '.join(user['archetype_interests'])}.")
+    assert len(groups) == len({u["archetype"] for u in users.values()})
+    texts = [g["final_profile"] for g in groups.values()]
+    assert any("Put off by: " in t for t in texts)
+    assert all("s takes too long." in t for t in texts)
+    graph = stages.Graph(["grpo"], run, settings)
+    assert {"oracle", "ugm"} & set(graph.order) == {"oracle"}, "and no other groups are made"
+
+
+def test_true_groups_are_of_simulated_apps_only(tmp_path):
+    with pytest.raises(SettingsError, match="for simulated apps only"):
+        oracle.preflight("logs")

@@ -440,7 +440,10 @@ def duplicated(columns: Sequence[pa.ChunkedArray]) -> np.ndarray:
 
 def codes(column: pa.ChunkedArray) -> np.ndarray:
     """Equal numbers for equal values; 0 for null."""
-    encoded = column.dictionary_encode().unify_dictionaries()
+    # One chunk first: each of many gets a dictionary of all values before it, and to unify these takes far longer.
+    whole = column.combine_chunks()
+    chunked = whole if isinstance(whole, pa.ChunkedArray) else pa.chunked_array([whole])
+    encoded = chunked.dictionary_encode().unify_dictionaries()
     parts = [c.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False) + 1 for c in encoded.chunks]
     return np.concatenate([np.zeros(0, np.int64), *parts])
 
