@@ -58,7 +58,7 @@ def kept_chart(table: Table) -> Markup:
     rate = "click_rate" if table.task == Task.CLICK else "play_rate_above_30"
     baselines = {r.name for r in table.rows if r.kind == "baseline"}
     half = {name: next(p[rate] for p in points if p["share_kept"] >= 0.49) for name, points in table.curves.items()}
-    distinct = {str(points): name for name, points in reversed(table.curves.items())}
+    distinct = {str(points): name for name, points in reversed(list(table.curves.items()))}
     names = sorted(distinct.values(), key=lambda n: (n in baselines, -half[n]))
     policies = [n for n in names if n not in baselines][:_POLICIES]
     shown = (policies + [n for n in names if n in baselines])[:_CURVES]
