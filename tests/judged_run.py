@@ -35,14 +35,8 @@ SETTINGS = load_settings(
     "tiny",
     [
         *WORLD,
-        *(
-            "teachers.profiles=false",
-            "teachers.author=script",
-            "teachers.train_labels=truth",
-            "teachers.test_labels=truth",
-            "teachers.script_flaws=true",
-            "ufm.held_out=0.3",
-        ),
+        *("teachers.profiles=false", "teachers.author=script", "teachers.train_labels=truth"),
+        *("teachers.test_labels=truth", "ufm.held_out=0.3"),
         *("evaluate.bootstrap=40", "evaluate.sensitivity.items=40", "evaluate.least_slice=20"),
         "evaluate.decision.thoughts=1",
     ],
