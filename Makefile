@@ -45,14 +45,14 @@ demo: setup
 
 test: lint types tests
 check: lint types
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder -m "not engine"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not engine"
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 types: setup
 	$(BIN)/mypy
 tests: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Resolves requirements without installing anything, and writes them into a lock file below its head.
 # $(1) what pip is given, $(2) the lock file, $(3) packages to leave out

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -21,29 +23,38 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 LONGEST = ("test_ufm_resume.py", "test_train_job.py", "test_serve_job.py", "test_build_job.py")
-SHARED = ("ufm_run", "service")
-"""Fixtures that take long: all files that use one are run by one process, one after the other."""
+TOGETHER = {
+    name: group
+    for group, names in {
+        "ufm_run": ("resume", "preflight", "questions", "sft", "stage"),
+        "service": ("http", "console"),
+    }.items()
+    for name in (f"test_ufm_{n}.py" if group == "ufm_run" else f"test_{n}.py" for n in names)
+}
+"""Files that share a fixture which takes long: one process runs them all."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+class FilesTogether(LoadFileScheduling):
+    """A file's tests are run by one process (pytest -n 2 --dist loadfile), and so are files that share a fixture."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return TOGETHER.get(Path(file).name, file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
+    """Called by xdist."""
+    return FilesTogether(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files come first: of several processes (pytest -n 2 --dist loadgroup) none is left alone with one. A
-    file's tests stay together. Whatever needs Ray or is slow counts as `engine`, which `make check` leaves out.
+    """The longest files come first: of several processes none is left alone with one. Whatever needs Ray or is slow
+    counts as `engine`, which `make check` leaves out.
     """
-    groups = {item.path: str(item.path) for item in items}
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
-        shared = [name for name in SHARED if name in getattr(item, "fixturenames", ())]
-        groups[item.path] = shared[0] if shared else groups[item.path]
-    first = {group: min(_place(p) for p, g in groups.items() if g == group) for group in set(groups.values())}
-    items.sort(key=lambda item: (first[groups[item.path]], groups[item.path], _place(item.path)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
         if "ray_local" in getattr(item, "fixturenames", ()) or item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.engine)
-
-
-def _place(path: Path) -> int:
-    return LONGEST.index(path.name) if path.name in LONGEST else len(LONGEST)
 
 
 @pytest.fixture(scope="session")
