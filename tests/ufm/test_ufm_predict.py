@@ -17,7 +17,7 @@ import ray
 from ufm_helpers import image_prompt, text_prompt, tiny_inputs, video_prompt
 
 from gubs.errors import PlatformError
-from gubs.evaluate import judge
+from gubs.evaluate import answers, judge
 from gubs.evaluate.answers import AnswerLog
 from gubs.ufm import predict
 from gubs.ufm.inputs import Prompt
@@ -267,17 +267,17 @@ def test_no_more_engines_judge_than_there_is_work_for(monkeypatch, tmp_path):
         def stream(self, _: object) -> list[Prediction]:
             return []
 
-    monkeypatch.setattr(judge, "Predictor", Noted)
+    monkeypatch.setattr(answers, "Predictor", Noted)
     monkeypatch.setattr(judge, "Inputs", lambda *_: None)
     ufm, questions = UFMSettings(workers={"count": 4}), SimpleNamespace(pictures=True, largest=None)
     log = AnswerLog(fsspec.filesystem("file"), str(tmp_path))
     for gpu in (True, False):
-        monkeypatch.setattr(judge, "use_gpu", lambda _, gpu=gpu: gpu)
+        monkeypatch.setattr(answers, "use_gpu", lambda _, gpu=gpu: gpu)
         for items in (
             1,
-            judge._ANSWERS_PER_ENGINE // 2,
-            judge._ANSWERS_PER_ENGINE // 2 + 1,
-            50 * judge._ANSWERS_PER_ENGINE,
+            answers._ANSWERS_PER_ENGINE // 2,
+            answers._ANSWERS_PER_ENGINE // 2 + 1,
+            50 * answers._ANSWERS_PER_ENGINE,
         ):
             judge.ask([()] * items, [], questions, Path(), ufm, 1, 0, log)
     assert asked == [1, 1, 2, 4, 1, 1, 1, 1]
