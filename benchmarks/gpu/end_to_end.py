@@ -16,6 +16,7 @@ from runs import WORLD
 SETTINGS = [
     *(setting for setting in WORLD if not setting.startswith(("render.", "ufm.grpo.start"))),
     "ufm.model.lessons=0",
+    "teachers.sft_views=40",
     "ufm.sft.min_steps=0",
     "ufm.sft.optimizer.schedule=constant",
     "ufm.sft.optimizer.warmup_steps=0",
