@@ -218,7 +218,7 @@ def local_head(num_cpus: int | None = None) -> Iterator[str]:
                 break
             if head.poll() is None or attempt == _TRIES:
                 raise PlatformError(_never_up(head, Path(folder)))
-            say("[ray]    it ended while it started (another program may have taken a port); starting another ...")
+            say("[ray]    it exited while starting (another program may have taken a port); starting another ...")
         address = f"http://127.0.0.1:{dashboard}"
         say(f"[ray]    up, dashboard at {address}")
         yield address
@@ -271,7 +271,7 @@ def _is_up(dashboard: int, agent: int, head: subprocess.Popen[bytes]) -> bool:
 
 def _never_up(head: subprocess.Popen[bytes], folder: Path) -> str:
     ended = head.poll() is not None
-    what = "ended while it started" if ended else f"did not come up within {_START_TIMEOUT_S:g} s"
+    what = "exited while starting" if ended else f"did not come up within {_START_TIMEOUT_S:g} s"
     log = (folder / "head.log").read_text(errors="replace")[-2000:]
     return f"the Ray head node {what}; the end of its log:\n{log}"
 

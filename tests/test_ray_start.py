@@ -84,13 +84,14 @@ def test_a_head_node_that_found_a_port_taken_is_started_again_on_others(heads):
 def test_a_head_node_that_always_ends_is_an_error_with_its_log(heads):
     commands, ports = heads
     commands += [["false"]] * 3
-    with pytest.raises(PlatformError, match=r"ended while it started(.|\n)*used by other"), local_head():
+    with pytest.raises(PlatformError, match=r"exited while starting(.|\n)*used by other"), local_head():
         pass
     assert len(ports) == 3
 
 
 def test_free_ports_differ():
-    assert len(set(free_ports(50))) == 50
+    """Asked for one by one, some of so many would come twice, nearly for certain."""
+    assert len(set(free_ports(500))) == 500
 
 
 LATE_DASHBOARD = """
