@@ -101,6 +101,15 @@ def test_what_a_lesson_says_stands_in_its_prompt(some):
     assert 20 < groups < 60
 
 
+def test_a_title_comes_with_another_length_each_time(some):
+    """Otherwise the length's class would be learned by heart with the title."""
+    lengths: dict[str, set[str]] = {}
+    for prompt, _ in some:
+        title, length = json.loads(prompt.text.rsplit("Video:", 1)[1].split("\n")[0]).values()
+        lengths.setdefault(title, set()).add(length)
+    assert sum(len(found) > 1 for found in lengths.values()) > 0.8 * len(lengths)
+
+
 def test_half_of_the_lengths_are_known_from_the_history(some):
     """Each length's word comes up: with invented lengths alone, most would be unknown."""
     named = Counter(found[1] for p, _ in some if (found := re.search(r" s(?: and more)? (\w+), such tags", p.text)))
