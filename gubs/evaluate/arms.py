@@ -18,12 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from gubs.errors import ArtifactError
-from gubs.evaluate.judge import CALIBRATED, FILTER, MIXES, SAMPLED, Row, as_predictions
+from gubs.evaluate.judge import CALIBRATED, FILTER, MIXES, SAMPLED, Row, as_predictions, constant_rewards
 from gubs.evaluate.metrics import Bools, Floats, Statistic, bootstrap_weights, statistic_of, user_sums
 from gubs.evaluate.table import auc
 from gubs.evaluate.verdicts import Verdict, compared, exchanges_for, paired, with_holm
 from gubs.records import TASK_OPTIONS, Option, Task
-from gubs.ufm.rewards import skip_right
 
 NATURAL, BALANCED = MIXES
 REWARD, AUC = "reward", "auc"
@@ -110,6 +109,12 @@ class Asked:
         score = np.array([math.nan if r["skip"] is None else r["skip"] for r in rows], dtype=float)
         return cls(tuple(users.tolist()), sums, np.nan_to_num(score), bad, code)
 
+    @cached_property
+    def auc_by_user(self) -> Floats:
+        """The AUC within each user's items, [U]; NaN for a user with one kind of item."""
+        mine = (self.code == user for user in range(len(self.users)))
+        return np.array([float(auc(self.score[m], self.bad[m])) for m in mine])
+
     def auc(self, weights: Floats | None = None, score: Floats | None = None) -> Floats:
         """Area under the ROC curve; `weights` are of users, [..., U]."""
         by_item = None if weights is None else weights[..., self.code]
@@ -184,18 +189,12 @@ def constant_answers(rows: Iterable[Row]) -> dict[str, list[Row]]:
     for task, names in CONSTANTS.items():
         mine = [r for r in rows if r["task"] == task]
         others = [r["gold"] for r in mine if r["gold"] not in (None, Option.A)]
-        rest = [str(o) for o in TASK_OPTIONS[task] if o != Option.A]
-        for name, option in zip(names, (str(Option.A), max(rest, key=others.count)), strict=True):
-            found[name] = [r | {"predicted": option, "reward": _constant_reward(r, option), "skip": None} for r in mine]
+        rest = [o for o in TASK_OPTIONS[task] if o != Option.A]
+        for name, option in zip(names, (Option.A, max(rest, key=others.count)), strict=True):
+            rewards = constant_rewards(mine, option)
+            said = {"predicted": str(option), "skip": None}
+            found[name] = [r | said | {"reward": reward} for r, reward in zip(mine, rewards, strict=True)]
     return found
-
-
-def _constant_reward(row: Row, option: str) -> float | None:
-    """Of a well-formed answer with the option."""
-    if row["reward"] is None:
-        return None
-    gold = Option(row["gold"]) if row["gold"] else None
-    return 1.0 + skip_right(Option(option), gold) + (option == row["gold"])
 
 
 def compare_arms(arms: Arms, constants: Arms, *, resamples: int, seed: int) -> Comparison:
@@ -326,9 +325,15 @@ class Pool:
             observed,
             np.concatenate(drawn),
             exchanged,
-            np.zeros(self._count),
+            self._by_user() - other._by_user(),
             resamples=resamples,
             exchanges=exchanges,
+        )
+
+    def _by_user(self) -> Floats:
+        """Each user's own AUC, the mean over the trainings, [U]; NaN for a user with one kind of item."""
+        return np.concatenate(
+            [np.mean([a.auc_by_user for (w, _), a in self.cells.items() if w == world], axis=0) for world in self.users]
         )
 
     def _exchanged(self, other: "Pool", flips: npt.NDArray[np.int64]) -> float:

@@ -13,11 +13,8 @@ import numpy as np
 from gubs import console
 from gubs.artifacts import Artifact, Run
 from gubs.errors import ArtifactError
-from gubs.evaluate.judge import BASE, CALIBRATED, FILTER, GREEDY, MIXES, MODES, STAGE_PREFIX
-from gubs.prompts.answers import as_answer
+from gubs.evaluate.judge import BASE, CALIBRATED, FILTER, GREEDY, MIXES, MODES, STAGE_PREFIX, constant_rewards
 from gubs.records import TASK_OPTIONS, Option, Task
-from gubs.ufm.rewards import reward_answer
-from gubs.ufm.settings import RewardSettings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -212,20 +209,15 @@ def _metric_rows(judged: Sequence[_Judged], task: Task, mix: str) -> list[Row]:
 
 def _reward_row(judged: Sequence[_Judged], task: Task, mix: str, rows: Sequence[dict[str, Any]]) -> Row:
     """The mean reward; a constant's is that of a well-formed answer that always names the same option."""
-    golds = [Option(r["gold"]) for r in rows if r["gold"]]
-    skips = [g for g in golds if g != Option.A]
+    skips = [Option(r["gold"]) for r in rows if r["gold"] and r["gold"] != Option.A]
     commonest = max(set(skips), key=skips.count) if skips else Option.B
     yes, no = (Option.A, Option.B) if task == Task.CLICK else (commonest, Option.A)
-    names = CONSTANTS[task]
-    constants = {name: _constant_reward(o, golds, task) for name, o in zip(names, (yes, no), strict=False)}
+    constants = {
+        name: float(np.mean([r for r in constant_rewards(rows, option) if r is not None]))
+        for name, option in zip(CONSTANTS[task], (yes, no), strict=False)
+    }
     figures = {p.name: {m: p.reward(task, mix, m) for m in MODES} for p in judged}
-    return Row(REWARD, LABELS[REWARD], len(golds), None, constants, figures)
-
-
-def _constant_reward(option: Option, golds: Sequence[Option], task: Task) -> float:
-    text = as_answer("The same as ever.", option)
-    by_gold = {g: reward_answer(text, g, task, RewardSettings(), finished=True)[0].total for g in set(golds)}
-    return float(np.mean([by_gold[g] for g in golds]))
+    return Row(REWARD, LABELS[REWARD], figures[judged[0].name][MODES[0]].n, None, constants, figures)
 
 
 def _figure(metric: Mapping[str, Any]) -> Figure:
@@ -249,7 +241,7 @@ def verdict(blocks: Sequence[Block]) -> list[str]:
 
 
 def verdict_on(block: Block) -> list[str]:
-    """What the last policy is worth as a filter on one block, in three lines."""
+    """What the last policy is worth as a filter on one block, in at most three lines."""
     rows = {row.name: row for row in block.rows}
     click = block.task == Task.CLICK
     rate, lost, judge = (
@@ -258,6 +250,9 @@ def verdict_on(block: Block) -> list[str]:
         else ("play_rate_above_30", "share_watched_lost", "judge_balanced_acc")
     )
     good, kept_are = ("clicked", "clicked") if click else ("watched", "not skipped")
+    if (positive := block.golds[Option.A]) in (0, block.items):
+        which = f"all of {block.items:,} videos were" if positive else f"none of {block.items:,} videos was"
+        return [f"  {block.task}: cannot be judged: {which} {good}"]
 
     def share(name: str, column: str = "") -> str:
         row = rows[name]
@@ -266,7 +261,7 @@ def verdict_on(block: Block) -> list[str]:
 
     unfiltered = rows[rate].base_rate
     quality = f"right about {'the click' if click else 'the skip'}: balanced accuracy {share(judge)} (constants 50 %)"
-    if "reason_f1" in rows:
+    if "reason_f1" in rows and len([n for n in block.golds.values() if n]) > 1:  # else no reason is known
         constant = share("reason_f1", CONSTANTS[Task.SEQUENTIAL][0])
         quality += f"; reason F1 {share('reason_f1')} (always the commonest {constant})"
     return [

@@ -157,13 +157,16 @@ def write_page(run: Run, made: Report) -> str:
 def _finding(policy: str, block: Block, judged: Judged, found: Sequence[Table], fine: dict[str, int]) -> Finding:
     lines = [line.strip().removeprefix(f"{block.task}: ") for line in verdict_on(block)]
     sentences = [f"As a filter, it {lines[0]}.", *(f"{line[0].upper()}{line[1:]}." for line in lines[1:])]
+    about = f"{block.items:,} targets of {block.users:,} test users, as they come"
+    if len(lines) == 1:  # one kind of target only
+        return Finding(block.task, about, sentences)
     if (kept := _kept(judged)) in (0.0, 1.0):
         sentences.append(f"A filter that {'keeps' if kept else 'drops'} everything tells nothing apart.")
     sentences += _in_words(_beside_constants(judged, fine))
     for table in (t for t in found if t.task == block.task):
         names = {policy: _ANSWERS[GREEDY], f"{policy}, {FILTER}": _ANSWERS[FILTER]}
         sentences += _in_words([(names[v.first], v) for v in table.verdicts if v.first in names])
-    return Finding(block.task, f"{block.items:,} targets of {block.users:,} test users, as they come", sentences)
+    return Finding(block.task, about, sentences)
 
 
 def _kept(judged: Judged) -> float:

@@ -8,8 +8,8 @@ kept = [r.id for r in answer.results if r.decision == "keep"]
 import asyncio
 import random
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Self, TypeVar
+from collections.abc import Sequence
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import httpx
 from pydantic import TypeAdapter
@@ -45,6 +45,19 @@ class ServiceError(GubsError):
         self.problem, self.status = problem, status
 
 
+class FilterOptions(TypedDict, total=False):
+    """What a filter request may say besides the user and the candidates; see `FilterRequest`."""
+
+    task: Task
+    mode: Mode | None
+    """Default: the service's."""
+    threshold: float | None
+    """Drop above this P(skip). Default: the filter's own."""
+    timeout_ms: int | None
+    explain: bool
+    """Whether reasons are wanted."""
+
+
 class _Api:
     """Requests and answers, without the sending."""
 
@@ -64,15 +77,13 @@ class _Api:
         }
         self._retries = retries
 
-    def _filter(self, user: UserRef | str, candidates: Sequence[Candidate | str], more: Mapping[str, Any]) -> str:
-        ref = UserRef(id=user) if isinstance(user, str) else user
-        listed = [Candidate(id=c) if isinstance(c, str) else c for c in candidates]
-        return FilterRequest(user=ref, candidates=listed, **more).model_dump_json(exclude_defaults=True)
+    def _filter(self, user: UserRef | str, candidates: Sequence[Candidate | str], options: FilterOptions) -> str:
+        listed = [_candidate(c) for c in candidates]
+        return FilterRequest(user=_user(user), candidates=listed, **options).model_dump_json(exclude_defaults=True)
 
-    def _explain(self, user: UserRef | str, candidate: Candidate | str, more: Mapping[str, Any]) -> str:
-        ref = UserRef(id=user) if isinstance(user, str) else user
-        video = Candidate(id=candidate) if isinstance(candidate, str) else candidate
-        return ExplainRequest(user=ref, candidate=video, **more).model_dump_json(exclude_defaults=True)
+    def _explain(self, user: UserRef | str, candidate: Candidate | str, task: Task) -> str:
+        request = ExplainRequest(user=_user(user), candidate=_candidate(candidate), task=task)
+        return request.model_dump_json(exclude_defaults=True)
 
     def _pause(self, attempt: int, outcome: httpx.Response | httpx.HTTPError) -> float:
         """Seconds to wait before the next attempt.
@@ -101,25 +112,16 @@ class Client(_Api):
         self._http.close()
 
     def filter(
-        self,
-        user: UserRef | str,
-        candidates: Sequence[Candidate | str],
-        *,
-        task: Task = Task.SEQUENTIAL,
-        mode: Mode | None = None,
-        threshold: float | None = None,
-        timeout_ms: int | None = None,
-        explain: bool = True,
+        self, user: UserRef | str, candidates: Sequence[Candidate | str], **options: Unpack[FilterOptions]
     ) -> FilterResponse:
         """Which candidates to keep. Errors: `ServiceError`."""
-        more = _given(task=task, mode=mode, threshold=threshold, timeout_ms=timeout_ms, explain=explain)
-        return self._send("POST", "/v1/filter", FilterResponse, self._filter(user, candidates, more))
+        return self._send("POST", "/v1/filter", FilterResponse, self._filter(user, candidates, options))
 
     def explain(
         self, user: UserRef | str, candidate: Candidate | str, *, task: Task = Task.SEQUENTIAL
     ) -> ExplainResponse:
         """The answers with the user's own, a similar user's, a group's and no profile."""
-        return self._send("POST", "/v1/explain", ExplainResponse, self._explain(user, candidate, {"task": task}))
+        return self._send("POST", "/v1/explain", ExplainResponse, self._explain(user, candidate, task))
 
     def groups(self) -> list[Group]:
         """The groups of users."""
@@ -159,25 +161,16 @@ class AsyncClient(_Api):
         await self._http.aclose()
 
     async def filter(
-        self,
-        user: UserRef | str,
-        candidates: Sequence[Candidate | str],
-        *,
-        task: Task = Task.SEQUENTIAL,
-        mode: Mode | None = None,
-        threshold: float | None = None,
-        timeout_ms: int | None = None,
-        explain: bool = True,
+        self, user: UserRef | str, candidates: Sequence[Candidate | str], **options: Unpack[FilterOptions]
     ) -> FilterResponse:
         """Which candidates to keep. Errors: `ServiceError`."""
-        more = _given(task=task, mode=mode, threshold=threshold, timeout_ms=timeout_ms, explain=explain)
-        return await self._send("POST", "/v1/filter", FilterResponse, self._filter(user, candidates, more))
+        return await self._send("POST", "/v1/filter", FilterResponse, self._filter(user, candidates, options))
 
     async def explain(
         self, user: UserRef | str, candidate: Candidate | str, *, task: Task = Task.SEQUENTIAL
     ) -> ExplainResponse:
         """The answers with the user's own, a similar user's, a group's and no profile."""
-        return await self._send("POST", "/v1/explain", ExplainResponse, self._explain(user, candidate, {"task": task}))
+        return await self._send("POST", "/v1/explain", ExplainResponse, self._explain(user, candidate, task))
 
     async def groups(self) -> list[Group]:
         """The groups of users."""
@@ -209,8 +202,12 @@ class AsyncClient(_Api):
 _JSON = {"Content-Type": "application/json"}
 
 
-def _given(**values: object) -> dict[str, object]:
-    return {name: value for name, value in values.items() if value is not None}
+def _user(user: UserRef | str) -> UserRef:
+    return UserRef(id=user) if isinstance(user, str) else user
+
+
+def _candidate(video: Candidate | str) -> Candidate:
+    return Candidate(id=video) if isinstance(video, str) else video
 
 
 def _quoted(name: str) -> str:

@@ -1,7 +1,7 @@
 """The ingress's figures: once for Ray's own Prometheus endpoint, once for `/metrics` of this replica."""
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -91,8 +91,10 @@ class Metrics:
 
     def results(self, results: Sequence[Result]) -> None:
         """Counts the decisions of a request."""
+        # an increment takes longer than the rest of a response: one per kind of result
+        for decision, count in Counter((str(r.decision), str(r.option or "none")) for r in results).items():
+            self._candidates.inc(*decision, by=count)
         for result in results:
-            self._candidates.inc(str(result.decision), str(result.option or "none"))
             if result.error:
                 self.error(result.error.code)
 

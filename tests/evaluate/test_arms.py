@@ -44,6 +44,7 @@ def test_a_better_arm_is_found_and_an_equal_one_is_not():
     for name in (REWARD, "judge_f1", "judge_balanced_acc", AUC, "reason_f1", "total_play_rate"):
         assert by_arm[name, "b"].verdict.word == "better", name
         assert by_arm[name, "b"].agree == by_arm[name, "b"].cells == 4
+        assert by_arm[name, "b"].verdict.effect > 0.2, name
         same = by_arm[name, "same"].verdict
         assert (same.difference, same.p, same.word) == (0, 1, "cannot tell")
     assert {d.verdict.second for d in found.differences} == {"a"}
@@ -116,3 +117,11 @@ def test_constants_need_no_model_and_are_rewarded_like_answers():
     assert {r.arm for r in rows_of} == {"never skip", "always skip"}
     assert AUC not in {r.measure.name for r in rows_of}
     assert not found.differences
+
+
+def test_where_only_the_outcome_is_known_no_constant_earns_the_reward_of_a_reason():
+    """Wrong here: "never skip" gets 3 for a watched video, and no policy more than 2."""
+    log = [r | {"gold": r["gold"] if r["gold"] == "A" else None} for r in rows(0.6)]
+    said = constant_answers(log)
+    for name, watched, skipped in (("never skip", 2.0, 1.0), ("always skip", 1.0, 2.0)):
+        assert {(r["gold"], r["reward"]) for r in said[name]} == {("A", watched), (None, skipped)}, name

@@ -1,0 +1,40 @@
+"""What the verdict says of blocks that tell less than others."""
+
+from dataclasses import replace
+
+from gubs.evaluate.compare import DROP, Block, Figure, Row, verdict_on
+from gubs.evaluate.judge import FILTER
+
+SHOWN = ("share_kept", "play_rate_above_30", "share_watched_lost", "judge_balanced_acc", "reason_f1")
+
+
+def row(name: str) -> Row:
+    figure = Figure(0.5, 0.4, 0.6, 100)
+    return Row(name, name, 100, 0.4, {"always skip": 0.25, DROP: 0.3}, {"grpo": {FILTER: figure}})
+
+
+BLOCK = Block(
+    "sequential", "natural", ("grpo",), 100, 50, {"A": 40, "B": 10, "C": 20, "D": 30}, {}, tuple(map(row, SHOWN))
+)
+
+
+def test_keeps_loses_and_is_right():
+    assert verdict_on(BLOCK) == [
+        "  sequential: keeps 50 % of 100 videos; 50 % of these are not skipped (unfiltered 40 %)",
+        "    drops 50 % of the watched videos (random drop 30 %)",
+        "    right about the skip: balanced accuracy 50 % (constants 50 %); reason F1 50 % (always the commonest 25 %)",
+    ]
+
+
+def test_a_log_without_reasons_has_no_figure_about_reasons():
+    assert "reason" not in "".join(verdict_on(replace(BLOCK, golds={"A": 40, "B": 0, "C": 0, "D": 0})))
+
+
+def test_targets_of_one_kind_tell_nothing():
+    click = replace(BLOCK, task="click", items=10, rows=())
+    assert verdict_on(replace(click, golds={"A": 0, "B": 10})) == [
+        "  click: cannot be judged: none of 10 videos was clicked"
+    ]
+    assert verdict_on(replace(click, golds={"A": 10, "B": 0})) == [
+        "  click: cannot be judged: all of 10 videos were clicked"
+    ]
