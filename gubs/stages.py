@@ -362,6 +362,7 @@ STAGES: tuple[Stage, ...] = (
         command="gubs evaluate ifvr",
         doing="ask every baseline about the test users",
         reads=("ifvr",),
+        may_read=("labels", "annotations"),
         settings=("seed", "evaluate.sasrec"),
         sections=("evaluate", "seed"),
         wanted=lambda _: False,

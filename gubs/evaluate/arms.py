@@ -18,8 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 from gubs.errors import ArtifactError
-from gubs.evaluate.judge import CALIBRATED, FILTER, MIXES, SAMPLED, Row, as_predictions, constant_rewards
-from gubs.evaluate.metrics import Bools, Floats, Statistic, bootstrap_weights, statistic_of, user_sums
+from gubs.evaluate.judge import CALIBRATED, FILTER, MIXES, SAMPLED, Row, as_predictions
+from gubs.evaluate.metrics import (
+    Bools,
+    Floats,
+    Statistic,
+    bootstrap_weights,
+    statistic_of,
+    user_sums,
+    well_formed_rewards,
+)
 from gubs.evaluate.table import auc
 from gubs.evaluate.verdicts import Verdict, compared, exchanges_for, paired, with_holm
 from gubs.records import TASK_OPTIONS, Option, Task
@@ -191,9 +199,9 @@ def constant_answers(rows: Iterable[Row]) -> dict[str, list[Row]]:
         others = [r["gold"] for r in mine if r["gold"] not in (None, Option.A)]
         rest = [o for o in TASK_OPTIONS[task] if o != Option.A]
         for name, option in zip(names, (Option.A, max(rest, key=others.count)), strict=True):
-            rewards = constant_rewards(mine, option)
-            said = {"predicted": str(option), "skip": None}
-            found[name] = [r | said | {"reward": reward} for r, reward in zip(mine, rewards, strict=True)]
+            said = [r | {"predicted": str(option), "skip": None} for r in mine]
+            rewards = well_formed_rewards(as_predictions(said, task)).tolist()
+            found[name] = [r | {"reward": None if math.isnan(x) else x} for r, x in zip(said, rewards, strict=True)]
     return found
 
 

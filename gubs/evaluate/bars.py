@@ -1,8 +1,8 @@
 """The stage `bars`: what baselines say about every target of the test users of IF-VR, SASRec among them.
 
 Table `predictions` has a row per baseline and target, in the columns that stored predictions of models have too. No
-baseline can be left out. Baselines name no reason of a skip: their skips are B, C or D, whichever is commonest, and
-their reason figures are not shown.
+baseline can be left out. Most name no reason of a skip: B stands for any skip, and they have neither figures about
+reasons nor a reward. Those `by reward` have both, where reasons are known.
 """
 
 from collections.abc import Mapping
@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gubs.artifacts import StageJob
+from gubs.artifacts import Run, StageJob
 from gubs.console import progress
 from gubs.data.ifvr import IFVR
 from gubs.errors import ArtifactError
 from gubs.evaluate.baselines import sasrec
-from gubs.evaluate.baselines.targets import Log, Scored, all_scored, decided, sequences
+from gubs.evaluate.baselines.targets import Chosen, Log, Scored, all_scored, chosen_by_reward, decided, sequences
 from gubs.evaluate.feedback import Floats
 from gubs.evaluate.settings import EvalSettings, SasrecSettings
 from gubs.records import Option, Task
+from gubs.teachers.annotations import all_labels
+from gubs.teachers.reasons import STAGE as LABELS
+from gubs.teachers.script import GUESS
 
 BARS, SASREC = "bars", "SASRec"
 STORED = pa.schema(
@@ -45,6 +48,7 @@ def make(job: StageJob, evaluate: EvalSettings, seed: int) -> str:
         ArtifactError: no task has both training and test users.
     """
     ifvr, tables, info = IFVR(job.run), [], {}
+    golds = known_options(job.run)
     with progress("tasks") as on_progress:
         for done, task in enumerate(Task):
             on_progress(done, len(Task), str(task))
@@ -53,8 +57,10 @@ def make(job: StageJob, evaluate: EvalSettings, seed: int) -> str:
                 continue
             scored, test = all_scored(log)
             scored[SASREC] = _sasrec(log, evaluate.sasrec, seed)
+            chosen = chosen_by_reward(log, golds)
             tables += [_stored(s, task, test) for s in scored.values()]
-            info[str(task)] = _facts(log, scored)
+            tables += [_stored(c, task, test) for c in chosen]
+            info[str(task)] = _facts(log, scored) | {"by_reward": [c.method for c in chosen]}
     if not tables:
         raise ArtifactError(f"{ifvr.uri} has no task with both training and test users: see splits.test_users")
     with job.writing() as out:
@@ -65,6 +71,14 @@ def make(job: StageJob, evaluate: EvalSettings, seed: int) -> str:
             for task, facts in info.items()
         )
     return out.summary
+
+
+def known_options(run: Run) -> dict[str, str]:
+    """The options of a run's labels, by interaction, without guesses; empty before there are labels."""
+    if not run.has(LABELS):
+        return {}
+    table = all_labels(run).select(["interaction_id", "option", "label_source"])
+    return {r["interaction_id"]: r["option"] for r in table.to_pylist() if r["label_source"] != GUESS}
 
 
 def _facts(log: Log, scored: Mapping[str, Scored]) -> dict[str, Any]:
@@ -106,15 +120,15 @@ def next_log_probability(
     return found
 
 
-def _stored(scored: Scored, task: Task, test: pa.Table) -> pa.Table:
+def _stored(said: Scored | Chosen, task: Task, test: pa.Table) -> pa.Table:
     """One baseline's answers as a table of `STORED`."""
-    kept, dropped = Option.A, Option.B
     n = test.num_rows
+    options = said.options if isinstance(said, Chosen) else np.where(said.dropped, str(Option.B), str(Option.A))
     columns = {
-        "method": pa.array([scored.method] * n, pa.string()),
+        "method": pa.array([said.method] * n, pa.string()),
         "task": pa.array([str(task)] * n, pa.string()),
-        "predicted": np.where(scored.dropped, str(dropped), str(kept)),
-        "score": scored.score,
+        "predicted": options,
+        "score": said.score,
     }
     columns |= {name: test[name] for name in ("user_id", "interaction_id", "play_rate", "clicked")}
     return pa.table({name: columns[name] for name in STORED.names}).cast(STORED)

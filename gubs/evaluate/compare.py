@@ -13,7 +13,8 @@ import numpy as np
 from gubs import console
 from gubs.artifacts import Artifact, Run
 from gubs.errors import ArtifactError
-from gubs.evaluate.judge import BASE, CALIBRATED, FILTER, GREEDY, MIXES, MODES, STAGE_PREFIX, constant_rewards
+from gubs.evaluate.judge import BASE, CALIBRATED, FILTER, GREEDY, MIXES, MODES, STAGE_PREFIX, as_predictions
+from gubs.evaluate.metrics import well_formed_rewards
 from gubs.records import TASK_OPTIONS, Option, Task
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def _reward_row(judged: Sequence[_Judged], task: Task, mix: str, rows: Sequence[
     commonest = max(set(skips), key=skips.count) if skips else Option.B
     yes, no = (Option.A, Option.B) if task == Task.CLICK else (commonest, Option.A)
     constants = {
-        name: float(np.mean([r for r in constant_rewards(rows, option) if r is not None]))
+        name: float(np.nanmean(well_formed_rewards(as_predictions([r | {"predicted": option} for r in rows], task))))
         for name, option in zip(CONSTANTS[task], (yes, no), strict=False)
     }
     figures = {p.name: {m: p.reward(task, mix, m) for m in MODES} for p in judged}

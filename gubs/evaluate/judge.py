@@ -319,25 +319,6 @@ def _uncalibrated(items: Sequence[_Target], rules: Rules) -> str:
     return f"; not calibrated, so modes {CALIBRATED} and {FILTER} are the greedy answers: {', '.join(tasks)}"
 
 
-def constant_rewards(rows: Sequence[Row], option: Option) -> list[float | None]:
-    """What a well-formed answer that always names `option` would be rewarded with.
-
-    Args:
-        rows: of `PREDICTIONS`, of one task.
-        option: what the answer names.
-
-    Returns:
-        The reward of each row; None where none is given.
-    """
-    # a skip of unknown reason is rewarded only in a log that has no reasons at all
-    reasons_known = all(r["gold"] for r in rows if r["reward"] is not None)
-
-    def reward(gold: str | None) -> float:
-        return 1.0 + skip_right(option, Option(gold) if gold else None) + (reasons_known and option == gold)
-
-    return [None if r["reward"] is None else reward(r["gold"]) for r in rows]
-
-
 def _of_option(said: Option | None, item: Item) -> float:
     """What an option adds to the reward: the judgement, and the choice where reasons are known."""
     return float(skip_right(said, item.gold)) + float(item.reasons_known and said is not None and said == item.gold)

@@ -115,6 +115,19 @@ class Predictions:
         return passes | ~self.answered
 
 
+def well_formed_rewards(said: Predictions) -> Floats:
+    """R of Eq. 4 if every answer were well-formed, [N]: 1, and 1 each for the right judgement and the right option.
+
+    Where no reason of a skip is known, the option counts nothing; where reasons are known, a skip without one is NaN.
+    All are NaN if no option is known at all.
+    """
+    reasons_known = bool((said.gold_code > 0).any())
+    judged = said.answered & (said.said_positive == said.positive)
+    chosen = said.answered & (said.said_code == said.gold_code) & reasons_known
+    rewarded = said.gold_code >= 0 if reasons_known else np.full(len(said), bool((said.gold_code >= 0).any()))
+    return np.where(rewarded, 1.0 + judged + chosen, np.nan)
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
     """A number with its contract."""

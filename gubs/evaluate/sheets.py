@@ -12,7 +12,7 @@ from gubs.evaluate.public import METRIC
 from gubs.evaluate.published import PUBLISHED, TABLE_2, TABLE_3
 from gubs.evaluate.ranking import STATISTICS, WAYS
 from gubs.evaluate.sensitivity import AUC, CHANGED, TURNED
-from gubs.evaluate.table import COLUMNS, VERDICT_METRIC, Table
+from gubs.evaluate.table import COLUMNS, REWARD, VERDICT_METRIC, Table
 from gubs.evaluate.verdicts import Word, by_predictor
 from gubs.records import Task
 
@@ -34,6 +34,7 @@ _SHORT = {
     "auc": "AUC",
     "reason_f1": "reason F1",
     "reason_acc": "reason acc",
+    REWARD: "reward",
     "share_kept": "kept",
     "share_watched_lost": "watched lost",
     "share_clicked_lost": "clicked lost",
@@ -64,7 +65,7 @@ def ifvr_sheet(table: Table) -> Sheet:
     """The paper's Table 2, measured, with the published rows below."""
     columns, rows = COLUMNS[Task(table.task)], []
     for row in table.rows:
-        rows.append(SheetRow(row.name, [per_cent(row.values.get(c)) for c in columns]))
+        rows.append(SheetRow(row.name, [_cell(c, row.values.get(c)) for c in columns]))
         if row.kind != "baseline" and row.random_drop:
             same = [_number(row.random_drop.get(c)) for c in columns]
             rows.append(SheetRow(f"random drop of as many as {row.name}", same, faint=True))
@@ -198,13 +199,21 @@ def print_sheet(sheet: Sheet) -> None:
         console.print_line(f"  {note}")
 
 
+def _cell(column: str, metric: Mapping[str, Any] | None) -> str:
+    return _shown(metric, 1, 2) if column == REWARD else per_cent(metric)
+
+
 def per_cent(metric: Mapping[str, Any] | None) -> str:
     """In per cent, with half the width of the interval."""
+    return _shown(metric, 100, 1)
+
+
+def _shown(metric: Mapping[str, Any] | None, scale: float, digits: int) -> str:
     if metric is None or metric["value"] is None or metric["value"] != metric["value"]:
         return "–"
     low, high = metric["low"], metric["high"]
-    half = "" if low is None or low != low else f" ±{100 * (high - low) / 2:.1f}"
-    return f"{100 * metric['value']:.1f}{half}"
+    half = "" if low is None or low != low else f" ±{scale * (high - low) / 2:.{digits}f}"
+    return f"{scale * metric['value']:.{digits}f}{half}"
 
 
 def _number(value: float | None) -> str:

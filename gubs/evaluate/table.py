@@ -5,12 +5,14 @@ targets that every one of them answered. Judging is shown with what filtering co
 lost, and a random drop of the same share. A predictor that gives a score has a curve over all thresholds too.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import pyarrow.parquet as pq
 
@@ -20,21 +22,24 @@ from gubs.evaluate.bars import BARS
 from gubs.evaluate.compare import CONSTANTS
 from gubs.evaluate.feedback import Bools, Floats
 from gubs.evaluate.judge import CALIBRATED, FILTER, GREEDY, STAGE_PREFIX
-from gubs.evaluate.metrics import Metric, Predictions, baselines, evaluate, over_users
-from gubs.evaluate.verdicts import Verdict, verdicts
-from gubs.records import FAST_SKIP_BELOW, Task
+from gubs.evaluate.metrics import Metric, Predictions, Sums, baselines, evaluate, over_users, well_formed_rewards
+from gubs.evaluate.verdicts import Verdict, exchanges_for, paired, verdicts, with_holm
+from gubs.records import FAST_SKIP_BELOW, TASK_OPTIONS, Option, Task
 
 ORIGINAL, RANDOM = "Original recommendation", "random drop of the same share"
 COLUMNS = {
     Task.SEQUENTIAL: (
         *("person_play_rate", "total_play_rate", "finish_rate", "play_rate_above_30", "judge_f1", "judge_acc"),
-        *("judge_balanced_acc", "auc", "reason_f1", "reason_acc", "share_kept", "share_watched_lost"),
+        *("judge_balanced_acc", "auc", "reason_f1", "reason_acc", "reward", "share_kept", "share_watched_lost"),
     ),
     Task.CLICK: (
-        *("click_rate", "click_f1", "click_acc", "click_balanced_acc", "auc", "share_kept", "share_clicked_lost"),
+        *("click_rate", "click_f1", "click_acc", "click_balanced_acc", "auc", "reward", "share_kept"),
+        "share_clicked_lost",
     ),
 }
 """Columns of a task's table, in order."""
+REWARD = "reward"
+"""R of Eq. 4, from 0 to 3 (to 2 where no reason of a skip is known). Without a model an answer is well-formed."""
 VERDICT_METRIC = {Task.SEQUENTIAL: "judge_balanced_acc", Task.CLICK: "click_balanced_acc"}
 """What predictors are compared by."""
 _MODES = {GREEDY: "", CALIBRATED: ", calibrated", FILTER: ", filter"}
@@ -43,7 +48,7 @@ _CURVE = tuple(round(0.05 * k, 2) for k in range(1, 21))
 """Shares of videos kept at which a curve is measured."""
 _AUC_RESAMPLES = 200
 """Of users, for the intervals of AUC, which sorts all items in each."""
-_KEYS = ["interaction_id", "user_id", "predicted", "score"]
+_KEYS = ["interaction_id", "user_id", "predicted", "score", REWARD]
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,9 @@ class Stored:
 
     name: str
     frame: pd.DataFrame
-    """interaction_id, user_id, predicted (option or None), score (or NaN)."""
+    """interaction_id, user_id, predicted (option or None), score (or NaN), reward (NaN: none was given)."""
     reasons: bool
-    """Whether it names reasons of skips."""
+    """Whether it names reasons of skips, as far as they are known."""
     kind: str
     """`policy`, `baseline` or `file`."""
 
@@ -121,7 +126,8 @@ def collect(run: Run, task: Task, files: Mapping[str, str]) -> tuple[list[Stored
     bars = bars[bars["task"] == str(task)]
     if bars.empty:
         return [], bars
-    predictors = [Stored(str(n), f[_KEYS], False, "baseline") for n, f in bars.groupby("method", sort=False)]
+    bars[REWARD], by_reward = np.nan, run.artifact(BARS).manifest.info[str(task)].get("by_reward", [])
+    predictors = [Stored(str(n), f[_KEYS], n in by_reward, "baseline") for n, f in bars.groupby("method", sort=False)]
     happened = bars.drop_duplicates("interaction_id")[["interaction_id", "play_rate", "clicked"]]
     happened = happened.assign(gold=None)
     for stage in (s for s in run.stages() if s.startswith(STAGE_PREFIX)):
@@ -153,7 +159,7 @@ def read_file(path: str, task: Task, happened: pd.DataFrame) -> pd.DataFrame:
     if frame.empty:
         raise InputError(f"{path}: no row is about a {task} target of this run's test users")
     frame = frame if "score" in frame else frame.assign(score=np.nan)
-    return frame.assign(user_id="")[_KEYS]
+    return frame.assign(user_id="", **{REWARD: np.nan})[_KEYS]
 
 
 def build(
@@ -178,8 +184,11 @@ def build(
     truth = truth.sort_values(["user_id", "interaction_id"], ignore_index=True)
     said = {p.name: _aligned(p, truth, task) for p in predictors}
     first = next(iter(said.values()))[0]
+    fine: dict[str, Any] = {"resamples": resamples, "seed": seed}
+    rewards = _constant_rewards(first) | _rewards(predictors, {n: p for n, (p, _) in said.items()}, truth)
     rows = [_original(truth, task, resamples, seed), *_constants(first, resamples, seed)]
-    rows += [_row(p, *said[p.name], resamples=resamples, seed=seed) for p in predictors]
+    rows += [_row(p, *said[p.name], **fine) for p in predictors]
+    rows = [_with_reward(row, rewards.get(row.name), first.user, **fine) for row in rows]
     scored = {name: score for name, (_, score) in said.items() if np.isfinite(score).all()}
     users = len(truth["user_id"].unique())
     return Table(
@@ -189,8 +198,11 @@ def build(
         base_rate=float(first.positive.mean()),
         rows=tuple(rows),
         curves={name: curve(score, first) for name, score in scored.items()},
-        verdicts=tuple(_verdicts(predictors, {n: p for n, (p, _) in said.items()}, task, resamples, seed)),
-        notes=tuple(_notes(truth, users, least_users, happened, task)),
+        verdicts=(
+            *_verdicts(predictors, {n: p for n, (p, _) in said.items()}, task, resamples, seed),
+            *_reward_verdicts(predictors, rewards, first.user, resamples, seed),
+        ),
+        notes=tuple(_notes(truth, first, least_users, happened)),
     )
 
 
@@ -277,7 +289,7 @@ def _row(predictor: Stored, said: Predictions, score: Floats, *, resamples: int,
 
 def _original(truth: pd.DataFrame, task: Task, resamples: int, seed: int) -> TableRow:
     """Everything is kept: what the recommender offers."""
-    everything = Stored(ORIGINAL, truth.assign(predicted="A", score=np.nan)[_KEYS], False, "baseline")
+    everything = Stored(ORIGINAL, truth.assign(predicted="A", score=np.nan, reward=np.nan)[_KEYS], False, "baseline")
     said, _ = _aligned(everything, truth, task)
     values = _values(evaluate(said, resamples=resamples, seed=seed), task)
     judged = ("judge", "reason", "click_f1", "click_acc", "click_balanced")
@@ -308,13 +320,80 @@ def _verdicts(
     return verdicts(said, pairs, VERDICT_METRIC[task], resamples=resamples, seed=seed) if pairs else []
 
 
-def _notes(truth: pd.DataFrame, users: int, least_users: int, happened: pd.DataFrame, task: Task) -> list[str]:
-    notes = []
+def _rewards(predictors: Sequence[Stored], said: Mapping[str, Predictions], truth: pd.DataFrame) -> dict[str, Floats]:
+    """The reward of each answer, [N], of predictors that are rewarded; NaN where the reason of a skip is unknown."""
+    found = {}
+    for predictor in predictors:
+        if predictor.kind == "policy":
+            rewards = predictor.frame.set_index("interaction_id")[REWARD].loc[truth["interaction_id"]]
+            found[predictor.name] = rewards.to_numpy(dtype=float)
+        elif predictor.kind == "baseline" and predictor.reasons:
+            found[predictor.name] = well_formed_rewards(said[predictor.name])
+    return found
+
+
+def _constant_rewards(truth: Predictions) -> dict[str, Floats]:
+    """The rewards of both constants, [N] each: A, or the commonest other option, to everything."""
+    options = TASK_OPTIONS[truth.task]
+    others = [truth.gold.count(o) for o in options[1:]]
+    commonest = options[1 + int(np.argmax(others))]
+    no, yes = (Option.A, commonest) if truth.task is Task.SEQUENTIAL else (commonest, Option.A)
+    named = zip(CONSTANTS[truth.task], (yes, no), strict=False)
+    return {name: well_formed_rewards(replace(truth, predicted=[option] * len(truth))) for name, option in named}
+
+
+def _with_reward(row: TableRow, rewards: Floats | None, users: Sequence[str], *, resamples: int, seed: int) -> TableRow:
+    known = np.zeros(0, bool) if rewards is None else ~np.isnan(rewards)
+    if rewards is None or not known.any():
+        return row
+    mean = partial(_weighted_mean, rewards[known])
+    figure = over_users(np.asarray(users)[known].tolist(), mean, resamples=resamples, seed=seed)
+    return replace(row, values={**row.values, REWARD: figure})
+
+
+def _weighted_mean(values: Floats, weights: Floats) -> Floats:
+    return np.asarray((weights @ values) / weights.sum(axis=-1))
+
+
+def _reward_verdicts(
+    predictors: Sequence[Stored], rewards: Mapping[str, Floats], users: Sequence[str], resamples: int, seed: int
+) -> list[Verdict]:
+    """Every policy's reward against that of the constants and of the baselines that have one."""
+    policies = [p.name for p in predictors if p.kind == "policy"]
+    pairs = [(policy, bar) for policy in policies for bar in rewards if bar not in policies]
+    _, code = np.unique(np.asarray(users, dtype=np.str_), return_inverse=True)
+    sums = {name: _reward_sums(values, code) for name, values in rewards.items()}
+    fine = {"resamples": resamples, "exchanges": exchanges_for(len(pairs)), "seed": seed}
+    found = [
+        replace(paired(sums[a], sums[b], _mean_reward, **fine), metric=REWARD, first=a, second=b) for a, b in pairs
+    ]
+    return with_holm([v for v in found if not math.isnan(v.difference)])
+
+
+def _reward_sums(rewards: Floats, code: npt.NDArray[np.intp]) -> dict[str, Floats]:
+    known = ~np.isnan(rewards)
+    return {
+        "items": np.bincount(code).astype(np.float64),
+        REWARD: np.bincount(code, np.nan_to_num(rewards)).astype(np.float64),
+        "rewarded": np.bincount(code, known).astype(np.float64),
+    }
+
+
+def _mean_reward(sums: Sums) -> Floats:
+    with np.errstate(invalid="ignore"):
+        return np.asarray(sums[REWARD] / sums["rewarded"])
+
+
+def _notes(truth: pd.DataFrame, said: Predictions, least_users: int, happened: pd.DataFrame) -> list[str]:
+    notes, users = [], len(set(said.user))
+    if said.positive.all() or not said.positive.any():
+        notes.append("all targets have the same outcome: most figures are undefined, and nothing is compared")
     if users < least_users:
-        notes.append(f"only {users} test users (evaluate.least_users={least_users}): these figures tell little apart")
+        listed = f"{users} test user{'s' if users > 1 else ''}"
+        notes.append(f"only {listed} (evaluate.least_users={least_users}): these figures tell little apart")
     if len(truth) < len(happened):
         notes.append(f"{len(truth):,} of {len(happened):,} targets: those that every predictor answered")
     unexplained = int((truth["gold"].isna() & (truth["play_rate"] < FAST_SKIP_BELOW)).sum())
-    if unexplained and task is Task.SEQUENTIAL:
+    if unexplained and said.task is Task.SEQUENTIAL:
         notes.append(f"{unexplained:,} skips without a known reason: they count for the judge, not for the reason")
     return notes

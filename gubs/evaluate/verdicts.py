@@ -78,7 +78,8 @@ def verdicts(
     resamples: int = 1000,
     seed: int = 0,
 ) -> list[Verdict]:
-    """Compares predictors with each other.
+    """Compares predictors with each other; not at all where the metric is undefined, as the balanced accuracy of
+    targets of one class is.
 
     Args:
         predictions: of the same items, by predictor.
@@ -95,7 +96,7 @@ def verdicts(
         sums[name] = user_sums(predictions[name])
     fine = {"resamples": resamples, "exchanges": exchanges_for(len(pairs)), "seed": seed}
     found = [replace(paired(sums[a], sums[b], statistic, **fine), metric=metric, first=a, second=b) for a, b in pairs]
-    return with_holm(found)
+    return with_holm([v for v in found if not math.isnan(v.difference)])
 
 
 def exchanges_for(comparisons: int) -> int:

@@ -35,6 +35,13 @@ def test_users_of_one_class_count_too():
     assert v.users == 40, "alone, none of them has a balanced accuracy"
 
 
+def test_targets_of_one_class_are_not_compared():
+    user, clicks = [f"{u}" for u in range(30)], ["A"] * 30
+    two = {"a": Predictions(user, clicks, clicks, Task.CLICK), "b": Predictions(user, clicks, ["B"] * 30, Task.CLICK)}
+    assert verdicts(two, [("a", "b")], "click_balanced_acc", resamples=20) == []
+    assert len(verdicts(two, [("a", "b")], "click_acc", resamples=20)) == 1
+
+
 def test_below_what_can_be_detected_nobody_can_tell():
     """The .8 points between the literature's best rows, at 1,000 users x 20 items."""
     two = {"a": said(0.799, 1000, 1), "b": said(0.791, 1000, 2)}

@@ -19,11 +19,11 @@ TREES = 150
 _SMALL = 1_000_000
 """Features of all rows together. With fewer, threads that wait for each other take more time than one that works: on
 two busy cores 18 s of CPU instead of 0.4 for 1,000 rows."""
-Fit = Callable[[Floats, Bools], Any]
+Fit = Callable[[Floats, npt.NDArray[Any]], Any]
 """(features [n, F], labels [n]) -> a scikit-learn classifier."""
 
 
-def logistic(features: Floats, labels: Bools) -> Any:
+def logistic(features: Floats, labels: npt.NDArray[Any]) -> Any:
     """Logistic regression on standardised features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -32,7 +32,7 @@ def logistic(features: Floats, labels: Bools) -> Any:
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(features, labels)
 
 
-def boosting(features: Floats, labels: Bools) -> Any:
+def boosting(features: Floats, labels: npt.NDArray[Any]) -> Any:
     """Gradient-boosted trees; NaN is a value of its own."""
     from sklearn.ensemble import HistGradientBoostingClassifier
     from threadpoolctl import threadpool_limits
@@ -71,10 +71,15 @@ def cross_fitted(features: Floats, labels: Bools, fold: Ints, fit: Fit) -> Float
 
 def probabilities(model: Any, features: Floats) -> Floats:
     """Probability of True, [n]."""
+    return class_probabilities(model, features)[:, 1]
+
+
+def class_probabilities(model: Any, features: Floats) -> Floats:
+    """Probabilities of the classes in `model.classes_`, [n, K]."""
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1 if features.size < _SMALL else None, "openmp"):
-        return np.asarray(model.predict_proba(features)[:, 1])
+        return np.asarray(model.predict_proba(features))
 
 
 def rate(positives: npt.ArrayLike, totals: npt.ArrayLike, prior: float, strength: float = 5.0) -> Floats:

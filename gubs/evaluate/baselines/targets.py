@@ -2,10 +2,11 @@
 
 A user's statistics come from that user's history alone. A video's come from training users; for a training user's own
 target they come from users of other folds, or a learner would read the label off them. `as shown` is what the UFM is
-shown too: the user's history, the video's tags and length. `all` adds what other users did with the video.
+shown too: the user's history, the video's tags and length. `all` adds what other users did with the video. `by reward`
+learns options from labels and names the one with the highest expected reward, as a calibrated policy does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -20,13 +21,14 @@ from gubs.evaluate.baselines.statistics import (
     FOLDS,
     LEARNERS,
     best_threshold,
+    class_probabilities,
     cross_fitted,
     folds_of_users,
     probabilities,
     rate,
 )
 from gubs.evaluate.feedback import Bools, Floats, Ints
-from gubs.records import FAST_SKIP_BELOW, Role, Split, Task
+from gubs.records import FAST_SKIP_BELOW, Option, Role, Split, Task
 
 _COLUMNS = ("interaction_id", "user_id", "video_id", "timestamp", "play_rate", "clicked", "split", "role")
 _LENGTHS = (7.0, 15.0, 30.0, 60.0, 120.0, 300.0)
@@ -44,6 +46,17 @@ class Scored:
     dropped: Bools
     """Predicted skip or no click: the score reaches the threshold that is best for training users (balanced)."""
     threshold: float
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a learner of options says about the test users' targets, [n] each."""
+
+    method: str
+    score: Floats
+    """P(skip) or P(no click)."""
+    options: npt.NDArray[np.str_]
+    """The option with the highest expected reward."""
 
 
 class Log:
@@ -101,6 +114,40 @@ def decided(name: str, score: Floats, train: Bools, bad: Bools) -> Scored:
     """Applies the threshold with the best balanced accuracy among training users' targets."""
     threshold = best_threshold(score[train], bad[train], balanced=True)
     return Scored(name, score[~train], score[~train] >= threshold, threshold)
+
+
+def chosen_by_reward(log: Log, golds: Mapping[str, str]) -> list[Chosen]:
+    """What learners on `as shown` name, fitted on all training users' labels.
+
+    Args:
+        log: the records.
+        golds: known options, by interaction. Where none is the reason of a skip, and in the click task, the outcome is
+            learned: A, or B for a skip (no click).
+    """
+    rows = np.flatnonzero(log.targets)
+    train, gold = log.train[rows], _golds(log, rows, golds)
+    user, shown, _ = features(log, rows)
+    values, known = pd.concat([user, shown], axis=1).to_numpy(dtype=float), train & (gold != "")
+    if len(np.unique(gold[known])) < 2 or train.all():
+        return []
+    found = []
+    for learner, fit in LEARNERS.items():
+        given = np.nan_to_num(values, nan=-1.0) if learner == "logistic" else values
+        model = fit(given[known], gold[known])
+        options = np.asarray(model.classes_, dtype=np.str_)
+        probability = class_probabilities(model, given[~train])
+        watched = probability[:, options == Option.A].sum(axis=1)
+        expected = probability + np.where(options == Option.A, probability, 1 - watched[:, None])
+        found.append(Chosen(f"{learner}, by reward", 1 - watched, options[expected.argmax(axis=1)]))
+    return found
+
+
+def _golds(log: Log, rows: Ints, golds: Mapping[str, str]) -> npt.NDArray[np.str_]:
+    """The option of each target; "" where the reason of a skip is unknown but others are known."""
+    labelled = np.array([golds.get(i, "") for i in log.frame["interaction_id"].iloc[rows]], dtype=np.str_)
+    if log.task is Task.CLICK or not set(labelled.tolist()) - {"", str(Option.A)}:
+        return np.where(log.bad[rows], str(Option.B), str(Option.A))
+    return labelled
 
 
 def scores_of(log: Log, rows: Ints) -> dict[str, Floats]:
