@@ -14,7 +14,7 @@ from gubs.config import load_settings
 from gubs.data.ifvr import IFVR
 from gubs.errors import ArtifactError, InputError
 from gubs.evaluate.bars import STORED
-from gubs.evaluate.baselines.targets import Log, all_scored, features, scores_of, sequences
+from gubs.evaluate.baselines.targets import Log, all_scored, chosen_by_reward, features, scores_of, sequences
 from gubs.evaluate.judge import PREDICTIONS
 from gubs.evaluate.metrics import Predictions
 from gubs.evaluate.published import TABLE_2
@@ -58,7 +58,7 @@ def truth_of(n=400, seed=0):
 
 def predictor(name, truth, dropped, score, kind="policy"):
     frame = truth[["interaction_id", "user_id"]].assign(predicted=np.where(dropped, "B", "A"), score=score)
-    return Stored(name, frame, False, kind)
+    return Stored(name, frame.assign(reward=np.nan), False, kind)
 
 
 def test_baselines_see_no_label_of_a_target(log):
@@ -103,6 +103,50 @@ def test_rates_find_who_skips(log):
         assert s.dropped.tolist() == (s.score >= s.threshold).tolist()
 
 
+def test_by_reward_a_learner_names_the_option_that_pays_most(log):
+    """The reason of a skip follows from its length here, which prompts show. Test users' labels are never read."""
+    ids = log.frame["interaction_id"].to_numpy()
+    seconds = log.seconds[log.video]
+    option = np.where(~log.bad, "A", np.where(seconds > np.median(seconds), "D", "C"))
+    golds = dict(zip(ids[log.train].tolist(), option[log.train].tolist(), strict=True))
+    test = np.flatnonzero(log.targets & log.test)
+    for chosen in chosen_by_reward(log, golds):
+        said, skipped = chosen.options, log.bad[test]
+        assert set(said.tolist()) <= {"A", "C", "D"}
+        named = (said != "A") & skipped
+        assert (said[named] == option[test][named]).mean() > 0.8, chosen.method
+    turned = chosen_by_reward(log, golds | dict.fromkeys(ids[test].tolist(), "B"))
+    assert turned[0].options.tolist() == chosen_by_reward(log, golds)[0].options.tolist()
+    outcome = chosen_by_reward(log, dict.fromkeys(golds, "A"))
+    assert {o for c in outcome for o in c.options.tolist()} <= {"A", "B"}
+    assert all(((c.score > 0.5) == (c.options == "B")).all() for c in outcome)
+
+
+def test_rewards_of_policies_constants_and_learners():
+    truth = truth_of()
+    skipped = truth["play_rate"].to_numpy() < 0.3
+    truth["gold"] = np.where(~skipped, "A", np.where(np.arange(400) % 3 > 0, "C", "D"))
+    policy = predictor("policy", truth, skipped, skipped.astype(float))
+    policy.frame["reward"] = 2.5
+    bar = predictor("logistic", truth, skipped, skipped.astype(float), "baseline")
+    learner = Stored("logistic, by reward", bar.frame.assign(predicted=np.where(skipped, "C", "A")), True, "baseline")
+    table = build([bar, learner, policy], truth, Task.SEQUENTIAL, least_users=1, resamples=200, seed=0)
+    rewards = {r.name: r.values["reward"]["value"] for r in table.rows if "reward" in r.values}
+    watched, other = (~skipped).mean(), (truth["gold"] == "D").mean()
+    assert rewards == pytest.approx(
+        {
+            "always skip": 1 + skipped.mean() + (truth["gold"] == "C").mean(),
+            "never skip": 1 + 2 * watched,
+            "logistic, by reward": 3 - other,
+            "policy": 2.5,
+        }
+    )
+    found = {v.second: v for v in table.verdicts if v.metric == "reward"}
+    assert set(found) == {"always skip", "never skip", "logistic, by reward"}
+    assert found["always skip"].word == "better"
+    assert found["always skip"].difference == pytest.approx(2.5 - rewards["always skip"])
+
+
 def test_the_table_by_hand():
     truth = truth_of()
     skipped = truth["play_rate"].to_numpy() < 0.3
@@ -137,7 +181,9 @@ def test_a_policy_is_compared_with_every_baseline_on_common_targets():
     bars = [predictor(f"bar{k}", truth, np.arange(400) % 2 == k, np.zeros(400), "baseline") for k in range(2)]
     table = build([*bars, policy], truth, Task.SEQUENTIAL, least_users=1, resamples=50, seed=0)
     assert table.items == 300
-    assert [(v.first, v.second) for v in table.verdicts] == [("policy", "bar0"), ("policy", "bar1")]
+    assert [(v.first, v.second) for v in table.verdicts] == [("policy", "bar0"), ("policy", "bar1")], (
+        "no reward is known"
+    )
     assert "300 of 400 targets: those that every predictor answered" in table.notes
     other = Stored("other", policy.frame.assign(interaction_id="none"), False, "file")
     with pytest.raises(ArtifactError, match="no target was answered by all of bar0, bar1, other"):
@@ -205,7 +251,16 @@ def test_a_judged_policy_takes_a_row_as_it_answers_as_calibrated_and_as_served(t
     put(run, "bars", {"predictions": pa.Table.from_pylist(bar, schema=STORED)}, info={"sequential": _KNOWN})
     said = {"greedy": "BAA", "sampled": "AAA", "calibrated": "BBB", "filter": "BBA"}
     judged = [
-        {**f, "task": "sequential", "mode": mode, "natural": True, "predicted": letter, "skip": skip, "gold": gold}
+        {
+            **f,
+            "task": "sequential",
+            "mode": mode,
+            "natural": True,
+            "predicted": letter,
+            "skip": skip,
+            "gold": gold,
+            "reward": 2.0,
+        }
         for mode, letters in said.items()
         for f, letter, skip, gold in zip(facts, [*letters, None], [0.9, 0.6, 0.3, None], "BCAA", strict=True)
     ]
@@ -216,3 +271,4 @@ def test_a_judged_policy_takes_a_row_as_it_answers_as_calibrated_and_as_served(t
     assert shares == {"grpo": 0.75, "grpo, calibrated": 0.25, "grpo, filter": 0.5}
     assert rows["grpo, filter"]["auc"]["value"] == rows["grpo"]["auc"]["value"] == 1
     assert rows["grpo, filter"]["play_rate_above_30"]["value"] == 1
+    assert rows["grpo"]["reward"]["value"] == 2, "as it was judged"
