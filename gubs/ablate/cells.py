@@ -17,6 +17,7 @@ from gubs import prompts, stages
 from gubs.ablate.grid import Cell
 from gubs.artifacts import Run, fingerprint, write_atomically
 from gubs.errors import InputError, MissingArtifactError, SettingsError
+from gubs.evaluate.bars import BARS
 from gubs.stages import Graph, Status
 
 CELLS = "cells"
@@ -94,8 +95,17 @@ def make_cell(cell: Cell, store: Store, make: Callable[..., None] = stages.make)
     Raises:
         StaleError: the cell was made with other settings. Others: see `stages.make`.
     """
+    _make(cell.target, cell, store, make)
+
+
+def make_bars(cell: Cell, store: Store, make: Callable[..., None] = stages.make) -> None:
+    """Makes the baselines of a cell's world in the cell; see `make_cell`."""
+    _make(BARS, cell, store, make)
+
+
+def _make(target: str, cell: Cell, store: Store, make: Callable[..., None]) -> None:
     run = store.run(cell)
-    store.link(run, Graph([cell.target], run, cell.settings))
+    store.link(run, Graph([target], run, cell.settings))
     times = _times(run)
 
     def note(name: str, seconds: float) -> None:
@@ -103,7 +113,7 @@ def make_cell(cell: Cell, store: Store, make: Callable[..., None] = stages.make)
         write_atomically(run.fs, run.path(_TIMES), data)
         times[name] = round(seconds, 1)
 
-    make([cell.target], run, cell.settings, on_made=note)
+    make([target], run, cell.settings, on_made=note)
     store.add(run)
 
 

@@ -4,12 +4,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gubs.ablate.cells import Standing, Store, estimate, make_cell, standing, to_make, unfinished
+from gubs.ablate.cells import Standing, Store, estimate, make_bars, make_cell, standing, to_make, unfinished
 from gubs.ablate.curves import draw_curves
-from gubs.ablate.grid import Cell, Choice, cells, grids
+from gubs.ablate.grid import Cell, Choice, cells, first_cells, grids
 from gubs.ablate.sheet import sheets, tables, write
 from gubs.artifacts import Run
 from gubs.console import print_json, print_line, say
+from gubs.evaluate.bars import BARS
 from gubs.evaluate.sheets import print_sheet
 from gubs.ray_runtime import ray_session
 from gubs.stages import GRPO, StaleError
@@ -75,14 +76,17 @@ def _make_all(chosen: Sequence[Cell], store: Store) -> None:
             )
     left = unfinished(standings)
     say(f"[ablate] {len(chosen)} cells, {len(chosen) - len(left)} of them finished")
-    if not left:
+    without_bars = [c for c in first_cells(chosen) if not store.run(c).has(BARS)]
+    if not left and not without_bars:
         return
-    with ray_session(left[0].cell.settings.ray):
+    with ray_session(chosen[0].settings.ray):
         for number, s in enumerate(left, 1):
             began = time.monotonic()
             say(f"[ablate] {number} of {len(left)}: {s.cell.name} ...")
             make_cell(s.cell, store)
             say(f"[ablate] {s.cell.name}: done in {time.monotonic() - began:.0f} s")
+        for cell in without_bars:
+            make_bars(cell, store)
 
 
 def _foresee(chosen: Sequence[Cell], store: Store, *, as_json: bool) -> None:

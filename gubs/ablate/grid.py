@@ -137,6 +137,14 @@ def cells(name: str, choice: Choice, preset: str, overrides: Sequence[str] = ())
     ]
 
 
+def first_cells(chosen: Sequence[Cell]) -> list[Cell]:
+    """The first cell of each level and world: the bars that need no training stand beside the policies once."""
+    first: dict[tuple[str, int], Cell] = {}
+    for cell in chosen:
+        first.setdefault((cell.level, cell.world), cell)
+    return list(first.values())
+
+
 def _check_choice(name: str, grid: Grid, choice: Choice) -> None:
     for what, chosen, known in (("arm", choice.arms, grid.arms), ("level", choice.levels, grid.levels)):
         for one in chosen:

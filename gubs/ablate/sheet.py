@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from gubs.ablate.cells import Store
-from gubs.ablate.grid import Cell, find_grid
+from gubs.ablate.grid import Cell, find_grid, first_cells
 from gubs.artifacts import Artifact, JsonObject, Recipe, writing
 from gubs.evaluate.arms import (
     REWARD,
@@ -17,10 +17,12 @@ from gubs.evaluate.arms import (
     Difference,
     Key,
     Result,
+    bar_answers,
     compare_arms,
     constant_answers,
     read_answers,
 )
+from gubs.evaluate.bars import BARS
 from gubs.evaluate.judge import PREDICTIONS, Row
 from gubs.evaluate.sheets import Sheet, SheetRow
 from gubs.evaluate.verdicts import Word
@@ -47,7 +49,7 @@ class Table:
 
 
 def tables(cells: Sequence[Cell], store: Store) -> list[Table]:
-    """One table per level, from the cells' evaluations.
+    """One table per level, from the cells' evaluations and the bars of their worlds.
 
     Raises:
         MissingArtifactError: a cell is not finished. ArtifactError: see `compare_arms`.
@@ -56,15 +58,25 @@ def tables(cells: Sequence[Cell], store: Store) -> list[Table]:
     for level in dict.fromkeys(c.level for c in cells):
         mine = [c for c in cells if c.level == level]
         arms: dict[str, dict[Key, Answers]] = {}
-        constants: dict[str, dict[Key, Answers]] = {}
+        bars: dict[str, dict[Key, Answers]] = {}
         for cell in mine:
             rows = _rows(cell, store)
             arms.setdefault(cell.arm, {})[cell.world, cell.seed] = read_answers(rows)
-            if cell.arm == mine[0].arm and cell.seed == mine[0].seed:
-                for name, said in constant_answers(rows).items():
-                    constants.setdefault(name, {})[cell.world, cell.seed] = read_answers(said)
+            if cell in first_cells(mine):
+                for name, said in (constant_answers(rows) | bar_answers(rows, _bars(cell, store))).items():
+                    bars.setdefault(name, {})[cell.world, cell.seed] = read_answers(said)
         resamples = mine[0].settings.evaluate.bootstrap
-        found.append(Table(level, compare_arms(arms, constants, resamples=resamples, seed=0), mine))
+        found.append(Table(level, compare_arms(arms, bars, resamples=resamples, seed=0), mine))
+    return found
+
+
+def _bars(cell: Cell, store: Store) -> dict[str, dict[str, Row]]:
+    """Bar that chooses options -> interaction -> what it said."""
+    artifact, found = store.run(cell).artifact(BARS), dict[str, dict[str, Row]]()
+    wanted = {name for facts in artifact.manifest.info.values() for name in facts["by_reward"]}
+    for row in artifact.table("predictions", ["method", "interaction_id", "predicted", "score"]).to_pylist():
+        if row["method"] in wanted:
+            found.setdefault(row["method"], {})[row["interaction_id"]] = row
     return found
 
 
@@ -120,7 +132,7 @@ def _figures(name: str, table: Table) -> Sheet:
 
 
 def _spread(table: Table) -> Sheet:
-    results = [r for r in table.comparison.results if not r.constant]
+    results = [r for r in table.comparison.results if not r.bar]
     title = "The same: standard deviation over the trainings of a world / over the worlds' means"
     return Sheet(title, _labels(results), list(_rows_of(results, _deviations)), [])
 
@@ -128,9 +140,9 @@ def _spread(table: Table) -> Sheet:
 def _rows_of(results: Sequence[Result], show: Any) -> Iterator[SheetRow]:
     measures = list(dict.fromkeys(r.measure for r in results))
     by_place = {(r.arm, r.measure): r for r in results}
-    for arm, constant in dict.fromkeys((r.arm, r.constant) for r in results):
+    for arm, bar in dict.fromkeys((r.arm, r.bar) for r in results):
         cells = [show(by_place[arm, m]) if (arm, m) in by_place else "–" for m in measures]
-        yield SheetRow(arm, cells, faint=constant)
+        yield SheetRow(arm, cells, faint=bar)
 
 
 def _labels(results: Sequence[Result]) -> list[str]:

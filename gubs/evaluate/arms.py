@@ -146,12 +146,12 @@ class Result:
     """Standard deviation of the worlds' means; NaN with one world."""
     cells: Mapping[Key, float]
     users: int
-    constant: bool = False
-    """It needs no model."""
+    bar: bool = False
+    """It is no policy: a constant, or a regression."""
 
     def to_row(self) -> dict[str, Any]:
         """As a table's row; the cells have a table of their own."""
-        names = ("arm", "value", "low", "high", "seeds", "worlds", "users", "constant")
+        names = ("arm", "value", "low", "high", "seeds", "worlds", "users", "bar")
         return {"measure": self.measure.key, **{n: getattr(self, n) for n in names}}
 
 
@@ -199,18 +199,41 @@ def constant_answers(rows: Iterable[Row]) -> dict[str, list[Row]]:
         others = [r["gold"] for r in mine if r["gold"] not in (None, Option.A)]
         rest = [o for o in TASK_OPTIONS[task] if o != Option.A]
         for name, option in zip(names, (Option.A, max(rest, key=others.count)), strict=True):
-            said = [r | {"predicted": str(option), "skip": None} for r in mine]
-            rewards = well_formed_rewards(as_predictions(said, task)).tolist()
-            found[name] = [r | {"reward": None if math.isnan(x) else x} for r, x in zip(said, rewards, strict=True)]
+            found[name] = _answered(mine, [(str(option), None)] * len(mine))
     return found
 
 
-def compare_arms(arms: Arms, constants: Arms, *, resamples: int, seed: int) -> Comparison:
+def bar_answers(rows: Iterable[Row], bars: Mapping[str, Mapping[str, Row]]) -> dict[str, list[Row]]:
+    """The same targets answered by the bars that choose options.
+
+    Args:
+        rows: of `judge.PREDICTIONS`.
+        bars: by name and interaction, `predicted` and `score`.
+    """
+    rows, found = list(rows), {}
+    for name, said_of in bars.items():
+        mine = [r for r in rows if r["interaction_id"] in said_of]
+        said = [(said_of[r["interaction_id"]]["predicted"], said_of[r["interaction_id"]]["score"]) for r in mine]
+        found[name] = _answered(mine, said)
+    return found
+
+
+def _answered(rows: Sequence[Row], said: Sequence[tuple[str, float | None]]) -> list[Row]:
+    """The targets of rows with other answers, well-formed ones: the option and P(skip) of each."""
+    rows = [r | {"predicted": option, "skip": skip} for r, (option, skip) in zip(rows, said, strict=True)]
+    for task in Task:
+        mine = [r for r in rows if r["task"] == task]
+        for row, reward in zip(mine, well_formed_rewards(as_predictions(mine, task)).tolist(), strict=True):
+            row["reward"] = None if math.isnan(reward) else reward
+    return rows
+
+
+def compare_arms(arms: Arms, bars: Arms, *, resamples: int, seed: int) -> Comparison:
     """All figures of all arms, and every arm against the first.
 
     Args:
         arms: the answers; every arm has the same cells.
-        constants: answers without a model, in the same form (one cell per world is enough).
+        bars: answers without a policy, in the same form (one cell per world is enough).
         resamples: of users, for intervals and tests.
         seed: of the draws.
 
@@ -226,9 +249,9 @@ def compare_arms(arms: Arms, constants: Arms, *, resamples: int, seed: int) -> C
         mine = [pool.result(arm, resamples, seed) for arm, pool in pools.items()]
         results += mine
         results += [
-            replace(pool.result(name, 0, seed), constant=True)
-            for name, cells in constants.items()
-            if measure.name != AUC and (pool := Pool.of(measure, cells)).cells
+            replace(pool.result(name, resamples if pool.ranks else 0, seed), bar=True)
+            for name, cells in bars.items()
+            if (pool := Pool.of(measure, cells)).cells and (measure.name != AUC or pool.ranks)
         ]
         if measure.tested:
             differences += _differences(pools, {r.arm: r for r in mine}, resamples, seed)
@@ -267,6 +290,11 @@ class Pool:
         """From the cells of an arm; empty if one has no such answers."""
         found = {key: cells[key].get(measure.part) for key in sorted(cells)}
         return cls(measure, {k: a for k, a in found.items() if a} if all(found.values()) else {})
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the answers come with scores."""
+        return all(a.score.any() for a in self.cells.values())
 
     @cached_property
     def users(self) -> dict[int, tuple[str, ...]]:

@@ -15,6 +15,7 @@ from gubs.ablate.command import ablate
 from gubs.ablate.grid import Cell, Choice, cells
 from gubs.artifacts import Run, StageJob, fingerprint
 from gubs.errors import ArtifactError
+from gubs.evaluate.bars import STORED
 from gubs.evaluate.judge import MODES, PREDICTIONS
 from gubs.stages import StaleError, Status
 
@@ -44,6 +45,10 @@ class Makers:
             out.write_table("key", pa.table({"key": [fingerprint(job.stage, job.recipe.model_dump())]}))
             if job.stage.startswith("eval-"):
                 out.write_table("predictions", pa.Table.from_pylist(answers(job), schema=PREDICTIONS))
+            if job.stage == "bars":
+                said = [{**r, "method": "logistic, by reward", "score": r["skip"]} for r in answers(job)]
+                out.write_table("predictions", pa.Table.from_pylist(said, schema=STORED))
+                out.info = {"sequential": {"by_reward": ["logistic, by reward"]}}
             if job.stage == "grpo":
                 steps = {"reward_raw/T": [1.0, 2.0, 2.5]}
                 out.write_table("steps", pa.table(steps))
@@ -56,7 +61,7 @@ REAL = stages._load
 
 
 def answers(job: StageJob) -> list[dict[str, object]]:
-    """Thirty users with four targets each; the policy of rule `weighted` is right more often."""
+    """Thirty users with four targets each; the policy of rule `weighted` is right more often than others and bars."""
     good = job.run.name.startswith("weighted")
     rows = []
     for n in range(120):
@@ -203,7 +208,13 @@ def test_the_end_is_a_table_in_the_folder_and_on_the_screen(tmp_path, makers, ca
     table = Run(tmp_path).artifact("ablate-rule")
     figures = {(r["measure"], r["arm"]): r for r in table.table("figures").to_pylist()}
     assert figures["reward sequential natural calibrated", "weighted"]["value"] == 3
-    assert figures["reward sequential natural calibrated", "plain"]["seeds"] == 0, "both trainings are alike"
+    plain = figures["reward sequential natural calibrated", "plain"]
+    assert plain["seeds"] == 0, "both trainings are alike"
+    measure = "judge_balanced_acc sequential natural calibrated"
+    bar, same = figures[measure, "logistic, by reward"], figures[measure, "plain"]
+    assert (bar["value"], bar["bar"]) == (same["value"], True), "the same answers"
+    assert bar["low"] < bar["value"] < bar["high"]
+    assert made_by(makers, "bars") == ["plain-w0-s0"], "once per world"
     found = {r["measure"]: r for r in table.table("differences").to_pylist()}
     assert found["reward sequential natural calibrated"]["word"] == "better"
     assert found["reward sequential natural calibrated"]["agree"] == 2

@@ -111,9 +111,9 @@ def test_constants_need_no_model_and_are_rewarded_like_answers():
     assert {r["reward"] for r in said["always skip"]} == {1.0, 2.0, 3.0}
     assert golds.count("A") / len(golds) == pytest.approx(0.4, abs=0.05)
     assert len(never["greedy"].users) == len(always["greedy"].users) == USERS
-    constants = {name: {(0, 0): read_answers(r)} for name, r in said.items() if r}
-    found = compare_arms({"a": arm(0.6)}, constants, resamples=0, seed=0)
-    rows_of = [r for r in found.results if r.constant]
+    bars = {name: {(0, 0): read_answers(r)} for name, r in said.items() if r}
+    found = compare_arms({"a": arm(0.6)}, bars, resamples=0, seed=0)
+    rows_of = [r for r in found.results if r.bar]
     assert {r.arm for r in rows_of} == {"never skip", "always skip"}
     assert AUC not in {r.measure.name for r in rows_of}
     assert not found.differences
