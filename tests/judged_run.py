@@ -159,10 +159,12 @@ def put_judged(run: Run, settings: Settings = SETTINGS, policy: str = POLICY) ->
         for n, i in enumerate(asked)
         for way in ways
     }
-    rules = judge.decision_rules(held_out, found, settings.evaluate.decision)
+    options = judge.held_out_options(held_out, found, settings.evaluate.decision.thoughts)
+    rules = judge.decision_rules(held_out, options, settings.evaluate.decision)
     rows = judge.predictions(items, found, rules)
     tables = {
         "predictions": pa.Table.from_pylist(rows, schema=judge.PREDICTIONS),
+        "held_out": judge.held_out_table(held_out, options),
         "metrics": pa.Table.from_pylist(judge.measure(rows, settings.evaluate.bootstrap, settings.seed)),
     }
     info = {"decisions": {str(t): json.loads(json.dumps(judge.asdict(r))) for t, r in rules.items()}}

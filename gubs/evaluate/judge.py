@@ -25,7 +25,7 @@ from gubs.data.work import attempt_key
 from gubs.errors import ArtifactError
 from gubs.evaluate.answers import AnswerLog, OnProgress, Question
 from gubs.evaluate.calibration import best_answer
-from gubs.evaluate.held_out import DecisionRule, decision_rule, held_out_items
+from gubs.evaluate.held_out import DecisionRule, decision_rule, held_out_items, skipped
 from gubs.evaluate.metrics import Predictions, table
 from gubs.evaluate.settings import DecisionSettings, EvalSettings
 from gubs.records import TASK_OPTIONS, Option, Split, Task
@@ -72,12 +72,24 @@ PREDICTIONS = pa.schema(
 parts, whatever training used (without r_choice where no reason is known); `skip`: P(skip), calibrated in the modes that
 are (null: the answer names no option). A skip whose reason alone is unknown has neither gold nor reward."""
 
+HELD_OUT = pa.schema(
+    [
+        pa.field("interaction_id", pa.string(), nullable=False),
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("skipped", pa.bool_(), nullable=False),
+        ("gold", pa.string()),
+        ("options", pa.list_(pa.float64())),
+    ]
+)
+"""Targets of held-out training users, which calibrations and thresholds are made from. `options`: mean probabilities
+over the thoughts, in the order of `TASK_OPTIONS`; null: no answer names an option."""
 _HELD_OUT = "held out"
 Rules = dict[Task, DecisionRule]
 
 
 def make(job: StageJob, ufm: UFMSettings, evaluate: EvalSettings, seed: int) -> str:
-    """Asks a policy about the test users' targets and writes the tables `predictions` and `metrics`.
+    """Asks a policy about the test users' targets and writes the tables `predictions`, `held_out` and `metrics`.
 
     Raises:
         ArtifactError: there is no labelled target of a test user.
@@ -93,7 +105,9 @@ def make(job: StageJob, ufm: UFMSettings, evaluate: EvalSettings, seed: int) -> 
         with progress("answers") as on_progress:
             ask(items, held_out, questions, folder, ufm, evaluate.decision.thoughts, seed, log, on_progress)
         answers = log.answers
-        rules = decision_rules(held_out, answers, evaluate.decision)
+        options = held_out_options(held_out, answers, evaluate.decision.thoughts)
+        rules = decision_rules(held_out, options, evaluate.decision)
+        out.write_table("held_out", held_out_table(held_out, options))
         rows = predictions(items, answers, rules, evaluate.decision.thoughts)
         out.write_table("predictions", pa.Table.from_pylist(rows, schema=PREDICTIONS))
         metrics = measure(rows, evaluate.bootstrap, seed)
@@ -159,10 +173,32 @@ def ask(
     log.fill(queries, total, folder, ufm, questions, on_progress)
 
 
-def decision_rules(held_out: Sequence[Item], answers: Answers, settings: DecisionSettings) -> Rules:
+def held_out_options(held_out: Sequence[Item], answers: Answers, thoughts: int) -> list[OptionProbabilities | None]:
+    """The mean probabilities over the thoughts about each held-out target; None where no answer names an option."""
+    ways = _held_out_ways(thoughts)
+    return [mean_options(answers[way, k].options for way in ways) for k in range(len(held_out))]
+
+
+def held_out_table(held_out: Sequence[Item], options: Sequence[OptionProbabilities | None]) -> pa.Table:
+    """The table `held_out`, from the targets and the policy's probabilities of each."""
+    rows = [
+        {
+            "interaction_id": item.interaction_id,
+            "user_id": item.user_id,
+            "task": str(item.task),
+            "skipped": skipped(item),
+            "gold": str(item.gold) if item.gold else None,
+            "options": [said.options[o] for o in TASK_OPTIONS[item.task]] if said else None,
+        }
+        for item, said in zip(held_out, options, strict=True)
+    ]
+    return pa.Table.from_pylist(rows, schema=HELD_OUT)
+
+
+def decision_rules(
+    held_out: Sequence[Item], options: Sequence[OptionProbabilities | None], settings: DecisionSettings
+) -> Rules:
     """Calibration and threshold of each task, from the held-out targets; tasks that allow none are left out."""
-    ways = _held_out_ways(settings.thoughts)
-    options = [mean_options(answers[way, k].options for way in ways) for k in range(len(held_out))]
     rules = {task: decision_rule(held_out, options, task, settings) for task in Task}
     return {task: rule for task, rule in rules.items() if rule}
 
