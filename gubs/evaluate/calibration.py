@@ -2,23 +2,18 @@
 
 A policy is trained on balanced options, so its probabilities do not fit the natural mix. They are calibrated on
 training users (see `held_out`): by Platt scaling, whose intercept also corrects the share of skips, or by isotonic
-regression, or by a logistic regression on the probabilities of all options (vector scaling: a policy may be too sure of
-one reason only), or not at all, whichever has the lowest Brier score on users that it was not fitted on.
+regression, or not at all, whichever has the lowest Brier score on users that it was not fitted on.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from gubs.records import Option
 from gubs.ufm.labels import OptionProbabilities
-
-if TYPE_CHECKING:
-    from sklearn.linear_model import LogisticRegression
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -59,9 +54,8 @@ class Calibration:
     """From the policy's P(skip) to the share of such targets that are skipped, with how well it does so."""
 
     method: str
-    """`platt`, `isotonic`, `vector` or `none`."""
+    """`platt`, `isotonic` or `none`."""
     curve: Curve
-    """The identity with method `vector`."""
     reasons: Mapping[str, float]
     """Option of a skip -> factor for its probability among the skips; empty where the held-out targets tell nothing."""
     brier: float
@@ -72,21 +66,10 @@ class Calibration:
     """Of the share of skips, for every target."""
     reliability: tuple[Bin, ...]
     n: int
-    weights: Mapping[str, float] = field(default_factory=dict)
-    """Option -> weight of its log-probability in the logit of P(skip); empty but with method `vector`."""
-    bias: float = 0.0
-    """Added to the weighted sum."""
-
-    def skip(self, raw: OptionProbabilities) -> float:
-        """Calibrated P(skip)."""
-        if not self.weights:
-            return float(self.curve(raw.skip))
-        logs = _logs([raw])[0]
-        return float(_expit(self.bias + sum(self.weights[str(o)] * x for o, x in zip(raw.options, logs, strict=True))))
 
     def options(self, raw: OptionProbabilities) -> OptionProbabilities:
         """Calibrated probabilities of all options: the skips keep their order among each other, but for `reasons`."""
-        skip = self.skip(raw)
+        skip = float(self.curve(raw.skip))
         weights = {o: p * self.reasons.get(str(o), 1.0) for o, p in raw.options.items() if o != Option.A}
         total = sum(weights.values())
         shares = {o: w / total if total else 1 / len(weights) for o, w in weights.items()}
@@ -107,7 +90,7 @@ def fit(
         skip: the policy's P(skip) of each held-out target, in the natural mix.
         skipped: what happened.
         users: whose targets they are; folds never divide a user.
-        options: the policy's probabilities, for method `vector` and the shares of the reasons; may be empty.
+        options: the policy's probabilities, to correct the shares of the reasons; may be empty.
         golds: the gold options beside them; None where unknown.
 
     Raises:
@@ -116,16 +99,12 @@ def fit(
     raw, truth = np.asarray(skip, float), np.asarray(skipped, bool)
     if truth.all() or not truth.any() or len(set(users)) < 2:
         raise ValueError("a calibration needs targets of several users, some skipped and some not")
-    inputs = dict.fromkeys(_CURVES, raw)
-    if options and len(options[0].options) > 2:
-        inputs[VECTOR] = _logs(options)
-    crossed = {name: _crossed(_METHODS[name], values, truth, users) for name, values in inputs.items()}
+    crossed = {name: _crossed(method, raw, truth, users) for name, method in _METHODS.items()}
     scores = {name: _brier(values, truth) for name, values in crossed.items()}
     best = min(scores, key=lambda name: scores[name])
-    fitted = {"curve": _CURVES[best](raw, truth)} if best in _CURVES else _vector_fields(options, truth)
     return Calibration(
         method=best,
-        **fitted,
+        curve=_METHODS[best](raw, truth),
         reasons=_reason_factors(options, golds),
         brier=scores[best],
         brier_raw=_brier(raw, truth),
@@ -174,44 +153,16 @@ def _isotonic(raw: Floats, truth: Bools) -> Curve:
     return Curve(tuple(model.X_thresholds_.tolist()), tuple(_logit(model.y_thresholds_).tolist()))
 
 
-def _vector(logs: Floats, truth: Bools) -> "LogisticRegression":
-    from sklearn.linear_model import LogisticRegression
-
-    return LogisticRegression().fit(logs, truth)  # penalised: few targets, one weight per option
+_METHODS: dict[str, Callable[[Floats, Bools], Curve]] = {"none": _none, "platt": _platt, "isotonic": _isotonic}
 
 
-def _by_vector(logs: Floats, truth: Bools) -> Callable[[Floats], Floats]:
-    if truth.all() or not truth.any():
-        return lambda others: np.full(len(others), float(truth.mean()))
-    model = _vector(logs, truth)
-    return lambda others: np.asarray(model.predict_proba(others)[:, 1])
-
-
-def _vector_fields(options: Sequence[OptionProbabilities], truth: Bools) -> dict[str, Any]:
-    model = _vector(_logs(options), truth)
-    weights = dict(zip(map(str, options[0].options), model.coef_[0].tolist(), strict=True))
-    return {"curve": Curve(_ENDS, _ENDS), "weights": weights, "bias": float(model.intercept_[0])}
-
-
-def _logs(options: Sequence[OptionProbabilities]) -> Floats:
-    """Log-probabilities of the options, in their order, [N, options]."""
-    return np.log(np.clip([[*o.options.values()] for o in options], _EDGE, 1.0))
-
-
-_CURVES: dict[str, Callable[[Floats, Bools], Curve]] = {"none": _none, "platt": _platt, "isotonic": _isotonic}
-VECTOR = "vector"
-_Fit = Callable[[Floats, Bools], Callable[[Floats], Floats]]
-"""(inputs, truth) -> from inputs to P(skip)."""
-_METHODS: dict[str, _Fit] = {**_CURVES, VECTOR: _by_vector}
-
-
-def _crossed(method: _Fit, inputs: Floats, truth: Bools, users: Sequence[str]) -> Floats:
+def _crossed(method: Callable[[Floats, Bools], Curve], raw: Floats, truth: Bools, users: Sequence[str]) -> Floats:
     """P(skip) of each target by a fit to the other folds' users."""
     from sklearn.model_selection import GroupKFold
 
-    values = np.empty(len(truth))
-    for train, test in GroupKFold(min(_FOLDS, len(set(users)))).split(inputs, truth, users):
-        values[test] = method(inputs[train], truth[train])(inputs[test])
+    values = np.empty(len(raw))
+    for train, test in GroupKFold(min(_FOLDS, len(set(users)))).split(raw, truth, users):
+        values[test] = method(raw[train], truth[train])(raw[test])
     return values
 
 

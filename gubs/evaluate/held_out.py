@@ -77,5 +77,5 @@ def decision_rule(
     raw = [o.skip for _, o in known]
     users, probabilities, golds = [i.user_id for i, _ in known], [o for _, o in known], [i.gold for i, _ in known]
     calibration = fit(raw, truth, users, probabilities, golds)
-    threshold = choose_threshold([calibration.skip(o) for o in probabilities], truth, settings)
+    threshold = choose_threshold(calibration.curve(raw).tolist(), truth, settings)
     return DecisionRule(calibration, threshold, auc(raw, truth))

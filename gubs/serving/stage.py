@@ -213,7 +213,7 @@ def _held_out_table(
 ) -> pa.Table:
     def calibrated(item: Item, mode: Mode, number: int) -> float | None:
         answer, rule = options[mode][number], decisions.get(item.task, {}).get(mode)
-        return rule.calibration.skip(answer) if answer and rule else None
+        return float(rule.calibration.curve(answer.skip)) if answer and rule else None
 
     rows = [
         {

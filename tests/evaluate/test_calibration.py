@@ -50,29 +50,6 @@ def test_what_is_calibrated_already_is_left_alone():
     assert np.abs(found.curve(said) - said).max() < 0.08
 
 
-def test_a_policy_that_is_too_sure_of_one_reason_only_is_corrected_there():
-    """It says B as surely as C, but what it says B of is skipped three times less often: no curve over P(skip) tells
-    the two apart."""
-    rng = np.random.default_rng(3)
-    kind = rng.integers(0, 3, len(USERS))
-    share = np.array([0.1, 0.25, 0.75])[kind]
-    skipped = rng.random(len(USERS)) < share
-    rows = np.array([[0.85, 0.05, 0.05, 0.05], [0.4, 0.55, 0.03, 0.02], [0.4, 0.03, 0.55, 0.02]])[kind]
-    options = [OptionProbabilities(dict(zip(Option, row, strict=True)), 1.0) for row in rows.tolist()]
-    golds = [Option.A if not s else list(Option)[k] if k else Option.D for s, k in zip(skipped, kind, strict=True)]
-    said = [o.skip for o in options]
-    found, curves = fit(said, skipped, USERS, options, golds), fit(said, skipped, USERS)
-    assert found.method == "vector"
-    assert found.brier < curves.brier - 0.01
-    assert [found.skip(options[int(np.argmax(kind == k))]) for k in range(3)] == pytest.approx(
-        [0.1, 0.25, 0.75], abs=0.06
-    )
-    of_b = found.options(options[int(np.argmax(kind == 1))])
-    assert of_b.skip == pytest.approx(0.25, abs=0.06)
-    assert best_answer(of_b) is Option.A
-    assert sum(of_b.options.values()) == pytest.approx(1)
-
-
 def test_noise_is_told_by_the_constant():
     """A score that says nothing must not look better than the share of skips: folds divide no user's fit."""
     rng = np.random.default_rng(2)
