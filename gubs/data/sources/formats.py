@@ -7,6 +7,7 @@ never closed, invalid JSON) are kept apart with their line and text.
 
 import csv
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,11 @@ BLOCK_BYTES = 8 << 20
 
 _JSON_BYTES = 64 << 20
 """Bytes of a block of JSON lines."""
+
+_SAMPLE_BYTES = 1 << 16
+"""Bytes at the start of a text file that say how long its lines are."""
+_PACKED = 4
+"""How much smaller packed text is, about."""
 
 _BROKEN_CHARS = 1000
 _NUL_SHARE = 0.01
@@ -116,6 +122,18 @@ def open_table(file: Path | InputFile, text: TextFormat | None = None, groups: r
     )
 
 
+def rows_about(file: InputFile) -> int:
+    """About how many rows a text file has, by the lines at its start.
+
+    Raises:
+        InputError: it cannot be unzipped.
+    """
+    with _readable(file.label, "cannot be unzipped"), file.stream() as stream:
+        start = bytes(stream.read(_SAMPLE_BYTES))
+    lines = max(1, start.count(b"\n"), start.count(b"\r"))
+    return math.ceil(file.size() * (_PACKED if file.zipped else 1) * lines / max(1, len(start)))
+
+
 def guess_encoding(path: Path) -> str:
     """`utf-8` if the whole (small) file is valid UTF-8, else `latin-1`."""
     try:
@@ -195,7 +213,7 @@ class Delimited(RawFile):
             _readable(self.label, "cannot be unzipped"),
             self.file.stream() as stream,
         ):
-            start = bytes(stream.read(1 << 16))
+            start = bytes(stream.read(_SAMPLE_BYTES))
         if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise InputError(f"{self.label}: row 1: the file is in UTF-16; save it as UTF-8")
         if b"\0" in start.split(b"\n", 1)[0] or start.count(b"\0") > len(start) * _NUL_SHARE:
@@ -337,12 +355,18 @@ class JsonLines(RawFile):
     it, to find the bad lines, or if Arrow cannot hold a number exactly.
     """
 
+    uniform: bool = False
+    """All lines have the names that the first ones have, so that the file need not be read twice."""
+
     def __post_init__(self) -> None:
         self._numbers: list[np.ndarray] = []
         blocks = self._blocks()
         self._read = [next(blocks)]  # most files are one block: it is not read twice
         names = dict.fromkeys(self._read[0].column_names)
         for block in blocks:
+            if self.uniform:
+                self._read = []
+                break
             self._read = []
             names |= dict.fromkeys(block.column_names)
         if not names:
