@@ -271,7 +271,7 @@ def _polars_divided(kept: Any) -> Any:
     return frame.with_columns(role=role)
 
 
-class _Memory(threading.Thread):
+class Memory(threading.Thread):
     """Watches the memory of a process and its children."""
 
     def __init__(self, pid: int) -> None:
@@ -303,7 +303,7 @@ def measured(engine: str, log: Path, work: Path, nodes: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--engine", engine, "--log", str(log), "--out", str(out), "--on", str(nodes)]
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    memory = _Memory(process.pid)
+    memory = Memory(process.pid)
     memory.start()
     printed, _ = process.communicate()
     seconds = time.perf_counter() - began

@@ -90,7 +90,8 @@ def _head_lines(sheet: Sheet, film: pa.Scalar) -> pa.Scalar:
 
     Headings are no rows: the account does not count them.
     """
-    headings = pc.struct_field(pc.extract_regex(sheet.column("line"), r"^(?P<film>\d+):$"), "film")
+    headings = pc.if_else(pc.ends_with(sheet.column("line"), ":"), sheet.column("line"), None)
+    headings = pc.struct_field(pc.extract_regex(headings, r"^(?P<film>\d+):$"), "film")
     films = pc.fill_null(pc.fill_null_forward(headings.combine_chunks()), film)
     rating = np.asarray(headings.is_null())
     table = sheet.table.append_column("video_id", films)
