@@ -128,6 +128,15 @@ def kuairand_parquet(folder: Path, rng: np.random.Generator) -> None:
         csv.unlink()
 
 
+def kuairand_27k(folder: Path, rng: np.random.Generator) -> None:
+    """The names of the large edition."""
+    kuairand(folder, rng)
+    (folder / "pure_user_sequences.parquet").unlink()
+    for path in list(folder.iterdir()):
+        part = "_part1" if path.name.startswith("log") else ""
+        path.rename(folder / path.name.replace("_pure", f"_27k{part}"))
+
+
 def pairs(folder: Path, rng: np.random.Generator) -> None:
     lines = (f"{rng.integers(40)},{film(rng)},{1_583_378_629_552 + 1000 * rng.integers(9)}" for _ in range(ROWS))
     write(folder / "x_pairs.csv", "user,item,timestamp", *lines)
@@ -150,6 +159,7 @@ LAYOUTS: dict[Callable[[Path, np.random.Generator], None], tuple[str, set[str]]]
     mind: ("mind", {"duplicate", "not a time as 11/15/2019 8:55:22 AM"}),
     kuairand: ("kuairand", {"duplicate", "no duration", "tab not used", "history overlaps the log"}),
     kuairand_parquet: ("kuairand", {"duplicate", "no duration", "tab not used", "history overlaps the log"}),
+    kuairand_27k: ("kuairand", {"duplicate", "no duration", "tab not used"}),
     pairs: ("microlens", {"duplicate"}),
     lists: ("microlens", {"duplicate"}),
 }

@@ -1,4 +1,5 @@
-"""KuaiRand-Pure as a source: impressions with play times, from the prepared Parquet logs or the original CSV logs.
+"""KuaiRand as a source: impressions with play times, from the prepared Parquet logs of KuaiRand-Pure, or the original
+CSV logs of an edition.
 
 Tab 0 is the two-column page, where `is_click` is a tap on a cover: the click task. Tabs 1, 2, 4 and 6 play in a single
 column: the sequential task, where only the play rate counts. Other tabs are neither and are rejected. The logs are
@@ -39,8 +40,9 @@ SEQUENTIAL_TABS = (1, 2, 4, 6)
 INTEREST_TAGS = 5
 """Most interest tags per user."""
 
-_LOG_NAMES = ("pure_log_*.parquet", "log_standard_*_pure.csv*")
-_USERS, _VIDEOS = "user_features_pure.csv", "video_features_basic_pure.csv"
+_LOGS = {"pure_log_*.parquet": "pure"} | {f"log_standard_*_{e}*.csv*": e for e in ("pure", "1k", "27k")}
+"""Name patterns of the logs, best first, and their edition."""
+_USERS, _VIDEOS = "user_features_{}.csv", "video_features_basic_{}.csv"
 _HISTORY = "pure_user_sequences.parquet"
 
 _LOG = (
@@ -86,27 +88,31 @@ def open_source(settings: SourceSettings) -> Log:
         InputError: no log in the folder, or a file that cannot be used.
     """
     folder, bad = Path(settings.path), settings.max_bad_rows
-    files = [InputFile.at(p) for p in _logs(folder)]
-    video_sheet, videos = _read_videos(folder / _VIDEOS, bad)
-    user_sheet, users = _read_users(folder / _USERS, bad)
+    paths, edition = _logs(folder)
+    files = [InputFile.at(p) for p in paths]
+    video_sheet, videos = _read_videos(folder / _VIDEOS.format(edition), bad)
+    user_sheet, users = _read_users(folder / _USERS.format(edition), bad)
     sheets = [video_sheet, user_sheet]
     if (folder / _HISTORY).is_file():
         history = read_sheet(folder / _HISTORY, _HISTORY_COLUMNS, bad)
         history.reject_duplicates("user_id")
         sheets.append(history)
-        topics = dict(zip(videos["video_id"].to_pylist(), _topics(video_sheet), strict=True))
+        topics = tag_lists(videos.num_rows, _topics(video_sheet)).to_pylist()
+        topics = dict(zip(videos["video_id"].to_pylist(), topics, strict=True))
         users = _with_interests(users, history, topics)
     notes = (_OTHER_EDITION,) if list(folder.glob("kr27k_like_vs_hate*")) else ()
     return _Views(files, [Head.sized(f) for f in files], bad, users, videos, sheets, notes)
 
 
-def _logs(folder: Path) -> list[Path]:
-    """The logs with the first name pattern that matches; a row that an earlier file has too is a duplicate."""
-    paths = next((matches for name in _LOG_NAMES if (matches := list(folder.glob(name)))), [])
-    if not paths:
-        raise InputError(f"{folder}: no log here; source.path must be a folder with {' or '.join(_LOG_NAMES)}")
-    # Of the two prepared logs, `val` is the earlier one, and sorts last.
-    return sorted(paths, key=lambda p: ("test" in p.name, p.name))
+def _logs(folder: Path) -> tuple[list[Path], str]:
+    """The logs with the first name pattern that matches, and their edition; a row that an earlier file has too is a
+    duplicate.
+    """
+    for pattern, edition in _LOGS.items():
+        if paths := list(folder.glob(pattern)):
+            # Of the two prepared logs, `val` is the earlier one, and sorts last.
+            return sorted(paths, key=lambda p: ("test" in p.name, p.name)), edition
+    raise InputError(f"{folder}: no log here; source.path must be a folder with {' or '.join(_LOGS)}")
 
 
 class _Views(Log):
@@ -177,16 +183,18 @@ def _read_videos(path: Path, bad: float) -> tuple[Sheet, pa.Table]:
         joined("music type ", t["music_type"]),
         joined("author ", t["author_id"]),
     ]
-    more = tag_lists(n, descriptions).to_pylist()
-    tags = pa.array([a + b for a, b in zip(_topics(sheet), more, strict=True)], pa.list_(pa.string()))
+    tags = tag_lists(n, [*_topics(sheet), *descriptions])
     seconds = pc.divide(t["video_duration"], 1000.0)
     return sheet, build("videos", n, video_id=t["video_id"], duration_s=seconds, tags=tags)
 
 
-def _topics(videos: Sheet) -> list[list[str]]:
-    """Topic tags per video: `39,68` becomes `tag 39`, `tag 68`."""
-    texts = videos.column("tag").to_pylist()
-    return [[f"tag {t.strip()}" for t in (text or "").split(",") if t.strip().isdigit()] for text in texts]
+def _topics(videos: Sheet) -> list[pa.ChunkedArray]:
+    """Topic tags: of `39,68`, `tag 39` in the first column and `tag 68` in the second."""
+    lists = pc.split_pattern(videos.column("tag").fill_null(""), ",").combine_chunks()
+    most = pc.max(pc.list_value_length(lists)).as_py() or 0
+    items = pc.utf8_trim_whitespace(pc.list_slice(lists, 0, most, return_fixed_size_list=True).values) if most else []
+    topics = [pa.chunked_array([items[i::most]]) for i in range(most)]
+    return [joined("tag ", pc.if_else(pc.utf8_is_digit(t), t, None)) for t in topics]
 
 
 def _read_users(path: Path, bad: float) -> tuple[Sheet, pa.Table]:
