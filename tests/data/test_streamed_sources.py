@@ -55,7 +55,7 @@ def reviews(folder: Path, rng: np.random.Generator) -> None:
     for i in range(ROWS):
         book, user = film(rng), "" if i % 97 == 0 else f"A{rng.integers(40)}"
         title = [f"Book {book}", "", f"Book {book} (2nd)"][rng.integers(3)]
-        time, stars = 600_000_000 + 10_000_000 * rng.integers(4), 9.9 if i % 50 == 0 else 4.0
+        time, stars = 900_000_000 + 10_000_000 * rng.integers(4), 9.9 if i % 50 == 0 else 4.0
         lines.append(f'B{book},{title},{user},{stars},{time},"two\nlines"')
     write(folder / "Books_rating.csv", *lines)
     books = (f"Book {b},\"['Fiction {b % 3}']\"" for b in range(60))

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -163,6 +163,8 @@ def _categories(text: str | None) -> list[str] | None:
 
 
 class _Windows(Log):
+    fan_out: ClassVar[int] = 4
+
     def read(self, number: int, groups: range | None = None, rows: int = ROWS) -> Iterator[Sheet]:
         """See `Log`."""
         del groups
