@@ -272,11 +272,12 @@ def _polars_divided(kept: Any) -> Any:
 
 
 class Memory(threading.Thread):
-    """Watches the memory of a process and its children."""
+    """Watches the memory of a process and its children, and the CPU time they take."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
         self.pid, self.peak, self.ended = pid, 0, threading.Event()
+        self.seconds: dict[int, float] = {}
 
     def run(self) -> None:
         import psutil
@@ -290,9 +291,16 @@ class Memory(threading.Thread):
             for process in processes:
                 try:
                     total += process.memory_full_info().pss
+                    times = process.cpu_times()
+                    self.seconds[process.pid] = times.user + times.system
                 except psutil.Error:
                     continue
             self.peak = max(self.peak, total)
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU time so far, as last seen of each process."""
+        return sum(self.seconds.values())
 
 
 def measured(engine: str, log: Path, work: Path, nodes: int) -> dict[str, Any]:

@@ -91,7 +91,8 @@ def measured(kind: str, folder: Path, out: Path) -> dict[str, Any]:
     printed, _ = process.communicate()
     seconds = time.perf_counter() - began
     memory.ended.set()
-    result: dict[str, Any] = {"seconds": round(seconds, 1), "peak_gib": round(memory.peak / 2**30, 2)}
+    result: dict[str, Any] = {"seconds": round(seconds, 1), "cpu_s": round(memory.cpu_s, 1)}
+    result["peak_gib"] = round(memory.peak / 2**30, 2)
     return result | ({"failed": process.returncode} if process.returncode else {"kept": int(printed.split()[-1])})
 
 
