@@ -267,3 +267,19 @@ def test_uniform_json_lines_are_not_read_twice(tmp_path: Path, monkeypatch: pyte
     n = read[False] // 2
     assert n > 5
     assert read[True] == n + 2, "the first ones tell the names"
+
+
+def test_json_lines_with_dates_are_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow takes them for times; after the first block it is told that they are texts."""
+    days = [f"2024-01-{1 + i % 28:02}" for i in range(100)]
+    write(tmp_path / "a.json", *(json.dumps({"day": day}) for day in days))
+    monkeypatch.setattr("gubs.data.sources.formats._JSON_BYTES", 200)
+    real, parsed = JsonLines._read_typed, list[bytes]()
+    monkeypatch.setattr(
+        JsonLines, "_read_typed", lambda self, raw, schema: (parsed.append(raw), real(self, raw, schema))[1]
+    )
+    file = JsonLines(InputFile.at(tmp_path / "a.json"))
+    parsed.clear()
+    assert [day for batch, _ in file.batches(["day"]) for day in batch["day"].to_pylist()] == days
+    assert len(parsed) == len(set(parsed))
+    assert len(parsed) > 5

@@ -360,6 +360,7 @@ class JsonLines(RawFile):
 
     def __post_init__(self) -> None:
         self._numbers: list[np.ndarray] = []
+        self._dates: pa.Schema | None = None  # as text, once a block had them: so the next one is parsed once
         blocks = self._blocks()
         self._read = [next(blocks)]  # most files are one block: it is not read twice
         names = dict.fromkeys(self._read[0].column_names)
@@ -404,8 +405,9 @@ class JsonLines(RawFile):
 
     def _read_at_once(self, raw: bytes) -> pa.Table | None:
         try:
-            table = self._read_typed(raw, None)
+            table = self._read_typed(raw, self._dates)
             if (as_text := _dates_as_text(table.schema)) != table.schema:
+                self._dates = pa.schema([f for f in as_text if f.type != table.schema.field(f.name).type])
                 table = self._read_typed(raw, as_text)
         except pa.ArrowInvalid:
             return None
