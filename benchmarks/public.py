@@ -50,7 +50,7 @@ def write_yelp(folder: Path, rows: int) -> None:
     drawn = zip(rng.integers(users, size=rows).tolist(), rng.integers(places, size=rows).tolist(), days, strict=True)
     with (folder / "yelp_academic_dataset_review.json").open("w") as file:
         for i, (user, place, day) in enumerate(drawn):
-            row = {"review_id": f"{i:022}", "user_id": f"{user:022}", "business_id": f"{place:022}"}
+            row: dict[str, object] = {"review_id": f"{i:022}", "user_id": f"{user:022}", "business_id": f"{place:022}"}
             row |= {"stars": float(1 + i % 5), "useful": 0, "funny": 0, "cool": 0, "text": text}
             file.write(json.dumps(row | {"date": day.replace("T", " ")}) + "\n")
     _write_lines(

@@ -12,17 +12,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from gubs.data.settings import SourceSettings
-from gubs.data.sources.columns import RULES
 from gubs.data.sources.files import InputFile
-from gubs.data.sources.formats import open_table
-from gubs.data.sources.log import ROWS, Done, Findings, Head, Log, Tally, first_seen, places
+from gubs.data.sources.log import Done, Findings, Head, Log, Tally, first_seen, places
 from gubs.data.sources.reading import (
     STARS_NOTE,
     Column,
@@ -31,7 +29,6 @@ from gubs.data.sources.reading import (
     click_sequences,
     clicks,
     duplicated,
-    read_blocks,
     read_sheet,
     tag_lists,
 )
@@ -104,17 +101,16 @@ def open_source(settings: SourceSettings) -> Log:
 class _Reviews(Log):
     books: Sheet | None = None
 
+    columns = _REVIEWS
+
     @property
     def lean(self) -> Self:
         """The log as workers need it."""
         return replace(super().lean, books=None)
 
-    def read(self, number: int, groups: range | None = None, rows: int = ROWS) -> Iterator[Sheet]:
+    def check(self, sheet: Sheet) -> None:
         """See `Log`."""
-        del groups
-        for sheet in read_blocks(open_table(self.files[number]), _REVIEWS, RULES, rows):
-            sheet.reject(sheet.column("user_id").is_null(), "no user", "user_id")
-            yield sheet
+        sheet.reject(sheet.column("user_id").is_null(), "no user", "user_id")
 
     def finish(self, rows: Sheet, users: pa.Table) -> Done:
         """See `Log`."""
@@ -163,12 +159,8 @@ def _categories(text: str | None) -> list[str] | None:
 
 
 class _Windows(Log):
-    fan_out: ClassVar[int] = 4
-
-    def read(self, number: int, groups: range | None = None, rows: int = ROWS) -> Iterator[Sheet]:
-        """See `Log`."""
-        del groups
-        return read_blocks(open_table(self.files[number]), _WINDOWS, RULES, rows)
+    columns = _WINDOWS
+    fan_out = 4
 
     def finish(self, rows: Sheet, users: pa.Table) -> Done:
         """See `Log`."""

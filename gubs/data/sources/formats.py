@@ -107,8 +107,7 @@ def open_table(file: Path | InputFile, text: TextFormat | None = None, groups: r
         InputError: the file is missing, empty, of an unknown type, or unreadable.
     """
     file = InputFile.at(file) if isinstance(file, Path) else file
-    if not file.exists():
-        raise InputError(f"{file.label}: no such file; put it there, or point source.path at the folder that has it")
+    _refuse_missing(file)
     if file.size() == 0:
         raise InputError(f"{file.label}: the file is empty; copy it again from its origin")
     if text is not None or file.suffix in (".csv", ".tsv"):
@@ -122,12 +121,18 @@ def open_table(file: Path | InputFile, text: TextFormat | None = None, groups: r
     )
 
 
+def _refuse_missing(file: InputFile) -> None:
+    if not file.exists():
+        raise InputError(f"{file.label}: no such file; put it there, or point source.path at the folder that has it")
+
+
 def rows_about(file: InputFile) -> int:
     """About how many rows a text file has, by the lines at its start.
 
     Raises:
-        InputError: it cannot be unzipped.
+        InputError: it is missing, or cannot be unzipped.
     """
+    _refuse_missing(file)
     with _readable(file.label, "cannot be unzipped"), file.stream() as stream:
         start = bytes(stream.read(_SAMPLE_BYTES))
     lines = max(1, start.count(b"\n"), start.count(b"\r"))

@@ -7,7 +7,6 @@ Kuaishou's (Gao et al., "KuaiRand", CIKM 2022).
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gubs.data.settings import SourceSettings
-from gubs.data.sources.columns import RULES
 from gubs.data.sources.files import InputFile
-from gubs.data.sources.formats import open_table
-from gubs.data.sources.log import ROWS, Done, Findings, Head, Log, Tally
+from gubs.data.sources.log import Done, Findings, Head, Log, Tally
 from gubs.data.sources.reading import (
     Column,
     Sheet,
@@ -26,7 +23,6 @@ from gubs.data.sources.reading import (
     build,
     facts,
     joined,
-    read_blocks,
     read_sheet,
     tag_lists,
 )
@@ -116,9 +112,7 @@ def _logs(folder: Path) -> tuple[list[Path], str]:
 
 
 class _Views(Log):
-    def read(self, number: int, groups: range | None = None, rows: int = ROWS) -> Iterator[Sheet]:
-        """See `Log`."""
-        return read_blocks(open_table(self.files[number], groups=groups), _LOG, RULES, rows)
+    columns = _LOG
 
     def finish(self, rows: Sheet, users: pa.Table) -> Done:
         """See `Log`."""

@@ -16,9 +16,19 @@ import pyarrow.compute as pc
 
 from gubs.data.partition import hashes
 from gubs.data.sources import FileCount, SourceTables
+from gubs.data.sources.columns import RULES
 from gubs.data.sources.files import InputFile
-from gubs.data.sources.formats import Parquet, open_table, rows_about
-from gubs.data.sources.reading import Account, Sheet, bare_notes, bare_records, by_cause, refuse_empty
+from gubs.data.sources.formats import Parquet, TextFormat, open_table, rows_about
+from gubs.data.sources.reading import (
+    Account,
+    Column,
+    Sheet,
+    bare_notes,
+    bare_records,
+    by_cause,
+    read_blocks,
+    refuse_empty,
+)
 from gubs.data.sources.units import UnitEvidence
 from gubs.errors import InputError
 from gubs.records import empty
@@ -144,9 +154,13 @@ class Log:
     """Of the files that describe them."""
     notes: tuple[str, ...] = ()
     """What the source lacks."""
+    text: TextFormat | None = None
+    """How the files are written, if their suffix does not tell."""
     unique: str | None = None
     """A column in which each value belongs to one row, whoever's it is: later rows with it are duplicates."""
 
+    columns: ClassVar[Sequence[Column]]
+    """The columns to read."""
     fan_out: ClassVar[int] = 1
     """Interactions that a row becomes, about."""
     broadcast: ClassVar[tuple[str, ...]] = ("video_id",)
@@ -174,7 +188,12 @@ class Log:
         Raises:
             InputError: a column cannot be read at all.
         """
-        raise NotImplementedError
+        for sheet in read_blocks(open_table(self.files[number], self.text, groups), self.columns, RULES, rows):
+            self.check(sheet)
+            yield sheet
+
+    def check(self, sheet: Sheet) -> None:
+        """Rejects the rows of a sheet that are wrong in themselves."""
 
     def piece(self, sheet: Sheet, number: int) -> pa.Table:
         """The rows of a sheet with their file and line; all pieces have one schema."""

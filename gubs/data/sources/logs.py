@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -84,7 +84,7 @@ class OwnLog(Log):
     video_sheet: Sheet | None
     choice: log_rows.Decided | None = None
 
-    broadcast: ClassVar[tuple[str, ...]] = ("video_id", "duration_s")
+    broadcast = ("video_id", "duration_s")
 
     @property
     def lean(self) -> Self:

@@ -5,18 +5,15 @@ in order), `*_title_en.csv` or `*_titles.csv` (item, title), `tags_to_summary.cs
 `ID.mp4` and `ID.jpg`.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from gubs.data.settings import SourceSettings
-from gubs.data.sources.columns import RULES
 from gubs.data.sources.files import InputFile
-from gubs.data.sources.formats import TextFormat, open_table
-from gubs.data.sources.log import ROWS, Done, Head, Log
+from gubs.data.sources.formats import TextFormat
+from gubs.data.sources.log import Done, Head, Log
 from gubs.data.sources.media import COVER_SUFFIXES, VIDEO_SUFFIXES, media_paths
 from gubs.data.sources.reading import (
     Column,
@@ -24,7 +21,6 @@ from gubs.data.sources.reading import (
     build,
     click_sequences,
     clicks,
-    read_blocks,
     read_sheet,
     tag_lists,
 )
@@ -58,8 +54,10 @@ def open_source(settings: SourceSettings) -> Log:
     folder, bad = Path(settings.path), settings.max_bad_rows
     notes = list(_NOTES)
     path = _one(folder, "*_pairs.csv", "*_pairs.tsv")
-    pairs, kind = InputFile.at(path), _Pairs if path.suffix == ".csv" else _Lists
-    if kind is _Lists:
+    pairs, listed = InputFile.at(path), path.suffix == ".tsv"
+    kind = _Lists if listed else _Pairs
+    text = TextFormat("\t", ("user_id", "items"), quoted=False) if listed else None
+    if listed:
         notes.append("Only the order of a user's pairs is known, not their times.")
     titles = _read_values(_one(folder, "*_title_en.csv", "*_titles.csv"), bad)
     sheets, tags = [titles], None
@@ -71,14 +69,11 @@ def open_source(settings: SourceSettings) -> Log:
     else:
         notes.append("There is no tags_to_summary.csv: the videos have no category.")
     videos = _videos(titles, tags, folder, settings.videos_dir, notes)
-    return kind([pairs], [Head.sized(pairs)], bad, videos=videos, sheets=sheets, notes=tuple(notes))
+    return kind([pairs], [Head.sized(pairs)], bad, videos=videos, sheets=sheets, notes=tuple(notes), text=text)
 
 
 class _Pairs(Log):
-    def read(self, number: int, groups: range | None = None, rows: int = ROWS) -> Iterator[Sheet]:
-        """See `Log`."""
-        del groups
-        return read_blocks(open_table(self.files[number]), _PAIRS, RULES, rows)
+    columns = _PAIRS
 
     def finish(self, rows: Sheet, users: pa.Table) -> Done:
         """See `Log`."""
@@ -88,13 +83,8 @@ class _Pairs(Log):
 
 
 class _Lists(Log):
-    fan_out: ClassVar[int] = 8
-
-    def read(self, number: int, groups: range | None = None, rows: int = ROWS) -> Iterator[Sheet]:
-        """See `Log`."""
-        del groups
-        text = TextFormat("\t", ("user_id", "items"), quoted=False)
-        return read_blocks(open_table(self.files[number], text), _LISTS, RULES, rows)
+    columns = _LISTS
+    fan_out = 8
 
     def finish(self, rows: Sheet, users: pa.Table) -> Done:
         """See `Log`."""

@@ -6,9 +6,8 @@ category, subcategory, title, ...), neither with a header; in the folder, or in 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -16,10 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gubs.data.settings import SourceSettings
-from gubs.data.sources.columns import RULES
 from gubs.data.sources.files import InputFile
-from gubs.data.sources.formats import TextFormat, open_table
-from gubs.data.sources.log import ROWS, Done, Findings, Head, Log, Tally
+from gubs.data.sources.formats import TextFormat
+from gubs.data.sources.log import Done, Findings, Head, Log, Tally
 from gubs.data.sources.reading import (
     Column,
     Sheet,
@@ -27,7 +25,6 @@ from gubs.data.sources.reading import (
     constant,
     duplicated,
     joined,
-    read_blocks,
     read_sheet,
     tag_lists,
 )
@@ -74,8 +71,9 @@ def open_source(settings: SourceSettings) -> Log:
     labels = ["" if len(folders) == 1 else f"{f.name}/" for f in folders]
     parts = [InputFile(str(f / _BEHAVIORS), label + _BEHAVIORS) for f, label in zip(folders, labels, strict=True)]
     news, videos = _read_news(folders, labels, bad)
+    text = TextFormat("\t", tuple(c.name for c in _PAGES), quoted=False)
     heads = [Head.sized(f) for f in parts]
-    return _Pages(parts, heads, bad, videos=videos, sheets=news, notes=_NOTES, unique="impression")
+    return _Pages(parts, heads, bad, videos=videos, sheets=news, notes=_NOTES, text=text, unique="impression")
 
 
 def files(settings: SourceSettings) -> list[Path]:
@@ -91,16 +89,18 @@ def _folders(root: Path) -> list[Path]:
 
 
 class _Pages(Log):
-    fan_out: ClassVar[int] = 32
-    broadcast: ClassVar[tuple[str, ...]] = ("video_id", "tags")
+    columns = _PAGES
+    fan_out = 32
+    broadcast = ("video_id", "tags")
 
-    def read(self, number: int, groups: range | None = None, rows: int = ROWS) -> Iterator[Sheet]:
-        """See `Log`; the test part of MIND has no clicks, and is refused."""
-        del groups
-        text = TextFormat("\t", tuple(c.name for c in _PAGES), quoted=False)
-        for sheet in read_blocks(open_table(self.files[number], text), _PAGES, RULES, rows):
-            _check_pages(sheet)
-            yield sheet
+    def check(self, sheet: Sheet) -> None:
+        """See `Log`; `time` becomes `timestamp`. The test part of MIND has no clicks, and is refused."""
+        unlabelled = pc.invert(pc.match_substring_regex(sheet.column("shown"), _SHOWN))
+        sheet.reject(unlabelled, "not news with -0 or -1 (clicked)", "shown", malformed=True)
+        times = pd.to_datetime(sheet.column("time").to_pandas(), format=_TIME, errors="coerce", utc=True)
+        sheet.reject(times.isna().to_numpy(), "not a time as 11/15/2019 8:55:22 AM", "time", malformed=True)
+        stamps = pa.array(times.dropna(), pa.timestamp("ms", "UTC")).cast(pa.int64())
+        sheet.table = sheet.table.drop_columns("time").append_column("timestamp", stamps)
 
     def ids(self, rows: pa.Table) -> pa.Array:
         """Impressions, which each file numbers anew."""
@@ -124,16 +124,6 @@ class _Pages(Log):
             f"times are unknown."
         )
         return [*super().conclude(findings, tally), interests]
-
-
-def _check_pages(sheet: Sheet) -> None:
-    """Rejects what is no page; `time` becomes `timestamp`."""
-    unlabelled = pc.invert(pc.match_substring_regex(sheet.column("shown"), _SHOWN))
-    sheet.reject(unlabelled, "not news with -0 or -1 (clicked)", "shown", malformed=True)
-    times = pd.to_datetime(sheet.column("time").to_pandas(), format=_TIME, errors="coerce", utc=True)
-    sheet.reject(times.isna().to_numpy(), "not a time as 11/15/2019 8:55:22 AM", "time", malformed=True)
-    stamps = pa.array(times.dropna(), pa.timestamp("ms", "UTC")).cast(pa.int64())
-    sheet.table = sheet.table.drop_columns("time").append_column("timestamp", stamps)
 
 
 def _shown(pages: Sheet, ids: pa.ChunkedArray) -> pa.Table:

@@ -4,7 +4,6 @@ A film becomes a video, and a rating becomes an interaction of the click task (t
 from 4 stars, disliked up to 2. There are no watch times, no exposures without a click and no pages.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,10 +13,9 @@ import pyarrow.compute as pc
 
 from gubs.data.settings import SourceSettings
 from gubs.data.sources import SourceTables
-from gubs.data.sources.columns import RULES
 from gubs.data.sources.files import InputFile
-from gubs.data.sources.formats import TextFormat, guess_encoding, open_table
-from gubs.data.sources.log import ROWS, Done, Head, Log, in_memory
+from gubs.data.sources.formats import TextFormat, guess_encoding
+from gubs.data.sources.log import Done, Head, Log, in_memory
 from gubs.data.sources.reading import (
     STARS_NOTE,
     Column,
@@ -26,7 +24,6 @@ from gubs.data.sources.reading import (
     clicks,
     constant,
     facts,
-    read_blocks,
     read_sheet,
     tag_lists,
 )
@@ -130,14 +127,8 @@ def open_source(settings: SourceSettings) -> Log | SourceTables:
     return _with_unseen(in_memory(log), settings.unseen) if settings.unseen else log
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Ratings(Log):
-    text: TextFormat
-
-    def read(self, number: int, groups: range | None = None, rows: int = ROWS) -> Iterator[Sheet]:
-        """See `Log`."""
-        del groups
-        return read_blocks(open_table(self.files[number], self.text), _RATINGS, RULES, rows)
+    columns = _RATINGS
 
     def finish(self, rows: Sheet, users: pa.Table) -> Done:
         """See `Log`."""

@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gubs.data.settings import SourceSettings
-from gubs.data.sources.columns import KINDS, RULES, convert
+from gubs.data.sources.columns import KINDS, convert
 from gubs.data.sources.files import InputFile
-from gubs.data.sources.formats import TextFormat, guess_encoding, open_table
+from gubs.data.sources.formats import TextFormat, guess_encoding
 from gubs.data.sources.log import ROWS, Done, Findings, Head, Log
-from gubs.data.sources.reading import STARS_NOTE, Column, Sheet, build, clicks, read_blocks, read_sheet, tag_lists
+from gubs.data.sources.reading import STARS_NOTE, Column, Sheet, build, clicks, read_sheet, tag_lists
 from gubs.errors import InputError
 
 _TITLES = "movie_titles.csv"
@@ -47,7 +47,7 @@ def open_source(settings: SourceSettings) -> Log:
     parts = [InputFile(str(path), path.relative_to(root).as_posix()) for path in _ratings(root)]
     titles, videos = _read_titles(root / _TITLES, bad)
     heads = [Head.sized(f) for f in parts]
-    return _Ratings(parts, heads, bad, videos=videos, sheets=[titles], notes=_NOTES)
+    return _Ratings(parts, heads, bad, videos=videos, sheets=[titles], notes=_NOTES, text=_LINES)
 
 
 def files(settings: SourceSettings) -> list[Path]:
@@ -64,11 +64,12 @@ def _ratings(root: Path) -> list[Path]:
 
 
 class _Ratings(Log):
+    columns = _LINE
+
     def read(self, number: int, groups: range | None = None, rows: int = ROWS) -> Iterator[Sheet]:
         """See `Log`."""
-        del groups
         film = pa.scalar(None, pa.string())
-        for sheet in read_blocks(open_table(self.files[number], _LINES), _LINE, RULES, rows):
+        for sheet in super().read(number, groups, rows):
             film = _head_lines(sheet, film)
             _split(sheet)
             yield sheet
