@@ -271,12 +271,13 @@ def _polars_divided(kept: Any) -> Any:
     return frame.with_columns(role=role)
 
 
-class _Memory(threading.Thread):
-    """Watches the memory of a process and its children."""
+class Memory(threading.Thread):
+    """Watches the memory of a process and its children, and the CPU time they take."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
         self.pid, self.peak, self.ended = pid, 0, threading.Event()
+        self.seconds: dict[int, float] = {}
 
     def run(self) -> None:
         import psutil
@@ -290,9 +291,16 @@ class _Memory(threading.Thread):
             for process in processes:
                 try:
                     total += process.memory_full_info().pss
+                    times = process.cpu_times()
+                    self.seconds[process.pid] = times.user + times.system
                 except psutil.Error:
                     continue
             self.peak = max(self.peak, total)
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU time so far, as last seen of each process."""
+        return sum(self.seconds.values())
 
 
 def measured(engine: str, log: Path, work: Path, nodes: int) -> dict[str, Any]:
@@ -303,7 +311,7 @@ def measured(engine: str, log: Path, work: Path, nodes: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--engine", engine, "--log", str(log), "--out", str(out), "--on", str(nodes)]
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    memory = _Memory(process.pid)
+    memory = Memory(process.pid)
     memory.start()
     printed, _ = process.communicate()
     seconds = time.perf_counter() - began

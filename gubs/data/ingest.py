@@ -1,14 +1,13 @@
 """The first stage: reads a source's logs into the artifact `raw`, typed tables that account for every row.
 
-Your own logs (`logs`) are read block by block, on Ray if they are large; other sources, whose size is known, in memory.
-The tables users and interactions are cut by user into parts, in the order of `partition.Users`; a user's rows are in
+A log is read piece by piece, on Ray if it is large; a source that has tables only is small, and read in memory. The
+tables users and interactions are cut by user into parts, in the order of `partition.Users`; a user's rows are in
 the order of the log.
 """
 
 import functools
 import itertools
 import operator
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,11 +23,11 @@ from gubs.data.log_passes import Finished, LogPasses
 from gubs.data.partition import cut
 from gubs.data.pieces import read_pieces
 from gubs.data.settings import DataSettings, SourceSettings
-from gubs.data.sources import FileCount, SourceTables, log_plan, log_rows, named_files, read_source
+from gubs.data.sources import FileCount, SourceTables, log_plan, logs, named_files, open_source
 from gubs.data.sources.files import InputFile, identity, refuse_missing
-from gubs.data.sources.logs import Described, attach
+from gubs.data.sources.log import Head, Log, account, first_seen
 from gubs.data.sources.media import videos_identity
-from gubs.data.sources.reading import bare_notes, bare_records
+from gubs.data.sources.reading import bare_notes
 from gubs.data.work import Work, attempt_key, work
 from gubs.errors import InputError
 from gubs.ray_runtime import RaySettings
@@ -45,22 +44,26 @@ def make(job: StageJob, source: SourceSettings, data: DataSettings, ray: RaySett
     Raises:
         InputError: a file of the source cannot be used; the message says which one, where and what to do.
     """
-    if source.kind != "logs":
-        return write_raw(job, read_source(source), data)
-    files, folder = log_plan.find_files(source.path)
-    on_ray = _is_large(files["interactions"], data.ray_from_rows)
+    opened = None if source.kind == "logs" else open_source(source)
+    if isinstance(opened, SourceTables):
+        opened.check()
+        return write_raw(job, opened, data)
+    on_ray = _is_large(opened, source, data.ray_from_rows)
     key = attempt_key(job.recipe.fingerprint(job.kind), code_version(), str(data.part_rows)) if on_ray else None
     with job.writing(resume_key=key) as out, work(out.run.fs, out.path("work"), on_ray, ray) as workers:
-        notes = _read_logs(source, files, folder, data, workers, out)
+        log = opened or logs.open_source(source, lambda t, files: workers.run(f"look at {t}", Head.of, files))
+        notes = _read_log(log, data, workers, out)
         out.summary = row_counts(out.tables) + _rejected(job, out)
         out.remove("work")
     _say_all(notes)
     return out.summary
 
 
-def _is_large(files: Sequence[InputFile], rows: int) -> bool:
-    """Whether the files have at least so many rows, about; opens no more of them than it needs."""
-    sizes = itertools.accumulate((log_plan.Head.of(f).rows for f in files), initial=0)
+def _is_large(log: Log | None, source: SourceSettings, rows: int) -> bool:
+    """Whether a log (None: one of your own) has at least so many rows, about; opens no more files than it needs."""
+    heads = map(Head.of, log_plan.find_files(source.path)[0]["interactions"]) if log is None else log.heads
+    each = 1 if log is None else log.fan_out
+    sizes = itertools.accumulate((each * head.rows for head in heads), initial=0)
     return any(size >= rows for size in sizes)
 
 
@@ -92,32 +95,25 @@ def _files(source: SourceSettings) -> list[InputFile]:
     return [InputFile.at(p) for p in files]
 
 
-def _read_logs(
-    source: SourceSettings, files: log_plan.Files, folder: str, data: DataSettings, workers: Work, out: ArtifactWriter
-) -> list[str]:
-    """Reads your logs in two passes: block by block, then user by user; returns notes."""
-    heads = {table: workers.run(f"look at {table}", log_plan.Head.of, parts) for table, parts in files.items()}
-    log = log_plan.plan(source, files, folder, heads)
-    described = Described.read(log)
-    passes = LogPasses.of(log, described, out.run.fs, out.folder, data)
+def _read_log(log: Log, data: DataSettings, workers: Work, out: ArtifactWriter) -> list[str]:
+    """Reads a log in two passes: piece by piece, then user by user; returns notes."""
+    passes = LogPasses.of(log, out.run.fs, out.folder, data)
     read = workers.run("read", passes.read, passes.items)
     findings = _total(r.findings for r in read)
-    decided = log_rows.decide(log, findings)
-    finish = passes.finisher(decided, passes.repeats(workers, read), read)
+    log = log.decided(findings)
+    finish = passes.finisher(log, passes.repeats(workers, read), read)
     finished = workers.run("regroup by user", finish, range(passes.parts))
-    log_rows.check_units(log, _total(f.evidence for f in finished), described.video_sheet)
-    accounts = _accounts(log, findings, finished)
-    notes = log_rows.log_notes(log, findings, decided, _total(f.counts for f in finished)) + described.notes
-    notes += bare_notes("users", sum(f.bare_users for f in finished), described.users is not None)
-    videos, more = _videos(described.videos, finished, source, out.run.fs)
+    tally = _total(f.tally for f in finished)
+    notes = log.conclude(findings, tally) + bare_notes("users", tally.bare_users, log.users is not None)
+    log, more = log.with_videos(_seen(finished, out.run.fs))
     notes += more
+    assert log.videos is not None
     for name in ("users", "interactions"):
         out.add_table(name, [f.tables[name] for f in finished])
-    out.write_table("videos", videos)
+    out.write_table("videos", log.videos)
     rejects = [part for r in read for part in r.rejects] + [part for f in finished for part in f.rejects]
-    _write_rejects(out, [sheet.rejects for sheet in described.sheets], rejects)
-    counts = accounts | {label: c for sheet in described.sheets for label, c in sheet.counts().items()}
-    out.info = _info(counts, notes, _empty_columns(finished, videos, out.tables))
+    _write_rejects(out, [sheet.rejects for sheet in log.sheets], rejects)
+    out.info = _info(account(log, findings, tally), notes, _empty_columns(finished, log.videos, out.tables))
     return notes
 
 
@@ -128,38 +124,12 @@ def _total(values: Iterable[T]) -> T:
     return functools.reduce(operator.add, values)
 
 
-def _accounts(log: log_plan.Plan, findings: log_rows.Findings, finished: Sequence[Finished]) -> dict[str, FileCount]:
-    """The account of each file of the interactions.
-
-    Raises:
-        InputError: every row was rejected.
-    """
-    kept = _total(f.kept for f in finished)
-    rejected: dict[str, Counter[str]] = {}
-    for label, causes in (item for f in finished for item in f.rejected.items()):
-        rejected[label] = rejected.get(label, Counter[str]()) + causes
-    rows = [f.first_rejected for f in finished if f.first_rejected is not None]
-    if not kept.total() and rows:
-        log_rows.refuse_unlabelled(log, _total(rejected.values()), min(rows))
-    accounts = log_rows.file_counts(log, findings.accounts, kept, rejected)
-    for file, count in accounts.items():
-        if count.rows_in != count.rows_out + sum(count.rejected.values()):
-            raise InputError(f"{file}: rows in and rows out do not add up: {count}")
-    return accounts
-
-
-def _videos(
-    described: pa.Table | None, finished: Sequence[Finished], source: SourceSettings, fs: fsspec.AbstractFileSystem
-) -> tuple[pa.Table, list[str]]:
-    """All videos, with those that occur in interactions only, and notes."""
-    ids = pa.array([], pa.string())
-    for one in finished:
-        more = read_pieces(fs, [one.unknown_videos], 0)["video_id"].combine_chunks()
-        ids = pa.concat_arrays([ids, more]).unique()
-    bare = bare_records("videos", "video_id", ids, None)
-    notes = bare_notes("videos", bare.num_rows, described is not None)
-    videos = bare if described is None else pa.concat_tables([described, bare])
-    return attach(videos, source.videos_dir, notes), notes
+def _seen(finished: Sequence[Finished], fs: fsspec.AbstractFileSystem) -> pa.Table:
+    """What the parts say about videos, each thing once."""
+    seen = read_pieces(fs, [finished[0].videos], 0)
+    for one in finished[1:]:
+        seen = first_seen(pa.concat_tables([seen, read_pieces(fs, [one.videos], 0)]))
+    return seen
 
 
 def _write_rejects(out: ArtifactWriter, described: Sequence[Sequence[pa.Table]], parts: Sequence[Part]) -> None:

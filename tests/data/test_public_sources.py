@@ -115,7 +115,7 @@ def test_mind_rows_that_cannot_be_read_are_set_aside_or_refuse_the_file(mind):
         ("behaviors.tsv", 7, None, "too few values"),
         ("behaviors.tsv", 8, "impression", "duplicate"),
     ]
-    refused("mind", mind, "behaviors.tsv", "row 7", "source.max_bad_rows")
+    refused("mind", mind, "behaviors.tsv", "4 of 8 rows", "row 4", "source.max_bad_rows")
     write(mind / "behaviors.tsv", "1\tU1\t11/12/2019 1:30:00 PM\t\tN1 N2")
     refused("mind", mind, "behaviors.tsv", "row 1", "-0 or -1")
     refused("mind", mind / "nowhere", "no behaviors.tsv")

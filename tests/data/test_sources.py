@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gubs.data.settings import SourceSettings
-from gubs.data.sources import SourceTables, amazon, kuairand, logs, microlens, movielens
+from gubs.data.sources import SourceTables, movielens, read_source
 from gubs.data.sources.formats import TextFormat, open_table
 from gubs.data.sources.reading import Column, Sheet, clicks, codes, constant, duplicated, read_sheet
 from gubs.errors import InputError
@@ -296,9 +296,7 @@ def test_refuses_more_malformed_rows_than_allowed_and_shows_the_first(tmp_path):
 
 
 def ml(folder: Path, **more) -> SourceTables:
-    tables = movielens.read(SourceSettings(kind="movielens", path=str(folder), **more))
-    tables.check()
-    return tables
+    return read_source(SourceSettings(kind="movielens", path=str(folder), **more))
 
 
 def ml_100k(folder: Path) -> Path:
@@ -390,9 +388,7 @@ def test_movielens_100k_real():
 
 
 def az(folder: Path, **more) -> SourceTables:
-    tables = amazon.read(SourceSettings(kind="amazon", path=str(folder), **more))
-    tables.check()
-    return tables
+    return read_source(SourceSettings(kind="amazon", path=str(folder), **more))
 
 
 REVIEWS = (
@@ -501,9 +497,7 @@ def kr_folder(folder: Path, log: str) -> Path:
 
 
 def kr(folder: Path, **more) -> SourceTables:
-    tables = kuairand.read(SourceSettings(kind="kuairand", path=str(folder), **more))
-    tables.check()
-    return tables
+    return read_source(SourceSettings(kind="kuairand", path=str(folder), **more))
 
 
 GOOD_LOG = (
@@ -591,9 +585,7 @@ def test_kuairand_real():
 
 
 def mlens(folder: Path, **more) -> SourceTables:
-    tables = microlens.read(SourceSettings(kind="microlens", path=str(folder), **more))
-    tables.check()
-    return tables
+    return read_source(SourceSettings(kind="microlens", path=str(folder), **more))
 
 
 def mlens_folder(folder: Path) -> Path:
@@ -650,9 +642,7 @@ def test_microlens_refuses(tmp_path):
 
 
 def own(folder: Path, **more) -> SourceTables:
-    tables = logs.read(SourceSettings(kind="logs", path=str(folder), **more))
-    tables.check()
-    return tables
+    return read_source(SourceSettings(kind="logs", path=str(folder), **more))
 
 
 def test_logs_compute_play_rates_and_tell_tasks_apart(tmp_path):

@@ -1,13 +1,15 @@
-"""Sources of logs: each reads its own files and gives the same typed tables (`SourceTables`).
+"""Sources of logs: each reads its own files and gives the same typed tables.
 
-A source is a module of this package, named like its `source.kind`; it has a function `read` from `SourceSettings` to
-`SourceTables`, and a function `files` if its files are not simply those of its folder. The simulated app has no files
-and is made elsewhere (`gubs.simulator`); it gives the same tables.
+A source is a module of this package, named like its `source.kind`; it has a function `open_source` from
+`SourceSettings` to a `log.Log`, which is read in pieces, or to the whole `SourceTables`, if it is small; and a function
+`files` if its files are not simply those of its folder. The simulated app has no files and is made elsewhere
+(`gubs.simulator`); it gives the same tables.
 """
 
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,6 +17,9 @@ import pyarrow.compute as pc
 from gubs.data.settings import SourceSettings
 from gubs.errors import InputError
 from gubs.records import SCHEMAS
+
+if TYPE_CHECKING:
+    from gubs.data.sources.log import Log
 
 
 @dataclass
@@ -79,8 +84,25 @@ def named_files(source: SourceSettings) -> list[Path] | None:
     return module.files(source) if hasattr(module, "files") else None
 
 
+def open_source(source: SourceSettings) -> "Log | SourceTables":
+    """The source's log, to be read in pieces; or its tables, if it is one that is read in memory.
+
+    Raises:
+        InputError: a file of the source cannot be used.
+    """
+    opened: Log | SourceTables = import_module(f"gubs.data.sources.{source.kind}").open_source(source)
+    return opened
+
+
 def read_source(source: SourceSettings) -> SourceTables:
-    """Reads the source that the settings name, and checks its tables."""
-    tables: SourceTables = import_module(f"gubs.data.sources.{source.kind}").read(source)
+    """Reads the source that the settings name into memory, and checks its tables.
+
+    Raises:
+        InputError: a file of the source cannot be used.
+    """
+    from gubs.data.sources.log import in_memory
+
+    opened = open_source(source)
+    tables = opened if isinstance(opened, SourceTables) else in_memory(opened)
     tables.check()
     return tables

@@ -23,8 +23,8 @@ _NOTES = [
 ]
 
 
-def read(settings: SourceSettings) -> SourceTables:
-    """Reads a folder.
+def open_source(settings: SourceSettings) -> SourceTables:
+    """Reads a folder, which is small, into memory.
 
     Raises:
         InputError: a file is missing, a line is not made of ids, or two files name the same user and item.

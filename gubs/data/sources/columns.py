@@ -267,12 +267,29 @@ def _times(column: pa.Array, rules: CellRules) -> Converted:
     """
     if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
         return _plausible(column.cast(pa.timestamp("ms"), safe=False).cast(pa.int64()), None)
+    if _is_text(column):
+        return _times_of_text(column, rules)
     if pa.types.is_floating(column.type) or pa.types.is_decimal(column.type):
         values, bad = _numbers(column, rules)
     else:
         values, bad = _integers(column, rules)
+    return _plausible(_milliseconds(values), bad)
+
+
+def _times_of_text(column: pa.Array, rules: CellRules) -> Converted:
+    try:
+        return _plausible(_milliseconds(column.cast(pa.int64())), None)
+    except pa.ArrowInvalid:
+        encoded = column.dictionary_encode()  # dates are costly to read, and a log has few of them
+    values, bad = _times_of_texts(encoded.dictionary, rules)
+    rows = encoded.indices
+    return values.take(rows), None if bad is None else _mask(pa.array(bad).take(rows))
+
+
+def _times_of_texts(column: pa.Array, rules: CellRules) -> Converted:
+    values, bad = _integers(column, rules)
     times = _milliseconds(values)
-    if bad is None or not _is_text(column):
+    if bad is None:
         return _plausible(times, bad)
     rest = column.filter(pa.array(bad))
     parsed = pc.coalesce(_milliseconds(_numbers(rest, rules)[0]), _dates(rest))

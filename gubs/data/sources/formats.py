@@ -7,6 +7,7 @@ never closed, invalid JSON) are kept apart with their line and text.
 
 import csv
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,11 @@ BLOCK_BYTES = 8 << 20
 
 _JSON_BYTES = 64 << 20
 """Bytes of a block of JSON lines."""
+
+_SAMPLE_BYTES = 1 << 16
+"""Bytes at the start of a text file that say how long its lines are."""
+_PACKED = 4
+"""How much smaller packed text is, about."""
 
 _BROKEN_CHARS = 1000
 _NUL_SHARE = 0.01
@@ -101,8 +107,7 @@ def open_table(file: Path | InputFile, text: TextFormat | None = None, groups: r
         InputError: the file is missing, empty, of an unknown type, or unreadable.
     """
     file = InputFile.at(file) if isinstance(file, Path) else file
-    if not file.exists():
-        raise InputError(f"{file.label}: no such file; put it there, or point source.path at the folder that has it")
+    _refuse_missing(file)
     if file.size() == 0:
         raise InputError(f"{file.label}: the file is empty; copy it again from its origin")
     if text is not None or file.suffix in (".csv", ".tsv"):
@@ -114,6 +119,24 @@ def open_table(file: Path | InputFile, text: TextFormat | None = None, groups: r
     raise InputError(
         f"{file.label}: unknown file type; give .csv, .tsv, .jsonl or .parquet (the first three also as .gz or .zst)"
     )
+
+
+def _refuse_missing(file: InputFile) -> None:
+    if not file.exists():
+        raise InputError(f"{file.label}: no such file; put it there, or point source.path at the folder that has it")
+
+
+def rows_about(file: InputFile) -> int:
+    """About how many rows a text file has, by the lines at its start.
+
+    Raises:
+        InputError: it is missing, or cannot be unzipped.
+    """
+    _refuse_missing(file)
+    with _readable(file.label, "cannot be unzipped"), file.stream() as stream:
+        start = bytes(stream.read(_SAMPLE_BYTES))
+    lines = max(1, start.count(b"\n"), start.count(b"\r"))
+    return math.ceil(file.size() * (_PACKED if file.zipped else 1) * lines / max(1, len(start)))
 
 
 def guess_encoding(path: Path) -> str:
@@ -195,7 +218,7 @@ class Delimited(RawFile):
             _readable(self.label, "cannot be unzipped"),
             self.file.stream() as stream,
         ):
-            start = bytes(stream.read(1 << 16))
+            start = bytes(stream.read(_SAMPLE_BYTES))
         if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise InputError(f"{self.label}: row 1: the file is in UTF-16; save it as UTF-8")
         if b"\0" in start.split(b"\n", 1)[0] or start.count(b"\0") > len(start) * _NUL_SHARE:
@@ -337,12 +360,19 @@ class JsonLines(RawFile):
     it, to find the bad lines, or if Arrow cannot hold a number exactly.
     """
 
+    uniform: bool = False
+    """All lines have the names that the first ones have, so that the file need not be read twice."""
+
     def __post_init__(self) -> None:
         self._numbers: list[np.ndarray] = []
+        self._dates: pa.Schema | None = None  # as text, once a block had them: so the next one is parsed once
         blocks = self._blocks()
         self._read = [next(blocks)]  # most files are one block: it is not read twice
         names = dict.fromkeys(self._read[0].column_names)
         for block in blocks:
+            if self.uniform:
+                self._read = []
+                break
             self._read = []
             names |= dict.fromkeys(block.column_names)
         if not names:
@@ -380,8 +410,9 @@ class JsonLines(RawFile):
 
     def _read_at_once(self, raw: bytes) -> pa.Table | None:
         try:
-            table = self._read_typed(raw, None)
+            table = self._read_typed(raw, self._dates)
             if (as_text := _dates_as_text(table.schema)) != table.schema:
+                self._dates = pa.schema([f for f in as_text if f.type != table.schema.field(f.name).type])
                 table = self._read_typed(raw, as_text)
         except pa.ArrowInvalid:
             return None

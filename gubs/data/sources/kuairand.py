@@ -1,4 +1,5 @@
-"""KuaiRand-Pure as a source: impressions with play times, from the prepared Parquet logs or the original CSV logs.
+"""KuaiRand as a source: impressions with play times, from the prepared Parquet logs of KuaiRand-Pure, or the original
+CSV logs of an edition.
 
 Tab 0 is the two-column page, where `is_click` is a tap on a cover: the click task. Tabs 1, 2, 4 and 6 play in a single
 column: the sequential task, where only the play rate counts. Other tabs are neither and are rejected. The logs are
@@ -13,10 +14,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gubs.data.settings import SourceSettings
-from gubs.data.sources import SourceTables
-from gubs.data.sources.reading import Column, Sheet, assemble, build, duplicated, facts, joined, read_sheet, tag_lists
+from gubs.data.sources.files import InputFile
+from gubs.data.sources.log import Done, Findings, Head, Log, Tally
+from gubs.data.sources.reading import (
+    Column,
+    Sheet,
+    bare_records,
+    build,
+    facts,
+    joined,
+    read_sheet,
+    tag_lists,
+)
 from gubs.errors import InputError
-from gubs.records import Task
+from gubs.records import SCHEMAS, Task
 
 CLICK_TAB = 0
 SEQUENTIAL_TABS = (1, 2, 4, 6)
@@ -25,8 +36,9 @@ SEQUENTIAL_TABS = (1, 2, 4, 6)
 INTEREST_TAGS = 5
 """Most interest tags per user."""
 
-_LOG_NAMES = ("pure_log_*.parquet", "log_standard_*_pure.csv*")
-_USERS, _VIDEOS = "user_features_pure.csv", "video_features_basic_pure.csv"
+_LOGS = {"pure_log_*.parquet": "pure"} | {f"log_standard_*_{e}*.csv*": e for e in ("pure", "1k", "27k")}
+"""Name patterns of the logs, best first, and their edition."""
+_USERS, _VIDEOS = "user_features_{}.csv", "video_features_basic_{}.csv"
 _HISTORY = "pure_user_sequences.parquet"
 
 _LOG = (
@@ -50,7 +62,7 @@ _FACTS = {
 }
 """Names of a user's facts, and their columns. The 18 anonymous one-hot columns mean nothing to a reader."""
 
-_NOTES = [
+_NOTES = (
     "There are no titles and no video files: a video is known by tags, upload type, music type, author and duration.",
     "Topic tags, authors and music types are anonymous numbers.",
     "The two-minute filter cannot be applied: only views of pool videos are logged, so the time between a user's "
@@ -58,51 +70,75 @@ _NOTES = [
     "Leaving the app is not logged.",
     "is_click is kept for tab 0 only: in the single column it means a valid play, not a choice.",
     "Pages are not logged: the exposures of tab 0 have neither page nor position.",
-]
+)
+_OTHER_EDITION = (
+    "The like/hate rows of KuaiRand-27K are left out: their video ids belong to another edition, and their tab (hence "
+    "their task) is unknown."
+)
 
 
-def read(settings: SourceSettings) -> SourceTables:
-    """Reads a KuaiRand-Pure folder.
+def open_source(settings: SourceSettings) -> Log:
+    """A KuaiRand folder.
 
     Raises:
         InputError: no log in the folder, or a file that cannot be used.
     """
     folder, bad = Path(settings.path), settings.max_bad_rows
-    notes = list(_NOTES)
-    logs = _read_logs(folder, bad)
-    interactions = pa.concat_tables([_interactions(s.table) for s in logs])
-    video_sheet, videos = _read_videos(folder / _VIDEOS, bad)
-    topics = dict(zip(videos["video_id"].to_pylist(), _topics(video_sheet), strict=True))
-    interests: dict[str, list[str]] = {}
-    sheets = [*logs, video_sheet]
+    paths, edition = _logs(folder)
+    files = [InputFile.at(p) for p in paths]
+    video_sheet, videos = _read_videos(folder / _VIDEOS.format(edition), bad)
+    user_sheet, users = _read_users(folder / _USERS.format(edition), bad)
+    sheets = [video_sheet, user_sheet]
     if (folder / _HISTORY).is_file():
         history = read_sheet(folder / _HISTORY, _HISTORY_COLUMNS, bad)
-        interests = _interests(history, topics, interactions, notes)
+        history.reject_duplicates("user_id")
         sheets.append(history)
-    user_sheet, users = _read_users(folder / _USERS, interests, bad)
-    if list(folder.glob("kr27k_like_vs_hate*")):
-        notes.append(
-            "The like/hate rows of KuaiRand-27K are left out: their video ids belong to another edition, and their tab "
-            "(hence their task) is unknown."
+        topics = tag_lists(videos.num_rows, _topics(video_sheet)).to_pylist()
+        topics = dict(zip(videos["video_id"].to_pylist(), topics, strict=True))
+        users = _with_interests(users, history, topics)
+    notes = (_OTHER_EDITION,) if list(folder.glob("kr27k_like_vs_hate*")) else ()
+    return _Views(files, [Head.sized(f) for f in files], bad, users, videos, sheets, notes)
+
+
+def _logs(folder: Path) -> tuple[list[Path], str]:
+    """The logs with the first name pattern that matches, and their edition; a row that an earlier file has too is a
+    duplicate.
+    """
+    for pattern, edition in _LOGS.items():
+        if paths := list(folder.glob(pattern)):
+            # Of the two prepared logs, `val` is the earlier one, and sorts last.
+            return sorted(paths, key=lambda p: ("test" in p.name, p.name)), edition
+    raise InputError(f"{folder}: no log here; source.path must be a folder with {' or '.join(_LOGS)}")
+
+
+class _Views(Log):
+    columns = _LOG
+
+    def finish(self, rows: Sheet, users: pa.Table) -> Done:
+        """See `Log`."""
+        rows.reject_duplicates("user_id", "video_id", "time_ms")
+        rows.reject(pc.less_equal(rows.column("duration_ms"), 0), "no duration", "duration_ms")
+        in_use = pc.is_in(rows.column("tab"), value_set=pa.array([CLICK_TAB, *SEQUENTIAL_TABS], pa.int64()))
+        rows.reject(pc.invert(in_use), "tab not used", "tab")
+        interactions = _interactions(rows.table)
+        if "interests" not in users.column_names:
+            return Done(interactions)
+        history = _earlier(users, interactions)
+        counts = Counter(
+            interested=pc.sum(pc.greater(pc.list_value_length(history.column("interests")), 0)).as_py() or 0
         )
-    return assemble(users, videos, interactions, [*sheets, user_sheet], notes)
+        return Done(interactions, _tagged(users, history), rejects=history.rejects, counts=counts)
 
-
-def _read_logs(folder: Path, bad: float) -> list[Sheet]:
-    """Reads the logs with the first name pattern that matches; a row that an earlier file has too is a duplicate."""
-    paths = next((matches for name in _LOG_NAMES if (matches := list(folder.glob(name)))), [])
-    if not paths:
-        raise InputError(f"{folder}: no log here; source.path must be a folder with {' or '.join(_LOG_NAMES)}")
-    # Of the two prepared logs, `val` is the earlier one, and sorts last.
-    sheets = [read_sheet(p, _LOG, bad) for p in sorted(paths, key=lambda p: ("test" in p.name, p.name))]
-    rows = pa.concat_tables([s.table.select(["user_id", "video_id", "time_ms"]) for s in sheets])
-    repeated = np.split(duplicated(rows.columns), np.cumsum([len(s.lines) for s in sheets])[:-1])
-    for sheet, mask in zip(sheets, repeated, strict=True):
-        sheet.reject(mask, "duplicate", "time_ms")
-        sheet.reject(pc.less_equal(sheet.column("duration_ms"), 0), "no duration", "duration_ms")
-        in_use = pc.is_in(sheet.column("tab"), value_set=pa.array([CLICK_TAB, *SEQUENTIAL_TABS], pa.int64()))
-        sheet.reject(pc.invert(in_use), "tab not used", "tab")
-    return sheets
+    def conclude(self, findings: Findings, tally: Tally) -> list[str]:
+        """See `Log`."""
+        notes, others = list(_NOTES), super().conclude(findings, tally)
+        if self.users is not None and "interests" in self.users.column_names:
+            notes.append(
+                f"Interest tags of {tally.counts['interested']} users are the {INTEREST_TAGS} most frequent topics of "
+                f"videos they liked or watched for long before the log; the earlier views themselves are left out, "
+                f"since their tab, time and play rate are unknown."
+            )
+        return notes + others
 
 
 def _interactions(log: pa.Table) -> pa.Table:
@@ -141,19 +177,21 @@ def _read_videos(path: Path, bad: float) -> tuple[Sheet, pa.Table]:
         joined("music type ", t["music_type"]),
         joined("author ", t["author_id"]),
     ]
-    more = tag_lists(n, descriptions).to_pylist()
-    tags = pa.array([a + b for a, b in zip(_topics(sheet), more, strict=True)], pa.list_(pa.string()))
+    tags = tag_lists(n, [*_topics(sheet), *descriptions])
     seconds = pc.divide(t["video_duration"], 1000.0)
     return sheet, build("videos", n, video_id=t["video_id"], duration_s=seconds, tags=tags)
 
 
-def _topics(videos: Sheet) -> list[list[str]]:
-    """Topic tags per video: `39,68` becomes `tag 39`, `tag 68`."""
-    texts = videos.column("tag").to_pylist()
-    return [[f"tag {t.strip()}" for t in (text or "").split(",") if t.strip().isdigit()] for text in texts]
+def _topics(videos: Sheet) -> list[pa.ChunkedArray]:
+    """Topic tags: of `39,68`, `tag 39` in the first column and `tag 68` in the second."""
+    lists = pc.split_pattern(videos.column("tag").fill_null(""), ",").combine_chunks()
+    most = pc.max(pc.list_value_length(lists)).as_py() or 0
+    items = pc.utf8_trim_whitespace(pc.list_slice(lists, 0, most, return_fixed_size_list=True).values) if most else []
+    topics = [pa.chunked_array([items[i::most]]) for i in range(most)]
+    return [joined("tag ", pc.if_else(pc.utf8_is_digit(t), t, None)) for t in topics]
 
 
-def _read_users(path: Path, interests: dict[str, list[str]], bad: float) -> tuple[Sheet, pa.Table]:
+def _read_users(path: Path, bad: float) -> tuple[Sheet, pa.Table]:
     columns = [
         Column("user_id", "id", nullable=False),
         *(Column(n) for n in _FACTS.values()),
@@ -168,8 +206,7 @@ def _read_users(path: Path, interests: dict[str, list[str]], bad: float) -> tupl
     both = pc.if_else(pc.and_(videos, live), "videos and live streams", pc.if_else(videos, "videos", "live streams"))
     other["makes"] = pc.if_else(pc.or_(videos, live), both, None)
     n = t.num_rows
-    tags = pa.array([interests.get(u, []) for u in t["user_id"].to_pylist()], pa.list_(pa.string()))
-    return sheet, build("users", n, user_id=t["user_id"], other=facts(n, other), tags=tags)
+    return sheet, build("users", n, user_id=t["user_id"], other=facts(n, other), tags=tag_lists(n, []))
 
 
 def _readable(ranges: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -190,29 +227,50 @@ _HISTORY_COLUMNS = (
 )
 
 
-def _interests(
-    history: Sheet, topics: dict[str, list[str]], interactions: pa.Table, notes: list[str]
-) -> dict[str, list[str]]:
-    """Interest tags: the most frequent topics of the videos a user liked or watched for long before the log begins.
+def _with_interests(users: pa.Table, history: Sheet, topics: dict[str, list[str]]) -> pa.Table:
+    """The users with what their history tells: `interests`, its last time, its line; and users who have nothing else
+    (`described` is false).
 
-    The earlier views have neither times nor tabs nor play rates, so they cannot be interactions. A user whose earlier
-    history reaches into the log gets no tags, since they could give away what is to be predicted.
+    Interests are the most frequent topics of the videos a user liked or watched for long before the log begins. The
+    earlier views have neither times nor tabs nor play rates, so they cannot be interactions.
     """
-    history.reject_duplicates("user_id")
+    ids = history.column("user_id").combine_chunks()
+    more = ids.filter(pc.invert(pc.is_in(ids, value_set=users["user_id"].combine_chunks())))
+    everyone = pa.concat_tables([users, bare_records("users", "user_id", more, None)])
+    rows = pc.index_in(everyone["user_id"], value_set=ids)
+    views = history.table.select(["like_seq", "long_watch_seq"]).to_pylist()
+    interests = [_favourites((v["like_seq"] or []) + (v["long_watch_seq"] or []), topics) for v in views]
+    columns = {
+        "described": pa.array(np.arange(everyone.num_rows) < users.num_rows),
+        "interests": pc.take(pa.array(interests, pa.list_(pa.string())), rows),
+        "last_time_ms": pc.take(history.column("last_time_ms"), rows),
+        "history_line": pc.take(pa.array(history.lines), rows),
+    }
+    for name, column in columns.items():
+        everyone = everyone.append_column(name, column)
+    return everyone
+
+
+def _earlier(users: pa.Table, interactions: pa.Table) -> Sheet:
+    """The histories that end before the log begins. Interests from a longer one could give away what is to be
+    predicted.
+    """
+    known = users.filter(users["history_line"].is_valid())
+    history = Sheet(_HISTORY, known, known["history_line"].to_numpy(), known.num_rows)
     starts = interactions.group_by("user_id").aggregate([("timestamp", "min")])
-    rows = pc.index_in(history.column("user_id"), value_set=starts["user_id"].combine_chunks())
+    rows = pc.index_in(known["user_id"], value_set=starts["user_id"].combine_chunks())
     first = pc.take(starts["timestamp_min"], rows)
     history.reject(pc.greater_equal(history.column("last_time_ms"), first), "history overlaps the log", "last_time_ms")
-    interests = {
-        row["user_id"]: _favourites((row["like_seq"] or []) + (row["long_watch_seq"] or []), topics)
-        for row in history.table.to_pylist()
-    }
-    notes.append(
-        f"Interest tags of {sum(map(bool, interests.values()))} users are the {INTEREST_TAGS} most frequent topics of "
-        f"videos they liked or watched for long before the log; the earlier views themselves are left out, since their "
-        f"tab, time and play rate are unknown."
-    )
-    return interests
+    return history
+
+
+def _tagged(users: pa.Table, history: Sheet) -> pa.Table:
+    """The described users, those with a history with its interests as tags."""
+    described = users.filter(users["described"])
+    rows = pc.index_in(described["user_id"], value_set=history.column("user_id").combine_chunks())
+    tags = pc.take(history.column("interests"), rows).combine_chunks()
+    columns = {n: described[n] for n in SCHEMAS["users"].names}
+    return build("users", described.num_rows, **columns | {"tags": pc.coalesce(tags, pa.scalar([], tags.type))})
 
 
 def _favourites(videos: list[str], topics: dict[str, list[str]]) -> list[str]:

@@ -1,6 +1,5 @@
 """How your own logs are read, decided before the first row: their files, columns and units."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +10,7 @@ from gubs.data.settings import SourceSettings
 from gubs.data.sources import units
 from gubs.data.sources.columns import KINDS, CellRules
 from gubs.data.sources.files import InputFile, in_folder, is_wild, listed, matching
-from gubs.data.sources.formats import Parquet, open_table
+from gubs.data.sources.log import Head
 from gubs.data.sources.reading import (
     Column,
     match_columns,
@@ -27,11 +26,6 @@ GAPS = ("prev_op_gap_s", "next_op_gap_s")
 TIMES = ("duration_s", "watch_s", *GAPS)
 
 RATE = "play_rate"
-
-_ROW_BYTES = {".csv": 60, ".tsv": 60, ".jsonl": 120}
-"""Bytes of a row, about; they only decide how many parts there are."""
-_PACKED = 4
-"""How much smaller packed text is, about."""
 
 _FILES_NAMED = 4
 """Files that a refusal names."""
@@ -119,27 +113,6 @@ def _find(folder: str, name: str) -> list[InputFile]:
 
 
 @dataclass(frozen=True)
-class Head:
-    """What is known of a file before its rows are read."""
-
-    label: str
-    header: tuple[str, ...]
-    group_rows: tuple[int, ...] = ()
-    """Rows of each row group of a Parquet file."""
-    rows: int = 0
-    """About how many there are."""
-
-    @classmethod
-    def of(cls, file: InputFile) -> "Head":
-        """The head of a file."""
-        raw = open_table(file)
-        if isinstance(raw, Parquet):
-            return cls(file.label, tuple(raw.header), tuple(raw.group_rows), sum(raw.group_rows))
-        text = file.size() * (_PACKED if file.zipped else 1)
-        return cls(file.label, tuple(raw.header), (), math.ceil(text / _ROW_BYTES[file.suffix]))
-
-
-@dataclass(frozen=True)
 class Plan:
     """How a log is read; made from its heads and the settings."""
 
@@ -167,7 +140,7 @@ class Plan:
 
     @property
     def piece_schema(self) -> pa.Schema:
-        """The columns of the rows between `read_pieces` and `finish`."""
+        """The columns of the rows between `read` and `finish`."""
         kept = [c for c in self.columns if c.name in self.names or c.name in _ALWAYS]
         return pa.schema([("file", pa.int32()), ("line", pa.int64()), *((c.name, KINDS[c.kind][0]) for c in kept)])
 

@@ -1,13 +1,12 @@
 """The rows of your own logs: what must be known of all of them, and what becomes of each.
 
-Functions over blocks. `read_pieces` gives rows that are right cell by cell; their `Findings` add up, and `decide` takes
-the sum; `finish` then makes interactions of all rows of some users. `logs.read` does it in memory, `log_passes` on many
-machines.
+Functions over blocks, for `logs.OwnLog`. `read` gives rows that are right cell by cell; their findings add up, and
+`decide` takes the sum; `finish` then makes interactions of all rows of some users.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass
 from functools import reduce
 from operator import add
 
@@ -15,22 +14,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gubs.data.partition import hashes
-from gubs.data.sources import FileCount, units
+from gubs.data.sources import units
 from gubs.data.sources.formats import open_table
+from gubs.data.sources.log import Done, Findings, places
 from gubs.data.sources.log_plan import GAPS, RATE, TIMES, Plan
 from gubs.data.sources.reading import (
     Account,
     Sheet,
     build,
-    by_cause,
     codes,
     duplicated,
     joined,
     null_note,
     read_blocks,
-    refuse_empty,
 )
+from gubs.data.sources.units import Example, UnitEvidence
 from gubs.errors import InputError
 from gubs.records import Task
 
@@ -39,7 +37,7 @@ CLICK_FEED, AUTOPLAY = 0.1, 0.9
 feed of covers that play when they are clicked; from the second, its videos play by themselves."""
 
 
-def read_pieces(log: Plan, number: int, groups: range | None = None, rows: int = 1 << 20) -> Iterator[Sheet]:
+def read(log: Plan, number: int, groups: range | None = None, rows: int = 1 << 20) -> Iterator[Sheet]:
     """A file of the interactions in sheets of about so many rows, cell by cell right, in seconds and shares.
 
     Args:
@@ -67,28 +65,10 @@ def as_piece(log: Plan, sheet: Sheet, number: int) -> pa.Table:
     return pa.table([own[n] if n in own else sheet.column(n) for n in schema.names], schema=schema)
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What must be known of all rows before any can be finished; adds up over sheets."""
-
-    accounts: dict[str, Account] = field(default_factory=dict)
-    """By file."""
-    unclicked: "Unclicked" = field(default_factory=lambda: Unclicked())
-    unused: tuple[str, ...] = ()
-    rejects: tuple[pa.Table, ...] = ()
-
-    @classmethod
-    def of(cls, log: Plan, sheet: Sheet) -> "Findings":
-        """The findings of a sheet."""
-        unclicked = Unclicked.of(sheet.table) if "clicked" in log.names else Unclicked()
-        return cls({sheet.label: sheet.account()}, unclicked, tuple(sheet.unused), tuple(sheet.rejects))
-
-    def __add__(self, other: "Findings") -> "Findings":
-        accounts = dict(self.accounts)
-        for label, account in other.accounts.items():
-            accounts[label] = accounts.get(label, Account()) + account
-        unused = tuple(dict.fromkeys(self.unused + other.unused))
-        return Findings(accounts, self.unclicked + other.unclicked, unused, self.rejects + other.rejects)
+def findings(log: Plan, sheet: Sheet) -> Findings:
+    """The findings of a sheet."""
+    counts = Counter(asdict(Unclicked.of(sheet.table))) if "clicked" in log.names else Counter[str]()
+    return Findings({sheet.label: sheet.account()}, counts, tuple(sheet.unused), tuple(sheet.rejects))
 
 
 @dataclass(frozen=True)
@@ -104,12 +84,9 @@ def decide(log: Plan, findings: Findings) -> Decided:
     """Decides what the rows mean.
 
     Raises:
-        InputError: too many malformed rows, no rows, or clicks that could mean two things.
+        InputError: clicks could mean two things.
     """
-    for label, account in findings.accounts.items():
-        refuse_empty(label, account.rows_in)
-        account.check_quality(label, log.settings.max_bad_rows)
-    click_feed, notes = _is_click_feed(log, findings.unclicked)
+    click_feed, notes = _is_click_feed(log, Unclicked(**findings.counts))
     return Decided(click_feed, tuple(notes))
 
 
@@ -153,61 +130,36 @@ _LOSSES = {
 }
 
 
-def log_notes(log: Plan, findings: Findings, decided: Decided, counts: "Counts") -> list[str]:
+def log_notes(log: Plan, findings: Findings, decided: Decided, counts: Counter[str]) -> list[str]:
     """What the log lacks, and what was done about it."""
     notes = [
         f"No column {name!r}: {lost}." for name, lost in _LOSSES.items() if name not in log.names.keys() | log.derived
     ]
     notes += [*unused_note(log.label("interactions"), findings.unused), *decided.notes]
-    if counts.untimed:
-        notes.append(f"{counts.untimed} interactions have no time.")
+    if counts["untimed"]:
+        notes.append(f"{counts['untimed']} interactions have no time.")
     if log.derived:
         notes.append("The log is declared complete: the gaps are the times between a user's rows.")
-    if counts.over:
-        notes.append(f"{counts.over} play rates above 1 (repeated views) are capped at 1.")
+    if counts["over"]:
+        notes.append(f"{counts['over']} play rates above 1 (repeated views) are capped at 1.")
     nulls = reduce(add, findings.accounts.values(), Account()).nulls
     return notes + [note for note in [null_note(log.label("interactions"), nulls)] if note]
 
 
-@dataclass(frozen=True)
-class Example:
-    """The first value above 0 of a column."""
-
-    file: int
-    line: int
-    label: str
-    name: str
-    value: float
-
-
-@dataclass(frozen=True)
-class UnitEvidence:
-    """What the values say about their units, with an example of each column; adds up over parts."""
-
-    sizes: units.Evidence = field(default_factory=units.Evidence)
-    examples: dict[str, Example] = field(default_factory=dict)
-    """By column."""
-
-    @classmethod
-    def of(cls, log: Plan, sheet: Sheet) -> "UnitEvidence":
-        """The evidence of some users' rows, which have been cleared of repeats."""
-        own = [c for c in (*TIMES, RATE) if c in log.names or c not in GAPS]
-        sizes = units.Evidence.of(sheet.table.select(own), sheet.column("video duration"))
-        labels, files = sheet.labels, sheet.column("file")
-        assert labels is not None
-        examples = {}
-        for column in own:
-            found = np.flatnonzero(pc.greater(sheet.column(column), 0).fill_null(False).to_numpy())
-            if len(found):
-                row = int(found[np.argmin(_places(sheet.table)[found])])
-                name, value = log.names.get(column, column), sheet.column(column)[row].as_py()
-                examples[column] = Example(files[row].as_py(), int(sheet.lines[row]), labels[row].as_py(), name, value)
-        return cls(sizes, examples)
-
-    def __add__(self, other: "UnitEvidence") -> "UnitEvidence":
-        both = [(c, e) for examples in (self.examples, other.examples) for c, e in examples.items()]
-        ordered = sorted(both, key=lambda item: (item[1].file, item[1].line), reverse=True)
-        return UnitEvidence(self.sizes + other.sizes, dict(ordered))
+def unit_evidence(log: Plan, sheet: Sheet) -> UnitEvidence:
+    """The evidence of some users' rows, which have been cleared of repeats."""
+    own = [c for c in (*TIMES, RATE) if c in log.names or c not in GAPS]
+    sizes = units.Evidence.of(sheet.table.select(own), sheet.column("video duration"))
+    labels, files = sheet.labels, sheet.column("file")
+    assert labels is not None
+    examples = {}
+    for column in own:
+        found = np.flatnonzero(pc.greater(sheet.column(column), 0).fill_null(False).to_numpy())
+        if len(found):
+            row = int(found[np.argmin(places(sheet.table)[found])])
+            name, value = log.names.get(column, column), sheet.column(column)[row].as_py()
+            examples[column] = Example(files[row].as_py(), int(sheet.lines[row]), labels[row].as_py(), name, value)
+    return UnitEvidence(sizes, examples)
 
 
 def check_units(log: Plan, evidence: UnitEvidence, videos: Sheet | None) -> None:
@@ -234,115 +186,33 @@ def _shown(column: str, example: Example) -> str:
     return f"{example.label}: column {example.name!r} (row {example.line} has {example.value:g}{unit})"
 
 
-@dataclass(frozen=True)
-class Counts:
-    """For the notes; adds up over parts."""
-
-    untimed: int = 0
-    """Rows without a time."""
-    over: int = 0
-    """Play rates above 1."""
-
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(self.untimed + other.untimed, self.over + other.over)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The interactions of some users."""
-
-    interactions: pa.Table
-    """Schema `interactions`, in the order of the log."""
-    rejects: list[pa.Table]
-    kept: Counter[str]
-    """Rows that stay, by file."""
-    counts: Counts
-    evidence: UnitEvidence
-
-    def file_counts(self, log: Plan, findings: Findings) -> dict[str, FileCount]:
-        """The account of each file of the interactions, if these are all users."""
-        return file_counts(log, findings.accounts, self.kept, by_cause(self.rejects))
-
-
-def file_counts(
-    log: Plan, accounts: Mapping[str, Account], kept: Counter[str], rejected: Mapping[str, Counter[str]]
-) -> dict[str, FileCount]:
-    """The account of each file of the interactions.
-
-    Args:
-        log: the plan.
-        accounts: of the files as they were read.
-        kept: rows that stay, by file.
-        rejected: by file, the rows that were rejected since then, by cause.
-    """
-    return {
-        f.label: FileCount(
-            accounts[f.label].rows_in,
-            kept[f.label],
-            dict(accounts[f.label].rejected + rejected.get(f.label, Counter[str]())),
-        )
-        for f in log.files["interactions"]
-    }
-
-
-def identities(rows: pa.Table) -> pa.Table:
-    """What tells whether two rows have the same `interaction_id`: two hashes of it, and the row's place in the log.
-
-    Args:
-        rows: pieces, with file and line; without the column, none has an id.
-    """
-    if "interaction_id" not in rows.column_names:
-        return pa.table(
-            {"id": pa.array([], pa.uint64()), "more": pa.array([], pa.uint64()), "row": pa.array([], pa.int64())}
-        )
-    ids = rows["interaction_id"].combine_chunks()
-    return pa.table({"id": hashes(ids), "more": hashes(ids, "gubs interaction"), "row": _places(rows)})
-
-
-def _places(rows: pa.Table) -> np.ndarray:
-    """(n,) a number for each row, in the order of the log."""
-    return (rows["file"].to_numpy().astype(np.int64) << 40) + rows["line"].to_numpy()
-
-
-def repeated_ids(found: pa.Table) -> np.ndarray:
-    """Places of the rows whose `interaction_id` an earlier row has; see `identities`."""
-    hashed, more, place = (found[c].to_numpy() for c in ("id", "more", "row"))
-    order = np.lexsort((place, more, hashed))
-    same = (np.diff(hashed[order]) == 0) & (np.diff(more[order]) == 0)
-    return place[order[1:][same]]
-
-
-def finish(log: Plan, decided: Decided, rows: pa.Table, repeats: np.ndarray, durations: pa.ChunkedArray) -> Finished:
+def finish(log: Plan, decided: Decided, sheet: Sheet, durations: pa.ChunkedArray) -> Done:
     """Makes interactions of all rows of some users, in the order of the log.
 
     Args:
         log: the plan.
         decided: what the rows mean.
-        rows: pieces.
-        repeats: places of rows whose `interaction_id` is an earlier row's (`repeated_ids`).
+        sheet: rows of pieces.
         durations: of the rows' videos by the table `videos`.
 
     Raises:
         InputError: a time is missing in a log that is declared complete.
     """
-    labels = pa.array([f.label for f in log.files["interactions"]])
-    sheet = Sheet(log.label("interactions"), rows, rows["line"].to_numpy(), rows.num_rows)
-    sheet.labels = pa.DictionaryArray.from_arrays(rows["file"].combine_chunks(), labels)
     sheet.table = sheet.table.append_column("video duration", durations)
     _replace(sheet, "task", infer_tasks(sheet.table, decided.click_feed))
-    untimed = _reject_repeats(sheet, log, repeats)
-    evidence = UnitEvidence.of(log, sheet)
+    untimed = _reject_repeats(sheet, log)
+    evidence = unit_evidence(log, sheet)
     if log.derived:
         _add_gaps(sheet)
     rates, over = play_rates(sheet.table, sheet.column("video duration"))
     _replace(sheet, RATE, rates)
     _reject_unlabelled(sheet)
     if "interaction_id" not in log.names:
-        _number(sheet, len(labels))
+        _number(sheet, len(log.files["interactions"]))
     t = sheet.table
     columns = {n: t[n] for n in t.column_names if n not in ("file", "line", "duration_s", "video duration")}
-    kept = Counter[str]({v["values"]: v["counts"] for v in pc.value_counts(sheet.labels.cast(pa.string())).to_pylist()})
-    return Finished(build("interactions", t.num_rows, **columns), sheet.rejects, kept, Counts(untimed, over), evidence)
+    interactions = build("interactions", t.num_rows, **columns)
+    return Done(interactions, counts=Counter(untimed=untimed, over=over), evidence=evidence)
 
 
 def _number(sheet: Sheet, files: int) -> None:
@@ -352,12 +222,10 @@ def _number(sheet: Sheet, files: int) -> None:
     sheet.table = sheet.table.append_column("interaction_id", ids)
 
 
-def _reject_repeats(sheet: Sheet, log: Plan, repeats: np.ndarray) -> int:
+def _reject_repeats(sheet: Sheet, log: Plan) -> int:
     """Rejects rows that repeat an earlier one; a click and the view that it starts are two records. Returns how many
     rows have no time.
     """
-    if "interaction_id" in log.names:
-        sheet.reject(np.isin(_places(sheet.table), repeats), "duplicate", "interaction_id")
     if "timestamp" not in log.names:
         return 0
     key = [sheet.column(n) for n in ("user_id", "video_id", "timestamp", "task")]
@@ -464,19 +332,9 @@ def _reject_unlabelled(sheet: Sheet) -> None:
     sheet.reject(pc.and_(click, sheet.column("clicked").is_null()), "no click known")
 
 
-def check_labelled(log: Plan, result: Finished) -> None:
-    """Refuses a log of which nothing is left.
-
-    Raises:
-        InputError: every row was rejected.
-    """
-    if result.kept.total() or not result.rejects:
-        return
-    refuse_unlabelled(log, sum(by_cause(result.rejects).values(), Counter[str]()), result.rejects[0]["row"][0].as_py())
-
-
-def refuse_unlabelled(log: Plan, causes: Counter[str], row: int) -> None:
+def refuse_unlabelled(log: Plan, rejected: Mapping[str, Counter[str]], row: int) -> None:
     """Says that every row was rejected, with the causes and one such row."""
+    causes = reduce(add, rejected.values(), Counter[str]())
     said = ", ".join(f"{n} {cause}" for cause, n in causes.items())
     raise InputError(
         f"{log.label('interactions')}: every row was rejected ({said}; the first is row {row}). Give the columns "

@@ -20,104 +20,119 @@ task needs:
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from gubs.data.settings import SourceSettings
-from gubs.data.sources import SourceTables
-from gubs.data.sources.log_plan import USERS, VIDEOS, Head, Plan, find_files, mapped, plan
-from gubs.data.sources.log_rows import (
-    Findings,
-    as_piece,
-    check_labelled,
-    check_units,
-    convert_units,
-    decide,
-    finish,
-    identities,
-    log_notes,
-    read_pieces,
-    repeated_ids,
-    unused_note,
-)
+from gubs.data.sources import log_rows
+from gubs.data.sources.files import InputFile
+from gubs.data.sources.log import ROWS, Done, Findings, Head, Log, Tally
+from gubs.data.sources.log_plan import USERS, VIDEOS, Plan, find_files, mapped, plan
 from gubs.data.sources.media import VIDEO_SUFFIXES, media_paths
-from gubs.data.sources.reading import (
-    Column,
-    Sheet,
-    assemble,
-    build,
-    facts,
-    null_note,
-    read_sheet,
-    together,
-)
+from gubs.data.sources.reading import Column, Sheet, build, facts, null_note, read_sheet, together
+
+Look = Callable[[str, Sequence[InputFile]], list[Head]]
+"""Gives the heads of a table's files."""
 
 
-def read(settings: SourceSettings) -> SourceTables:
-    """Reads your logs into memory; `source.path` is as in `find_files`.
+def _heads(table: str, files: Sequence[InputFile]) -> list[Head]:  # noqa: ARG001
+    return [Head.of(f) for f in files]
+
+
+def open_source(settings: SourceSettings, look: Look = _heads) -> "OwnLog":
+    """Decides how your logs are read, and reads the tables of users and videos; `source.path` is as in `find_files`.
 
     Raises:
         InputError: no interactions, a file or column that cannot be used, or a setting that fits no column.
     """
     files, folder = find_files(settings.path)
-    heads = {table: [Head.of(f) for f in parts] for table, parts in files.items()}
-    log = plan(settings, files, folder, heads)
-    described = Described.read(log)
-    pieces, findings = [], Findings()
-    for number in range(len(files["interactions"])):
-        for sheet in read_pieces(log, number):
-            pieces.append(as_piece(log, sheet, number))
-            findings += Findings.of(log, sheet)
-    decided = decide(log, findings)
-    rows = pa.concat_tables(pieces)
-    result = finish(log, decided, rows, repeated_ids(identities(rows)), described.durations(rows["video_id"]))
-    check_units(log, result.evidence, described.video_sheet)
-    check_labelled(log, result)
-    notes = log_notes(log, findings, decided, result.counts)
-    notes += described.notes
-    tables = assemble(described.users, described.videos, result.interactions, described.sheets, notes)
-    rejects = [*findings.rejects, *result.rejects]
-    tables.rejects = pa.concat_tables([*rejects, tables.rejects])
-    tables.files = result.file_counts(log, findings) | tables.files
-    tables.videos = attach(tables.videos, settings.videos_dir, tables.notes)
-    return tables
+    log = plan(settings, files, folder, {table: look(table, parts) for table, parts in files.items()})
+    sheets, users, videos, video_sheet, notes = [], None, None, None, list[str]()
+    if "users" in files:
+        sheet, users = _read_users(log)
+        sheets.append(sheet)
+    if "videos" in files:
+        video_sheet, videos = _read_videos(log)
+        sheets.append(video_sheet)
+        notes += log_rows.unused_note(log.label("videos"), video_sheet.unused)
+    notes += [note for sheet in sheets if (note := null_note(sheet.label, sheet.nulls))]
+    return OwnLog(
+        files=files["interactions"],
+        heads=log.heads["interactions"],
+        max_bad=settings.max_bad_rows,
+        users=users,
+        videos=videos,
+        sheets=sheets,
+        notes=tuple(notes),
+        unique="interaction_id" if "interaction_id" in log.names else None,
+        plan=log,
+        video_sheet=video_sheet,
+    )
 
 
-@dataclass(frozen=True)
-class Described:
-    """What the files of users and videos say; small beside the interactions."""
+@dataclass(frozen=True, kw_only=True)
+class OwnLog(Log):
+    """Your own logs."""
 
-    users: pa.Table | None
-    videos: pa.Table | None
-    sheets: list[Sheet]
+    plan: Plan
     video_sheet: Sheet | None
-    notes: list[str]
+    choice: log_rows.Decided | None = None
 
-    @classmethod
-    def read(cls, log: Plan) -> "Described":
-        """Reads them."""
-        sheets, users, videos, video_sheet, notes = [], None, None, None, list[str]()
-        if "users" in log.files:
-            sheet, users = _read_users(log)
-            sheets.append(sheet)
-        if "videos" in log.files:
-            video_sheet, videos = _read_videos(log)
-            sheets.append(video_sheet)
-            notes += unused_note(log.label("videos"), video_sheet.unused)
-        notes += [note for sheet in sheets if (note := null_note(sheet.label, sheet.nulls))]
-        return cls(users, videos, sheets, video_sheet, notes)
+    broadcast = ("video_id", "duration_s")
 
-    def durations(self, video_ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    @property
+    def lean(self) -> Self:
+        """The log as workers need it."""
+        return replace(super().lean, video_sheet=None)
+
+    def read(self, number: int, groups: range | None = None, rows: int = ROWS) -> Iterator[Sheet]:
+        """See `Log`."""
+        return log_rows.read(self.plan, number, groups, rows)
+
+    def piece(self, sheet: Sheet, number: int) -> pa.Table:
+        """See `Log`."""
+        return log_rows.as_piece(self.plan, sheet, number)
+
+    def findings(self, sheet: Sheet) -> Findings:
+        """See `Log`."""
+        return log_rows.findings(self.plan, sheet)
+
+    def decided(self, findings: Findings) -> Self:
+        """See `Log`; also refused: clicks that could mean two things."""
+        return replace(super().decided(findings), choice=log_rows.decide(self.plan, findings))
+
+    def finish(self, rows: Sheet, users: pa.Table) -> Done:
+        """See `Log`."""
+        del users
+        assert self.choice is not None
+        return log_rows.finish(self.plan, self.choice, rows, self._durations(rows.column("video_id")))
+
+    def _durations(self, video_ids: pa.ChunkedArray) -> pa.ChunkedArray:
         """Each row's duration by the table `videos`; null where it has none."""
         if self.videos is None or self.videos["duration_s"].null_count == self.videos.num_rows:
             return pa.chunked_array([pa.nulls(len(video_ids), pa.float64())])
         rows = pc.index_in(video_ids, value_set=self.videos["video_id"].combine_chunks())
         return pc.take(self.videos["duration_s"], rows)
+
+    def conclude(self, findings: Findings, tally: Tally) -> list[str]:
+        """See `Log`."""
+        assert self.choice is not None
+        log_rows.check_units(self.plan, tally.evidence, self.video_sheet)
+        if not tally.kept.total() and tally.first_rejected is not None:
+            log_rows.refuse_unlabelled(self.plan, tally.rejected, tally.first_rejected)
+        return log_rows.log_notes(self.plan, findings, self.choice, tally.counts) + list(self.notes)
+
+    def with_videos(self, seen: pa.Table) -> tuple[Self, list[str]]:
+        """See `Log`; with the files of `source.videos_dir`."""
+        log, notes = super().with_videos(seen)
+        videos, more = _attach(log.videos, self.plan.settings.videos_dir)
+        return replace(log, videos=videos), notes + more
 
 
 def _read_users(log: Plan) -> tuple[Sheet, pa.Table]:
@@ -171,7 +186,7 @@ def _json_object(text: str | None) -> dict[str, object] | None:
 def _read_videos(log: Plan) -> tuple[Sheet, pa.Table]:
     sheet = _read_table(log, "videos", mapped("videos", log.settings.columns))
     sheet.reject_duplicates("video_id")
-    convert_units(sheet, "videos", log.stated)
+    log_rows.convert_units(sheet, "videos", log.stated)
     t = sheet.table
     columns = {c.name: t[c.name] for c in VIDEOS} | {n: _absolute(t[n], log.folder) for n in ("uri", "cover_uri")}
     columns["duration_s"] = pc.if_else(pc.greater(t["duration_s"], 0), t["duration_s"], None)
@@ -191,12 +206,11 @@ def _or_empty(lists: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array([pa.array([x or [] for x in lists.to_pylist()], pa.list_(pa.string()))])
 
 
-def attach(videos: pa.Table, videos_dir: str, notes: list[str]) -> pa.Table:
+def _attach(videos: pa.Table, videos_dir: str) -> tuple[pa.Table, list[str]]:
     """Adds the files of `videos_dir` to the records without a `uri`; notes how many have none."""
     if videos_dir:
         paths = media_paths(videos["video_id"], [Path(videos_dir)], VIDEO_SUFFIXES, "source.videos_dir")
         uris = pc.coalesce(videos["uri"], paths)
         videos = videos.set_column(videos.schema.get_field_index("uri"), videos.schema.field("uri"), uris)
-    if missing := videos["uri"].null_count:
-        notes.append(f"{missing} of {videos.num_rows} videos have no video file.")
-    return videos
+    missing = videos["uri"].null_count
+    return videos, [f"{missing} of {videos.num_rows} videos have no video file."] if missing else []

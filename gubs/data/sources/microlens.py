@@ -11,10 +11,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gubs.data.settings import SourceSettings
-from gubs.data.sources import SourceTables
+from gubs.data.sources.files import InputFile
 from gubs.data.sources.formats import TextFormat
+from gubs.data.sources.log import Done, Head, Log
 from gubs.data.sources.media import COVER_SUFFIXES, VIDEO_SUFFIXES, media_paths
-from gubs.data.sources.reading import Column, Sheet, assemble, build, click_sequences, clicks, read_sheet, tag_lists
+from gubs.data.sources.reading import (
+    Column,
+    Sheet,
+    build,
+    click_sequences,
+    clicks,
+    read_sheet,
+    tag_lists,
+)
 from gubs.errors import InputError
 
 _NOTES = [
@@ -36,17 +45,22 @@ _LISTS = (Column("user_id", "id", nullable=False), Column("items", nullable=Fals
 _HEADER_WORDS = ("item", "itemid", "item_id", "video", "videoid", "video_id", "id")
 
 
-def read(settings: SourceSettings) -> SourceTables:
-    """Reads a MicroLens folder; the videos may be elsewhere (`source.videos_dir`).
+def open_source(settings: SourceSettings) -> Log:
+    """A MicroLens folder; the videos may be elsewhere (`source.videos_dir`).
 
     Raises:
         InputError: no pairs or titles in the folder, or a file that cannot be used.
     """
     folder, bad = Path(settings.path), settings.max_bad_rows
     notes = list(_NOTES)
-    pairs, interactions = _read_pairs(folder, bad, notes)
+    path = _one(folder, "*_pairs.csv", "*_pairs.tsv")
+    pairs, listed = InputFile.at(path), path.suffix == ".tsv"
+    kind = _Lists if listed else _Pairs
+    text = TextFormat("\t", ("user_id", "items"), quoted=False) if listed else None
+    if listed:
+        notes.append("Only the order of a user's pairs is known, not their times.")
     titles = _read_values(_one(folder, "*_title_en.csv", "*_titles.csv"), bad)
-    sheets, tags = [pairs, titles], None
+    sheets, tags = [titles], None
     if (folder / "tags_to_summary.csv").is_file():
         categories = _read_values(folder / "tags_to_summary.csv", bad)
         rows = pc.index_in(titles.column("video_id"), value_set=categories.column("video_id").combine_chunks())
@@ -55,7 +69,28 @@ def read(settings: SourceSettings) -> SourceTables:
     else:
         notes.append("There is no tags_to_summary.csv: the videos have no category.")
     videos = _videos(titles, tags, folder, settings.videos_dir, notes)
-    return assemble(None, videos, interactions, sheets, notes)
+    return kind([pairs], [Head.sized(pairs)], bad, videos=videos, sheets=sheets, notes=tuple(notes), text=text)
+
+
+class _Pairs(Log):
+    columns = _PAIRS
+
+    def finish(self, rows: Sheet, users: pa.Table) -> Done:
+        """See `Log`."""
+        del users
+        rows.reject_duplicates("user_id", "timestamp", "video_id")
+        return Done(clicks(rows.table, "user_id", "video_id", "timestamp"))
+
+
+class _Lists(Log):
+    columns = _LISTS
+    fan_out = 8
+
+    def finish(self, rows: Sheet, users: pa.Table) -> Done:
+        """See `Log`."""
+        del users
+        rows.reject_duplicates("user_id")
+        return Done(click_sequences(rows.column("user_id"), pc.split_pattern_regex(rows.column("items"), r"\s+")))
 
 
 def _one(folder: Path, *patterns: str) -> Path:
@@ -68,18 +103,6 @@ def _one(folder: Path, *patterns: str) -> Path:
         if matches:
             return matches[0]
     raise InputError(f"{folder}: no file {' or '.join(patterns)}; source.path must be a MicroLens folder")
-
-
-def _read_pairs(folder: Path, bad: float, notes: list[str]) -> tuple[Sheet, pa.Table]:
-    path = _one(folder, "*_pairs.csv", "*_pairs.tsv")
-    if path.suffix == ".csv":
-        sheet = read_sheet(path, _PAIRS, bad)
-        sheet.reject_duplicates("user_id", "timestamp", "video_id")
-        return sheet, clicks(sheet.table, "user_id", "video_id", "timestamp")
-    sheet = read_sheet(path, _LISTS, bad, text=TextFormat("\t", ("user_id", "items"), quoted=False))
-    sheet.reject_duplicates("user_id")
-    notes.append("Only the order of a user's pairs is known, not their times.")
-    return sheet, click_sequences(sheet.column("user_id"), pc.split_pattern_regex(sheet.column("items"), r"\s+"))
 
 
 def _read_values(path: Path, bad: float) -> Sheet:

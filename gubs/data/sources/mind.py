@@ -15,13 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gubs.data.settings import SourceSettings
-from gubs.data.sources import SourceTables
 from gubs.data.sources.files import InputFile
 from gubs.data.sources.formats import TextFormat
+from gubs.data.sources.log import Done, Findings, Head, Log, Tally
 from gubs.data.sources.reading import (
     Column,
     Sheet,
-    assemble,
     build,
     constant,
     duplicated,
@@ -39,11 +38,11 @@ _BEHAVIORS, _NEWS = "behaviors.tsv", "news.tsv"
 _TIME = "%m/%d/%Y %I:%M:%S %p"
 _SHOWN = r"^\S+-[01](\s+\S+-[01])*$"
 
-_NOTES = [
+_NOTES = (
     "There are no watch times, so there is no sequential task: what was shown is the click task.",
     "News have no video files; abstracts, addresses and entities are left out.",
     "The zone of the times is unknown; they are taken for UTC.",
-]
+)
 
 _PAGES = (
     Column("impression", "id", nullable=False),
@@ -62,25 +61,19 @@ _ARTICLES = (
 _UNREAD = ("abstract", "url", "title_entities", "abstract_entities")
 
 
-def read(settings: SourceSettings) -> SourceTables:
-    """Reads a folder of MIND, or a folder of such folders.
+def open_source(settings: SourceSettings) -> Log:
+    """A folder of MIND, or a folder of such folders.
 
     Raises:
-        InputError: no behaviors.tsv, or a file that cannot be used; the test part of MIND has no clicks.
+        InputError: no behaviors.tsv, or news that cannot be used.
     """
     folders, bad = _folders(Path(settings.path)), settings.max_bad_rows
     labels = ["" if len(folders) == 1 else f"{f.name}/" for f in folders]
-    pages = [_read_pages(f, label, bad) for f, label in zip(folders, labels, strict=True)]
+    parts = [InputFile(str(f / _BEHAVIORS), label + _BEHAVIORS) for f, label in zip(folders, labels, strict=True)]
     news, videos = _read_news(folders, labels, bad)
-    interactions = pa.concat_tables([_shown(sheet, label) for sheet, label in zip(pages, labels, strict=True)])
-    topics = dict(zip(videos["video_id"].to_pylist(), videos["tags"].to_pylist(), strict=True))
-    users, earlier = _users(pages, topics)
-    notes = [
-        *_NOTES,
-        f"Interest tags of users are the {INTEREST_TAGS} most frequent subcategories of what they had clicked before "
-        f"their first page; these {earlier:,} clicks themselves are left out, since their times are unknown.",
-    ]
-    return assemble(users, videos, interactions, [*pages, *news], notes)
+    text = TextFormat("\t", tuple(c.name for c in _PAGES), quoted=False)
+    heads = [Head.sized(f) for f in parts]
+    return _Pages(parts, heads, bad, videos=videos, sheets=news, notes=_NOTES, text=text, unique="impression")
 
 
 def files(settings: SourceSettings) -> list[Path]:
@@ -95,28 +88,52 @@ def _folders(root: Path) -> list[Path]:
     return found
 
 
-def _read_pages(folder: Path, label: str, bad: float) -> Sheet:
-    """Impressions; `time` becomes `timestamp`."""
-    text = TextFormat("\t", tuple(c.name for c in _PAGES), quoted=False)
-    sheet = read_sheet(InputFile(str(folder / _BEHAVIORS), label + _BEHAVIORS), _PAGES, bad, text=text)
-    unlabelled = pc.invert(pc.match_substring_regex(sheet.column("shown"), _SHOWN))
-    sheet.reject(unlabelled, "not news with -0 or -1 (clicked)", "shown", malformed=True)
-    times = pd.to_datetime(sheet.column("time").to_pandas(), format=_TIME, errors="coerce", utc=True)
-    sheet.reject(times.isna().to_numpy(), "not a time as 11/15/2019 8:55:22 AM", "time", malformed=True)
-    stamps = pa.array(times.dropna(), pa.timestamp("ms", "UTC")).cast(pa.int64())
-    sheet.table = sheet.table.append_column("timestamp", stamps)
-    sheet.reject_duplicates("impression")
-    return sheet
+class _Pages(Log):
+    columns = _PAGES
+    fan_out = 32
+    broadcast = ("video_id", "tags")
+
+    def check(self, sheet: Sheet) -> None:
+        """See `Log`; `time` becomes `timestamp`. The test part of MIND has no clicks, and is refused."""
+        unlabelled = pc.invert(pc.match_substring_regex(sheet.column("shown"), _SHOWN))
+        sheet.reject(unlabelled, "not news with -0 or -1 (clicked)", "shown", malformed=True)
+        times = pd.to_datetime(sheet.column("time").to_pandas(), format=_TIME, errors="coerce", utc=True)
+        sheet.reject(times.isna().to_numpy(), "not a time as 11/15/2019 8:55:22 AM", "time", malformed=True)
+        stamps = pa.array(times.dropna(), pa.timestamp("ms", "UTC")).cast(pa.int64())
+        sheet.table = sheet.table.drop_columns("time").append_column("timestamp", stamps)
+
+    def ids(self, rows: pa.Table) -> pa.Array:
+        """Impressions, which each file numbers anew."""
+        return joined(rows["file"], "-", rows["impression"]).combine_chunks()
+
+    def finish(self, rows: Sheet, users: pa.Table) -> Done:
+        """See `Log`; all that is known of users is in the pages."""
+        del users
+        assert self.videos is not None
+        folders = pa.array([f.label.removesuffix(_BEHAVIORS) for f in self.files])
+        pages = joined(pc.take(folders, rows.column("file")), rows.column("impression"))
+        topics = dict(zip(self.videos["video_id"].to_pylist(), self.videos["tags"].to_pylist(), strict=True))
+        readers, earlier = _users(rows.table, topics)
+        return Done(_shown(rows, pages), readers, counts=Counter(earlier=earlier))
+
+    def conclude(self, findings: Findings, tally: Tally) -> list[str]:
+        """See `Log`."""
+        interests = (
+            f"Interest tags of users are the {INTEREST_TAGS} most frequent subcategories of what they had clicked "
+            f"before their first page; these {tally.counts['earlier']:,} clicks themselves are left out, since their "
+            f"times are unknown."
+        )
+        return [*super().conclude(findings, tally), interests]
 
 
-def _shown(pages: Sheet, label: str) -> pa.Table:
+def _shown(pages: Sheet, ids: pa.ChunkedArray) -> pa.Table:
     """One exposure for each news of each page."""
     lists = pc.split_pattern_regex(pages.column("shown"), r"\s+").combine_chunks()
     rows = pa.array(pc.list_parent_indices(lists).to_numpy(zero_copy_only=False).astype(np.int64))
     starts = np.searchsorted(rows, np.arange(len(lists)))
     position = np.arange(len(rows)) - starts[rows]
     parts = pc.extract_regex(pc.list_flatten(lists), r"^(?P<news>\S+)-(?P<clicked>[01])$")
-    n, page = len(rows), joined(label, pages.column("impression").take(rows))
+    n, page = len(rows), ids.take(rows)
     return build(
         "interactions",
         n,
@@ -147,15 +164,14 @@ def _read_news(folders: Sequence[Path], labels: Sequence[str], bad: float) -> tu
     return sheets, build("videos", news.num_rows, video_id=news["video_id"], title=news["title"], tags=tags)
 
 
-def _users(pages: Sequence[Sheet], topics: dict[str, list[str]]) -> tuple[pa.Table, int]:
+def _users(pages: pa.Table, topics: dict[str, list[str]]) -> tuple[pa.Table, int]:
     """Users with interest tags from the history of their first page, and how many clicks those histories have.
 
     Later histories may hold clicks of the pages themselves, which are to be predicted.
     """
-    log = pa.concat_tables([s.table.select(["user_id", "timestamp", "history"]) for s in pages])
-    times = log.select(["user_id", "timestamp"]).to_pandas()
+    times = pages.select(["user_id", "timestamp"]).to_pandas()
     first = times.sort_values("timestamp", kind="stable").drop_duplicates("user_id").sort_values("user_id").index
-    known = log.take(pa.array(first))
+    known = pages.take(pa.array(first))
     clicked = [history.split() if history else [] for history in known["history"].to_pylist()]
     tags = pa.array([_favourites(news, topics) for news in clicked], pa.list_(pa.string()))
     return build("users", known.num_rows, user_id=known["user_id"], tags=tags), sum(map(len, clicked))

@@ -4,7 +4,7 @@ A film becomes a video, and a rating becomes an interaction of the click task (t
 from 4 stars, disliked up to 2. There are no watch times, no exposures without a click and no pages.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,13 @@ import pyarrow.compute as pc
 
 from gubs.data.settings import SourceSettings
 from gubs.data.sources import SourceTables
+from gubs.data.sources.files import InputFile
 from gubs.data.sources.formats import TextFormat, guess_encoding
+from gubs.data.sources.log import Done, Head, Log, in_memory
 from gubs.data.sources.reading import (
     STARS_NOTE,
     Column,
     Sheet,
-    assemble,
     build,
     clicks,
     constant,
@@ -50,6 +51,11 @@ OCCUPATIONS = [
 _UNSEEN_SEED = 20_261_127
 _DRAWS = 8
 """Films drawn for each that is needed: some are known to the user, or drawn twice."""
+
+_CLICKS_NOTE = (
+    "There are no watch times, so there is no sequential task: every rating is a click, and no exposure without a "
+    "click is known."
+)
 
 _RATINGS = (
     Column("user_id", "id", ("user_id", "userId"), nullable=False),
@@ -96,25 +102,18 @@ _LAYOUTS = (
 )
 
 
-def read(settings: SourceSettings) -> SourceTables:
-    """Reads a MovieLens folder.
+def open_source(settings: SourceSettings) -> Log | SourceTables:
+    """A MovieLens folder; in memory with `source.unseen`, since each draw follows from all draws before it.
 
     Raises:
         InputError: no known edition in the folder, or a file that cannot be used.
     """
     folder, bad = Path(settings.path), settings.max_bad_rows
     layout = _detect(folder)
-    notes = [
-        "There are no watch times, so there is no sequential task: every rating is a click, and no exposure "
-        "without a click is known.",
-        "The films are described by title and genres only: there are no video files.",
-        STARS_NOTE,
-        "The users have no interest tags.",
-    ]
-    ratings = read_sheet(_find(folder, layout.ratings), _RATINGS, bad, text=layout.format(*_RATINGS_HEADER))
-    ratings.reject_duplicates("user_id", "video_id")
+    notes = [_CLICKS_NOTE, "The films are described by title and genres only: there are no video files."]
+    notes += [STARS_NOTE, "The users have no interest tags."]
     movies, videos = _read_movies(folder, layout, bad)
-    sheets, users = [ratings, movies], None
+    sheets, users = [movies], None
     if layout.users and (folder / layout.users).exists():
         demographics, users = _read_users(folder / layout.users, layout, bad)
         sheets.append(demographics)
@@ -122,14 +121,29 @@ def read(settings: SourceSettings) -> SourceTables:
             notes.append("Ages are codes for ranges: `age` is near the middle of the range, `other` has the range.")
     else:
         notes.append("This edition has no demographics: age, gender and occupation are unknown.")
-    interactions = clicks(ratings.table, "user_id", "video_id")
-    if settings.unseen:
-        interactions = with_unseen(interactions, settings.unseen)
-        notes[0] = (
-            "There are no watch times, so there is no sequential task. Ratings are clicks without stars; "
-            f"{settings.unseen} film(s) per rating that the user has not rated count as shown and not clicked."
-        )
-    return assemble(users, videos, interactions, sheets, notes)
+    file = InputFile.at(_find(folder, layout.ratings))
+    text = layout.format(*_RATINGS_HEADER)
+    log = _Ratings([file], [Head.sized(file)], bad, users, videos, sheets, tuple(notes), text=text)
+    return _with_unseen(in_memory(log), settings.unseen) if settings.unseen else log
+
+
+class _Ratings(Log):
+    columns = _RATINGS
+
+    def finish(self, rows: Sheet, users: pa.Table) -> Done:
+        """See `Log`."""
+        del users
+        rows.reject_duplicates("user_id", "video_id")
+        return Done(clicks(rows.table, "user_id", "video_id"))
+
+
+def _with_unseen(tables: SourceTables, each: int) -> SourceTables:
+    note = (
+        "There are no watch times, so there is no sequential task. Ratings are clicks without stars; "
+        f"{each} film(s) per rating that the user has not rated count as shown and not clicked."
+    )
+    notes = [note if n == _CLICKS_NOTE else n for n in tables.notes]
+    return replace(tables, interactions=with_unseen(tables.interactions, each), notes=notes)
 
 
 def with_unseen(interactions: pa.Table, each: int) -> pa.Table:

@@ -5,57 +5,49 @@ Files: `combined_data_*.txt` (many films, each a line `1:` and then lines `user,
 video, and a rating an interaction of the click task.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from gubs.data.settings import SourceSettings
-from gubs.data.sources import SourceTables
 from gubs.data.sources.columns import KINDS, convert
 from gubs.data.sources.files import InputFile
 from gubs.data.sources.formats import TextFormat, guess_encoding
-from gubs.data.sources.reading import (
-    STARS_NOTE,
-    Column,
-    Sheet,
-    assemble,
-    build,
-    clicks,
-    read_sheet,
-    tag_lists,
-    together,
-)
+from gubs.data.sources.log import ROWS, Done, Findings, Head, Log
+from gubs.data.sources.reading import STARS_NOTE, Column, Sheet, build, clicks, read_sheet, tag_lists
 from gubs.errors import InputError
 
 _TITLES = "movie_titles.csv"
 _PATTERNS = ("combined_data_*.txt", "training_set/mv_*.txt", "mv_*.txt")
 _LINE = (Column("line", nullable=False),)
+_LINES = TextFormat("\x1f", ("line",), quoted=False)
 
-_NOTES = [
+_NOTES = (
     "There are no watch times, so there is no sequential task: every rating is a click, and no exposure without a "
     "click is known.",
     "The films are described by title and year only: there are neither genres nor video files.",
     "The users are known by their id alone: no age, gender, occupation or interest tags.",
     "Ratings have dates without a time of day; those of one day are in the order of the files.",
     STARS_NOTE,
-]
+)
 
 
-def read(settings: SourceSettings) -> SourceTables:
-    """Reads a Netflix Prize folder.
+def open_source(settings: SourceSettings) -> Log:
+    """A Netflix Prize folder.
 
     Raises:
-        InputError: no ratings or titles in the folder, or a file that cannot be used.
+        InputError: no ratings or titles in the folder, or titles that cannot be used.
     """
     root, bad = Path(settings.path), settings.max_bad_rows
-    parts = [_read_ratings(path, root, bad) for path in _ratings(root)]
-    ratings = together(parts, "the ratings")
-    ratings.reject_duplicates("user_id", "video_id")
+    parts = [InputFile(str(path), path.relative_to(root).as_posix()) for path in _ratings(root)]
     titles, videos = _read_titles(root / _TITLES, bad)
-    interactions = clicks(ratings.table, "user_id", "video_id")
-    return assemble(None, videos, interactions, [ratings, titles], _NOTES)
+    heads = [Head.sized(f) for f in parts]
+    return _Ratings(parts, heads, bad, videos=videos, sheets=[titles], notes=_NOTES, text=_LINES)
 
 
 def files(settings: SourceSettings) -> list[Path]:
@@ -71,12 +63,46 @@ def _ratings(root: Path) -> list[Path]:
     raise InputError(f"{root}: no {' or '.join(_PATTERNS)}; source.path must be a folder of the Netflix Prize")
 
 
-def _read_ratings(path: Path, root: Path, bad: float) -> Sheet:
-    """A file's ratings: user_id, video_id, rating, timestamp."""
-    file, text = InputFile(str(path), path.relative_to(root).as_posix()), TextFormat("\x1f", ("line",), quoted=False)
-    sheet = read_sheet(file, _LINE, bad, text=text)
-    film = pc.struct_field(pc.extract_regex(sheet.column("line"), r"^(?P<film>\d+):$"), "film")
-    _leave_out_headings(sheet, film)
+class _Ratings(Log):
+    columns = _LINE
+
+    def read(self, number: int, groups: range | None = None, rows: int = ROWS) -> Iterator[Sheet]:
+        """See `Log`."""
+        film = pa.scalar(None, pa.string())
+        for sheet in super().read(number, groups, rows):
+            film = _head_lines(sheet, film)
+            _split(sheet)
+            yield sheet
+
+    def decided(self, findings: Findings) -> Self:
+        """See `Log`; a film without ratings is no fault."""
+        rated = {label: account for label, account in findings.accounts.items() if account.rows_in}
+        return super().decided(replace(findings, accounts=rated))
+
+    def finish(self, rows: Sheet, users: pa.Table) -> Done:
+        """See `Log`."""
+        del users
+        rows.reject_duplicates("user_id", "video_id")
+        return Done(clicks(rows.table, "user_id", "video_id"))
+
+
+def _head_lines(sheet: Sheet, film: pa.Scalar) -> pa.Scalar:
+    """Gives each line the film above it (`video_id`), which for the first lines is `film`; returns the last one.
+
+    Headings are no rows: the account does not count them.
+    """
+    headings = pc.if_else(pc.ends_with(sheet.column("line"), ":"), sheet.column("line"), None)
+    headings = pc.struct_field(pc.extract_regex(headings, r"^(?P<film>\d+):$"), "film")
+    films = pc.fill_null(pc.fill_null_forward(headings.combine_chunks()), film)
+    rating = np.asarray(headings.is_null())
+    table = sheet.table.append_column("video_id", films)
+    sheet.table, sheet.lines = table.filter(pa.array(rating)), sheet.lines[rating]
+    sheet.rows_in -= int((~rating).sum())
+    return films[-1] if len(films) else film
+
+
+def _split(sheet: Sheet) -> None:
+    """Makes ratings of lines: user_id, video_id, rating, timestamp."""
     parts = pc.extract_regex(sheet.column("line"), r"^(?P<user>\d+),(?P<stars>[1-5]),(?P<date>[\d-]+)$")
     sheet.reject(parts.is_null(), "neither FILM: nor USER,STARS,DATE", "line", malformed=True)
     parts = parts.drop_null()
@@ -92,22 +118,13 @@ def _read_ratings(path: Path, root: Path, bad: float) -> Sheet:
     if wrong is not None:
         sheet.reject(wrong, KINDS["time"][1], "line", malformed=True)
     sheet.reject(sheet.column("video_id").is_null(), "no film above it", "line", malformed=True)
-    return sheet
-
-
-def _leave_out_headings(sheet: Sheet, film: pa.ChunkedArray) -> None:
-    """Gives each line the film above it (`video_id`). Headings are no rows: the account does not count them."""
-    rating = np.asarray(film.is_null())
-    table = sheet.table.append_column("video_id", pc.fill_null_forward(film))
-    sheet.table, sheet.lines = table.filter(pa.array(rating)), sheet.lines[rating]
-    sheet.rows_in -= int((~rating).sum())
+    sheet.table = sheet.table.drop_columns("line")
 
 
 def _read_titles(path: Path, bad: float) -> tuple[Sheet, pa.Table]:
     """Films with the year behind the title, as MovieLens has it."""
     encoding = guess_encoding(path) if path.is_file() else "utf-8"
-    text = TextFormat("\x1f", ("line",), quoted=False, encoding=encoding)
-    sheet = read_sheet(path, _LINE, bad, text=text)
+    sheet = read_sheet(path, _LINE, bad, text=replace(_LINES, encoding=encoding))
     parts = pc.extract_regex(sheet.column("line"), r"^(?P<film>\d+),(?P<year>\d{4}|NULL),(?P<title>.*)$")
     sheet.reject(parts.is_null(), "not FILM,YEAR,TITLE", "line", malformed=True)
     parts = parts.drop_null()

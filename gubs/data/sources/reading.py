@@ -1,8 +1,8 @@
 """Reads a table file into typed columns and accounts for every row that is set aside.
 
 A source declares its columns (`Column`) and gets a `Sheet`: the good rows, their line numbers, and the rejected rows by
-cause. It may reject more rows (`Sheet.reject`) and finally hands its sheets to `assemble`, which makes the
-`SourceTables`. No row is dropped without a cause.
+cause. It may reject more rows (`Sheet.reject`). `log.Log` makes a log of the sheets of many pieces; `assemble` puts
+together the `SourceTables` of a source that is read at once. No row is dropped without a cause.
 """
 
 from collections import Counter

@@ -163,6 +163,31 @@ def _positive(values: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.if_else(pc.greater(values, 0), values, None)
 
 
+@dataclass(frozen=True)
+class Example:
+    """The first value above 0 of a column."""
+
+    file: int
+    line: int
+    label: str
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
+class UnitEvidence:
+    """What the values say about their units, with an example of each column; adds up over parts."""
+
+    sizes: Evidence = field(default_factory=Evidence)
+    examples: dict[str, Example] = field(default_factory=dict)
+    """By column."""
+
+    def __add__(self, other: "UnitEvidence") -> "UnitEvidence":
+        both = [(c, e) for examples in (self.examples, other.examples) for c, e in examples.items()]
+        ordered = sorted(both, key=lambda item: (item[1].file, item[1].line), reverse=True)
+        return UnitEvidence(self.sizes + other.sizes, dict(ordered))
+
+
 def total(parts: Iterator[Evidence]) -> Evidence:
     """The evidence of all blocks."""
     return reduce(Evidence.__add__, parts, Evidence())

@@ -5,28 +5,18 @@ Files, one JSON object a line: `yelp_academic_dataset_review.json`, and if they 
 interaction of the click task.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from gubs.data.settings import SourceSettings
-from gubs.data.sources import SourceTables
 from gubs.data.sources.columns import CellRules
 from gubs.data.sources.files import InputFile
 from gubs.data.sources.formats import JsonLines
-from gubs.data.sources.reading import (
-    STARS_NOTE,
-    Column,
-    Sheet,
-    assemble,
-    build,
-    clicks,
-    facts,
-    read_raw,
-    tag_lists,
-)
+from gubs.data.sources.log import ROWS, Done, Head, Log
+from gubs.data.sources.reading import STARS_NOTE, Column, Sheet, build, clicks, facts, read_blocks, read_raw, tag_lists
 from gubs.errors import InputError
 
 _NAMES = ("yelp_academic_dataset_{}.json", "{}.json", "yelp_academic_dataset_{}.json.gz", "{}.json.gz")
@@ -57,8 +47,8 @@ _PLACES = (
 _USERS = (Column("user_id", "id", nullable=False), Column("since", "word", ("yelping_since",), optional=True))
 
 
-def read(settings: SourceSettings) -> SourceTables:
-    """Reads a Yelp folder.
+def open_source(settings: SourceSettings) -> Log:
+    """A Yelp folder.
 
     Raises:
         InputError: no reviews in the folder, or a file that cannot be used.
@@ -69,9 +59,7 @@ def read(settings: SourceSettings) -> SourceTables:
         raise InputError(
             f"{folder}: no {' or '.join(_NAMES).format(*['review'] * 4)}; source.path must be a Yelp folder"
         )
-    reviews = _read(path, _REVIEWS, bad)
-    reviews.reject_duplicates("review_id")
-    sheets, videos, users = [reviews], None, None
+    reviews, sheets, videos, users = _file(path), [], None, None
     if (path := _find(folder, "business")) is not None:
         sheet, videos = _read_places(path, bad)
         sheets.append(sheet)
@@ -80,7 +68,20 @@ def read(settings: SourceSettings) -> SourceTables:
     if (path := _find(folder, "user")) is not None:
         sheet, users = _read_users(path, bad)
         sheets.append(sheet)
-    return assemble(users, videos, clicks(reviews.table, "review_id"), sheets, notes)
+    head = Head.sized(reviews)
+    return _Reviews([reviews], [head], bad, users, videos, sheets, tuple(notes), unique="review_id")
+
+
+class _Reviews(Log):
+    def read(self, number: int, groups: range | None = None, rows: int = ROWS) -> Iterator[Sheet]:
+        """See `Log`."""
+        del groups
+        return read_blocks(JsonLines(self.files[number], uniform=True), _REVIEWS, _RULES, rows)
+
+    def finish(self, rows: Sheet, users: pa.Table) -> Done:
+        """See `Log`."""
+        del users
+        return Done(clicks(rows.table, "review_id"))
 
 
 def _find(folder: Path, what: str) -> Path | None:
@@ -88,10 +89,14 @@ def _find(folder: Path, what: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _read(path: Path, columns: Sequence[Column], bad: float) -> Sheet:
+def _file(path: Path) -> InputFile:
     if path.stat().st_size == 0:
         raise InputError(f"{path.name}: the file is empty; copy it again from its origin")
-    return read_raw(JsonLines(InputFile.at(path)), columns, bad, _RULES)
+    return InputFile.at(path)
+
+
+def _read(path: Path, columns: Sequence[Column], bad: float) -> Sheet:
+    return read_raw(JsonLines(_file(path), uniform=True), columns, bad, _RULES)
 
 
 def _read_places(path: Path, bad: float) -> tuple[Sheet, pa.Table]:
