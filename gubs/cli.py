@@ -354,8 +354,8 @@ def ablate(
     ] = None,
     run: Annotated[str, typer.Option("--run", "-r", help="Folder of all policies and the table.")] = "runs/ablations",
     preset: PresetOption = "tiny",
-    worlds: Annotated[str, typer.Option(help="Data sets, by their seeds.")] = "0,1,2",
-    seeds: Annotated[str, typer.Option(help="Trainings in each world.")] = "0,1,2",
+    worlds: Annotated[str, typer.Option(help="Data sets, by their seeds, as 0,1,2.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Trainings in each world, by their seeds.")] = "0,1,2",
     arm: Annotated[list[str] | None, typer.Option(help="Only this arm; can be given again.")] = None,
     level: Annotated[list[str] | None, typer.Option(help="Only this level; can be given again.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the cells and what they will take.")] = False,
@@ -368,6 +368,8 @@ def ablate(
     names = [w for w in words or [] if "=" not in w]
     if not names:
         return list_grids()
+    if len(names) > 1:
+        raise SettingsError(f"{names[1]!r} is no key=value; worlds and seeds are separated by commas: --worlds 7,0")
     choice = Choice(jobs.parse_numbers(worlds), jobs.parse_numbers(seeds), tuple(arm or ()), tuple(level or ()))
     settings = [w for w in words or [] if "=" in w]
     return ablate(names[0], open_run(run), choice, preset, settings, dry_run=dry_run, as_json=as_json)
