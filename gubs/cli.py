@@ -364,6 +364,7 @@ def ablate(
     """Train and judge the arms of an ablation; what is finished is kept. Without NAME: list the ablations."""
     from gubs.ablate.command import ablate, list_grids
     from gubs.ablate.grid import Choice
+    from gubs.errors import SettingsError
 
     names = [w for w in words or [] if "=" not in w]
     if not names:
