@@ -13,7 +13,7 @@ DATA ?=
 PRESET ?= $(if $(filter synthetic,$(SOURCE)),tiny,logs)
 RUN ?= runs/demo-$(SOURCE)
 ARGS ?=
-JOBS ?= 2
+JOBS ?= 3
 comma := ,
 
 export RAY_USAGE_STATS_ENABLED := 0
@@ -21,8 +21,8 @@ export RAY_USAGE_STATS_ENABLED := 0
 .PHONY: help setup demo check test lint types tests lock lock-gpu clean
 help:
 	@echo "make demo   set up, then run the main job on two cores  [SOURCE=kuairand DATA=folder RUN=runs/x ARGS='key=value ...']"
-	@echo "make check  set up, then lint, types and the tests that start no engine: the daily loop  [JOBS=2]"
-	@echo "make test   set up, then lint, types and all tests        [JOBS=2]"
+	@echo "make check  set up, then lint, types and the tests that start no engine: the daily loop  [JOBS=3]"
+	@echo "make test   set up, then lint, types and all tests        [JOBS=3]"
 	@echo "make setup  only set up (LOCK=$(GPU_LOCK): for a machine with GPUs)    make clean  remove the environment"
 	@echo "make lock, make lock-gpu  resolve a lock file anew"
 
