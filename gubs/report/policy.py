@@ -22,11 +22,11 @@ from gubs.evaluate.breakdown import (
     thresholds,
 )
 from gubs.evaluate.compare import Block, compare, judged_policies, verdict_on
-from gubs.evaluate.judge import FILTER, GREEDY, MIXES, STAGE_PREFIX, as_predictions
+from gubs.evaluate.judge import CALIBRATED, FILTER, GREEDY, MIXES, STAGE_PREFIX, as_predictions
 from gubs.evaluate.sensitivity import STAGE_PREFIX as SENSITIVITY
 from gubs.evaluate.settings import EvalSettings
 from gubs.evaluate.sheets import Sheet, sensitivity_sheets
-from gubs.evaluate.table import VERDICT_METRIC, Table, tables
+from gubs.evaluate.table import REWARD, VERDICT_METRIC, Table, tables
 from gubs.evaluate.verdicts import Verdict, Word, verdicts
 from gubs.records import Task
 from gubs.report import pages
@@ -165,7 +165,10 @@ def _finding(policy: str, block: Block, judged: Judged, found: Sequence[Table], 
     sentences += _in_words(_beside_constants(judged, fine))
     for table in (t for t in found if t.task == block.task):
         names = {policy: _ANSWERS[GREEDY], f"{policy}, {FILTER}": _ANSWERS[FILTER]}
-        sentences += _in_words([(names[v.first], v) for v in table.verdicts if v.first in names])
+        accuracy = [v for v in table.verdicts if v.metric != REWARD and v.first in names]
+        rewards = [v for v in table.verdicts if v.metric == REWARD and v.first == f"{policy}, {CALIBRATED}"]
+        sentences += _in_words([(names[v.first], v) for v in accuracy])
+        sentences += _in_words([("In reward (0 to 3), the calibrated answers", v) for v in rewards])
     return Finding(block.task, about, sentences)
 
 
@@ -186,13 +189,14 @@ def _in_words(found: Sequence[tuple[str, Verdict]]) -> Iterator[str]:
     """One sentence per predictor: what it is better than, worse than, and cannot be told from."""
     for who in dict.fromkeys(name for name, _ in found):
         mine, plural = [v for name, v in found if name == who], who != _ANSWERS[FILTER]
+        scale, digits, unit = (1, 2, "") if mine[0].metric == REWARD else (100, 1, " points")
         parts = []
         for word, phrase in _SAID.items():
-            of_word = [f"{v.second} ({100 * v.difference:+.1f})" for v in mine if v.word is word]
+            of_word = [f"{v.second} ({scale * v.difference:+.{digits}f})" for v in mine if v.word is word]
             verb = "" if word is Word.UNKNOWN else "are " if plural else "is "
             parts += [f"{verb}{phrase} {', '.join(of_word)}"] if of_word else []
-        least = 100 * max(v.detectable for v in mine)
-        power = f" {mine[0].users:,} users can show {least:.1f} points." if least else ""
+        least = scale * max(v.detectable for v in mine)
+        power = f" {mine[0].users:,} users can show {least:.{digits}f}{unit}." if least else ""
         yield f"{who} {'; '.join(parts)}.{power}"
 
 
