@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -309,6 +309,15 @@ def measured(engine: str, log: Path, work: Path, nodes: int) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     command = [sys.executable, __file__, "--engine", engine, "--log", str(log), "--out", str(out), "--on", str(nodes)]
+    printed, figures = watched(command)
+    if "failed" not in figures:
+        shutil.rmtree(out, ignore_errors=True)
+        figures["kept"] = json.loads(printed.splitlines()[-1])
+    return figures
+
+
+def watched(command: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Runs a command; what it printed, with its seconds, CPU time and peak memory (and `failed`, its exit code)."""
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     memory = Memory(process.pid)
@@ -316,14 +325,12 @@ def measured(engine: str, log: Path, work: Path, nodes: int) -> dict[str, Any]:
     printed, _ = process.communicate()
     seconds = time.perf_counter() - began
     memory.ended.set()
-    if process.returncode:
-        return {"failed": process.returncode, "seconds": round(seconds, 1), "peak_gib": round(memory.peak / 2**30, 2)}
-    shutil.rmtree(out, ignore_errors=True)
-    return {
+    figures: dict[str, Any] = {
         "seconds": round(seconds, 1),
+        "cpu_s": round(memory.cpu_s, 1),
         "peak_gib": round(memory.peak / 2**30, 2),
-        "kept": json.loads(printed.splitlines()[-1]),
     }
+    return printed, figures | ({"failed": process.returncode} if process.returncode else {})
 
 
 def main() -> None:

@@ -8,15 +8,13 @@ memory is measured as in `preprocess.py`.
 
 import argparse
 import json
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from preprocess import Memory
+from preprocess import watched
 
 FILES = 4
 """Files of the Netflix Prize."""
@@ -84,16 +82,8 @@ def read(kind: str, folder: Path, out: Path) -> int:
 def measured(kind: str, folder: Path, out: Path) -> dict[str, Any]:
     """Reads the data set in a process of its own."""
     command = [sys.executable, __file__, "--source", kind, "--read", str(folder), "--work", str(out)]
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    memory = Memory(process.pid)
-    memory.start()
-    printed, _ = process.communicate()
-    seconds = time.perf_counter() - began
-    memory.ended.set()
-    result: dict[str, Any] = {"seconds": round(seconds, 1), "cpu_s": round(memory.cpu_s, 1)}
-    result["peak_gib"] = round(memory.peak / 2**30, 2)
-    return result | ({"failed": process.returncode} if process.returncode else {"kept": int(printed.split()[-1])})
+    printed, figures = watched(command)
+    return figures if "failed" in figures else figures | {"kept": int(printed.split()[-1])}
 
 
 def main() -> None:

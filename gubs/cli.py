@@ -370,7 +370,7 @@ def ablate(
     if not names:
         return list_grids()
     if len(names) > 1:
-        raise SettingsError(f"{names[1]!r} is no key=value; worlds and seeds are separated by commas: --worlds 7,0")
+        raise SettingsError(f"{names[1]!r} is not key=value; separate worlds and seeds by commas: --worlds 7,0")
     choice = Choice(jobs.parse_numbers(worlds), jobs.parse_numbers(seeds), tuple(arm or ()), tuple(level or ()))
     settings = [w for w in words or [] if "=" in w]
     return ablate(names[0], open_run(run), choice, preset, settings, dry_run=dry_run, as_json=as_json)

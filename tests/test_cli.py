@@ -76,7 +76,11 @@ def test_help_lists_every_command():
         (["plan", "--preset", "paper", "--gpus", "3"], 2, "cannot be divided evenly"),
         (["ablate", "T3"], 2, "there is no ablation 'T3'; there are T4, T5"),
         (["ablate", "rule", "--worlds", "0;1"], 2, "'0;1' is not of the form 0,1,2"),
-        (["ablate", "rule", "--worlds", "0", "1"], 2, "'1' is no key=value; worlds and seeds are separated by commas"),
+        (
+            ["ablate", "rule", "--worlds", "0", "1"],
+            2,
+            "'1' is not key=value; separate worlds and seeds by commas",
+        ),
         (["ablate", "rule", "--run", "memory://r"], 2, "ablations need a path that all workers see"),
     ],
 )

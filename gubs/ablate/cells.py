@@ -98,6 +98,11 @@ def make_cell(cell: Cell, store: Store, make: Callable[..., None] = stages.make)
     _make(cell.target, cell, store, make)
 
 
+def has_bars(cell: Cell, store: Store) -> bool:
+    """Whether a cell has the baselines of its world, made from what is there now."""
+    return Graph([BARS], store.run(cell), cell.settings).state(BARS).status is Status.CURRENT
+
+
 def make_bars(cell: Cell, store: Store, make: Callable[..., None] = stages.make) -> None:
     """Makes the baselines of a cell's world in the cell; see `make_cell`."""
     _make(BARS, cell, store, make)

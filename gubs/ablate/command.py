@@ -4,13 +4,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gubs.ablate.cells import Standing, Store, estimate, make_bars, make_cell, standing, to_make, unfinished
+from gubs.ablate.cells import Standing, Store, estimate, has_bars, make_bars, make_cell, standing, to_make, unfinished
 from gubs.ablate.curves import draw_curves
 from gubs.ablate.grid import Cell, Choice, cells, first_cells, grids
 from gubs.ablate.sheet import sheets, tables, write
 from gubs.artifacts import Run
 from gubs.console import print_json, print_line, say
-from gubs.evaluate.bars import BARS
 from gubs.evaluate.sheets import print_sheet
 from gubs.ray_runtime import ray_session
 from gubs.stages import GRPO, StaleError
@@ -76,7 +75,7 @@ def _make_all(chosen: Sequence[Cell], store: Store) -> None:
             )
     left = unfinished(standings)
     say(f"[ablate] {len(chosen)} cells, {len(chosen) - len(left)} of them finished")
-    without_bars = [c for c in first_cells(chosen) if not store.run(c).has(BARS)]
+    without_bars = [c for c in first_cells(chosen) if not has_bars(c, store)]
     if not left and not without_bars:
         return
     with ray_session(chosen[0].settings.ray):

@@ -57,12 +57,13 @@ def tables(cells: Sequence[Cell], store: Store) -> list[Table]:
     found = []
     for level in dict.fromkeys(c.level for c in cells):
         mine = [c for c in cells if c.level == level]
+        first = first_cells(mine)
         arms: dict[str, dict[Key, Answers]] = {}
         bars: dict[str, dict[Key, Answers]] = {}
         for cell in mine:
             rows = _rows(cell, store)
             arms.setdefault(cell.arm, {})[cell.world, cell.seed] = read_answers(rows)
-            if cell in first_cells(mine):
+            if cell in first:
                 for name, said in (constant_answers(rows) | bar_answers(rows, _bars(cell, store))).items():
                     bars.setdefault(name, {})[cell.world, cell.seed] = read_answers(said)
         resamples = mine[0].settings.evaluate.bootstrap

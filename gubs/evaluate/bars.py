@@ -48,7 +48,7 @@ def make(job: StageJob, evaluate: EvalSettings, seed: int) -> str:
         ArtifactError: no task has both training and test users.
     """
     ifvr, tables, info = IFVR(job.run), [], {}
-    golds = known_options(job.run)
+    golds = known_options(job.run) if job.reads(LABELS) else {}
     with progress("tasks") as on_progress:
         for done, task in enumerate(Task):
             on_progress(done, len(Task), str(task))
@@ -74,9 +74,7 @@ def make(job: StageJob, evaluate: EvalSettings, seed: int) -> str:
 
 
 def known_options(run: Run) -> dict[str, str]:
-    """The options of a run's labels, by interaction, without guesses; empty before there are labels."""
-    if not run.has(LABELS):
-        return {}
+    """The options of a run's labels, by interaction, without guesses."""
     table = all_labels(run).select(["interaction_id", "option", "label_source"])
     return {r["interaction_id"]: r["option"] for r in table.to_pylist() if r["label_source"] != GUESS}
 

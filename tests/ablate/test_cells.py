@@ -167,6 +167,18 @@ def test_other_settings_are_refused_with_what_changed(tmp_path, makers):
     assert makers.made == before, "nothing is made before it is refused"
 
 
+def test_bars_of_other_data_are_refused(tmp_path, makers):
+    """Wrong here: bars that are there are read, whatever they were made from."""
+    once = lambda: ablate("rule", Run(tmp_path), Choice((0,), (0,), ("plain",)), "tiny", OWN)  # noqa: E731
+    once()
+    manifest = tmp_path / "cells/rule/plain-w0-s0/bars/manifest.json"
+    content = json.loads(manifest.read_text())
+    content["recipe"]["inputs"]["ifvr"] = "other data"
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(StaleError, match="bars"):
+        once()
+
+
 def test_a_dry_run_makes_nothing_and_counts_what_is_shared_once(tmp_path, makers, capsys):
     choice = Choice((0, 1), (0, 1), ("plain", "weighted"))
     ablate("rule", Run(tmp_path / "r"), choice, "tiny", OWN, dry_run=True)

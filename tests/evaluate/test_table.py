@@ -13,13 +13,15 @@ from gubs.artifacts import Run
 from gubs.config import load_settings
 from gubs.data.ifvr import IFVR
 from gubs.errors import ArtifactError, InputError
-from gubs.evaluate.bars import STORED
+from gubs.evaluate.bars import STORED, known_options
 from gubs.evaluate.baselines.targets import Log, all_scored, chosen_by_reward, features, scores_of, sequences
 from gubs.evaluate.judge import PREDICTIONS
 from gubs.evaluate.metrics import Predictions
 from gubs.evaluate.published import TABLE_2
 from gubs.evaluate.table import ORIGINAL, Stored, auc, build, curve, tables
 from gubs.records import Task
+from gubs.teachers.reasons import LABELS
+from gubs.teachers.script import GUESS
 
 _KNOWN = {"videos_trained_on": 1.0}
 SETTINGS = ("evaluate.bootstrap=50", "evaluate.sasrec.epochs=2", "evaluate.sasrec.width=8", "evaluate.sasrec.length=6")
@@ -120,6 +122,14 @@ def test_by_reward_a_learner_names_the_option_that_pays_most(log):
     outcome = chosen_by_reward(log, dict.fromkeys(golds, "A"))
     assert {o for c in outcome for o in c.options.tolist()} <= {"A", "B"}
     assert all(((c.score > 0.5) == (c.options == "B")).all() for c in outcome)
+
+
+def test_guesses_are_no_options_to_learn(tmp_path):
+    run = Run(tmp_path / "run")
+    facts = {"task": "sequential", "user_id": "u", "video_id": "v", "split": "train", "rounds": 0}
+    rows = [{**facts, "interaction_id": n, "option": "C", "label_source": n} for n in (GUESS, "rule")]
+    put(run, "labels", {"labels": pa.Table.from_pylist(rows, schema=LABELS)})
+    assert known_options(run) == {"rule": "C"}
 
 
 def test_rewards_of_policies_constants_and_learners():

@@ -11,6 +11,7 @@ from gubs.records import Option, Task
 from gubs.serving.bundle import Bundle
 from gubs.serving.engine import Answer
 from gubs.serving.filter import Decision, Mode
+from gubs.serving.metrics import Metrics
 from gubs.serving.schemas import Candidate, ExplainRequest, FilterRequest, HistoryView, Profile, UserRef
 from gubs.serving.service import FilterService, RequestError, merged, pick
 from gubs.serving.settings import ServingSettings
@@ -183,6 +184,13 @@ def test_a_mode_that_was_never_measured_has_a_code(service):
     with pytest.raises(RequestError) as e:
         decide(service, asked("v1"))
     assert e.value.code == "mode_unavailable"
+
+
+def test_every_result_of_a_request_is_counted(service):
+    results, _, _ = decide(service, asked("v1", "v2", "v4"))
+    counted = Metrics()
+    counted.results([r.model_copy(update={"decision": "drop", "option": "B"}) for r in results])
+    assert b'gubs_filter_candidates_total{decision="drop",option="B"} 3.0' in counted.text()
 
 
 def test_a_log_that_cannot_be_written_keeps_its_rows(service, tmp_path, monkeypatch):
