@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,14 +22,23 @@ STORE_BYTES = 100 << 20
 class Nodes:
     """A head without CPUs, where drivers run, and two worker nodes with two CPUs each."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str) -> None:
+        """Starts the nodes.
+
+        Args:
+            folder: of this cluster alone; short, since sockets lie in it. A job's driver joins the cluster whose address
+                is in a file there. In Ray's usual folder that is the latest cluster of the machine.
+        """
+        from ray._private.utils import write_ray_address
         from ray.cluster_utils import Cluster
 
         port, agent = free_ports(2)
+        self._folder = folder
         self.address = f"http://127.0.0.1:{port}"
         self._cluster = Cluster()
         dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
         self._add(num_cpus=0, dashboard_agent_listen_port=agent, **dashboard)
+        write_ray_address(self._cluster.gcs_address, folder)
         self._workers = [self._add(num_cpus=2) for _ in range(2)]
         wait_for(lambda: _listens(agent), 60, "the head's agent, which starts jobs")
 
@@ -54,7 +64,7 @@ class Nodes:
     def _add(self, **options):
         # On one machine, nodes would unpack an uploaded folder over each other's.
         unpacked = f"uploads-{time.monotonic_ns()}"
-        node = {"object_store_memory": STORE_BYTES, "runtime_env_dir_name": unpacked}
+        node = {"object_store_memory": STORE_BYTES, "runtime_env_dir_name": unpacked, "temp_dir": self._folder}
         return self._cluster.add_node(wait=True, **node, **options)
 
 
@@ -83,8 +93,9 @@ def several_nodes(environment: pytest.MonkeyPatch) -> Iterator[Nodes]:
     environment.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     for name, value in FAST.items():
         environment.setenv(name, value)
-    nodes = Nodes()
-    try:
-        yield nodes
-    finally:
-        nodes.end()
+    with tempfile.TemporaryDirectory(prefix="nodes-", ignore_cleanup_errors=True) as folder:
+        nodes = Nodes(folder)
+        try:
+            yield nodes
+        finally:
+            nodes.end()
