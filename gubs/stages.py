@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from gubs import prompts
-from gubs.artifacts import Artifact, Manifest, Recipe, Run, StageJob, in_words
+from gubs.artifacts import Artifact, JsonObject, Manifest, Recipe, Run, StageJob, in_words
 from gubs.config import Settings, keys
 from gubs.console import say
 from gubs.errors import ArtifactError, InputError, SettingsError
@@ -443,7 +443,7 @@ class State:
         """What changed, in words."""
         return in_words(self.changes)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """For scripts."""
         manifest = self.manifest.model_dump(mode="json") if self.manifest else None
         return {"stage": self.stage.name, "status": str(self.status), "changes": self.changes, "manifest": manifest}
@@ -703,7 +703,7 @@ def command_of(name: str) -> str:
     return f"{command} {name.removeprefix(prefix)}" if prefix else command
 
 
-def settings_of(node: Stage, settings: Settings) -> dict[str, Any]:
+def settings_of(node: Stage, settings: Settings) -> JsonObject:
     """The values that decide a stage's content, by dotted name."""
     minus = [n[1:] for n in node.settings if n.startswith("-")]
     values: dict[str, Any] = {}
@@ -718,7 +718,7 @@ def settings_of(node: Stage, settings: Settings) -> dict[str, Any]:
     return kept
 
 
-def sections_of(node: Stage, settings: Settings) -> dict[str, Any]:
+def sections_of(node: Stage, settings: Settings) -> JsonObject:
     """The arguments of the stage's functions, by name."""
     return {path.rsplit(".", 1)[-1]: value_at(settings, path) for path in node.sections}
 

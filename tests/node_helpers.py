@@ -26,8 +26,8 @@ class Nodes:
         """Starts the nodes.
 
         Args:
-            folder: of this cluster alone; short, since sockets lie in it. A job's driver joins the cluster whose address
-                is in a file there. In Ray's usual folder that is the latest cluster of the machine.
+            folder: of this cluster alone; short, since sockets lie in it. The driver of a job joins the cluster whose
+                address is in a file there; in Ray's usual folder that is the machine's latest cluster.
         """
         from ray._private.utils import write_ray_address
         from ray.cluster_utils import Cluster

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gubs.artifacts import Artifact
+from gubs.artifacts import Artifact, JsonObject
 from gubs.errors import InputError
 from gubs.evaluate.audit import (
     OVERALL,
@@ -67,7 +67,7 @@ class Audit:
         """Constants and bars."""
         return {**self.constants, **self.bars}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """As plain JSON; figures are 0-1."""
         return {
             "table": self.printed.label,
@@ -266,7 +266,7 @@ def _ranges_json(ranges: Mapping[Quantity, Range | None]) -> dict[str, list[floa
     return {str(q): None if r is None else [r.low, r.high] for q, r in ranges.items()}
 
 
-def _row_json(row: RowAudit, places: Mapping[str, Mapping[Quantity, Place]]) -> dict[str, Any]:
+def _row_json(row: RowAudit, places: Mapping[str, Mapping[Quantity, Place]]) -> JsonObject:
     return {
         "row": row.name,
         "cells": _ranges_json(row.cells),

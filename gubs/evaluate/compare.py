@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gubs import console
-from gubs.artifacts import Artifact, Run
+from gubs.artifacts import Artifact, JsonObject, Run
 from gubs.errors import ArtifactError
 from gubs.evaluate.judge import BASE, CALIBRATED, FILTER, GREEDY, MIXES, MODES, STAGE_PREFIX, as_predictions
 from gubs.evaluate.metrics import well_formed_rewards
@@ -107,7 +107,7 @@ class Block:
     """policy -> mode -> number of unreadable answers."""
     rows: tuple[Row, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The block as plain JSON."""
         return asdict(self)
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow.parquet as pq
 
-from gubs.artifacts import Run
+from gubs.artifacts import JsonObject, Run
 from gubs.errors import ArtifactError, InputError
 from gubs.evaluate.bars import BARS
 from gubs.evaluate.compare import CONSTANTS
@@ -91,7 +91,7 @@ class Table:
     verdicts: tuple[Verdict, ...]
     notes: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """As plain JSON."""
         return asdict(self)
 

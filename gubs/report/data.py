@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from fsspec.implementations.local import LocalFileSystem
 from markupsafe import Markup
 
-from gubs.artifacts import Artifact, Run
+from gubs.artifacts import Artifact, JsonObject, Run
 from gubs.artifacts import Part as ArtifactPart
 from gubs.data.filters import is_view
 from gubs.errors import ArtifactError
@@ -208,7 +208,7 @@ class DataSummary:
     samples_by: str
     """What the samples are ordered by, from least to most: skipped, clicked or viewed."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain JSON: numbers, texts, lists and nulls only."""
         return asdict(self)
 

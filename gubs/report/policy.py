@@ -5,12 +5,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup
 
-from gubs.artifacts import Artifact, Manifest, Run
+from gubs.artifacts import Artifact, JsonObject, Manifest, Run
 from gubs.evaluate.bars import BARS
 from gubs.evaluate.breakdown import (
     Judged,
@@ -93,7 +93,7 @@ class Report:
         """All that the run lacks."""
         return [*self.stale, *(m for s in self.sections for m in s.missing)]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Sentences and tables as plain JSON, without drawings and cases."""
         sheets = [asdict(sheet) for section in self.sections for sheet in section.sheets]
         return {

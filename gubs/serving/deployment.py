@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable, Mapping
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from ray.serve.context import _set_request_context
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
+from gubs.artifacts import JsonObject
 from gubs.serving.bundle import Bundle
 from gubs.serving.engine import EngineDiedError, FilterEngine
 from gubs.serving.filter import Decision, Mode
@@ -101,7 +102,7 @@ class RefusedError(Exception):
 class EngineReplica:
     """One engine with one filter."""
 
-    async def __init__(self, uri: str, settings: dict[str, Any]):  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, uri: str, settings: JsonObject):  # type: ignore[misc]  # Serve awaits it
         """Loads the filter, and answers one question before it counts as ready."""
         self._bundle = await asyncio.to_thread(Bundle, uri)
         serving = ServingSettings(**settings)
@@ -186,7 +187,7 @@ def _asset(name: str) -> Response:
     return Response(file.read_bytes(), media_type=kind, headers=headers)
 
 
-async def _cancelling(response: DeploymentResponse[Any]) -> Any:
+async def _cancelling(response: DeploymentResponse[R]) -> R:
     """The result of a call; if the wait for it is cancelled, so is the call."""
     try:
         return await response
@@ -195,7 +196,7 @@ async def _cancelling(response: DeploymentResponse[Any]) -> Any:
         raise
 
 
-async def _all(calls: Any) -> list[Any]:
+async def _all(calls: Iterable[Awaitable[R]]) -> list[R]:
     """The results of all calls; the first failure cancels the others."""
     tasks = [asyncio.ensure_future(c) for c in calls]
     try:
@@ -239,7 +240,7 @@ def _request_id(asked: FilterRequest | ExplainRequest) -> str:
 class Ingress:
     """Checks requests, spreads them over versions and replicas, and merges the answers."""
 
-    def __init__(self, settings: dict[str, Any], versions: dict[str, float] | None = None):
+    def __init__(self, settings: JsonObject, versions: dict[str, float] | None = None):
         """Reads the keys.
 
         Args:
@@ -255,7 +256,7 @@ class Ingress:
         self._background: set[asyncio.Task[None]] = set()
         self.reconfigure({"versions": versions or {}})
 
-    def reconfigure(self, config: dict[str, Any]) -> None:
+    def reconfigure(self, config: JsonObject) -> None:
         """New weights: {"versions": {application: weight}, "shadow": [applications]}."""
         self._weights: Mapping[str, float] = dict(config.get("versions") or {})
         self._shadow: list[str] = list(config.get("shadow") or [])
@@ -321,7 +322,7 @@ class Ingress:
             return await self._call(self._pick("examples"), "examples", max(1, min(count, 500)))
 
     @app.get("/v1/status", responses=_ERRORS)
-    async def status(self, request: Request) -> dict[str, Any]:
+    async def status(self, request: Request) -> JsonObject:
         """Recent figures of this ingress replica, and the engine replicas of each version."""
         self._authorised(request)
         applications = (await asyncio.to_thread(serve.status)).applications
@@ -501,7 +502,7 @@ class Ingress:
         about.pop("running", None)
         return ModelInfo(app=version, weight=self._weights.get(version, 0.0), shadow=version in self._shadow, **about)
 
-    def _later(self, work: Any) -> None:
+    def _later(self, work: Coroutine[None, None, None]) -> None:
         """Runs in the background; at most as much as a request's worth per ingress."""
         if len(self._background) >= self._settings.max_queued:
             work.close()
@@ -518,7 +519,7 @@ class Ingress:
         task.add_done_callback(self._background.discard)
 
 
-def build_engine(args: dict[str, Any]) -> serve.Application:
+def build_engine(args: JsonObject) -> serve.Application:
     """A version's application, for `serve run` and config files: `uri` of the filter, `settings`, `gpus`."""
     settings = ServingSettings(**args.get("settings", {}))
     resources = {"num_gpus": 1, "num_cpus": 1} if args.get("gpus") else {"num_cpus": 1}
@@ -542,7 +543,7 @@ def build_engine(args: dict[str, Any]) -> serve.Application:
     return deployment.options(**options).bind(args["uri"], settings.model_dump(mode="json"))
 
 
-def build_ingress(args: dict[str, Any]) -> serve.Application:
+def build_ingress(args: JsonObject) -> serve.Application:
     """The ingress's application: `settings`, and `versions` until `user_config` says otherwise."""
     settings = ServingSettings(**args.get("settings", {}))
     options: dict[str, Any] = {

@@ -7,7 +7,11 @@ RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it when Ray starts.
 
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from starlette.middleware import Middleware
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CALLBACK = "gubs.serving.guard:middlewares"
 CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
@@ -23,10 +27,10 @@ _STRIPPED = {
 class Guard:
     """ASGI middleware: strips those headers, and answers 413 as soon as a body is too large."""
 
-    def __init__(self, app: Any, limit: int):
+    def __init__(self, app: "ASGIApp", limit: int):
         self._app, self._limit = app, limit
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Handles a request as ASGI wants it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -48,7 +52,7 @@ class Guard:
                 return
         given = False
 
-        async def replay() -> Any:
+        async def replay() -> "Message":
             nonlocal given
             if given:
                 return await receive()  # a client that goes away
@@ -58,7 +62,7 @@ class Guard:
         await self._app({**scope, "headers": headers}, replay, send)
 
 
-async def refuse(send: Any, status: int, code: str, message: str) -> None:
+async def refuse(send: "Send", status: int, code: str, message: str) -> None:
     """A whole error response."""
     body = json.dumps({"error": {"code": code, "message": message, "retryable": False}}).encode()
     headers = [
@@ -70,7 +74,7 @@ async def refuse(send: Any, status: int, code: str, message: str) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def middlewares() -> list[Any]:
+def middlewares() -> "list[Middleware]":
     """What Ray Serve's proxy wraps around its app."""
     from starlette.middleware import Middleware
 

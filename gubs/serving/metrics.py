@@ -9,6 +9,7 @@ from typing import Any
 import prometheus_client as prometheus
 from ray.util import metrics as ray_metrics
 
+from gubs.artifacts import JsonObject
 from gubs.serving.schemas import Result
 
 _RECENT_S, _STEP_S, _MOST_RECENT = 300, 5, 20_000
@@ -48,7 +49,7 @@ class Recent:
         """Notes a request that ended now."""
         self._requests.append((self._clock(), seconds, ok))
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> JsonObject:
         """Requests per second (of the last ten seconds, and in steps of five), latencies in ms, errors."""
         now = self._clock()
         recent = [r for r in self._requests if now - r[0] < _RECENT_S]
@@ -98,7 +99,7 @@ class Metrics:
             if result.error:
                 self.error(result.error.code)
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> JsonObject:
         """This replica's recent figures as JSON."""
         return {**self.recent.figures(), "waiting": self._waiting}
 

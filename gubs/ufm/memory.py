@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gubs.artifacts import JsonObject
 from gubs.errors import PlatformError
 from gubs.ufm.settings import CheckpointSettings, SFTSettings, UFMSettings
 from gubs.ufm.trainer import BUCKET
@@ -214,7 +215,7 @@ class MemoryPlan:
         )
         return [*lines, *(f"  note: {n}" for n in self.notes), *(f"  DOES NOT FIT: {p}" for p in self.problems)]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """For scripts: bytes by phase and part."""
         return {
             "title": self.title,

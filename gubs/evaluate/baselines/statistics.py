@@ -6,7 +6,7 @@ of the same user (a leave-one-out mean, for example), lets boosting read the lab
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,26 @@ TREES = 150
 _SMALL = 1_000_000
 """Features of all rows together. With fewer, threads that wait for each other take more time than one that works: on
 two busy cores 18 s of CPU instead of 0.4 for 1,000 rows."""
-Fit = Callable[[Floats, npt.NDArray[Any]], Any]
-"""(features [n, F], labels [n]) -> a scikit-learn classifier."""
+Labels = npt.NDArray[np.generic]
+"""The class of each row, [n]."""
 
 
-def logistic(features: Floats, labels: npt.NDArray[Any]) -> Any:
+class Classifier(Protocol):
+    """What is used of a fitted scikit-learn classifier."""
+
+    @property
+    def classes_(self) -> Labels:
+        """The classes, [K]."""
+
+    def predict_proba(self, X: Floats, /) -> npt.ArrayLike:  # noqa: N803  # scikit-learn's name
+        """Probability of each class, [n, K]."""
+
+
+Fit = Callable[[Floats, Labels], Classifier]
+"""(features [n, F], labels [n]) -> a fitted classifier."""
+
+
+def logistic(features: Floats, labels: Labels) -> Classifier:
     """Logistic regression on standardised features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -32,7 +47,7 @@ def logistic(features: Floats, labels: npt.NDArray[Any]) -> Any:
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(features, labels)
 
 
-def boosting(features: Floats, labels: npt.NDArray[Any]) -> Any:
+def boosting(features: Floats, labels: Labels) -> Classifier:
     """Gradient-boosted trees; NaN is a value of its own."""
     from sklearn.ensemble import HistGradientBoostingClassifier
     from threadpoolctl import threadpool_limits
@@ -69,12 +84,12 @@ def cross_fitted(features: Floats, labels: Bools, fold: Ints, fit: Fit) -> Float
     return probability
 
 
-def probabilities(model: Any, features: Floats) -> Floats:
+def probabilities(model: Classifier, features: Floats) -> Floats:
     """Probability of True, [n]."""
     return class_probabilities(model, features)[:, 1]
 
 
-def class_probabilities(model: Any, features: Floats) -> Floats:
+def class_probabilities(model: Classifier, features: Floats) -> Floats:
     """Probabilities of the classes in `model.classes_`, [n, K]."""
     from threadpoolctl import threadpool_limits
 
