@@ -13,6 +13,7 @@ has rows of all users.
 import argparse
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -104,19 +105,29 @@ def run_gubs(log: Path, out: Path, nodes: int) -> int:
     chosen += ["splits.test_users=1000", "splits.ugm_users=1000", "splits.click_targets=10", "splits.min_history=2"]
     run, settings = Run(out.absolute()), load_settings("paper", chosen + (["data.ray_from_rows=0"] if nodes else []))
     with _nodes(nodes) if nodes else nullcontext():
+        began = time.perf_counter()
         stages.make(["ifvr"], run, settings)
+        print(f"both stages took {time.perf_counter() - began:.1f} s", file=sys.stderr)
     return run.artifact("ifvr").manifest.tables["interactions"].rows
 
 
 @contextmanager
 def _nodes(nodes: int) -> Iterator[None]:
-    """A head without CPUs, and nodes of one core each."""
+    """Machines of one core each: all processes of a node are pinned to a core. The head, which offers no CPUs, and the
+    driver share the first one's.
+    """
+    first, *others = sorted(os.sched_getaffinity(0))[:nodes]
+    os.sched_setaffinity(0, {first})  # inherited by threads and processes that start later, so Ray comes after it
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 200 << 20})
-    for _ in range(nodes):
-        cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
+    store = {"object_store_memory": 200 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store})
+    cluster.add_node(num_cpus=1, **store)
+    for core in others:
+        os.sched_setaffinity(0, {core})
+        cluster.add_node(num_cpus=1, **store)
+    os.sched_setaffinity(0, {first})
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield

@@ -183,14 +183,27 @@ class Pool:
         return Member(assignment, ray.remote(ClientActor).options(num_cpus=0, scheduling_strategy=where).remote())
 
     def _open(self, members: list[Member]) -> None:
-        refs = [m.actor.open.remote(m.assignment) for m in members]
-        try:
-            for member, report in zip(members, ray.get(refs, timeout=_START_S), strict=True):
-                member.last = report
-        except GetTimeoutError:
-            raise PlatformError(f"client actors did not start within {_START_S:.0f} s: is the cluster full?") from None
-        except RayTaskError as e:
-            raise (e.cause if isinstance(e.cause, GubsError) else e) from None
+        """Waits until all are ready. One that dies as it starts (its node is lost, perhaps) is started again."""
+        opening = [(m, m.actor.open.remote(m.assignment)) for m in members]
+        for member, ready in opening:
+            try:
+                member.last = ray.get(ready, timeout=_START_S)
+            except GetTimeoutError:
+                raise PlatformError(
+                    f"client actors did not start within {_START_S:.0f} s: is the cluster full?"
+                ) from None
+            except RayTaskError as e:
+                raise (e.cause if isinstance(e.cause, GubsError) else e) from None
+            except RayActorError as e:
+                self._count_death(e)
+                log.warning("client actor %d died as it started; starting another", member.assignment.number)
+                member.actor = self._start(member.assignment).actor
+                self._open([member])
+
+    def _count_death(self, error: Exception) -> None:
+        self._deaths += 1
+        if self._deaths > _MOST_DEATHS:
+            raise PlatformError(f"client actors keep dying ({self._deaths} times): {error}") from None
 
     def _send(self, member: Member) -> None:
         if member.buffer:
@@ -212,9 +225,7 @@ class Pool:
                 member.per_endpoint[work.endpoint] -= 1
 
     def _replace(self, member: Member, result: PollResult, error: Exception) -> None:
-        self._deaths += 1
-        if self._deaths > _MOST_DEATHS:
-            raise PlatformError(f"client actors keep dying ({self._deaths} times): {error}") from None
+        self._count_death(error)
         number, calls = member.assignment.number, len(member.outstanding)
         log.warning("client actor %d died; starting another and asking its %d open calls again", number, calls)
         result.lost += member.outstanding.values()

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,8 @@ SMALL = [
     "ugm.top=6",
     "ugm.min_matched=1",
     "llm.endpoints.default.model=m",
+    "llm.actors=3",
+    "llm.spread=true",
     "ufm.grpo.tasks=[sequential,sequential,click]",
     "ufm.grpo.steps=2",  # of the sequential task, and one of the click task
     "ufm.grpo.checkpoint.every=1",
@@ -65,14 +68,16 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Finished:
-    """On a cluster that loses a worker node while frames are decoded, and the one that trains after its first step."""
+    """On a cluster that loses a worker node while frames are decoded, one with calls of the UGM in flight, and the one
+    that trains, after its first step.
+    """
     folder = tmp_path_factory.mktemp("main")
     run, log = Run(folder / "home" / "runs" / "demo-synthetic"), folder / "job.log"
     for part in ("gubs", "ray_jobs"):
         shutil.copytree(REPO / part, folder / "upload" / part)
     with (
         pytest.MonkeyPatch.context() as environment,
-        standin_llm.running(StandinConfig()) as llm,
+        standin_llm.running(StandinConfig(median_s=2.0, sigma=0.2)) as llm,
         several_nodes(environment) as nodes,
         scraping(nodes.address, folder) as prometheus,
     ):
@@ -87,6 +92,8 @@ def finished(tmp_path_factory) -> Finished:
             job = subprocess.Popen(command, stdout=out, stderr=out, env=env)
         try:
             nodes.lose("MapWorker(MapBatches(DecodeWorker))", PATIENCE, job)
+            wait_for(lambda: job.poll() is not None or calls_in_flight(llm), PATIENCE, "calls of the UGM")
+            nodes.lose("ray::ClientActor", PATIENCE, job)
             steps = Path(run.path("grpo.partial"))
             wait_for(lambda: job.poll() is not None or read_metrics(steps), PATIENCE, "the first step")
             nodes.lose("ray::RayTrainWorker", PATIENCE, job)
@@ -178,6 +185,11 @@ def said_of_stages(log: str, what: str) -> list[str]:
     """The stages of which a log says this, in order; the base model, made once per machine, is none."""
     names = re.findall(rf"^(?:.* )?\[(\S+)\] +{re.escape(what)}", log, re.MULTILINE)
     return [n for n in names if n != "model"]
+
+
+def calls_in_flight(llm: str) -> int:
+    with urllib.request.urlopen(f"{llm}/stats", timeout=30) as response:
+        return json.load(response)["in_flight"]
 
 
 def _alone(job: str, finished: Finished, *overrides: str) -> subprocess.CompletedProcess[str]:
