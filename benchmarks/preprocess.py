@@ -121,12 +121,11 @@ def _nodes(nodes: int) -> Iterator[None]:
     import ray
     from ray.cluster_utils import Cluster
 
-    store = {"object_store_memory": 200 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store})
-    cluster.add_node(num_cpus=1, **store)
-    for core in others:
+    store = 200 << 20
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": store})
+    for core in (first, *others):
         os.sched_setaffinity(0, {core})
-        cluster.add_node(num_cpus=1, **store)
+        cluster.add_node(num_cpus=1, object_store_memory=store)
     os.sched_setaffinity(0, {first})
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     try:
