@@ -12,7 +12,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from node_helpers import several_nodes
+from node_helpers import several_nodes, wait_for
 from prometheus_helpers import needs_prometheus, panels, scraping
 from small_world import WORLD
 
@@ -152,14 +152,18 @@ def _tells_what_cannot_be_shown(url, key, user):
 def _outlives_its_engine(client, user, video):
     """The engine's process is killed: requests are answered again, and none wrongly."""
     before = client.filter(user, [video], mode="score")
-    processes = psutil.process_iter(["cmdline"])
-    engines = [p for p in processes if "EngineCore" in " ".join(p.info["cmdline"] or [])]
-    assert len(engines) == 1
-    engines[0].kill()
+    wait_for(_engines, 120, "an engine")  # on a busy machine Serve may just be replacing one that answered too late
+    (engine,) = _engines()
+    engine.kill()
     began = time.monotonic()
     after = client.filter(user, [video], mode="score")
     print(f"answers again {time.monotonic() - began:.1f} s after the engine was killed")
     assert [r.decision for r in after.results] == [r.decision for r in before.results]
+
+
+def _engines() -> list[psutil.Process]:
+    processes = psutil.process_iter(["cmdline"])
+    return [p for p in processes if "EngineCore" in " ".join(p.info["cmdline"] or [])]
 
 
 def _outlives_a_node(client, nodes, user, video):
