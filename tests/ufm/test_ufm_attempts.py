@@ -71,9 +71,11 @@ def test_a_training_outlives_its_worker_and_ends_at_once_on_bad_data(ray_local, 
 
 
 @pytest.mark.parametrize("dashboard", ["", "127.0.0.1:8265"])
-def test_the_actor_that_asks_the_dashboard_is_left_out_without_one(tmp_path, monkeypatch, dashboard):
+@pytest.mark.parametrize("datasets", [{}, {"train": None}], ids=["none", "one"])
+def test_actors_with_nothing_to_do_are_left_out(tmp_path, monkeypatch, dashboard, datasets):
     monkeypatch.setattr(attempts, "has_dashboard", lambda: bool(dashboard))
-    trainer = RayTrainer(_loop, run_config=RunConfig(storage_path=str(tmp_path)))
-    found = [type(c) for c in trainer._create_default_callbacks()]
+    trainer = RayTrainer(_loop, run_config=RunConfig(storage_path=str(tmp_path)), datasets=datasets)
+    found = {type(c) for c in trainer._create_default_callbacks()}
     assert (PlacementGroupCleanerCallback in found) == bool(dashboard)
-    assert DatasetsCallback in found, "all others stay"
+    assert (DatasetsCallback in found) == bool(datasets)
+    assert found > {AcceleratorSetupCallback, BackendSetupCallback}, "all others stay"

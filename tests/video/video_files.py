@@ -55,6 +55,9 @@ def make_video(
     with av.open(str(path), "w", format=container, container_options=container_options or {}) as out:
         stream = out.add_stream(codec, rate=fps, options=options or {})
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = *size, pix_fmt, gop
+        stream.codec_context.thread_count = (
+            1  # on a busy machine, libvpx's VP8 was seen to wait for its threads forever
+        )
         if rotation:
             stream.set_display_rotation(rotation)
         if matrix:
