@@ -746,7 +746,8 @@ def test_unseen_films_were_there_and_are_no_clicks():
     rated = [("u1", "a", 10), ("u1", "b", 20), ("u2", "c", 30), ("u2", "d", 40), ("u3", "e", 50), ("u3", "a", 55)]
     users, films, when = (list(column) for column in zip(*rated, strict=True))
     rows = pa.table({"user_id": users, "video_id": films, "timestamp": when, "rating": [5.0] * len(rated)})
-    found = movielens.with_unseen(clicks(rows, "user_id", "video_id"), 1).to_pylist()
+    first = pa.table({"video_id": list(times), "timestamp": list(times.values())})
+    found = movielens.with_unseen(clicks(rows, "user_id", "video_id"), first, 1).to_pylist()
     assert [(r["user_id"], r["video_id"]) for r in found if r["clicked"]] == [(u, v) for u, v, _ in rated]
     unseen = [r for r in found if not r["clicked"]]
     assert {r["user_id"] for r in unseen} >= {"u2", "u3"}
@@ -755,3 +756,6 @@ def test_unseen_films_were_there_and_are_no_clicks():
         assert times[row["video_id"]] <= row["timestamp"]
     assert len({(r["user_id"], r["video_id"]) for r in unseen}) == len(unseen)
     assert {(r["rating"], r["liked"], r["disliked"]) for r in found} == {(None, None, None)}
+    of_u2 = clicks(rows.filter(pc.equal(rows["user_id"], "u2")), "user_id", "video_id")
+    alone = [r for r in movielens.with_unseen(of_u2, first, 1).to_pylist() if not r["clicked"]]
+    assert alone == [r for r in unseen if r["user_id"] == "u2"], "a user's films do not depend on other users"

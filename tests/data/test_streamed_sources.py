@@ -50,6 +50,11 @@ def movielens(folder: Path, rng: np.random.Generator) -> None:
     write(folder / "users.dat", *(f"{i}::{'MF'[i % 2]}::{[1, 18, 25][i % 3]}::{i % 21}::0{i}" for i in range(35)))
 
 
+def not_chosen(folder: Path, rng: np.random.Generator) -> None:
+    """Read with `source.unseen`."""
+    movielens(folder, rng)
+
+
 def reviews(folder: Path, rng: np.random.Generator) -> None:
     lines = ["Id,Title,User_id,review/score,review/time,review/text"]
     for i in range(ROWS):
@@ -153,6 +158,7 @@ def lists(folder: Path, rng: np.random.Generator) -> None:
 LAYOUTS: dict[Callable[[Path, np.random.Generator], None], tuple[str, set[str]]] = {
     netflix: ("netflix", {"duplicate", "no film above it", "neither FILM: nor USER,STARS,DATE"}),
     movielens: ("movielens", {"duplicate", "above 5", "too few values"}),
+    not_chosen: ("movielens", {"duplicate", "above 5", "too few values"}),
     reviews: ("amazon", {"duplicate", "no user", "above 5", "not reviewed", "no title", "not a list of texts"}),
     windows: ("amazon", {"duplicate"}),
     yelp: ("yelp", {"duplicate", "missing value", "not JSON"}),
@@ -169,7 +175,8 @@ LAYOUTS: dict[Callable[[Path, np.random.Generator], None], tuple[str, set[str]]]
 def written(layout: Callable[[Path, np.random.Generator], None], folder: Path) -> list[str]:
     folder.mkdir()
     layout(folder, np.random.default_rng(1))
-    return [f"source.kind={LAYOUTS[layout][0]}", f"source.path={folder}", "source.max_bad_rows=1"]
+    more = ["source.unseen=2"] if layout is not_chosen else []
+    return [f"source.kind={LAYOUTS[layout][0]}", f"source.path={folder}", "source.max_bad_rows=1", *more]
 
 
 def assert_raw(run: Run, chosen: list[str]) -> SourceTables:
@@ -238,15 +245,6 @@ def test_a_film_without_ratings_is_no_fault(tmp_path: Path) -> None:
     stages.make(["raw"], Run(tmp_path / "r"), load_settings("tiny", source))
     tables = assert_raw(Run(tmp_path / "r"), source)
     assert tables.files["combined_data_4.txt"].rows_in == 0
-
-
-def test_films_that_were_not_chosen_are_drawn_in_memory(tmp_path: Path) -> None:
-    """Each draw follows from all before it; the artifact has them all the same."""
-    source = [*written(movielens, tmp_path / "data"), "source.unseen=1"]
-    assert isinstance(open_source(load_settings("tiny", source).source), SourceTables)
-    stages.make(["raw"], Run(tmp_path / "r"), load_settings("tiny", [*source, part_rows(ROWS, 3)]))
-    tables = assert_raw(Run(tmp_path / "r"), source)
-    assert tables.interactions["clicked"].to_pylist().count(False) > ROWS // 10
 
 
 def test_the_size_of_a_text_file_is_known_from_its_start(tmp_path: Path) -> None:

@@ -72,13 +72,22 @@ class Findings:
     counts: Counter[str] = field(default_factory=Counter)
     unused: tuple[str, ...] = ()
     rejects: tuple[pa.Table, ...] = ()
+    first: pa.Table | None = None
+    """Each video_id and its first timestamp, where `finish` needs them."""
 
     def __add__(self, other: "Findings") -> "Findings":
         accounts = dict(self.accounts)
         for label, account in other.accounts.items():
             accounts[label] = accounts.get(label, Account()) + account
         unused = tuple(dict.fromkeys(self.unused + other.unused))
-        return Findings(accounts, self.counts + other.counts, unused, self.rejects + other.rejects)
+        first = [f.first for f in (self, other) if f.first is not None]
+        return Findings(
+            accounts=accounts,
+            counts=self.counts + other.counts,
+            unused=unused,
+            rejects=self.rejects + other.rejects,
+            first=first_times(pa.concat_tables(first)) if first else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -300,6 +309,13 @@ def first_seen(seen: pa.Table) -> pa.Table:
     if "place" not in seen.column_names:
         return groups.aggregate([])
     return groups.aggregate([("place", "min")]).rename_columns([*names, "place"])
+
+
+def first_times(rows: pa.Table) -> pa.Table:
+    """Each video_id and its first timestamp; rows without a time do not count."""
+    known = rows.select(["video_id", "timestamp"]).filter(pc.is_valid(rows["timestamp"]))
+    first = known.group_by("video_id", use_threads=False).aggregate([("timestamp", "min")])
+    return first.rename_columns(["video_id", "timestamp"])
 
 
 def places(rows: pa.Table) -> np.ndarray:

@@ -6,16 +6,18 @@ from 4 stars, disliked up to 2. There are no watch times, no exposures without a
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar, Self
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gubs.data.partition import hashes
 from gubs.data.settings import SourceSettings
-from gubs.data.sources import SourceTables
 from gubs.data.sources.files import InputFile
 from gubs.data.sources.formats import TextFormat, guess_encoding
-from gubs.data.sources.log import Done, Head, Log, in_memory
+from gubs.data.sources.log import Done, Findings, Head, Log, first_times
 from gubs.data.sources.reading import (
     STARS_NOTE,
     Column,
@@ -55,6 +57,11 @@ _DRAWS = 8
 _CLICKS_NOTE = (
     "There are no watch times, so there is no sequential task: every rating is a click, and no exposure without a "
     "click is known."
+)
+
+_UNSEEN_NOTE = (
+    "There are no watch times, so there is no sequential task. Ratings are clicks without stars; "
+    "{} film(s) per rating that the user has not rated count as shown and not clicked."
 )
 
 _RATINGS = (
@@ -102,15 +109,18 @@ _LAYOUTS = (
 )
 
 
-def open_source(settings: SourceSettings) -> Log | SourceTables:
-    """A MovieLens folder; in memory with `source.unseen`, since each draw follows from all draws before it.
+def open_source(settings: SourceSettings) -> Log:
+    """A MovieLens folder.
 
     Raises:
         InputError: no known edition in the folder, or a file that cannot be used.
     """
     folder, bad = Path(settings.path), settings.max_bad_rows
     layout = _detect(folder)
-    notes = [_CLICKS_NOTE, "The films are described by title and genres only: there are no video files."]
+    notes = [
+        _UNSEEN_NOTE.format(settings.unseen) if settings.unseen else _CLICKS_NOTE,
+        "The films are described by title and genres only: there are no video files.",
+    ]
     notes += [STARS_NOTE, "The users have no interest tags."]
     movies, videos = _read_movies(folder, layout, bad)
     sheets, users = [movies], None
@@ -124,7 +134,7 @@ def open_source(settings: SourceSettings) -> Log | SourceTables:
     file = InputFile.at(_find(folder, layout.ratings))
     text = layout.format(*_RATINGS_HEADER)
     log = _Ratings([file], [Head.sized(file)], bad, users, videos, sheets, tuple(notes), text=text)
-    return _with_unseen(in_memory(log), settings.unseen) if settings.unseen else log
+    return _Unseen(**vars(log), each=settings.unseen) if settings.unseen else log
 
 
 class _Ratings(Log):
@@ -137,36 +147,59 @@ class _Ratings(Log):
         return Done(clicks(rows.table, "user_id", "video_id"))
 
 
-def _with_unseen(tables: SourceTables, each: int) -> SourceTables:
-    note = (
-        "There are no watch times, so there is no sequential task. Ratings are clicks without stars; "
-        f"{each} film(s) per rating that the user has not rated count as shown and not clicked."
-    )
-    notes = [note if n == _CLICKS_NOTE else n for n in tables.notes]
-    return replace(tables, interactions=with_unseen(tables.interactions, each), notes=notes)
+@dataclass(frozen=True)
+class _Unseen(_Ratings):
+    """Ratings as clicks without stars, and films that were shown and not clicked (`source.unseen`)."""
+
+    each: int = 1
+    """Films per rating."""
+    first: pa.Table | None = None
+    """Each film and the time of its first rating, in the order of these times; known once all rows are read."""
+
+    fan_out: ClassVar[int] = 2
+
+    def findings(self, sheet: Sheet) -> Findings:
+        """See `Log`."""
+        return replace(super().findings(sheet), first=first_times(sheet.table))
+
+    def decided(self, findings: Findings) -> Self:
+        """See `Log`."""
+        assert findings.first is not None
+        first = findings.first.sort_by([("timestamp", "ascending"), ("video_id", "ascending")])
+        return replace(super().decided(findings), first=first)
+
+    def finish(self, rows: Sheet, users: pa.Table) -> Done:
+        """See `Log`."""
+        assert self.first is not None
+        done = super().finish(rows, users)
+        return replace(done, interactions=with_unseen(done.interactions, self.first, self.each))
 
 
-def with_unseen(interactions: pa.Table, each: int) -> pa.Table:
-    """Ratings as clicks without stars, each followed by films that the user never rated, at the same time.
+def with_unseen(interactions: pa.Table, first: pa.Table, each: int) -> pa.Table:
+    """Ratings as clicks without stars, and for each some films that the user never rated, at the same time. They are
+    drawn from those that somebody had rated by then; a user's draws depend on no other user's.
 
     Args:
-        interactions: clicks with times, schema `interactions`.
+        interactions: all clicks of some users, schema `interactions`; to those without a time nothing is added.
+        first: each film and the time of its first rating, in the order of these times.
         each: films per click; fewer where the user has rated nearly all that there were.
     """
     frame = interactions.select(["user_id", "video_id", "timestamp"]).to_pandas()
-    first = frame.groupby("video_id")["timestamp"].min().sort_values(kind="stable")
-    place = {film: i for i, film in enumerate(first.index)}
-    known = np.searchsorted(first.to_numpy(), frame["timestamp"].to_numpy(), side="right")
-    rng = np.random.default_rng(_UNSEEN_SEED)
-    rows: list[tuple[str, str, int]] = []
-    for user, mine in frame.groupby("user_id", sort=True).indices.items():
-        taken = {place[film] for film in frame["video_id"].iloc[mine]}
-        for row in mine:
-            drawn = [int(film) for film in rng.integers(known[row], size=_DRAWS * each)]
-            new = [film for film in dict.fromkeys(drawn) if film not in taken][:each]
+    place = pd.Index(first["video_id"].to_pandas()).get_indexer(frame["video_id"])
+    known = np.searchsorted(first["timestamp"].to_numpy(), frame["timestamp"].fillna(-np.inf).to_numpy(), side="right")
+    added, films = list[int](), list[int]()
+    for user, rows in frame.groupby("user_id", sort=False).indices.items():
+        rng = np.random.default_rng([_UNSEEN_SEED, int(hashes(pa.array([user]))[0])])
+        drawn = rng.integers(np.maximum(known[rows], 1)[:, None], size=(len(rows), _DRAWS * each))
+        taken = set(place[rows].tolist())
+        for row, some in zip(rows[known[rows] > 0].tolist(), drawn[known[rows] > 0].tolist(), strict=True):
+            new = [film for film in dict.fromkeys(some) if film not in taken][:each]
             taken.update(new)
-            rows += [(user, first.index[film], frame["timestamp"].iloc[row]) for film in new]
-    return pa.concat_tables([_starless(interactions), _not_clicked(rows)])
+            added += [row] * len(new)
+            films += new
+    clicked = interactions.take(pa.array(added, pa.int64()))
+    unseen = _not_clicked(clicked["user_id"], first["video_id"].take(pa.array(films, pa.int64())), clicked["timestamp"])
+    return pa.concat_tables([_starless(interactions), unseen])
 
 
 def _starless(interactions: pa.Table) -> pa.Table:
@@ -178,18 +211,18 @@ def _starless(interactions: pa.Table) -> pa.Table:
     return interactions
 
 
-def _not_clicked(rows: list[tuple[str, str, int]]) -> pa.Table:
-    """Exposures without a click, of (user, film, time)."""
-    users, films, times = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [])
+def _not_clicked(users: pa.ChunkedArray, films: pa.ChunkedArray, times: pa.ChunkedArray) -> pa.Table:
+    """Exposures without a click."""
+    n = len(users)
     return build(
         "interactions",
-        len(rows),
-        interaction_id=pa.array([f"{u}-{v}-unseen" for u, v in zip(users, films, strict=True)], pa.string()),
-        user_id=pa.array(users, pa.string()),
-        video_id=pa.array(films, pa.string()),
-        task=constant(Task.CLICK.value, len(rows), pa.string()),
-        timestamp=pa.array(times, pa.int64()),
-        clicked=constant(False, len(rows), pa.bool_()),
+        n,
+        interaction_id=pc.binary_join_element_wise(users, films, "unseen", "-"),
+        user_id=users,
+        video_id=films,
+        task=constant(Task.CLICK.value, n, pa.string()),
+        timestamp=times,
+        clicked=constant(False, n, pa.bool_()),
     )
 
 
