@@ -43,7 +43,8 @@ $(STAMP): pyproject.toml $(LOCK) $(MODELS)
 demo: setup
 	@$(BIN)/gubs demo --run $(RUN) --preset $(PRESET) source.kind=$(SOURCE) $(if $(DATA),source.path=$(DATA)) $(ARGS)
 
-test: lint types tests
+test: lint
+	@$(MAKE) --no-print-directory -j2 types tests   # the types are checked by one thread, while tests wait
 check: lint types
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not engine"
 lint: setup
