@@ -9,6 +9,8 @@ import asyncio
 import random
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import httpx
@@ -93,7 +95,7 @@ class _Api:
         """
         if isinstance(outcome, httpx.Response):
             problem, status = _problem(outcome), outcome.status_code
-            wait = float(outcome.headers.get("retry-after", 0))
+            wait = _seconds(outcome.headers.get("retry-after", ""))
         else:
             problem, status, wait = Problem(code="unreachable", message=str(outcome), retryable=True), 0, 0.0
         if not problem.retryable or attempt >= self._retries:
@@ -197,6 +199,15 @@ class AsyncClient(_Api):
                 return TypeAdapter(kind).validate_json(outcome.content)
             await asyncio.sleep(self._pause(attempt, outcome))
             attempt += 1
+
+
+def _seconds(retry_after: str) -> float:
+    """Seconds to wait, of a Retry-After header in seconds or (a gateway's, perhaps) as a date."""
+    with suppress(ValueError):
+        return float(retry_after)
+    with suppress(ValueError, TypeError):
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    return 0.0
 
 
 _JSON = {"Content-Type": "application/json"}

@@ -16,6 +16,7 @@ from gubs.serving.settings import ServingSettings
 
 INGRESS = "ingress"
 _POLL_S = 1.0
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def app_name(version: str) -> str:
@@ -115,12 +116,18 @@ class Control:
 
         Returns:
             The name of its application.
+
+        Raises:
+            SettingsError: without keys, beside a service that other machines reach.
         """
         name, present = app_name(version), self.config()
         others = [a for a in present["applications"] if a["name"] not in (INGRESS, name)]
         if not any(a["name"] == INGRESS for a in present["applications"]):
             self.apply(serve_config(uri, version, settings, gpus=gpus))
             return name
+        host = (present.get("http_options") or {}).get("host", "")
+        if settings.insecure and host not in _LOOPBACK:
+            raise SettingsError(f"the service listens on {host}: without keys it may listen on this machine only")
         traffic = _traffic(present)
         traffic["versions"].setdefault(name, 0.0 if others else 1.0)
         applications = [*others, engine_app(uri, version, settings, gpus=gpus), ingress_app(settings, traffic)]

@@ -8,15 +8,18 @@ nothing. The only module that imports Serve.
 import asyncio
 import contextlib
 import hashlib
+import ipaddress
 import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from ray import serve
@@ -24,6 +27,7 @@ from ray.exceptions import RayActorError
 from ray.serve.context import _set_request_context
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from starlette.exceptions import HTTPException
 
 from gubs.artifacts import JsonObject
 from gubs.serving.bundle import Bundle
@@ -32,6 +36,7 @@ from gubs.serving.filter import Decision, Mode
 from gubs.serving.keys import ApiKey, KeyRing, read_keys
 from gubs.serving.metrics import Metrics
 from gubs.serving.schemas import (
+    Candidate,
     ErrorBody,
     ExplainRequest,
     ExplainResponse,
@@ -44,6 +49,7 @@ from gubs.serving.schemas import (
     Result,
     Usage,
     User,
+    UserRef,
 )
 from gubs.serving.service import FilterService, RequestError, merged, pick
 from gubs.serving.settings import ServingSettings
@@ -80,7 +86,7 @@ _CSP = (
 )
 _log = logging.getLogger("ray.serve")
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 404, 409, 413, 422, 429, 500, 503, 504)
+    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 413, 422, 429, 500, 503, 504)
 }
 
 
@@ -159,12 +165,47 @@ class EngineReplica:
             self._service.close()
 
 
+def _named(problems: Sequence[Mapping[str, Any]]) -> str:
+    """The first problems of a request: which field, and what is wrong, never its value."""
+    return "; ".join(f"{'.'.join(map(str, p['loc']))[:100]}: {p['msg'][:100]}" for p in problems[:3])
+
+
+def _body(model: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI description of a request's body, which the route reads itself, up to a limit."""
+    schema = model.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def inlined(node: Any) -> Any:
+        if isinstance(node, list):
+            return [inlined(n) for n in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return inlined(parts[node["$ref"].rpartition("/")[2]])
+        return {name: inlined(inner) for name, inner in node.items()}
+
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined(schema)}}}}
+
+
 app = FastAPI(title="gubs filter", version="1", docs_url=None, redoc_url=None)
 
 
 @app.exception_handler(RefusedError)
 async def _refused(_: Request, error: RefusedError) -> Response:
     return error.response()
+
+
+@app.exception_handler(RequestValidationError)
+async def _not_valid(_: Request, error: RequestValidationError) -> Response:
+    """A parameter of the URL. FastAPI's own answer would repeat its value."""
+    return RefusedError(422, "invalid_request", _named(error.errors())).response()
+
+
+@app.exception_handler(HTTPException)
+async def _not_served(_: Request, error: HTTPException) -> Response:
+    """No such page, or not with this method."""
+    code, text = ("not_found", "there is no such page") if error.status_code == 404 else ("refused", "not served here")
+    return RefusedError(error.status_code, code, text).response()
 
 
 @app.exception_handler(Exception)
@@ -222,6 +263,14 @@ def _all_kept(asked: FilterRequest, mode: Mode) -> FilterResponse:
     )
 
 
+@dataclass
+class _Count:
+    """A request that is being counted."""
+
+    mode: str = "none"
+    """Its mode, once it is read."""
+
+
 def _user_key(asked: FilterRequest | ExplainRequest) -> str:
     """The same for every request about a user."""
     return asked.user.id or asked.user.model_dump_json()
@@ -261,37 +310,34 @@ class Ingress:
         self._weights: Mapping[str, float] = dict(config.get("versions") or {})
         self._shadow: list[str] = list(config.get("shadow") or [])
 
-    @app.post("/v1/filter", response_model=FilterResponse, responses=_ERRORS)
+    @app.post("/v1/filter", response_model=FilterResponse, responses=_ERRORS, openapi_extra=_body(FilterRequest))
     async def filter(self, request: Request) -> Response:
         """Decides which candidates the user would skip."""
         began = time.perf_counter()
-        key = self._authorised(request)
-        asked = await self._read(request, FilterRequest)
-        mode = asked.mode or Mode(self._settings.mode)
-        code = "200"
-        try:
+        with self._counted() as count:
+            key = self._authorised(request)
+            asked = await self._read(request, FilterRequest)
+            self._check_size(asked.user, asked.candidates)
+            count.mode = mode = asked.mode or Mode(self._settings.mode)
             self._admit(key, len(asked.candidates))
             answer = await self._filtered(asked, mode, began)
-        except RefusedError as e:
-            code = str(e.status)
-            self._metrics.error(e.problem.code)
-            raise
-        finally:
-            self._metrics.request(code, mode, time.perf_counter() - began)
         return Response(answer.model_dump_json(), media_type="application/json")
 
-    @app.post("/v1/explain", response_model=ExplainResponse, responses=_ERRORS)
+    @app.post("/v1/explain", response_model=ExplainResponse, responses=_ERRORS, openapi_extra=_body(ExplainRequest))
     async def explain(self, request: Request) -> ExplainResponse:
         """Answers with the user's own, a similar user's, a group's and no profile, side by side."""
         began = time.perf_counter()
-        key = self._authorised(request)
-        asked = await self._read(request, ExplainRequest)
-        self._admit(key, 4)
-        version = self._pick(_user_key(asked))
-        async with self._deadline(asked.timeout_ms):
-            fields = await self._call(version, "explain", asked, session=_user_key(asked))
+        with self._counted() as count:
+            key = self._authorised(request)
+            asked = await self._read(request, ExplainRequest)
+            self._check_size(asked.user, [asked.candidate])
+            count.mode = "explain"
+            self._admit(key, 4)
+            version = self._pick(_user_key(asked))
+            async with self._deadline(asked.timeout_ms):
+                fields = await self._call(version, "explain", asked, session=_user_key(asked))
+            name = await self._name(version)
         timing = {"total": round((time.perf_counter() - began) * 1e3, 1)}
-        name = await self._name(version)
         return ExplainResponse(request_id=_request_id(asked), model=name, timing_ms=timing, **fields)
 
     @app.get("/v1/groups", response_model=list[Group], responses=_ERRORS)
@@ -456,9 +502,33 @@ class Ingress:
         except TimeoutError:
             raise RefusedError(504, "timeout", f"no answer within {seconds:g} s", retryable=True) from None
 
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[_Count]:
+        """Counts a request by its outcome; 499: the client left before the answer."""
+        began, count, code = time.perf_counter(), _Count(), "500"
+        try:
+            yield count
+            code = "200"
+        except RefusedError as e:
+            code = str(e.status)
+            self._metrics.error(e.problem.code)
+            raise
+        except asyncio.CancelledError:
+            code = "499"
+            raise
+        except Exception:
+            self._metrics.error("internal")
+            raise
+        finally:
+            self._metrics.request(code, count.mode, time.perf_counter() - began)
+
     def _authorised(self, request: Request) -> ApiKey | None:
-        """The key of a request; None in insecure mode. Every route calls it itself, whatever host it was asked by."""
+        """The key of a request; None in insecure mode, which answers on its own machine only. Every route calls it
+        itself, whatever host it was asked by.
+        """
         if self._keys is None:
+            if not (request.client and ipaddress.ip_address(request.client.host).is_loopback):
+                raise RefusedError(403, "forbidden", "this service asks for no key, so it serves its own machine only")
             return None
         key = self._keys.find(request.headers.get("authorization"))
         if key is None:
@@ -481,8 +551,20 @@ class Ingress:
             return model.model_validate_json(body)
         except ValidationError as e:
             problems = e.errors(include_input=False, include_url=False, include_context=False)
-            first = "; ".join(f"{'.'.join(map(str, p['loc']))[:100]}: {p['msg'][:100]}" for p in problems[:3])
-            raise RefusedError(422, "invalid_request", first or "the body is no valid request") from None
+            text = _named([dict(p) for p in problems])
+            raise RefusedError(422, "invalid_request", text or "the body is no valid request") from None
+
+    def _check_size(self, user: UserRef, candidates: Sequence[Candidate]) -> None:
+        """Refuses what is larger than the service's own limits; those of the API are in `schemas`."""
+        limits = self._settings.limits
+        sizes = {
+            "candidates": (len(candidates), limits.candidates),
+            "user.history": (len(user.history), limits.history),
+            "candidates.frames": (max(len(c.frames) for c in candidates), limits.frames),
+        }
+        for name, (size, limit) in sizes.items():
+            if size > limit:
+                raise RefusedError(422, "invalid_request", f"{name}: {size} are more than the {limit} served here")
 
     def _pick(self, key: str) -> str:
         try:

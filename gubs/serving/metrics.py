@@ -31,7 +31,7 @@ class _Twin:
         self._ray.inc(by, tags=dict(zip(self._tags, values, strict=True)))
 
     def observe(self, value: float, *values: str) -> None:
-        self._local.labels(*values).observe(value)
+        (self._local.labels(*values) if values else self._local).observe(value)
         self._ray.observe(value, tags=dict(zip(self._tags, values, strict=True)))
 
     def set(self, value: float) -> None:
@@ -77,7 +77,9 @@ class Metrics:
         self._errors = _Twin("Counter", "gubs_filter_errors", "Errors", ("code",), registry)
         self._seconds = _Twin("Histogram", "gubs_filter_seconds", "Seconds per request", ("mode",), registry)
         self._queued = _Twin("Gauge", "gubs_filter_queue_candidates", "Candidates in work", (), registry)
-        self._mass = _Twin("Histogram", "gubs_filter_label_mass", "Probability of all options", (), registry)
+        self._mass = _Twin(
+            "Histogram", "gubs_filter_label_mass", "Least probability of all options in a request", (), registry
+        )
         self._waiting = 0
 
     def request(self, code: str, mode: str, seconds: float) -> None:
@@ -98,6 +100,8 @@ class Metrics:
         for result in results:
             if result.error:
                 self.error(result.error.code)
+        if mass := [r.label_mass for r in results if r.label_mass is not None]:
+            self._mass.observe(min(mass))
 
     def status(self) -> JsonObject:
         """This replica's recent figures as JSON."""

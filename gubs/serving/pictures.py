@@ -28,7 +28,8 @@ from gubs.video.decoder_process import DecoderProcess
 
 _CACHE_BYTES = 256 << 20
 _BLOCK = 1 << 16
-_DECODERS = 2
+DECODERS = 2
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class PictureError(GubsError):
@@ -86,7 +87,7 @@ class Places:
             raise PictureError("this place cannot be reached") from None
         address = addresses[0][4][0]
         literal = _is_address(parts.hostname)
-        if not literal and not ipaddress.ip_address(address).is_global:
+        if not literal and not _is_public(str(address)):
             raise PictureError("this place is not allowed")
         return str(address), uri
 
@@ -105,6 +106,16 @@ def _below(parts: SplitResult, root: SplitResult) -> bool:
     return same and parts.path.startswith(root.path if root.path.endswith("/") else f"{root.path}/")
 
 
+def _is_public(address: str) -> bool:
+    """Whether an address is one of the internet, and no wrapping of a private one (NAT64, 6to4)."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ipaddress.IPv4Address(ip.packed[12:]) if ip in _NAT64 else ip.sixtofour or ip.ipv4_mapped
+        if inner is not None:
+            return inner.is_global
+    return ip.is_global
+
+
 def _is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host)
@@ -120,7 +131,7 @@ class Pictures:
         self._places, self._limits, self._options = Places(roots), limits, options
         self._clips = ByteCache[Clip](_CACHE_BYTES, lambda clip: clip.frames.nbytes)
         self._free: queue.Queue[DecoderProcess] = queue.Queue()
-        for _ in range(_DECODERS):
+        for _ in range(DECODERS):
             self._free.put(DecoderProcess(options, timeout_s=limits.fetch_s))
 
     def sent(self, frames: Sequence[str], *, cover: bool) -> Clip:
@@ -130,7 +141,7 @@ class Pictures:
             PictureError: one is not a picture, or too large.
         """
         data = [_decoded(frame) for frame in frames[: 1 if cover else None]]
-        key = hashlib.sha256(b"".join(data)).hexdigest()
+        key = _key(data)
         return self._clips.get(f"sent-{key}{'-cover' if cover else ''}", lambda: self._from_jpegs(key, data, cover))
 
     def fetched(self, uri: str, *, cover: bool) -> Clip:
@@ -159,7 +170,7 @@ class Pictures:
         if decoded.verdict not in USABLE or not decoded.frames:
             raise PictureError(f"the video cannot be decoded: {decoded.verdict}")
         jpegs = [decoded.cover or decoded.frames[0]] if cover else decoded.frames
-        key = hashlib.sha256(b"".join(jpegs)).hexdigest()
+        key = _key(jpegs)
         return Clip(f"{key}-cover" if cover else key, _stacked(jpegs), 0.0 if cover else decoded.duration_s or 0.0)
 
     @contextmanager
@@ -211,6 +222,11 @@ class Pictures:
         if len(pictures) % 2:  # the model merges pairs of frames
             pictures = np.concatenate([pictures, pictures[-1:]])
         return Clip(key, pictures, len(pictures) / 2.0)
+
+
+def _key(files: Sequence[bytes]) -> str:
+    """A key of pictures: of one joined text, others could be cut elsewhere and get the same."""
+    return hashlib.sha256(b"".join(hashlib.sha256(file).digest() for file in files)).hexdigest()
 
 
 def _decoded(frame: str) -> bytes:

@@ -5,7 +5,9 @@ Knows neither Serve nor HTTP. The engine is anything with `FilterEngine.ask`.
 
 import asyncio
 import base64
+import functools
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Protocol
 
@@ -18,7 +20,7 @@ from gubs.serving import schemas
 from gubs.serving.bundle import Bundle
 from gubs.serving.engine import Answer
 from gubs.serving.filter import Decision, Mode, judge
-from gubs.serving.pictures import PictureError, Pictures
+from gubs.serving.pictures import DECODERS, PictureError, Pictures
 from gubs.serving.schemas import Candidate, ExplainRequest, FilterRequest, Perspective, Problem, Result, Usage, UserRef
 from gubs.serving.settings import ServingSettings
 from gubs.ufm.inputs import Prompt
@@ -54,6 +56,8 @@ class FilterService:
         config = bundle.config
         self._prompts = PromptBuilder(config.inputs, config.pictures)
         self._pictures = Pictures(settings.fetch_roots, settings.limits, config.frames) if config.frames else None
+        # threads of their own: a slow place that files come from must not keep stored frames waiting
+        self._fetching = ThreadPoolExecutor(DECODERS, "fetch")
 
     async def decide(self, request: FilterRequest, mode: Mode) -> tuple[list[Result], Usage, float]:
         """Decisions about the candidates, in their order; usage; the threshold.
@@ -156,6 +160,7 @@ class FilterService:
 
     def close(self) -> None:
         """Ends the decoder processes."""
+        self._fetching.shutdown(wait=False, cancel_futures=True)
         if self._pictures:
             self._pictures.close()
 
@@ -213,20 +218,26 @@ class FilterService:
         if self._pictures is None or not self.bundle.config.inputs.vision:
             return None
         try:
-            return await asyncio.to_thread(self._find_clip, candidate, cover=task == Task.CLICK)
+            return await self._found(candidate, cover=task == Task.CLICK)
         except PictureError as e:
             return e
         except ArtifactError:  # of the frame store: this candidate is kept, the others are judged
             return PictureError("its stored frames cannot be read")
 
-    def _find_clip(self, candidate: Candidate, *, cover: bool) -> Clip | None:
+    async def _found(self, candidate: Candidate, *, cover: bool) -> Clip | None:
+        assert self._pictures
+        clip = await asyncio.to_thread(self._at_hand, candidate, cover=cover)
+        if clip is None and candidate.uri:
+            fetch = functools.partial(self._pictures.fetched, candidate.uri, cover=cover)
+            clip = await asyncio.get_running_loop().run_in_executor(self._fetching, fetch)
+        return clip
+
+    def _at_hand(self, candidate: Candidate, *, cover: bool) -> Clip | None:
+        """The pictures that came with the request, or are stored."""
         assert self._pictures
         if candidate.frames:
             return self._pictures.sent(candidate.frames, cover=cover)
-        stored = self.bundle.pictures.cover(candidate.id) if cover else self.bundle.pictures.clip(candidate.id)
-        if stored is None and candidate.uri:
-            return self._pictures.fetched(candidate.uri, cover=cover)
-        return stored
+        return self.bundle.pictures.cover(candidate.id) if cover else self.bundle.pictures.clip(candidate.id)
 
 
 def _result(

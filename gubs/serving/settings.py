@@ -12,11 +12,11 @@ class LimitSettings(Section):
 
     body_mb: float = Field(8.0, gt=0)
     """Largest body, MiB."""
-    candidates: int = Field(100, ge=1)
+    candidates: int = Field(100, ge=1, le=100)
     """Most candidates per request."""
-    history: int = Field(200, ge=0)
+    history: int = Field(200, ge=0, le=200)
     """Most views in a history sent with a request."""
-    frames: int = Field(16, ge=2)
+    frames: int = Field(16, ge=2, le=16)
     """Most frames sent with a candidate."""
     frame_pixels: int = Field(2**20, ge=28 * 28)
     """Largest frame sent with a candidate, pixels."""

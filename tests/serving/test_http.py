@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -54,7 +55,7 @@ def test_a_hundred_candidates_are_split_and_put_together_in_order(fast):
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic eDp5"}])
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "evil.example"])
 def test_without_a_key_nothing_is_told(fast, headers, host):
-    for path in ("/v1/groups", "/v1/models", "/v1/users/u0", "/v1/examples"):
+    for path in ("/v1/groups", "/v1/models", "/v1/users/u0", "/v1/examples", "/v1/status"):
         assert error(httpx.get(fast.url + path, headers={**headers, "Host": host})) == (401, "unauthorized")
     for path in ("/v1/filter", "/v1/explain"):
         assert error(fast.ask(path=path, headers={**headers, "Host": host})) == (401, "unauthorized")
@@ -86,6 +87,36 @@ def test_a_bad_request_gets_a_code_and_no_echo(fast, body, status, code):
     assert len(response.content) < 2000
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/v1/examples?count=secret-input", 422, "invalid_request"),
+        ("GET", "/v1/secret-input", 404, "not_found"),
+        ("DELETE", "/v1/groups", 405, "refused"),
+    ],
+)
+def test_what_the_framework_refuses_has_a_code_too(fast, method, path, status, code):
+    response = httpx.request(method, fast.url + path, headers=fast.headers)
+    assert error(response) == (status, code)
+    assert "secret-input" not in response.text
+
+
+def test_every_outcome_is_counted(fast):
+    def counted(code, mode):
+        figures = httpx.get(f"{fast.url}/metrics").text
+        found = re.search(rf'gubs_filter_requests_total{{code="{code}",mode="{mode}"}} (\S+)', figures)
+        return float(found[1]) if found else 0.0
+
+    outcomes = [("401", "none"), ("422", "none"), ("404", "reason"), ("200", "explain")]
+    before = [counted(*o) for o in outcomes]
+    fast.ask(headers={})
+    fast.ask("{")
+    fast.ask({**GOOD, "user": {"id": "nobody"}})
+    fast.ask({"user": {"id": "u0"}, "candidate": {"id": "v2"}}, path="/v1/explain")
+    assert [counted(*o) for o in outcomes] == [n + 1 for n in before]
+    assert "gubs_filter_label_mass_count" in httpx.get(f"{fast.url}/metrics").text
+
+
 def test_a_huge_body_is_refused_before_a_replica_sees_it(fast):
     began = time.perf_counter()
     response = fast.ask(b"x" * (30 << 20))
@@ -98,6 +129,9 @@ def test_what_is_told_about_the_service(fast):
     assert httpx.get(f"{fast.url}/readyz").json() == {"status": "ready"}
     paths = httpx.get(f"{fast.url}/openapi.json").json()["paths"]
     assert {"/v1/filter", "/v1/explain", "/v1/groups", "/v1/users/{user_id}", "/v1/models"} <= set(paths)
+    body = paths["/v1/filter"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["properties"]["candidates"]["items"]["properties"]["duration_s"]["anyOf"][0]["maximum"] == 1e6
+    assert "$ref" not in json.dumps(body)
     fast.ask()
     figures = httpx.get(f"{fast.url}/metrics").text
     assert 'gubs_filter_requests_total{code="200",mode="reason"}' in figures

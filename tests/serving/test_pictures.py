@@ -9,9 +9,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 from PIL import Image
+from video_files import make_video
 
 from gubs.serving.pictures import PictureError, Pictures, Places
 from gubs.serving.settings import LimitSettings
+from gubs.video.clips import Clip
 from gubs.video.decoded import DecodeOptions
 
 OPTIONS = DecodeOptions(count=4, max_pixels=56 * 56, min_pixels=56 * 56)
@@ -83,7 +85,11 @@ def test_urls_outside_the_allowed_prefixes_are_not_asked(monkeypatch, uri):
 
 
 @pytest.mark.parametrize(
-    "address", ["127.0.0.1", "10.0.0.5", "169.254.169.254", "192.168.1.1", "::1", "fd00::1", "0.0.0.0"]
+    "address",
+    [
+        *("127.0.0.1", "10.0.0.5", "169.254.169.254", "192.168.1.1", "::1", "fd00::1", "0.0.0.0"),
+        *("64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1", "::ffff:10.0.0.5"),
+    ],
 )
 def test_a_name_that_leads_into_the_own_network_is_not_asked(monkeypatch, address):
     """Rebinding: the address is resolved once, checked, and connected to."""
@@ -95,6 +101,8 @@ def test_a_name_that_leads_into_the_own_network_is_not_asked(monkeypatch, addres
 class Server(BaseHTTPRequestHandler):
     """A file server that redirects and never ends, by path."""
 
+    video = b""
+
     def do_GET(self):
         if self.path.endswith("redirect.mp4"):
             self.send_response(302)
@@ -103,6 +111,9 @@ class Server(BaseHTTPRequestHandler):
             return
         self.send_response(200)
         self.end_headers()
+        if self.path.endswith("video.mp4"):
+            self.wfile.write(self.video)
+            return
         size = 3 << 20 if self.path.endswith("large.mp4") else 100
         try:
             for _ in range(size // 100):
@@ -133,6 +144,32 @@ def test_what_a_server_sends_is_bounded(files, name, says):
             pictures.fetched(f"{files}{name}", cover=False)
     finally:
         pictures.close()
+
+
+@pytest.mark.parametrize("cover", [False, True])
+def test_an_unknown_video_is_fetched_and_decoded(files, tmp_path, monkeypatch, cover):
+    """From a folder and from a server: the same frames."""
+    path = make_video(tmp_path / "a.mp4")
+    monkeypatch.setattr(Server, "video", path.read_bytes())
+    pictures = Pictures([files, str(tmp_path)], LimitSettings(), OPTIONS)
+    try:
+        near, far = (pictures.fetched(uri, cover=cover) for uri in (str(path), f"{files}video.mp4"))
+    finally:
+        pictures.close()
+    assert near.frames.shape == far.frames.shape == (1 if cover else 4, 56, 56, 3)
+    assert (near.frames == far.frames).all()
+    assert near.key == far.key
+
+
+def test_pictures_that_are_cut_elsewhere_are_others(monkeypatch):
+    """Their key is also the engine's: a client could otherwise give its own pictures to another's request."""
+    monkeypatch.setattr(
+        Pictures, "_from_jpegs", lambda _, key, data, cover: Clip(key, np.zeros((2, 2, 2, 3), np.uint8))
+    )
+    pictures = Pictures([], LimitSettings(), OPTIONS)
+    whole, half = (base64.b64encode(b).decode() for b in (b"onetwo", b"one"))
+    rest = base64.b64encode(b"two").decode()
+    assert pictures.sent([whole], cover=False).key != pictures.sent([half, rest], cover=False).key
 
 
 def test_frames_of_a_request_become_a_clip():

@@ -1,6 +1,7 @@
 """What a replica does around its engine: people, groups, videos, prompts, decisions, errors per candidate."""
 
 import asyncio
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +13,12 @@ from gubs.serving.bundle import Bundle
 from gubs.serving.engine import Answer
 from gubs.serving.filter import Decision, Mode
 from gubs.serving.metrics import Metrics
+from gubs.serving.pictures import PictureError
 from gubs.serving.schemas import Candidate, ExplainRequest, FilterRequest, HistoryView, Profile, UserRef
 from gubs.serving.service import FilterService, RequestError, merged, pick
 from gubs.serving.settings import ServingSettings
 from gubs.serving.shadow import ShadowLog, read_log
+from gubs.serving.stage import _refusal
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +174,58 @@ def test_frames_that_cannot_be_read_are_one_candidates_error(service, monkeypatc
         if candidate.id == "v2":
             raise ArtifactError("the store lost it")
 
-    monkeypatch.setattr(service, "_find_clip", broken)
+    monkeypatch.setattr(service, "_at_hand", broken)
     service._pictures = type("Open", (), {"close": lambda _: None})()
     results, _, _ = decide(service, asked("v2", "v4"))
     assert [(r.decision, r.error and r.error.code) for r in results] == [("keep", "pictures"), ("drop", None)]
+
+
+def test_a_slow_place_keeps_no_stored_frames_waiting(service, monkeypatch):
+    """More files than there are threads to fetch, or to read stored frames, hang."""
+    gate, ended = threading.Event(), []
+
+    class Slow:
+        def fetched(self, uri, *, cover):
+            gate.wait(20)
+            ended.append(uri)
+            raise PictureError("too slow")
+
+        def close(self):
+            pass
+
+    service._pictures = Slow()
+    monkeypatch.setattr(service, "_at_hand", lambda candidate, *, cover: None)
+
+    async def both():
+        hanging = [Candidate(id=f"n{i}", title="x", uri="http://slow/") for i in range(40)]
+        slow = asyncio.ensure_future(
+            service.decide(FilterRequest(user=UserRef(id="u0"), candidates=hanging), Mode.SCORE)
+        )
+        await asyncio.sleep(0.2)
+        results, _, _ = await asyncio.wait_for(service.decide(asked("v2"), Mode.SCORE), 5)
+        assert not ended
+        gate.set()
+        await slow
+        return results
+
+    assert [r.decision for r in asyncio.run(both())] == ["drop"]
+
+
+@pytest.mark.parametrize(
+    ("score", "distilled", "says"),
+    [
+        (0.85, True, ""),
+        (0.84, True, ""),
+        (0.83, True, "0.830 against 0.860"),
+        (None, True, "0.000"),
+        (0.9, False, "distil"),
+    ],
+)
+def test_score_is_offered_only_where_it_ranks_nearly_as_well(score, distilled, says):
+    rule = lambda auc: SimpleNamespace(auc=auc)  # noqa: E731
+    modes = {Mode.REASON: rule(0.86)} | ({} if score is None else {Mode.SCORE: rule(score)})
+    found = _refusal({Task.SEQUENTIAL: modes}, 0.0201, distilled)
+    assert (says in found) if says else not found
 
 
 def test_a_mode_that_was_never_measured_has_a_code(service):
