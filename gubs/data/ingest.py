@@ -61,7 +61,7 @@ def make(job: StageJob, source: SourceSettings, data: DataSettings, ray: RaySett
 
 def _is_large(log: Log | None, source: SourceSettings, rows: int) -> bool:
     """Whether a log (None: one of your own) has at least so many rows, about; opens no more files than it needs."""
-    heads = map(Head.of, log_plan.find_files(source.path)[0]["interactions"]) if log is None else log.heads
+    heads = map(Head.sized, log_plan.find_files(source.path)[0]["interactions"]) if log is None else log.heads
     each = 1 if log is None else log.fan_out
     sizes = itertools.accumulate((each * head.rows for head in heads), initial=0)
     return any(size >= rows for size in sizes)

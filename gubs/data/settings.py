@@ -56,6 +56,8 @@ class SourceSettings(Section):
     def _has_a_path(self) -> "SourceSettings":
         if self.kind != "synthetic" and not self.path:
             raise ValueError(f"source.kind={self.kind} needs source.path=FOLDER")
+        if self.kind != "logs" and "://" in self.path:
+            raise ValueError(f"source.kind={self.kind} reads a local folder, not {self.path}: mount or copy it")
         return self
 
 

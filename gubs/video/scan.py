@@ -35,6 +35,8 @@ _PLAYLISTS_AND_TEXT = {
 
 _ALLOWED_FORMATS = ",".join(sorted(av.formats_available - _PLAYLISTS_AND_TEXT))
 _ENCRYPTED_TAGS = {"encv", "drmi", "drms", "drmt"}
+_JPEG, _SEVERAL, _HEADERS = b"\xff\xd8", b"MPF\0", 1 << 16
+"""Begin of a JPEG; mark of a photo with more pictures behind the first (stereo, HDR); bytes in which it stands."""
 _STILL_BRANDS = {b"avif", b"heic", b"heix", b"heim", b"heis", b"mif1"}
 _PICTURE_FORMATS = {"gif", "apng", "mjpeg", "ico"}
 """Formats of animations whose files hold a picture if they have a single frame."""
@@ -68,7 +70,7 @@ def container_of(file: BinaryIO) -> Iterator[InputContainer]:
 
 
 def refuse_still_picture(file: BinaryIO, scan: "Scan") -> None:
-    """Refuses a file with a single frame in a format for pictures.
+    """Refuses a file with a single frame in a format for pictures, and the several JPEGs of one photo (MPF).
 
     Raises:
         Unfit: undecodable.
@@ -77,6 +79,8 @@ def refuse_still_picture(file: BinaryIO, scan: "Scan") -> None:
     may_be_still = scan.format in _PICTURE_FORMATS or (head[4:8] == b"ftyp" and head[8:] in _STILL_BRANDS)
     if may_be_still and len(scan.pts) + scan.hidden == 1:
         raise Unfit(Verdict.UNDECODABLE, f"a picture ({scan.codec}), not a video")
+    if head.startswith(_JPEG) and _SEVERAL in os.pread(file.fileno(), _HEADERS, 0):
+        raise Unfit(Verdict.UNDECODABLE, "a photo of several pictures (MPF), not a video")
 
 
 def reason(e: BaseException) -> str:

@@ -63,6 +63,8 @@ SECONDS = [0, 5, 6, 7, 8] * 6
         ({"watch_s": SECONDS, "duration_s": [20 / 60] * 30}, {}, "source.units.interactions.duration"),
         ({"watch_s": [s / 3600 for s in SECONDS], "duration_s": [20] * 30}, {}, "source.units.watch"),
         ({"watch_s": [5, 5000] * 15, "duration_s": [20] * 30}, {}, "source.units.watch"),
+        ({"watch_s": [5 / 60] * 28 + [1.0, 1.0], "duration_s": [20] * 30}, {}, "source.units.watch"),
+        ({"watch_s": SECONDS, "duration_s": [20] * 24 + [20_000] * 6}, {}, "source.units.interactions.duration"),
         ({"play_rate": [0] * 25 + [25, 50, 75, 100, 100]}, {}, "source.units.play_rate=percent"),
         ({"watch_s": [s * 1e6 for s in SECONDS], "play_rate": [0.5] * 30}, {}, "source.units.watch=us"),
         ({"play_rate": [0.5] * 30, "prev_op_gap_s": [20_000] * 30}, {}, "source.units.prev_op_gap=ms"),
@@ -71,7 +73,14 @@ SECONDS = [0, 5, 6, 7, 8] * 6
     ],
     ids=[
         *("watch in ms", "duration in ms", "both in ms", "watch in odd units", "duration in minutes", "watch in hours"),
-        *("a share of the rows in ms", "percentages with many zeros", "watch in us beside rates", "gaps in ms"),
+        *(
+            "a share of the rows in ms",
+            "watch in minutes, some repeated",
+            "durations of one part in ms",
+            "percentages with many zeros",
+            "watch in us beside rates",
+            "gaps in ms",
+        ),
         *("seconds stated to be ms", "shares stated to be percentages"),
     ],
 )

@@ -1,11 +1,13 @@
 """What makes the raw tables, or the frames, stale: any file that they were made from."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import pytest
+from pydantic import ValidationError
 
 from gubs.data.ingest import source_identity
 from gubs.data.settings import SourceSettings
@@ -97,3 +99,16 @@ def test_the_folder_of_videos_must_exist(folder: Path) -> None:
     with pytest.raises(InputError, match=r"source\.videos_dir"):
         source_identity(source)
     assert files_identity(SourceSettings(kind="logs", path=str(folder))) == ""
+
+
+@pytest.mark.parametrize("path", ["nosuch://bucket/log", "s3://bucket/log"])
+def test_a_place_that_cannot_be_opened_is_refused_by_name(path, monkeypatch):
+    """An unknown scheme, and one whose package is missing."""
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(InputError, match=f"{path} cannot be opened: .*(nosuch|s3fs)"):
+        source_identity(SourceSettings(kind="logs", path=path))
+
+
+def test_public_data_at_a_uri_are_refused():
+    with pytest.raises(ValidationError, match="reads a local folder, not memory://x"):
+        SourceSettings(kind="movielens", path="memory://x")

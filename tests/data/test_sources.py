@@ -174,6 +174,16 @@ def test_bad_lines_of_json_are_rejected_and_good_ones_kept(tmp_path):
     assert sheet.lines.tolist() == [1, 6]
 
 
+@pytest.mark.parametrize("cell", [r"a\ud800", r"\uDC00b"])
+def test_half_a_character_is_no_text(tmp_path, cell):
+    """As in a title that was cut in the middle of an emoji. Arrow and Python differ about it, so both ways are read."""
+    lines = [r'{"user_id": "1", "title": "\ud83d\ude00"}', f'{{"user_id": "2", "title": "{cell}"}}', '{"user_id": "3"}']
+    for more in ([], ["[3]"]):
+        sheet = read(write(tmp_path / "a.jsonl", "\n".join([*lines, *more])), (COLUMNS[0], COLUMNS[2]))
+        assert rows(sheet.table, "user_id", "title") == [("1", "\U0001f600"), ("3", None)]
+        assert rejects(sheet)[0][0] == 2
+
+
 def test_gzipped_text_is_read(tmp_path):
     write(tmp_path / "a.csv.gz", gzip.compress(b"user_id,watch_s,title\n1,2,a\n"))
     write(tmp_path / "b.jsonl.gz", gzip.compress(b'{"user_id": "1", "watch_s": 2.0, "title": "a"}\n'))

@@ -210,6 +210,15 @@ def test_a_picture_is_no_video_whatever_its_name(kind, tmp_path, process) -> Non
     assert "a picture" in done.detail
 
 
+def test_a_photo_of_several_pictures_is_no_video(tmp_path, process) -> None:
+    """Stereo and HDR photos: FFmpeg takes them for a stream of JPEGs."""
+    first, *others = (Image.fromarray(picture(n)) for n in range(3))
+    first.save(tmp_path / "a.mp4", "MPO", save_all=True, append_images=others)
+    done = process.decode(str(tmp_path / "a.mp4"))
+    assert done.verdict == "undecodable"
+    assert "several pictures" in done.detail
+
+
 def test_a_video_of_one_frame_is_a_video(tmp_path, process) -> None:
     assert process.decode(str(make_video(tmp_path / "a.mp4", frames=1))).verdict == "ok"
 

@@ -37,7 +37,7 @@ class InputFile:
 
     @property
     def _place(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        return fsspec.core.url_to_fs(self.uri)
+        return located(self.uri)
 
     @property
     def is_local(self) -> bool:
@@ -96,6 +96,18 @@ def is_wild(path: str) -> bool:
     return bool(_WILD & set(path))
 
 
+def located(place: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a path or URI, and the path in it.
+
+    Raises:
+        InputError: its scheme is unknown, or needs a package that is not installed.
+    """
+    try:
+        return fsspec.core.url_to_fs(place)
+    except (ImportError, ValueError) as e:
+        raise InputError(f"{place} cannot be opened: {e}") from None
+
+
 def identity(files: Iterable[InputFile]) -> str:
     """Hash of what tells whether these are the same files, in any order."""
     return fingerprint("files", sorted(f.identity() for f in files))
@@ -103,7 +115,7 @@ def identity(files: Iterable[InputFile]) -> str:
 
 def matching(pattern: str) -> list[InputFile]:
     """The files that match a glob, by name; labels are relative to its fixed part."""
-    fs, path = fsspec.core.url_to_fs(pattern)
+    fs, path = located(pattern)
     found = sorted(p for p in fs.glob(path) if fs.isfile(p))
     return [InputFile(_full(pattern, fs, p), p.removeprefix(_fixed(path)).lstrip("/")) for p in found]
 
@@ -112,7 +124,7 @@ def listed(folder: str, suffixes: Sequence[str]) -> list[InputFile]:
     """The files of a folder of parts and its subfolders, by name, with these suffixes; hidden ones and markers (names
     that begin with `_` or `.`) are left out. Labels begin with the folder's own name.
     """
-    fs, path = fsspec.core.url_to_fs(folder)
+    fs, path = located(folder)
     root = path.rstrip("/")
     found = [p for p in sorted(fs.find(root)) if p.endswith(tuple(suffixes)) and not _hidden(p.removeprefix(root))]
     parent = root.rpartition("/")[0]
@@ -147,6 +159,6 @@ def refuse_missing(path: str) -> None:
         if not matching(path):
             raise InputError(f"source.path={path}: no file matches")
         return
-    fs, place = fsspec.core.url_to_fs(path)
+    fs, place = located(path)
     if not fs.exists(place):
         raise InputError(f"source.path={path}: no such file or folder")

@@ -444,9 +444,12 @@ class JsonLines(RawFile):
         except json.JSONDecodeError:
             cause = "not JSON"
         else:
-            if isinstance(row, dict):
+            if not isinstance(row, dict):
+                cause = "not a JSON object"
+            elif _has_half_characters(raw, row):
+                cause = "not UTF-8 text"
+            else:
                 return row
-            cause = "not a JSON object"
         self.broken.append(BrokenRow(line, cause, raw.decode("utf-8", "replace")[:_BROKEN_CHARS]))
         return None
 
@@ -462,6 +465,17 @@ class JsonLines(RawFile):
     def lines(self, rows: np.ndarray) -> np.ndarray:
         """1-based line of each row."""
         return np.concatenate(self._numbers)[rows]
+
+
+def _has_half_characters(raw: bytes, row: dict[str, Any]) -> bool:
+    """Whether an escape stands for half of a character (a surrogate alone), which no text may hold."""
+    if b"\\ud" not in raw.lower():
+        return False
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 class _RepeatedNameError(ValueError):

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import fsspec
 import pyarrow as pa
 
 from gubs.data.settings import SourceSettings
 from gubs.data.sources import units
 from gubs.data.sources.columns import KINDS, CellRules
-from gubs.data.sources.files import InputFile, in_folder, is_wild, listed, matching
+from gubs.data.sources.files import InputFile, in_folder, is_wild, listed, located, matching
 from gubs.data.sources.log import Head
 from gubs.data.sources.reading import (
     Column,
@@ -82,7 +81,7 @@ def find_files(path: str) -> tuple[dict[str, list[InputFile]], str]:
     Raises:
         InputError: there are no interactions, or a table is there twice.
     """
-    fs, place = fsspec.core.url_to_fs(path)
+    fs, place = located(path)
     if is_wild(path):
         own, folder = matching(path), path[: min(path.index(c) for c in "*?[" if c in path)].rpartition("/")[0]
         folder = folder.rpartition("/")[0] if folder.endswith("/interactions") else folder

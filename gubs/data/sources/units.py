@@ -51,6 +51,10 @@ REPEATED_OFTEN, OFTEN_SHARE = 10.0, 0.05
 """A share of the views above which nobody watches a video this many times over."""
 LOWEST_TOP_RATE = 0.02
 """In a log of any size, somebody watches more than this of a video."""
+LOWEST_TYPICAL_RATE = 0.01
+"""Half of the play rates above 0 are above this."""
+LONGEST_S, LONG_SHARE = 14_400.0, 0.01
+"""A share of the videos above which none of a feed is this long, unless a setting says that they are in seconds."""
 ENOUGH = 20
 """Values from which low ones count as evidence."""
 
@@ -240,6 +244,14 @@ def _implausible_length(sizes: Sizes, table: str, column: str, stated: Stated) -
             f"like {_WORDS[likely]}",
             f"{setting}={likely} (or {setting}=s if they are seconds)",
         )
+    elif column == "duration_s" and not unit and sizes.n >= ENOUGH and sizes.share_above(LONGEST_S) > LONG_SHARE:
+        yield Objection(
+            table,
+            column,
+            f"{sizes.share_above(LONGEST_S):.0%} of the values are over {LONGEST_S / 3600:g} hours; some look like "
+            f"{_WORDS[_finer_unit(LONGEST_S)]}, perhaps those of one file",
+            f"{setting}=s if all are seconds; else convert the others before",
+        )
     elif column == "duration_s" and sizes.n >= (1 if unit else ENOUGH) and sizes.median < shortest:
         yield Objection(
             table,
@@ -313,6 +325,8 @@ def _implausible_rate(evidence: Evidence, stated: Stated) -> Iterator[Objection]
         )
     elif rates.n >= ENOUGH and rates.quantile(0.99) < LOWEST_TOP_RATE:
         reason = f"99 of 100 views watch less than {rates.quantile(0.99):.2g} of the video"
+    elif rates.n >= ENOUGH and rates.median < LOWEST_TYPICAL_RATE:
+        reason = f"half of the views watch less than {rates.median:.2g} of the video"
     else:
         return
     table = "interactions" if evidence.duration.n else "videos"
