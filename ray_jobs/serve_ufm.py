@@ -5,7 +5,7 @@
 First it makes the filter if the run lacks it: the policy taught to answer without a thought, thresholds from held-out
 users, everything a replica needs in one folder. A further version is deployed beside the first and gets no requests
 until `gubs serve split` or `gubs serve promote` says so. The cluster must have been started with
-RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=gubs.serving.guard:middlewares (see docs/operations.md).
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=gubs.serving.guard:middlewares (see docs/serving.md).
 """
 
 from gubs.jobs import job_main, serve_job

@@ -601,18 +601,23 @@ class Ingress:
         task.add_done_callback(self._background.discard)
 
 
+def autoscaling(settings: ServingSettings) -> JsonObject:
+    """How the number of engine replicas follows the load."""
+    return {
+        "min_replicas": settings.min_replicas,
+        "max_replicas": max(settings.min_replicas, settings.max_replicas),
+        "target_ongoing_requests": settings.ongoing,
+        "upscale_delay_s": 5,
+        "downscale_delay_s": 120,
+    }
+
+
 def build_engine(args: JsonObject) -> serve.Application:
     """A version's application, for `serve run` and config files: `uri` of the filter, `settings`, `gpus`."""
     settings = ServingSettings(**args.get("settings", {}))
     resources = {"num_gpus": 1, "num_cpus": 1} if args.get("gpus") else {"num_cpus": 1}
     options: dict[str, Any] = {
-        "autoscaling_config": {
-            "min_replicas": settings.min_replicas,
-            "max_replicas": max(settings.min_replicas, settings.max_replicas),
-            "target_ongoing_requests": settings.ongoing,
-            "upscale_delay_s": 5,
-            "downscale_delay_s": 120,
-        },
+        "autoscaling_config": autoscaling(settings),
         "max_ongoing_requests": settings.max_ongoing,
         "max_queued_requests": settings.max_queued,
         "health_check_period_s": 10,

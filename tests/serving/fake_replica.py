@@ -7,7 +7,7 @@ from ray import serve
 from serving_helpers import RuleEngine
 
 from gubs.serving.bundle import Bundle
-from gubs.serving.deployment import ENGINE, ROUTER, EngineReplica
+from gubs.serving.deployment import ENGINE, ROUTER, EngineReplica, autoscaling
 from gubs.serving.service import FilterService
 from gubs.serving.settings import ServingSettings
 
@@ -30,14 +30,18 @@ class FakeReplica(_Replica):
         return os.getpid(), self._engine.running, self._engine.finished
 
 
+QUICK = {"upscale_delay_s": 0.5, "downscale_delay_s": 2, "metrics_interval_s": 0.5, "look_back_period_s": 1}
+
+
 def application(
     uri: str, settings: ServingSettings, seconds: float = 0.0, word: str = "cars", replicas: int = 1
 ) -> Any:
-    """Like `build_engine`, with the fake."""
+    """Like `build_engine`, with the fake; its number follows the load if the settings allow several."""
     deployment: Any = serve.deployment(FakeReplica)
+    elastic = settings.max_replicas > settings.min_replicas
     return deployment.options(
         name=ENGINE,
-        num_replicas=replicas,
+        **({"autoscaling_config": autoscaling(settings) | QUICK} if elastic else {"num_replicas": replicas}),
         max_ongoing_requests=settings.max_ongoing,
         max_queued_requests=settings.max_queued,
         health_check_period_s=1,

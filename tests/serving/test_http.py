@@ -7,15 +7,20 @@ import re
 import signal
 import socket
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
 import ray
+from fake_replica import application
+from fastapi import Request
 from ray import serve
 from serving_helpers import make_filter
 
 from gubs.serving.client import AsyncClient, Client, ServiceError
+from gubs.serving.deployment import Ingress, RefusedError, build_ingress
 from gubs.serving.schemas import Candidate
+from gubs.serving.settings import ServingSettings
 from gubs.serving.shadow import read_log
 
 pytestmark = pytest.mark.engine
@@ -117,6 +122,21 @@ def test_every_outcome_is_counted(fast):
     assert "gubs_filter_label_mass_count" in httpx.get(f"{fast.url}/metrics").text
 
 
+def test_without_keys_a_service_answers_on_its_own_machine_only(fast):
+    open_to_all = ServingSettings(insecure=True).model_dump(mode="json")
+    ingress = build_ingress({"settings": open_to_all, "versions": {"filter-a": 1.0}})
+    serve.run(ingress, name="open", route_prefix="/open")
+    try:
+        assert httpx.post(f"{fast.url}/open/v1/filter", json=GOOD, timeout=20).status_code == 200
+    finally:
+        serve.delete("open")
+    for client in (("10.0.0.9", 1), None):
+        with pytest.raises(RefusedError) as e:
+            request = Request({"type": "http", "headers": [], "client": client})
+            Ingress.func_or_class._authorised(SimpleNamespace(_keys=None), request)
+        assert e.value.status == 403
+
+
 def test_a_huge_body_is_refused_before_a_replica_sees_it(fast):
     began = time.perf_counter()
     response = fast.ask(b"x" * (30 << 20))
@@ -180,6 +200,29 @@ def test_over_capacity_requests_are_refused_at_once(service):
     assert max(accepted) < service.settings.timeout_s
     assert sorted(s for _, s in refused)[len(refused) // 2] < 1
     assert service.ask(headers=service.headers).status_code == 200, "it has recovered"
+
+
+def test_the_number_of_engines_follows_the_load(service):
+    settings = service.settings.model_copy(update={"max_replicas": 2, "ongoing": 1})
+    serve.run(application(service.filter, settings, seconds=0.4), name="elastic", route_prefix=None)
+    service.traffic(elastic=1.0)
+
+    def running():
+        return httpx.get(f"{service.url}/v1/status", headers=service.headers).json()["replicas"]["elastic"]
+
+    def until(count, load):
+        deadline = time.monotonic() + 60
+        while running() != count:
+            assert time.monotonic() < deadline, f"{running()} replicas, not {count}"
+            load()
+
+    try:
+        assert running() == 1
+        until(2, lambda: asyncio.run(crowd(service, 6)))
+        until(1, lambda: time.sleep(0.5))
+    finally:
+        service.traffic(slow=1.0)
+        serve.delete("elastic")
 
 
 def test_a_client_that_retries_gets_through(service):
