@@ -32,7 +32,9 @@ _WAIT_S = 1.0
 _START_S = 120.0
 _LATE_S = 10.0
 """How much longer than allowed an actor may take to report."""
-_MOST_DEATHS = 3
+_PAUSES_S = (0.5, 5.0, 20.0)
+"""Before an actor is started again after its first, second and third death; after another one it is given up. A lost node
+counts as alive for some ten seconds, and gets new actors meanwhile."""
 
 
 @dataclass
@@ -96,7 +98,8 @@ class Pool:
         """
         if not ray.is_initialized():
             raise PlatformError("LLM calls run on Ray, which is not started: call ray.init() first")
-        self._deaths = 0
+        self._deaths = Counter[int]()
+        """By the actors' numbers."""
         self._retired: list[Report] = []
         """Counts of actors that died."""
         self._metrics = _Metrics()
@@ -195,15 +198,19 @@ class Pool:
             except RayTaskError as e:
                 raise (e.cause if isinstance(e.cause, GubsError) else e) from None
             except RayActorError as e:
-                self._count_death(e)
                 log.warning("client actor %d died as it started; starting another", member.assignment.number)
+                self._after_death(member, e)
                 member.actor = self._start(member.assignment).actor
                 self._open([member])
 
-    def _count_death(self, error: Exception) -> None:
-        self._deaths += 1
-        if self._deaths > _MOST_DEATHS:
-            raise PlatformError(f"client actors keep dying ({self._deaths} times): {error}") from None
+    def _after_death(self, member: Member, error: Exception) -> None:
+        """Counts an actor's death, and waits before it is started again."""
+        number = member.assignment.number
+        deaths = self._deaths[number]
+        self._deaths[number] += 1
+        if deaths >= len(_PAUSES_S):
+            raise PlatformError(f"client actor {number} died {deaths + 1} times: {error}") from None
+        time.sleep(_PAUSES_S[deaths])
 
     def _send(self, member: Member) -> None:
         if member.buffer:
@@ -225,9 +232,9 @@ class Pool:
                 member.per_endpoint[work.endpoint] -= 1
 
     def _replace(self, member: Member, result: PollResult, error: Exception) -> None:
-        self._count_death(error)
         number, calls = member.assignment.number, len(member.outstanding)
         log.warning("client actor %d died; starting another and asking its %d open calls again", number, calls)
+        self._after_death(member, error)
         result.lost += member.outstanding.values()
         self._retired.append(Report([], retried=member.last.retried, copies=member.last.copies))
         replacement = self._start(member.assignment)

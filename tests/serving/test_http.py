@@ -331,7 +331,9 @@ def test_a_roll_over_drops_no_request(service):
         for shares in ({"filter_a": 0.5, "filter_b": 0.5}, {"filter_b": 1.0}, {"filter_a": 1.0, "filter_b": 0.0}):
             await asyncio.sleep(0.5)
             await asyncio.to_thread(service.traffic, **shares)
-            seen.append((await asyncio.to_thread(service.ask)).json()["model"]["version"])
+            with Client(service.url, service.key, retries=3) as client:
+                answer = await asyncio.to_thread(client.filter, "u0", ["v1", "v2"])
+            seen.append(answer.model.version)
         return await running
 
     service.traffic(filter_a=1.0, filter_b=0.0)
