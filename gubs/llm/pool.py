@@ -33,8 +33,8 @@ _START_S = 120.0
 _LATE_S = 10.0
 """How much longer than allowed an actor may take to report."""
 _PAUSES_S = (0.5, 5.0, 20.0)
-"""Before an actor is started again after its first, second and third death; after another one it is given up. A lost node
-counts as alive for some ten seconds, and gets new actors meanwhile."""
+"""Before an actor is started again after its first, second and third death; after another one it is given up. A lost
+node counts as alive for some ten seconds, and gets new actors meanwhile."""
 
 
 @dataclass
