@@ -116,7 +116,10 @@ def _nodes(nodes: int) -> Iterator[None]:
     """Machines of one core each: all processes of a node are pinned to a core. The head, which offers no CPUs, and the
     driver share the first one's.
     """
-    first, *others = sorted(os.sched_getaffinity(0))[:nodes]
+    cores = sorted(os.sched_getaffinity(0))
+    if nodes > len(cores):
+        raise SystemExit(f"--nodes {nodes}: this machine has {len(cores)} cores, and each node needs one of its own")
+    first, *others = cores[:nodes]
     os.sched_setaffinity(0, {first})  # inherited by threads and processes that start later, so Ray comes after it
     import ray
     from ray.cluster_utils import Cluster

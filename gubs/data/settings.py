@@ -57,7 +57,9 @@ class SourceSettings(Section):
         if self.kind != "synthetic" and not self.path:
             raise ValueError(f"source.kind={self.kind} needs source.path=FOLDER")
         if self.kind != "logs" and "://" in self.path:
-            raise ValueError(f"source.kind={self.kind} reads a local folder, not {self.path}: mount or copy it")
+            raise ValueError(
+                f"source.kind={self.kind} reads a local folder, not {self.path}: mount it, or copy the files"
+            )
         return self
 
 

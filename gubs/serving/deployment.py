@@ -528,7 +528,7 @@ class Ingress:
         """
         if self._keys is None:
             if not (request.client and ipaddress.ip_address(request.client.host).is_loopback):
-                raise RefusedError(403, "forbidden", "this service asks for no key, so it serves its own machine only")
+                raise RefusedError(403, "forbidden", "this service has no keys, so it answers its own machine only")
             return None
         key = self._keys.find(request.headers.get("authorization"))
         if key is None:
@@ -564,7 +564,7 @@ class Ingress:
         }
         for name, (size, limit) in sizes.items():
             if size > limit:
-                raise RefusedError(422, "invalid_request", f"{name}: {size} are more than the {limit} served here")
+                raise RefusedError(422, "invalid_request", f"{name}: {size}, and this service takes at most {limit}")
 
     def _pick(self, key: str) -> str:
         try:

@@ -46,7 +46,5 @@ class RayTrainer(TorchTrainer):
         without a dashboard, the one that frees the place of a dead controller (it asks the dashboard who is dead).
         Their starts take 2 and 4 s of a core.
         """
-        idle = (() if self.datasets else (DatasetsCallback,)) + (
-            () if has_dashboard() else (PlacementGroupCleanerCallback,)
-        )
-        return [c for c in super()._create_default_callbacks() if not isinstance(c, idle)]
+        needed = {DatasetsCallback: bool(self.datasets), PlacementGroupCleanerCallback: has_dashboard()}
+        return [c for c in super()._create_default_callbacks() if needed.get(type(c), True)]
