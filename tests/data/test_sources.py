@@ -14,6 +14,7 @@ import pytest
 from gubs.data.settings import SourceSettings
 from gubs.data.sources import SourceTables, movielens, read_source
 from gubs.data.sources.formats import TextFormat, open_table
+from gubs.data.sources.log import Findings, first_times
 from gubs.data.sources.reading import Column, Sheet, clicks, codes, constant, duplicated, read_sheet
 from gubs.errors import InputError
 from gubs.records import SCHEMAS
@@ -766,6 +767,22 @@ def test_unseen_films_were_there_and_are_no_clicks():
         assert times[row["video_id"]] <= row["timestamp"]
     assert len({(r["user_id"], r["video_id"]) for r in unseen}) == len(unseen)
     assert {(r["rating"], r["liked"], r["disliked"]) for r in found} == {(None, None, None)}
-    of_u2 = clicks(rows.filter(pc.equal(rows["user_id"], "u2")), "user_id", "video_id")
-    alone = [r for r in movielens.with_unseen(of_u2, first, 1).to_pylist() if not r["clicked"]]
-    assert alone == [r for r in unseen if r["user_id"] == "u2"], "a user's films do not depend on other users"
+
+
+def test_the_unseen_films_of_a_user_do_not_depend_on_other_users():
+    films, users = [f"v{i}" for i in range(200)], [f"u{i % 5}" for i in range(40)]
+    first = pa.table({"video_id": films, "timestamp": list(range(200))})
+    rows = pa.table({"user_id": users, "video_id": films[160:], "timestamp": list(range(160, 200))})
+    together = movielens.with_unseen(clicks(rows, "user_id", "video_id"), first, 2).to_pylist()
+    for user in set(users):
+        own = clicks(rows.filter(pc.equal(rows["user_id"], user)), "user_id", "video_id")
+        alone = movielens.with_unseen(own, first, 2).to_pylist()
+        assert len(alone) == 3 * own.num_rows
+        assert alone == [r for r in together if r["user_id"] == user]
+
+
+def test_the_first_time_of_a_film_is_that_of_all_pieces_of_a_log():
+    pieces = [{"a": 30, "b": 20, "c": None}, {"a": 10, "d": 40}, {"b": 25, "d": 35}]
+    tables = (pa.table({"video_id": list(p), "timestamp": pa.array(p.values(), pa.int64())}) for p in pieces)
+    found = sum((Findings(first=first_times(t)) for t in tables), Findings()).first
+    assert dict(zip(*(found[c].to_pylist() for c in found.column_names), strict=True)) == {"a": 10, "b": 20, "d": 35}
