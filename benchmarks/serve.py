@@ -10,6 +10,7 @@ time, so that waiting clients cannot hide a queue.
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -29,7 +30,7 @@ from gubs.artifacts import Run
 from gubs.config import Settings, load_settings
 from gubs.data.ifvr import IFVR
 from gubs.ray_runtime import free_port
-from gubs.records import Split, Task
+from gubs.records import Task
 from gubs.serving.control import Control
 from gubs.serving.filter import Mode
 from gubs.stages import FILTER
@@ -51,7 +52,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each open-loop measurement")
     parser.add_argument("--rounds", type=int, default=3, help="offline and saturated, in turns")
     parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--gpus", action="store_true", help="give each replica a GPU, and the offline engine too")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -62,12 +65,17 @@ def main() -> None:
     settings = load_settings(args.preset, args.set)
     with _service(args, settings) as url:
         for mode in args.modes:
-            _load(args, url, mode, "0")  # warms caches and compiles
+            _load(args, url, mode, "0")  # compiles, and reads users and videos for the first time
             for _ in range(args.rounds):
+                args.skip += args.requests  # other pairs of user and video than before
                 results[mode]["saturated"].append(_load(args, url, mode, "0"))
             rate = statistics.median(r["requests_per_second"] for r in results[mode]["saturated"])
-            results[mode]["open"] = {s: _load(args, url, mode, str(rate * s)) for s in (0.5, 0.8, 1.2)}
+            results[mode]["open"] = {}
+            for share in (0.5, 0.8, 1.2):
+                args.skip += args.requests
+                results[mode]["open"][share] = _load(args, url, mode, str(rate * share))
         results["overhead"] = _overhead(args, url)
+    args.skip = 0
     for mode in args.modes:
         results[mode]["offline"] = [_worker(args, "offline", mode) for _ in range(args.rounds)]
     _print(results, args)
@@ -117,7 +125,7 @@ class _service:  # noqa: N801 - used as a context manager
         }
         serving = self._settings.serving.model_copy(update=changes)
         artifact = Run(self._args.run.resolve()).artifact(FILTER)
-        Control(address).deploy(artifact.uri, artifact.content, serving, gpus=False)
+        Control(address).deploy(artifact.uri, artifact.content, serving, gpus=self._args.gpus)
         return f"http://127.0.0.1:{port}"
 
     def __exit__(self, *error: Any) -> None:
@@ -127,7 +135,7 @@ class _service:  # noqa: N801 - used as a context manager
 def _worker(args: argparse.Namespace, *words: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--run", str(args.run), "--preset", args.preset, "--set", *args.set]
     command += ["--candidates", str(args.candidates), "--requests", str(args.requests)]
-    command += ["--seconds", str(args.seconds), "--worker", *words]
+    command += ["--seconds", str(args.seconds), "--skip", str(args.skip), "--worker", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{words} failed:\n{done.stderr[-3000:]}")
@@ -140,48 +148,52 @@ def _load(args: argparse.Namespace, url: str, mode: str, rate: str) -> dict[str,
 
 
 def _bodies(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
-    """Users, each with some of the test targets, over and over."""
+    """Users in turn, each with other videos than the time before, until all are through; the first ones are left out.
+    The part of a prompt about the user is then in the engine's cache, as in a service, and the video is not.
+    """
     ifvr = IFVR(Run(args.run.resolve()))
-    by_user: dict[str, list[str]] = {}
-    for row in ifvr.targets(Task.SEQUENTIAL, [Split.TEST]).to_pylist():
-        by_user.setdefault(row["user_id"], []).append(row["video_id"])
-    videos = list(ifvr.videos)
-    rng = random.Random(1)
-    while True:
-        for user, own in by_user.items():
-            yield user, (own + rng.sample(videos, min(len(videos), args.candidates)))[: args.candidates]
+    users, videos, rng = list(ifvr.users), list(ifvr.videos), random.Random(1)
+    rng.shuffle(users)
+    order = {user: rng.sample(videos, len(videos)) for user in users}
+    for number in itertools.count(args.skip):
+        turn, place = divmod(number, len(users))
+        mine = order[users[place]]
+        yield users[place], [mine[(turn * args.candidates + k) % len(mine)] for k in range(args.candidates)]
 
 
 def offline(args: argparse.Namespace, mode: str) -> dict[str, Any]:
-    """The same prompts in one call of vLLM's offline API, encoded beforehand."""
+    """The same prompts in one call of vLLM's offline API, encoded beforehand, after those that the service had read."""
     from gubs.serving.bundle import Bundle
+    from gubs.serving.engine import engine_shape
     from gubs.ufm.inputs import Inputs
     from gubs.ufm.labels import Labels
     from gubs.ufm.predict import Query, request_of
     from gubs.ufm.prompting import PromptBuilder
-    from gubs.ufm.rollout import Engine, Shape
+    from gubs.ufm.rollout import Engine
 
     bundle = Bundle(str(args.run.resolve() / FILTER))
-    config, folder = bundle.config, str(bundle.local_policy())
-    inputs, builder = Inputs(folder, config.inputs), PromptBuilder(config.inputs, config.pictures)
+    config = bundle.config
+    inputs, builder = Inputs(bundle.local_policy(), config.inputs), PromptBuilder(config.inputs, config.pictures)
     labels = Labels.of(inputs, Task.SEQUENTIAL)
-    requests, bodies = [], _bodies(args)
     thoughts = config.thoughts if mode == Mode.REASON else 1
-    for _ in range(args.requests):
-        user, videos = next(bodies)
-        person = bundle.person(user, Task.SEQUENTIAL)
-        for video in videos:
-            known = bundle.video(video)
+    heat = 1.0 if thoughts > 1 else 0.0
+
+    def encoded(bodies: Iterator[tuple[str, list[str]]]) -> Iterator[Any]:
+        for user, videos in itertools.islice(bodies, args.requests):
+            person = bundle.person(user, Task.SEQUENTIAL)
             assert person
-            assert known
-            prompt = builder.about_user(Task.SEQUENTIAL, person, known, bundle.pictures.clip(video))
-            heat = 1.0 if thoughts > 1 else 0.0
-            request = request_of(inputs, Query(None, prompt, 0, heat, labels, score=mode == Mode.SCORE))
-            assert request
-            requests += [replace(request, seed=k) for k in range(thoughts)]
-    engine = Engine(Shape(folder, config.model, config.inputs, config.rollout, pictures=config.pictures))
-    engine.generate(requests)  # as the service has answered the same before
-    engine.forget()
+            for video in videos:
+                known = bundle.video(video)
+                assert known
+                prompt = builder.about_user(Task.SEQUENTIAL, person, known, bundle.pictures.clip(video))
+                request = request_of(inputs, Query(None, prompt, 0, heat, labels, score=mode == Mode.SCORE))
+                assert request
+                yield from (replace(request, seed=k) for k in range(thoughts))
+
+    bodies = _bodies(args)
+    before, requests = list(encoded(bodies)), list(encoded(bodies))
+    engine = Engine(engine_shape(bundle, load_settings(args.preset, args.set).serving))
+    engine.generate(before)
     prompts, parameters = engine._prepared(requests, None)
     began = time.perf_counter()
     engine._llm.generate(prompts, parameters, use_tqdm=False)
@@ -207,6 +219,8 @@ async def _saturate(args: argparse.Namespace, url: str, mode: str) -> dict[str, 
                     usage[0] += answer["usage"]["cached_tokens"]
                     usage[1] += answer["usage"]["prompt_tokens"]
                     break
+                if status not in (429, 503):
+                    raise SystemExit(f"status {status}: {answer}")
                 await asyncio.sleep(0.05)
 
     async with aiohttp.ClientSession() as session:

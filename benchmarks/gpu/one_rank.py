@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, nargs="+", default=[1, 4], help="records of a step; each is measured")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of every answer")
     parser.add_argument("--steps", type=int, default=3, help="steps of each size; the first one does not count")
+    parser.add_argument("--profile", type=Path, help="text file for the trainer's kernels in one more step, by time")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("settings", nargs="*", help="key=value")
     args = parser.parse_args()
@@ -81,10 +82,23 @@ def work(args: argparse.Namespace, gpu: bool) -> None:
                     steps.append(worker._timed(number))
                     number += 1
                 found |= speeds(steps[1:] or steps, parameters, 1, peak_flops())
+                found["health"] = {k: v for k, v in steps[-1].items() if k.startswith("health/")}
                 found["peaks_gib"] = dict(peaks)
                 peaks.clear()
+        if args.profile:
+            with results.measure("profile"):
+                args.profile.write_text(_profile(worker, number))
         _sleeps(worker, results)
         worker.end()
+
+
+def _profile(worker: Any, number: int) -> str:
+    """The kernels of a step of the worker's own process, those with most time first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        worker._timed(number)
+    return profiled.key_averages().table(sort_by="self_device_time_total", row_limit=60, max_name_column_width=100)
 
 
 def _sleeps(worker: Any, results: Results) -> None:
