@@ -86,7 +86,8 @@ def work(args: argparse.Namespace, gpu: bool) -> None:
                 found["peaks_gib"] = dict(peaks)
                 peaks.clear()
         if args.profile:
-            with results.measure("profile"):
+            with results.measure("profile", records=args.records[0]):
+                _resize(worker, args.records[0])  # of more, the profiler takes minutes
                 args.profile.write_text(_profile(worker, number))
         _sleeps(worker, results)
         worker.end()

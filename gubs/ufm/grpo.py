@@ -55,7 +55,7 @@ class GRPOWorker(TrainWorker):
             model = models.load(job.start, self.ufm.model, train=True)
             self.trainer = Trainer(model, self.ufm.model, self.grpo.optimizer, self.steps, self.device, self.vision)
             self.reference = Reference(models.load(job.start, self.ufm.model), self.device) if self.grpo.beta else None
-        self._share = models.attention(self.ufm.model) == "sdpa"  # only SDPA takes a mask of what sees what
+        self._share = models.attention(self.ufm.model) == "sdpa"  # see attention.py
         self.engine.open(self.trainer.model)
         self._ahead = models.background_thread("plan", self.device)
         self._next: Future[StepPlan] | None = None

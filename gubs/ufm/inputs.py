@@ -20,6 +20,7 @@ import numpy.typing as npt
 from gubs.artifacts import JsonObject
 from gubs.errors import SettingsError
 from gubs.prompts.fields import PICTURES
+from gubs.ufm.attention import Row
 from gubs.ufm.settings import InputSettings
 from gubs.video.clips import ByteCache, Clip
 
@@ -77,8 +78,8 @@ class Batch:
     """(tokens,) int64: the response tokens."""
     vision: "Tensor"
     """(b, n) bool: the embedding at this place comes from the vision tower."""
-    attention: "Tensor | None" = None
-    """(b, 1, n, n) bool: what sees what; None = each place sees all places before it."""
+    rows: tuple[Row, ...] | None = None
+    """What stands in each row, where some hold several responses; None = each place sees all places before it."""
     pixels: "dict[str, Tensor]" = field(default_factory=dict)
     """Kind -> concatenated pixel values of the different clips of that kind."""
     grids: "dict[str, Tensor]" = field(default_factory=dict)
@@ -198,7 +199,7 @@ class Inputs:
 
         Args:
             sequences: in the order in which the batch keeps them.
-            share: put responses to one and the same `Encoded` into one row; needs an attention that takes a mask.
+            share: put responses to one and the same `Encoded` into one row; needs the attention of `attention.py`.
         """
         import torch
 
@@ -234,7 +235,7 @@ class Inputs:
             predict=torch.tensor([p for i in range(len(places)) for p in predict[i]], dtype=torch.long),
             targets=ids[torch.tensor([p for place in places for p in place], dtype=torch.long)],
             vision=torch.from_numpy(vision),
-            attention=_branches(rows, places, size),
+            rows=_shared_rows(rows, sequences),
             pixels={k: torch.cat([self.pixels(c) for c in by_key.values()]) for k, by_key in clips.items() if by_key},
             grids={k: torch.tensor([self.grid(c) for c in by_key.values()]) for k, by_key in clips.items() if by_key},
             clip_of=clip_of,
@@ -293,19 +294,11 @@ def _lay_out(rows: Sequence[Sequence[int]], sequences: Sequence[Answered]) -> tu
     return size, places
 
 
-def _branches(rows: Sequence[Sequence[int]], places: Sequence[range], size: int) -> "Tensor | None":
-    """The attention mask of rows with several responses: each sees its prompt and itself, not the others."""
-    import torch
-
+def _shared_rows(rows: Sequence[Sequence[int]], sequences: Sequence[Answered]) -> tuple[Row, ...] | None:
+    """What stands in the rows; None if each has one response."""
     if all(len(r) == 1 for r in rows):
         return None
-    mask = torch.ones(size, size, dtype=torch.bool).tril().repeat(len(rows), 1, 1)
-    for row, members in enumerate(rows):
-        first = places[members[0]].start - row * size
-        for i in members:
-            begin, end = places[i].start - row * size, places[i].stop - row * size
-            mask[row, begin:end, first:begin] = False
-    return mask.unsqueeze(1)
+    return tuple(Row(len(sequences[r[0]][0].ids), tuple(len(sequences[i][1]) for i in r)) for r in rows)
 
 
 def _as_image(clip: Clip) -> "Image":

@@ -135,8 +135,8 @@ class Load:
     """Tokens of the longest row: a prompt with its longest answers, if those share it, else with one."""
     answer: int
     """Tokens of the longest answer."""
-    shared: bool
-    """Answers share a row: a mask says what sees what."""
+    together: int
+    """Answers that share a row."""
     micro_tokens: int
     """Tokens of a micro-batch."""
     patches: int
@@ -402,7 +402,7 @@ def _load(
     patches = frames.count // a.temporal * (frames.max_pixels // a.patch**2) if ufm.inputs.vision else 0
     together = samples if ufm.model.attention in ("auto", "sdpa") else 1
     row = ufm.inputs.max_prompt_tokens + together * ufm.inputs.max_new_tokens
-    return Load(sequences, clips, row, ufm.inputs.max_new_tokens, together > 1, micro_tokens, patches)
+    return Load(sequences, clips, row, ufm.inputs.max_new_tokens, together, micro_tokens, patches)
 
 
 def _written(ufm: UFMSettings, a: Architecture, checkpoint: CheckpointSettings) -> dict[str, float]:
@@ -435,14 +435,14 @@ def _backward(ufm: UFMSettings, a: Architecture, load: Load, engine: Mapping[str
         "buckets": float(2 * min(BUCKET, a.parameters) * width),
         "activations": activations(ufm, a, load),
         "logits": 2.0 * load.answer_tokens * a.vocabulary * width + _LOGPROB_CHUNKS,
-        "mask": _mask(load, width),
+        "shared rows": 2 * _shared_rows(load, a, width),  # and their gradients
     }
     return Phase("train", {**parts, **engine})
 
 
-def _mask(load: Load, width: int) -> float:
-    """Of rows in which answers do not see each other: as booleans, and as SDPA adds it to the scores."""
-    return float(load.tokens * load.row * (1 + width)) if load.shared else 0.0
+def _shared_rows(load: Load, a: Architecture, width: int) -> float:
+    """A layer's keys and values once for each answer that shares a row, for all heads: see `attention.py`."""
+    return 2.0 * load.together * load.tokens * a.hidden * width if load.together > 1 else 0.0
 
 
 def _optimizer(ufm: UFMSettings, a: Architecture, engine: Mapping[str, float]) -> Phase:
@@ -463,7 +463,7 @@ def _reference(ufm: UFMSettings, a: Architecture, load: Load, engine: Mapping[st
             _layer(load.micro_patches(a.merge), a.vision_hidden, a.vision_hidden, a.vision_intermediate, width),
         ),
         "logits": float(load.answer_tokens * a.vocabulary * width + _LOGPROB_CHUNKS),
-        "mask": _mask(load, width),
+        "shared rows": _shared_rows(load, a, width),
     }
     return Phase("reference", {**_resident(ufm, a), **parts, **engine})
 

@@ -20,6 +20,7 @@ from gubs.artifacts import JsonObject, fingerprint_files
 from gubs.console import OnProgress
 from gubs.errors import PlatformError, SettingsError
 from gubs.llm.embedded import default_cache, prepare_embedded_model
+from gubs.ufm.attention import install
 from gubs.ufm.inputs import Inputs
 from gubs.ufm.lessons import corpus, teach
 from gubs.ufm.settings import InputSettings, ModelSettings, UFMSettings
@@ -166,6 +167,8 @@ def load(folder: str | Path, settings: ModelSettings, *, train: bool = False) ->
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         folder, dtype=getattr(torch, settings.dtype), attn_implementation=attention(settings)
     )
+    if attention(settings) == "sdpa":
+        install(model)
     if train and settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train(train)

@@ -7,6 +7,7 @@ can share a row (see `Batch`); the prompt is then computed once instead of once 
 
 from typing import TYPE_CHECKING
 
+from gubs.ufm import attention
 from gubs.ufm.inputs import Batch
 
 if TYPE_CHECKING:
@@ -29,8 +30,12 @@ def hidden_states(model: "Qwen2_5_VLForConditionalGeneration", batch: Batch, *, 
         embedded = embedded.masked_scatter(batch.vision.unsqueeze(-1), _vision(core, batch).to(embedded.dtype))
     elif vision:
         embedded = embedded + 0.0 * _black(core).sum().to(embedded.dtype)
+    ours = core.config.text_config._attn_implementation == attention.NAME
+    assert ours or not batch.rows, "only our own attention keeps answers in one row apart"
+    # a mapping keeps transformers from making a mask
+    more = {"attention_mask": {"full_attention": None}, "rows": batch.rows} if ours else {}
     return core.language_model(
-        inputs_embeds=embedded, position_ids=batch.positions, attention_mask=batch.attention, use_cache=False
+        inputs_embeds=embedded, position_ids=batch.positions, use_cache=False, **more
     ).last_hidden_state
 
 

@@ -76,7 +76,7 @@ class SFTWorker(TrainWorker):
         sft = settings or job.ufm.sft
         super().__init__(job, steps_of(examples, sft), sft.checkpoint)
         self.sft, self._shard = sft, shard
-        self._share = models.attention(self.ufm.model) == "sdpa"  # only SDPA takes a mask of what sees what
+        self._share = models.attention(self.ufm.model) == "sdpa"  # see attention.py
         with self.phases("load"):
             model = models.load(job.start, self.ufm.model, train=True)
             self.trainer = Trainer(model, self.ufm.model, sft.optimizer, self.steps, self.device, self.vision)

@@ -13,6 +13,7 @@ from ufm_helpers import image_prompt, make_clip, text_prompt, tiny_inputs, video
 from gubs.errors import SettingsError
 from gubs.prompts.fields import plain
 from gubs.ufm import inputs as module
+from gubs.ufm.attention import Row
 from gubs.ufm.inputs import VISION_MARK, Encoded, Inputs, Prompt, mrope_positions
 
 
@@ -163,18 +164,16 @@ def test_each_response_token_is_predicted_by_the_token_before_it(inputs, share):
     assert next(targets, None) is None
 
 
-def test_answers_that_share_a_prompt_do_not_see_each_other(inputs):
-    """And each stands at the positions it has alone."""
-    same = inputs.encode(video_prompt("a"))
-    batch = inputs.collate([(same, (5, 6, 7)), (inputs.encode(text_prompt()), (5,)), (same, (8, 9))], share=True)
+def test_answers_that_share_a_prompt_stand_at_the_positions_they_have_alone(inputs):
+    same, other = inputs.encode(video_prompt("a")), inputs.encode(text_prompt())
+    batch = inputs.collate([(same, (5, 6, 7)), (other, (5,)), (same, (8, 9))], share=True)
     alone = inputs.collate([(same, (5, 6, 7))])
-    n, sees = len(same.ids), batch.attention[0, 0]
-    assert batch.attention.shape == (2, 1, n + 5, n + 5)
-    assert sees[n + 3, : n + 5].tolist() == [True] * n + [False] * 3 + [True, False]
-    assert sees[n + 2, : n + 5].tolist() == [True] * (n + 3) + [False] * 2
+    n = len(same.ids)
+    assert batch.ids.shape == (2, n + 5)
+    assert batch.rows == (Row(n, (3, 2)), Row(len(other.ids), (1,)))
     assert batch.positions[:, 0, n + 3 : n + 5].equal(alone.positions[:, 0, n : n + 2])
     assert batch.positions[:, 0, : n + 3].equal(alone.positions[:, 0])
-    assert alone.attention is None, "flash attention takes no mask"
+    assert alone.rows is None, "rows of one answer need nothing special"
 
 
 def test_an_end_of_turn_inside_the_padding_is_no_response(inputs):

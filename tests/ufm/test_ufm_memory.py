@@ -107,11 +107,12 @@ def test_answers_that_share_a_row_make_it_longer(paper):
     def tokens(*overrides):
         ufm = load_settings("paper", ["ufm.grpo.micro_tokens=64", *overrides]).ufm
         parts = phase(plan_grpo(ufm, QWEN2_5_VL_7B, FRAMES, 80 * GIB), "train").parts
-        return parts["activations"], parts["mask"]
+        return parts["activations"], parts["shared rows"]
 
     shared, alone = tokens(), tokens("ufm.model.attention=flash_attention_2")
     assert shared[0] / alone[0] == pytest.approx((8192 + 4 * 512) / (8192 + 512), rel=0.01)
-    assert (shared[1], alone[1]) == (3 * (8192 + 4 * 512) ** 2, 0.0)
+    assert shared[1] == 4 * 4 * (8192 + 4 * 512) * 3584 * 2, "keys and values for each answer, and their gradients"
+    assert alone[1] == 0.0
 
 
 def test_checkpoints_and_policy_have_to_fit_the_disk(paper, tmp_path, monkeypatch):
