@@ -8,7 +8,7 @@ import pyarrow as pa
 from gubs.data.settings import SourceSettings
 from gubs.data.sources import units
 from gubs.data.sources.columns import KINDS, CellRules
-from gubs.data.sources.files import InputFile, in_folder, is_wild, listed, located, matching
+from gubs.data.sources.files import InputFile, fixed_folder, in_folder, is_wild, listed, located, matching
 from gubs.data.sources.log import Head
 from gubs.data.sources.reading import (
     Column,
@@ -83,7 +83,7 @@ def find_files(path: str) -> tuple[dict[str, list[InputFile]], str]:
     """
     fs, place = located(path)
     if is_wild(path):
-        own, folder = matching(path), path[: min(path.index(c) for c in "*?[" if c in path)].rpartition("/")[0]
+        own, folder = matching(path), fixed_folder(path)
         folder = folder.rpartition("/")[0] if folder.endswith("/interactions") else folder
     elif fs.isfile(place):
         folder, _, name = path.rpartition("/")
