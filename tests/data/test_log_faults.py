@@ -379,6 +379,30 @@ def test_facts_and_tags_that_are_missing_are_left_out(tmp_path):
     assert dict(read(tmp_path).users["other"][0].as_py()) == {"home": "flat"}
 
 
+TAGS = {
+    "users.csv": 'user_id,tags\nu0,"[""tea"", ""N/A""]"\nu1,"[\'-\', None]"\nu2,"N/A, cats|-"\nu3,N/A\n',
+    "users.jsonl": "".join(
+        json.dumps({"user_id": f"u{i}", "tags": tags}) + "\n"
+        for i, tags in enumerate([["tea", "N/A"], ["-", "None"], ["N/A, cats", " - "], ["N/A", None, ""]])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*TAGS, "users.parquet"])
+def test_words_for_missing_values_in_lists_are_dropped_and_counted(tmp_path, name):
+    log(tmp_path, play_rate=[0.5] * 30)
+    if name in TAGS:
+        (tmp_path / name).write_text(TAGS[name])
+    else:
+        tags = pa.array([["tea", "N/A"], ["-", "None"], ["N/A, cats", "-"], ["N/A", None]], pa.list_(pa.string()))
+        pq.write_table(pa.table({"user_id": [f"u{i}" for i in range(4)], "tags": tags}), tmp_path / name)
+    tables = read(tmp_path)
+    assert column(tables, "tags", "users") == [["tea"], [], ["N/A, cats"], []]
+    note = f"5 cells of {name} count as missing, since they say 'N/A', '-', 'None' (tags 5)."
+    assert note in tables.notes
+    assert not any("count as missing" in n for n in read(tmp_path, nulls=("gone",)).notes)
+
+
 def json_lines(path: Path, *rows: dict) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

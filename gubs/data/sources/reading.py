@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gubs.data.sources import FileCount, SourceTables
-from gubs.data.sources.columns import KINDS, RULES, CellRules, Converted, Kind, convert, decode
+from gubs.data.sources.columns import KINDS, RULES, CellRules, Converted, Kind, convert, convert_lists, decode
 from gubs.data.sources.files import InputFile
 from gubs.data.sources.formats import Batch, Blank, RawFile, TextFormat, open_table
 from gubs.errors import InputError
@@ -403,14 +403,20 @@ class _SheetReader:
         return values
 
     def _convert(self, text: pa.Array, c: Column, name: str) -> Converted:
+        words = Counter[str]()
         try:
-            values, unfit = convert(text, c.kind, self.rules)
+            if c.kind == "texts":
+                (values, unfit), words = convert_lists(text, self.rules)
+            else:
+                values, unfit = convert(text, c.kind, self.rules)
         except (pa.ArrowException, TypeError, ValueError, KeyError) as e:
             raise InputError(
                 f"{self.raw.label}: column {name!r}: its type {text.type} cannot be read as {c.kind} ({e}); write "
                 f"text or numbers"
             ) from None
-        if c.kind != "text" and values.null_count and (words := self.rules.words(text)):
+        if c.kind != "text" and values.null_count:
+            words += self.rules.words(text)
+        if words:
             self.nulls.setdefault(name, Counter()).update(words)
         return values, unfit
 
