@@ -172,7 +172,7 @@ STAGES: tuple[Stage, ...] = (
         sections=("filters", "splits", "seed", "data", "ray"),
         ray=False,
         resumable=True,
-        version=2,
+        version=3,
     ),
     Stage(
         "frames",

@@ -59,13 +59,18 @@ class Nodes:
         self._cluster.shutdown()
 
     def _running(self, title: str) -> list[object]:
-        return [n for n in self._workers if any(title in t for t in _titles(n.all_processes["raylet"][0].process.pid))]
+        return [n for n in self._workers if runs(n, title)]
 
     def _add(self, **options):
         # On one machine, nodes would unpack an uploaded folder over each other's.
         unpacked = f"uploads-{time.monotonic_ns()}"
         node = {"object_store_memory": STORE_BYTES, "runtime_env_dir_name": unpacked, "temp_dir": self._folder}
         return self._cluster.add_node(wait=True, **node, **options)
+
+
+def runs(node: object, title: str) -> bool:
+    """Whether a process of a node has this text in its title."""
+    return any(title in t for t in _titles(node.all_processes["raylet"][0].process.pid))
 
 
 def wait_for(what: Callable[[], object], seconds: float, says: str) -> None:
@@ -99,3 +104,18 @@ def several_nodes(environment: pytest.MonkeyPatch) -> Iterator[Nodes]:
             yield nodes
         finally:
             nodes.end()
+
+
+@contextmanager
+def two_nodes() -> Iterator[tuple[str, list[object]]]:
+    """Two nodes with a CPU each; without a dashboard they start sooner. Yields where a driver joins them, and them."""
+    from ray.cluster_utils import Cluster
+
+    with tempfile.TemporaryDirectory(prefix="nodes-", ignore_cleanup_errors=True) as folder:
+        cluster = Cluster()
+        options = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "temp_dir": folder}
+        try:
+            nodes = [cluster.add_node(wait=True, **options, include_dashboard=False), cluster.add_node(**options)]
+            yield cluster.gcs_address, nodes
+        finally:
+            cluster.shutdown()

@@ -61,12 +61,13 @@ def _build(passes: "_Passes", workers: Work, out: ArtifactWriter) -> list[str]:
     """The passes, in order; returns notes."""
     kept, steps = _filter(passes, workers)
     if steps[-1].interactions == 0:
-        _refuse(steps)
+        _refuse(steps, passes.filters)
     numbers = range(passes.parts)
     divide = functools.partial(passes.candidates, kept)
     drawn = splitting.draw(workers.total("divide histories", divide, numbers), passes.splits)
     written = workers.run("write", functools.partial(passes.write, kept, drawn), numbers)
-    counts, notes = [asdict(step) for step in steps], filtering.shrinkage(steps, passes.filters)
+    counts = [asdict(step) for step in steps]
+    notes = filtering.shrinkage(steps, passes.filters) + filtering.task_shrinkage(steps, passes.filters)
     for name in ("interactions", "user_splits", "users"):
         out.add_table(name, _in_order([part for w in written for part in w.parts[name]]))
     seen = functools.reduce(np.bitwise_or, (w.seen for w in written))
@@ -91,11 +92,10 @@ def _filter(passes: "_Passes", workers: Work) -> tuple[Mask, list[FilterStep]]:
     return filtering.decide(noise, criteria, passes.filters, run_round)
 
 
-def _refuse(steps: Sequence[FilterStep]) -> None:
+def _refuse(steps: Sequence[FilterStep], settings: FilterSettings) -> None:
     rows = "\n".join(f"  {s.interactions:>10,} left after: {s.name}{s.note and f' - {s.note}'}" for s in steps)
-    raise InputError(
-        f"no interaction passes the filters:\n{rows}\nLower filters.min_video_views or filters.min_user_exposures."
-    )
+    cause = filtering.blame(steps, "interactions", settings) if steps[0].interactions else "The log has none."
+    raise InputError(f"no interaction passes the filters:\n{rows}\n{cause} Loosen it, or take more of the log.")
 
 
 def _in_order(parts: Sequence[Part]) -> list[Part]:

@@ -42,6 +42,10 @@ class FilterStep:
     interactions: int
     users: int
     videos: int
+    sequential_users: int = 0
+    """Users with a row of the sequential task."""
+    click_users: int = 0
+    """Users with a row of the click task."""
     note: str = ""
     """Why the filter was not applied."""
 
@@ -71,24 +75,53 @@ NEARLY_EMPTY = 0.05
 def shrinkage(steps: list[FilterStep], settings: FilterSettings) -> list[str]:
     """A warning if hardly any users, or hardly any videos, are left: which filter removed most, and its setting."""
     return [
-        _warning(steps, kind, settings)
+        f"Only {getattr(steps[-1], kind):,} of {getattr(steps[0], kind):,} {kind} are left after the filters. "
+        f"{blame(steps, kind, settings)}"
         for kind in ("users", "videos")
-        if getattr(steps[-1], kind) < NEARLY_EMPTY * getattr(steps[0], kind)
+        if _nearly_gone(steps, kind)
     ]
 
 
-def _warning(steps: list[FilterStep], kind: str, settings: FilterSettings) -> str:
+def task_shrinkage(steps: list[FilterStep], settings: FilterSettings) -> list[str]:
+    """A warning for each task of which no user, or hardly any, is left, if the log has both: users who stay in the
+    other task hide that from `shrinkage`.
+    """
+    users = {task: f"{task}_users" for task in Task}
+    if not all(getattr(steps[0], kind) for kind in users.values()):
+        return []
+    return [
+        f"{_task_left(steps, task, kind)} {blame(steps, kind, settings)}"
+        for task, kind in users.items()
+        if _nearly_gone(steps, kind)
+    ]
+
+
+def _task_left(steps: list[FilterStep], task: Task, kind: str) -> str:
     before, after = getattr(steps[0], kind), getattr(steps[-1], kind)
+    if after:
+        return f"Only {after:,} of {before:,} users of the {task} task are left after the filters."
+    return f"The {task} task is gone: none of its {before:,} users is left after the filters."
+
+
+def _nearly_gone(steps: list[FilterStep], kind: str) -> bool:
+    return bool(getattr(steps[-1], kind) < NEARLY_EMPTY * getattr(steps[0], kind))
+
+
+def blame(steps: Sequence[FilterStep], kind: str, settings: FilterSettings) -> str:
+    """The filter that removed most of something, how many others removed, and its setting; some must be removed.
+
+    Args:
+        steps: of the filters.
+        kind: what is counted: a number of `FilterStep`.
+        settings: of the filters.
+    """
     lost = Counter[str]()
     for previous, step in pairwise(steps):
         lost[step.name.partition(_ROUND)[0]] += getattr(previous, kind) - getattr(step, kind)
     name, removed = lost.most_common(1)[0]
     also = [f"'{other}' {n:,}" for other, n in lost.most_common()[1:] if n > 0]
     rest = f" ({', '.join(also)})" if also else ""
-    return (
-        f"Only {after:,} of {before:,} {kind} are left after the filters. '{name}' removed {removed:,} of them{rest}; "
-        f"its setting is {_settings_by_filter(settings)[name]}."
-    )
+    return f"'{name}' removed {removed:,} of them{rest}; its setting is {_settings_by_filter(settings)[name]}."
 
 
 def _settings_by_filter(settings: FilterSettings) -> dict[str, str]:
@@ -235,6 +268,8 @@ class Tally:
 
     interactions: int
     users: int
+    sequential_users: int
+    click_users: int
     seen: Mask
     """(videos,) whether a row has the video."""
 
@@ -242,10 +277,22 @@ class Tally:
     def of(cls, cells: Cells, rows: Mask) -> "Tally":
         """The tally of some rows of a block."""
         seen = np.bincount(cells.video[rows], minlength=cells.videos) > 0
-        return cls(int(rows.sum()), _distinct(cells.user[rows]), seen)
+        return cls(
+            interactions=int(rows.sum()),
+            users=_distinct(cells.user[rows]),
+            sequential_users=_distinct(cells.user[rows & ~cells.click]),
+            click_users=_distinct(cells.user[rows & cells.click]),
+            seen=seen,
+        )
 
     def __add__(self, other: "Tally") -> "Tally":
-        return Tally(self.interactions + other.interactions, self.users + other.users, self.seen | other.seen)
+        return Tally(
+            interactions=self.interactions + other.interactions,
+            users=self.users + other.users,
+            sequential_users=self.sequential_users + other.sequential_users,
+            click_users=self.click_users + other.click_users,
+            seen=self.seen | other.seen,
+        )
 
 
 def _distinct(codes: Codes) -> int:
@@ -388,5 +435,7 @@ def _step(name: str, before: Tally, after: Tally, note: str = "") -> FilterStep:
         interactions=after.interactions,
         users=after.users,
         videos=int(after.seen.sum()),
+        sequential_users=after.sequential_users,
+        click_users=after.click_users,
         note=note,
     )

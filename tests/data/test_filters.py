@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gubs.data.filters import apply_filters, is_view, shrinkage
+from gubs.data import build
+from gubs.data.filters import apply_filters, is_view, shrinkage, task_shrinkage
 from gubs.data.settings import FilterSettings
+from gubs.errors import InputError
 from gubs.records import SCHEMAS, conform
 
 LOOSE = {"min_video_views": 0, "min_user_exposures": 0}
@@ -206,3 +208,74 @@ def test_a_result_of_some_size_is_no_warning():
     rows = [view(i, user_id=f"u{i}", video_id=f"v{i % 2}") for i in range(20)]
     assert shrinkage(apply_filters(table(*rows), FilterSettings(**LOOSE))[1], FilterSettings(**LOOSE)) == []
     assert shrinkage(apply_filters(table(), FilterSettings())[1], FilterSettings()) == []
+
+
+def both_tasks(users: int, exposures: int = 1) -> pa.Table:
+    """Users with one view each, and so many exposures."""
+    rows = [view(i, user_id=f"u{i}", video_id=f"v{i % 2}") for i in range(users)]
+    rows += [
+        view(f"{i}-{n}", user_id=f"u{i}", video_id=f"v{n % 2}", task="click", clicked=True)
+        for i in range(users)
+        for n in range(exposures)
+    ]
+    return table(*rows)
+
+
+def test_a_task_that_vanishes_is_named_though_its_users_stay():
+    """All users stay for the other task, so that counts of users say nothing."""
+    wanted = FilterSettings(min_video_views=0, min_user_exposures=5)
+    kept, steps = apply_filters(both_tasks(20, 4), wanted)
+    assert set(kept["task"].to_pylist()) == {"sequential"}
+    assert shrinkage(steps, wanted) == []
+    assert task_shrinkage(steps, wanted) == [
+        "The click task is gone: none of its 20 users is left after the filters. 'click users with at least 5 "
+        "exposures' removed 20 of them; its setting is filters.min_user_exposures=5."
+    ]
+    one = pa.concat_tables([both_tasks(30, 4), table(*(view(f"x{n}", user_id="u3", task="click") for n in range(3)))])
+    [warning] = task_shrinkage(apply_filters(one, wanted)[1], wanted)
+    assert warning.startswith("Only 1 of 30 users of the click task are left after the filters. 'click users with")
+
+
+def test_views_that_vanish_are_named_with_the_noise_criterion():
+    rows = both_tasks(20, 5).to_pylist()
+    noisy = table(*({**r, "exited_app": r["task"] == "sequential"} for r in rows))
+    wanted = FilterSettings(min_video_views=0, min_user_exposures=5)
+    [warning] = task_shrinkage(apply_filters(noisy, wanted)[1], wanted)
+    assert warning.startswith("The sequential task is gone: none of its 20 users")
+    assert "'no app exit' removed 20 of them; its setting is filters.noise=true" in warning
+
+
+def test_a_log_of_one_task_misses_no_task():
+    wanted = FilterSettings(min_video_views=0, min_user_exposures=5)
+    assert task_shrinkage(apply_filters(table(*[view(i) for i in range(3)]), wanted)[1], wanted) == []
+    assert task_shrinkage(apply_filters(both_tasks(20, 5), wanted)[1], wanted) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields", "said"),
+    [
+        (
+            [view(i, exited_app=i > 0) for i in range(20)],
+            {"min_video_views": 2, "min_user_exposures": 0},
+            "'no app exit' removed 19 of them ('videos with at least 2 views' 1); its setting is filters.noise=true.",
+        ),
+        (
+            [view(i, next_op_gap_s=90.0) for i in range(20)],
+            {**LOOSE, "max_gap_s": 60},
+            "'at most 60 s between them' removed 20 of them; its setting is filters.max_gap_s=60.",
+        ),
+        (
+            [view(i, task="click", clicked=True) for i in range(20)],
+            {"min_video_views": 0, "min_user_exposures": 30},
+            "'click users with at least 30 exposures' removed 20 of them; its setting is filters.min_user_exposures",
+        ),
+    ],
+    ids=["noise", "gap", "exposures"],
+)
+def test_a_data_set_with_nothing_left_is_refused_with_the_filter_that_did_it(rows, fields, said):
+    wanted = FilterSettings(**fields)
+    _, steps = apply_filters(table(*rows), wanted)
+    assert steps[-1].interactions == 0
+    with pytest.raises(InputError) as caught:
+        build._refuse(steps, wanted)
+    assert said in str(caught.value)

@@ -91,6 +91,82 @@ def test_a_wrong_unit_is_refused_with_the_setting(tmp_path, columns, settings, r
     assert "(row " in message
 
 
+RNG = np.random.default_rng(5)
+WAITS = [round(float(w), 3) for w in RNG.lognormal(0.8, 0.8, 60)]
+"""Seconds between operations, 3 on average."""
+
+
+def sized(n: int = 60, **columns: list) -> dict[str, list]:
+    return {name: values if len(values) == n else values * (n // len(values)) for name, values in columns.items()}
+
+
+@pytest.mark.parametrize("gap", ["prev_op_gap_s", "next_op_gap_s"])
+@pytest.mark.parametrize(
+    "known",
+    [{"play_rate": [0.5]}, {"watch_s": [2, 4], "duration_s": [20]}, {"watch_s": [0, 60], "duration_s": [80]}],
+    ids=["rates", "short views", "a video of a minute"],
+)
+def test_short_gaps_in_milliseconds_are_refused(tmp_path, gap, known):
+    """Their mean is under 3.6 s, so as seconds they are under an hour."""
+    scale = 1000 * max(1, max(known.get("watch_s", [0])) / 6)
+    message = refusal(log(tmp_path, 60, **sized(**known, **{gap: [w * scale for w in WAITS]})))
+    assert f"source.units.{gap.removesuffix('_s')}=ms" in message
+    assert "longer than users wait between two operations; they look like milliseconds" in message
+    tables = read(tmp_path, units={gap: "ms"})
+    assert column(tables, gap) == pytest.approx([w * scale / 1000 for w in WAITS])
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        sized(play_rate=[0.5], prev_op_gap_s=[10 * w for w in WAITS]),
+        sized(play_rate=[0.5], prev_op_gap_s=[0] * 4 + [900, 1800]),
+        sized(watch_s=[600, 900], duration_s=[1200], next_op_gap_s=[650, 1000, 700]),
+        sized(play_rate=[0.5], prev_op_gap_s=[None] * 50 + [2000] * 10),
+        sized(play_rate=[0.5], prev_op_gap_s=[3, *[2000] * 5]),
+    ],
+    ids=["ten times as long", "pauses between sessions", "long videos", "a few", "some short ones"],
+)
+def test_gaps_in_seconds_are_read(tmp_path, columns):
+    gap = next(name for name in columns if name.endswith("gap_s"))
+    assert column(read(log(tmp_path, 60, **columns)), gap) == columns[gap]
+
+
+def test_long_gaps_are_read_if_their_unit_is_stated(tmp_path):
+    log(tmp_path, play_rate=[0.5] * 30, prev_op_gap_s=[600] * 30)
+    assert "90% of the values above 0 are over 60 s" in refusal(tmp_path)
+    assert set(column(read(tmp_path, units={"prev_op_gap": "s"}), "prev_op_gap_s")) == {600}
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [[0.9] * 30, [0.5] * 30, [0.05] * 30, [0] * 30, [0.25, 0.9, 0.9] * 10],
+    ids=["far above", "twice", "below", "none", "two of three"],
+)
+def test_play_rates_that_contradict_the_watch_times_are_refused(tmp_path, rates):
+    log(tmp_path, watch_s=[5] * 30, duration_s=[20] * 30, play_rate=rates)
+    message = refusal(tmp_path)
+    assert ("column 'watch_s'" if rates[0] == 0 else "column 'play_rate'") in message
+    assert "have a play rate that is over 1.5 times the watch time / duration, or as far below it" in message
+    assert "source.units.play_rate to its unit" in message
+    assert column(read(tmp_path, units={"play_rate": "share"}), "play_rate") == rates
+    write(tmp_path, "videos", video_id=["v0", "v1", "v2", "v3", "v4"], duration_s=[20] * 5)
+    log(tmp_path, watch_s=[5] * 30, play_rate=rates)
+    assert "have a play rate that is over 1.5 times" in refusal(tmp_path)
+
+
+def test_play_rates_that_agree_but_for_rounding_and_repeats_are_read(tmp_path):
+    lengths = [8, 15, 60] * 20
+    shares = [round(float(s), 3) for s in RNG.exponential(0.5, 60)]
+    whole_seconds = [int(s * d) for s, d in zip(shares, lengths, strict=True)]
+    capped = [round(min(s, 1), 2) for s in shares]
+    log(tmp_path, 60, watch_s=whole_seconds, duration_s=lengths, play_rate=capped)
+    assert column(read(tmp_path), "play_rate") == capped
+    odd = [0.9 if i % 3 == 0 else c for i, c in enumerate(capped)]
+    log(tmp_path, 60, watch_s=whole_seconds, duration_s=lengths, play_rate=odd)
+    assert column(read(tmp_path), "play_rate") == odd, "a minority may be exceptions"
+
+
 def test_the_table_of_videos_is_checked_too_and_both_tables_must_agree(tmp_path):
     log(tmp_path, watch_s=SECONDS)
     write(tmp_path, "videos", video_id=["v0", "v1", "v2", "v3", "v4"], duration_s=[20_000] * 5)
@@ -154,6 +230,8 @@ def test_evidence_of_blocks_adds_up_to_that_of_the_whole():
     blocks = [(table.slice(a, b - a), durations.slice(a, b - a)) for a, b in pairwise(starts)]
     parts, whole = total(Evidence.of(*block) for block in blocks), Evidence.of(table, durations)
     assert all((getattr(parts, n).counts == getattr(whole, n).counts).all() for n in vars(whole))
+    assert all(getattr(parts, n).zeros == getattr(whole, n).zeros for n in vars(whole))
+    assert whole.rate_agreement.n > 300
     values = np.sort(table["watch_s"].drop_null().to_numpy())
     assert whole.watch.n == len(values)
     assert whole.watch.median == pytest.approx(np.median(values), rel=0.05)
@@ -299,6 +377,30 @@ def test_facts_and_tags_that_are_missing_are_left_out(tmp_path):
     (tmp_path / "users.csv").unlink()
     (tmp_path / "users.jsonl").write_text('{"user_id": "u0", "other": {"city": "N/A", "home": "flat"}}\n')
     assert dict(read(tmp_path).users["other"][0].as_py()) == {"home": "flat"}
+
+
+TAGS = {
+    "users.csv": 'user_id,tags\nu0,"[""tea"", ""N/A""]"\nu1,"[\'-\', None]"\nu2,"N/A, cats|-"\nu3,N/A\n',
+    "users.jsonl": "".join(
+        json.dumps({"user_id": f"u{i}", "tags": tags}) + "\n"
+        for i, tags in enumerate([["tea", "N/A"], ["-", "None"], ["N/A, cats", " - "], ["N/A", None, ""]])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*TAGS, "users.parquet"])
+def test_words_for_missing_values_in_lists_are_dropped_and_counted(tmp_path, name):
+    log(tmp_path, play_rate=[0.5] * 30)
+    if name in TAGS:
+        (tmp_path / name).write_text(TAGS[name])
+    else:
+        tags = pa.array([["tea", "N/A"], ["-", "None"], ["N/A, cats", "-"], ["N/A", None]], pa.list_(pa.string()))
+        pq.write_table(pa.table({"user_id": [f"u{i}" for i in range(4)], "tags": tags}), tmp_path / name)
+    tables = read(tmp_path)
+    assert column(tables, "tags", "users") == [["tea"], [], ["N/A, cats"], []]
+    note = f"5 cells of {name} count as missing, since they say 'N/A', '-', 'None' (tags 5)."
+    assert note in tables.notes
+    assert not any("count as missing" in n for n in read(tmp_path, nulls=("gone",)).notes)
 
 
 def json_lines(path: Path, *rows: dict) -> None:

@@ -67,6 +67,15 @@ def test_the_simulated_app_in_any_number_of_parts(tmp_path: Path, parts: int) ->
     assert_data_set(run, settings, log)
 
 
+def test_a_task_that_the_filters_take_away_is_in_the_notes(tmp_path: Path) -> None:
+    run, _ = made(tmp_path, *SMALL, "filters.min_user_exposures=1000", "data.part_rows=1000")
+    ifvr = run.artifact("ifvr")
+    assert set(ifvr.table("interactions")["task"].to_pylist()) == {"sequential"}
+    [note] = ifvr.manifest.info["notes"]
+    assert note.startswith("The click task is gone")
+    assert "filters.min_user_exposures=1000" in note
+
+
 def movielens_like(folder: Path) -> tuple[str, ...]:
     rng = np.random.default_rng(1)
     rows = {(int(u), int(40 * v**2)) for u, v in zip(rng.integers(0, 40, 1500), rng.random(1500), strict=True)}

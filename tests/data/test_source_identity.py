@@ -9,8 +9,10 @@ import fsspec
 import pytest
 from pydantic import ValidationError
 
+from gubs.config import load_settings
 from gubs.data.ingest import source_identity
 from gubs.data.settings import SourceSettings
+from gubs.data.sources import read_source
 from gubs.errors import InputError
 from gubs.video.frames import files_identity
 
@@ -112,3 +114,61 @@ def test_a_place_that_cannot_be_opened_is_refused_by_name(path, monkeypatch):
 def test_public_data_at_a_uri_are_refused():
     with pytest.raises(ValidationError, match="reads a local folder, not memory://x"):
         SourceSettings(kind="movielens", path="memory://x")
+
+
+ROWS = "user_id,video_id,play_rate\nann,v1,0.5\n"
+
+
+def put(path: Path, text: str = ROWS) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["logs[1]", "[a", "b]", "what?", "all*", "[a-z]*"])
+def test_a_folder_or_file_with_a_globs_characters_in_its_name_is_a_path(tmp_path, name):
+    """Beside it is what the name would match as a glob."""
+    folder = tmp_path / name
+    file = put(folder / "interactions.csv")
+    put(tmp_path / "logs1" / "interactions.csv", "wrong\n")
+    put(folder / "users.csv", "user_id,age\nann,30\n")
+    for path in (folder, file):
+        settings = load_settings("tiny", ["source.kind=logs", f"source.path={path}"]).source
+        source_identity(settings)
+        tables = read_source(settings)
+        assert tables.users["age"].to_pylist() == [30]
+        assert list(tables.files) == ["interactions.csv", "users.csv"]
+    file.rename(folder / f"{name}.csv")
+    tables = read_source(SourceSettings(kind="logs", path=str(folder / f"{name}.csv")))
+    assert tables.interactions["video_id"].to_pylist() == ["v1"]
+
+
+def test_a_glob_below_such_a_folder_is_a_glob(tmp_path):
+    folder = tmp_path / "logs[1]"
+    for n in (1, 2, 3):
+        put(folder / "interactions" / f"part-{n}.csv")
+    put(tmp_path / "logs1" / "interactions" / "part-1.csv", "wrong\n")
+    put(folder / "users.csv", "user_id,age\nann,30\n")
+    tables = read_source(SourceSettings(kind="logs", path=f"{folder}/interactions/part-[12].csv"))
+    assert list(tables.files) == ["part-1.csv", "part-2.csv", "users.csv"]
+    assert tables.users["age"].to_pylist() == [30]
+    with pytest.raises(InputError, match="no file matches"):
+        source_identity(SourceSettings(kind="logs", path=f"{folder}/interactions/part-[45].csv"))
+
+
+def test_a_public_data_set_in_such_a_folder_is_read(tmp_path):
+    put(tmp_path / "[x]" / "u.data", "1\t2\t5\t900000000\n")
+    put(tmp_path / "[x]" / "u.item", "|".join(["2", "Film", "", "", "", *["0"] * 19]) + "\n")
+    settings = SourceSettings(kind="movielens", path=str(tmp_path / "[x]"))
+    source_identity(settings)
+    assert read_source(settings).interactions["video_id"].to_pylist() == ["2"]
+
+
+def test_a_uri_with_a_globs_characters_is_a_path_too():
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/wild[1]/interactions.csv", ROWS.encode())
+    try:
+        for path in ("memory://wild[1]", "memory://wild[1]/interactions.csv", "memory://wild[1]/*.csv"):
+            assert read_source(SourceSettings(kind="logs", path=path)).interactions.num_rows == 1
+    finally:
+        fs.rm_file("/wild[1]/interactions.csv")

@@ -331,7 +331,14 @@ def _plausible(values: pa.Array, bad: np.ndarray | None) -> Converted:
 
 
 def _lists(column: pa.Array, rules: CellRules) -> Converted:
-    """Lists of texts: native lists; lists in brackets, as JSON, Python, NumPy or PostgreSQL write them; or items with a
+    return convert_lists(column, rules)[0]
+
+
+def convert_lists(column: pa.Array, rules: CellRules = RULES) -> tuple[Converted, Counter[str]]:
+    """Converts a column to `texts`, lists of texts; also returns how often each word for a missing value was an item of
+    a list, and dropped.
+
+    A cell is a native list; a list in brackets, as JSON, Python, NumPy or PostgreSQL write it; or items with a
     separator between them: the strongest that the cell has.
     """
     if pa.types.is_list(column.type):
@@ -342,8 +349,8 @@ def _lists(column: pa.Array, rules: CellRules) -> Converted:
     plain = _separated(text, rules.separators).to_pylist()
     opened = _mask(pc.match_substring_regex(text, _OPENING))
     lists = [_listed(t) if o else p for t, o, p in zip(text.to_pylist(), opened, plain, strict=True)]
-    values, _ = _tidied(pa.array(lists, pa.list_(pa.string())), rules)
-    return _checked(values, _mask(pc.and_(pc.is_valid(text), pc.is_null(values))))
+    (values, _), words = _tidied(pa.array(lists, pa.list_(pa.string())), rules)
+    return _checked(values, _mask(pc.and_(pc.is_valid(text), pc.is_null(values)))), words
 
 
 _OPENING = r"""^(\[|\{|\(\s*['"])"""
@@ -402,17 +409,21 @@ def _separated(text: pa.Array, separators: str) -> pa.Array:
     return pc.split_pattern(marked, _MARK)
 
 
-def _tidied(lists: pa.Array, rules: CellRules) -> Converted:
-    """Lists of trimmed texts without missing items; the mask marks lists with an item that is not UTF-8."""
+def _tidied(lists: pa.Array, rules: CellRules) -> tuple[Converted, Counter[str]]:
+    """Lists of trimmed texts without missing items, and the words of those; the mask marks lists with an item that is
+    not UTF-8.
+    """
     row_of = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False).astype(np.int64)
     decoded, undecodable = decode(pc.list_flatten(lists))
     bad = None
     if undecodable is not None:
         bad = np.zeros(len(lists), bool)
         bad[row_of[undecodable]] = True
-    items = _without_missing(_plain(decoded), rules)
+    plain = _plain(decoded)
+    items = _without_missing(plain, rules)
+    words = rules.words(plain) if items.null_count > plain.null_count else Counter[str]()
     kept = np.asarray(items.is_valid())
     sizes = np.bincount(row_of[kept], minlength=len(lists))
     offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
     values = pa.ListArray.from_arrays(offsets, items.filter(pa.array(kept)), mask=pc.is_null(lists))
-    return _checked(values, bad)
+    return _checked(values, bad), words

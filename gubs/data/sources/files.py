@@ -1,7 +1,8 @@
 """Where a source's files are: local paths, globs, folders of parts, and any URI that fsspec knows (`s3://...`)."""
 
+import glob
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -92,8 +93,13 @@ class InputFile:
 
 
 def is_wild(path: str) -> bool:
-    """Whether a path or URI is a glob."""
-    return bool(_WILD & set(path))
+    """Whether a path or URI is a glob; one that is there as it is written is none."""
+    return bool(_WILD & set(path)) and not _exists(path)
+
+
+def _exists(place: str) -> bool:
+    fs, path = located(place)
+    return bool(fs.exists(path))
 
 
 def located(place: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -116,8 +122,9 @@ def identity(files: Iterable[InputFile]) -> str:
 def matching(pattern: str) -> list[InputFile]:
     """The files that match a glob, by name; labels are relative to its fixed part."""
     fs, path = located(pattern)
-    found = sorted(p for p in fs.glob(path) if fs.isfile(p))
-    return [InputFile(_full(pattern, fs, p), p.removeprefix(_fixed(path)).lstrip("/")) for p in found]
+    fixed = _fixed(path, fs.exists)
+    found = sorted(p for p in fs.glob(glob.escape(fixed) + path.removeprefix(fixed)) if fs.isfile(p))
+    return [InputFile(_full(pattern, fs, p), p.removeprefix(fixed).lstrip("/")) for p in found]
 
 
 def listed(folder: str, suffixes: Sequence[str]) -> list[InputFile]:
@@ -135,9 +142,19 @@ def _hidden(path: str) -> bool:
     return any(part.startswith(("_", ".")) for part in path.split("/"))
 
 
-def _fixed(pattern: str) -> str:
-    """The folder that a glob's matches have in common."""
-    return pattern[: min(pattern.index(c) for c in _WILD if c in pattern)].rpartition("/")[0]
+def fixed_folder(pattern: str) -> str:
+    """The folder (path or URI) that a glob's matches have in common; folders that are there as they are written belong
+    to it, whatever is in their names.
+    """
+    return _fixed(pattern, _exists)
+
+
+def _fixed(pattern: str, exists: Callable[[str], bool]) -> str:
+    names = pattern.split("/")[:-1]
+    for n, name in enumerate(names):
+        if _WILD & set(name) and not exists("/".join(names[: n + 1])):
+            return "/".join(names[:n])
+    return "/".join(names)
 
 
 def _full(like: str, fs: fsspec.AbstractFileSystem, path: str) -> str:

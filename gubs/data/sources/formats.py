@@ -95,6 +95,15 @@ class RawFile:
         return rows + 1
 
 
+@dataclass
+class Blank(RawFile):
+    """A text file without any text: it has no header and no rows."""
+
+    def batches(self, names: list[str]) -> Iterator[Batch]:  # noqa: ARG002
+        """Yields nothing."""
+        yield from ()
+
+
 def open_table(file: Path | InputFile, text: TextFormat | None = None, groups: range | None = None) -> RawFile:
     """Opens a file according to its suffix, or as delimited text if `text` is given.
 
@@ -119,6 +128,34 @@ def open_table(file: Path | InputFile, text: TextFormat | None = None, groups: r
     raise InputError(
         f"{file.label}: unknown file type; give .csv, .tsv, .jsonl or .parquet (the first three also as .gz or .zst)"
     )
+
+
+def open_part(file: InputFile, groups: range | None = None) -> RawFile:
+    """As `open_table`, for a file of a table in parts: a text file without any text is a part without rows. Writers
+    leave such files where a partition is empty.
+
+    Args:
+        file: the file.
+        groups: only these row groups of a Parquet file.
+
+    Raises:
+        InputError: see `open_table`; an empty file is no Parquet file.
+    """
+    return Blank(file) if _is_blank(file) else open_table(file, groups=groups)
+
+
+def _is_blank(file: InputFile) -> bool:
+    """Whether a text file has nothing but white space."""
+    _refuse_missing(file)
+    if file.suffix == ".parquet":
+        return False
+    if not file.size():
+        return True
+    with _readable(file.label, "cannot be unzipped"), file.stream() as stream:
+        start = bytes(stream.read(_SAMPLE_BYTES)).removeprefix(b"\xef\xbb\xbf")
+        return not start.strip() and not any(
+            part.strip() for part in iter(lambda: bytes(stream.read(BLOCK_BYTES)), b"")
+        )
 
 
 def _refuse_missing(file: InputFile) -> None:

@@ -18,7 +18,7 @@ from gubs.data.partition import hashes
 from gubs.data.sources import FileCount, SourceTables
 from gubs.data.sources.columns import RULES
 from gubs.data.sources.files import InputFile
-from gubs.data.sources.formats import Parquet, TextFormat, open_table, rows_about
+from gubs.data.sources.formats import Blank, Parquet, TextFormat, open_part, open_table, rows_about
 from gubs.data.sources.reading import (
     Account,
     Column,
@@ -48,11 +48,15 @@ class Head:
     """Rows of each row group of a Parquet file."""
     rows: int = 0
     """About how many there are."""
+    blank: bool = False
+    """It is a text file without any text, not even a header."""
 
     @classmethod
     def of(cls, file: InputFile) -> "Head":
         """The head of a file whose columns are not known."""
-        raw = open_table(file)
+        raw = open_part(file)
+        if isinstance(raw, Blank):
+            return cls(file.label, blank=True)
         if isinstance(raw, Parquet):
             return cls(file.label, tuple(raw.header), tuple(raw.group_rows), sum(raw.group_rows))
         return cls(file.label, tuple(raw.header), (), rows_about(file))
@@ -172,6 +176,8 @@ class Log:
     """The columns to read."""
     fan_out: ClassVar[int] = 1
     """Interactions that a row becomes, about."""
+    in_parts: ClassVar[bool] = False
+    """Whether a file is but a part, which may have no rows; of other sources such a file is a failed copy."""
     broadcast: ClassVar[tuple[str, ...]] = ("video_id",)
     """Columns of the described videos that `finish` needs."""
 
@@ -223,8 +229,10 @@ class Log:
             InputError: too many malformed rows, or no rows.
         """
         for label, account in findings.accounts.items():
-            refuse_empty(label, account.rows_in)
+            if not self.in_parts:
+                refuse_empty(label, account.rows_in)
             account.check_quality(label, self.max_bad)
+        refuse_empty(self.label, sum(a.rows_in for a in findings.accounts.values()), len(self.files))
         return self
 
     def ids(self, rows: pa.Table) -> pa.Array:

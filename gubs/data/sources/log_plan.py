@@ -8,7 +8,7 @@ import pyarrow as pa
 from gubs.data.settings import SourceSettings
 from gubs.data.sources import units
 from gubs.data.sources.columns import KINDS, CellRules
-from gubs.data.sources.files import InputFile, in_folder, is_wild, listed, located, matching
+from gubs.data.sources.files import InputFile, fixed_folder, in_folder, is_wild, listed, located, matching
 from gubs.data.sources.log import Head
 from gubs.data.sources.reading import (
     Column,
@@ -83,7 +83,7 @@ def find_files(path: str) -> tuple[dict[str, list[InputFile]], str]:
     """
     fs, place = located(path)
     if is_wild(path):
-        own, folder = matching(path), path[: min(path.index(c) for c in "*?[" if c in path)].rpartition("/")[0]
+        own, folder = matching(path), fixed_folder(path)
         folder = folder.rpartition("/")[0] if folder.endswith("/interactions") else folder
     elif fs.isfile(place):
         folder, _, name = path.rpartition("/")
@@ -134,14 +134,17 @@ class Plan:
 
     def label(self, table: str) -> str:
         """What a table is called in messages."""
-        files = self.files[table]
-        return files[0].label if len(files) == 1 else f"{table} ({len(files)} files)"
+        return _label(table, self.heads[table])
 
     @property
     def piece_schema(self) -> pa.Schema:
         """The columns of the rows between `read` and `finish`."""
         kept = [c for c in self.columns if c.name in self.names or c.name in _ALWAYS]
         return pa.schema([("file", pa.int32()), ("line", pa.int64()), *((c.name, KINDS[c.kind][0]) for c in kept)])
+
+
+def _label(table: str, heads: Sequence[Head]) -> str:
+    return heads[0].label if len(heads) == 1 else f"{table} ({len(heads)} files)"
 
 
 _ALWAYS = ("user_id", "video_id", "task", "timestamp", "page_id", "clicked", "watch_s", "duration_s", "play_rate")
@@ -152,13 +155,17 @@ def plan(settings: SourceSettings, files: Files, folder: str, heads: Mapping[str
     """Checks the settings against the heads of the files.
 
     Raises:
-        InputError: a file lacks a column, or a setting fits no column.
+        InputError: a file lacks a column, all files of a table are empty, or a setting fits no column.
     """
+    for table, parts in heads.items():
+        if all(head.blank for head in parts):
+            one, many = "the file is empty; copy it again from its origin", "all files are empty; copy them again"
+            raise InputError(f"{_label(table, parts)}: {one if len(parts) == 1 else many}")
     _check_mapping(settings.columns, heads)
     mapping = _of_table(settings.columns, "interactions")
     derived = frozenset(GAPS) if _is_complete(mapping) else frozenset[str]()
     columns = tuple(c for c in mapped("interactions", settings.columns) if c.name not in derived)
-    found = [match_columns(h.label, h.header, columns) for h in heads["interactions"]]
+    found = [match_columns(h.label, h.header, columns) for h in heads["interactions"] if not h.blank]
     names = {ours: theirs for one in reversed(found) for ours, theirs in one.items()}
     return Plan(settings, files, folder, heads, columns, names, derived, _stated_units(settings.units))
 

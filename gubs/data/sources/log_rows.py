@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gubs.data.sources import units
-from gubs.data.sources.formats import open_table
+from gubs.data.sources.formats import open_part
 from gubs.data.sources.log import Done, Findings, places
 from gubs.data.sources.log_plan import GAPS, RATE, TIMES, Plan
 from gubs.data.sources.reading import (
@@ -24,6 +24,7 @@ from gubs.data.sources.reading import (
     build,
     codes,
     duplicated,
+    empty_note,
     joined,
     null_note,
     read_blocks,
@@ -49,7 +50,7 @@ def read(log: Plan, number: int, groups: range | None = None, rows: int = 1 << 2
     Raises:
         InputError: a column cannot be read at all.
     """
-    raw = open_table(log.files["interactions"][number], groups=groups)
+    raw = open_part(log.files["interactions"][number], groups)
     for sheet in read_blocks(raw, log.columns, log.rules, rows):
         convert_units(sheet, "interactions", log.stated)
         given = pc.utf8_lower(sheet.column("task"))
@@ -135,6 +136,9 @@ def log_notes(log: Plan, findings: Findings, decided: Decided, counts: Counter[s
     notes = [
         f"No column {name!r}: {lost}." for name, lost in _LOSSES.items() if name not in log.names.keys() | log.derived
     ]
+    notes += empty_note(
+        "interactions", {h.label: findings.accounts[h.label].rows_in for h in log.heads["interactions"]}
+    )
     notes += [*unused_note(log.label("interactions"), findings.unused), *decided.notes]
     if counts["untimed"]:
         notes.append(f"{counts['untimed']} interactions have no time.")

@@ -23,6 +23,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from sys import maxsize
 from typing import Self
 
 import numpy as np
@@ -32,10 +33,21 @@ import pyarrow.compute as pc
 from gubs.data.settings import SourceSettings
 from gubs.data.sources import log_rows
 from gubs.data.sources.files import InputFile
+from gubs.data.sources.formats import open_part
 from gubs.data.sources.log import ROWS, Done, Findings, Head, Log, Tally
 from gubs.data.sources.log_plan import USERS, VIDEOS, Plan, find_files, mapped, plan
 from gubs.data.sources.media import VIDEO_SUFFIXES, media_paths
-from gubs.data.sources.reading import Column, Sheet, build, facts, null_note, read_sheet, together
+from gubs.data.sources.reading import (
+    Column,
+    Sheet,
+    build,
+    empty_note,
+    facts,
+    null_note,
+    read_blocks,
+    refuse_empty,
+    together,
+)
 
 Look = Callable[[str, Sequence[InputFile]], list[Head]]
 """Gives the heads of a table's files."""
@@ -55,12 +67,12 @@ def open_source(settings: SourceSettings, look: Look = _heads) -> "OwnLog":
     log = plan(settings, files, folder, {table: look(table, parts) for table, parts in files.items()})
     sheets, users, videos, video_sheet, notes = [], None, None, None, list[str]()
     if "users" in files:
-        sheet, users = _read_users(log)
+        sheet, users, notes = _read_users(log)
         sheets.append(sheet)
     if "videos" in files:
-        video_sheet, videos = _read_videos(log)
+        video_sheet, videos, more = _read_videos(log)
         sheets.append(video_sheet)
-        notes += log_rows.unused_note(log.label("videos"), video_sheet.unused)
+        notes += more + log_rows.unused_note(log.label("videos"), video_sheet.unused)
     notes += [note for sheet in sheets if (note := null_note(sheet.label, sheet.nulls))]
     return OwnLog(
         files=files["interactions"],
@@ -84,6 +96,7 @@ class OwnLog(Log):
     video_sheet: Sheet | None
     choice: log_rows.Decided | None = None
 
+    in_parts = True
     broadcast = ("video_id", "duration_s")
 
     @property
@@ -135,29 +148,33 @@ class OwnLog(Log):
         return replace(log, videos=videos), notes + more
 
 
-def _read_users(log: Plan) -> tuple[Sheet, pa.Table]:
+def _read_users(log: Plan) -> tuple[Sheet, pa.Table, list[str]]:
+    """The sheet, the users, and notes."""
     columns = mapped("users", log.settings.columns)
     ours = {n for c in columns for n in c.names}
     header = dict.fromkeys(n for head in log.heads["users"] for n in head.header)
     more = [n for n in header if n not in ours and n != "other" and not n.startswith("(unnamed")]
     columns += [Column(f"other {n}", "word", (n,), optional=True) for n in more]
-    sheet = _read_table(log, "users", columns)
+    sheet, notes = _read_table(log, "users", columns)
     sheet.reject_duplicates("user_id")
     other = _facts_of_column(sheet, re.compile(log.rules.missing))
     t, n = sheet.table, len(sheet.lines)
     filled = {c.name: t[c.name] for c in USERS}
     filled["other"] = facts(n, other | {name: t[f"other {name}"] for name in more})
     filled["tags"] = _or_empty(t["tags"])
-    return sheet, build("users", n, **filled)
+    return sheet, build("users", n, **filled), notes
 
 
-def _read_table(log: Plan, table: str, columns: Sequence[Column]) -> Sheet:
-    """All files of a table as one sheet."""
-    bad = log.settings.max_bad_rows
-    sheets = [read_sheet(f, columns, bad, rules=log.rules) for f in log.files[table]]
-    sheet = together(sheets, log.label(table))
-    sheet.max_bad = bad
-    return sheet
+def _read_table(log: Plan, table: str, columns: Sequence[Column]) -> tuple[Sheet, list[str]]:
+    """All files of a table as one sheet; some may have no rows."""
+    sheets = [sheet for f in log.files[table] for sheet in read_blocks(open_part(f), columns, log.rules, maxsize)]
+    for sheet in sheets:
+        sheet.max_bad = log.settings.max_bad_rows
+        sheet.check_quality()
+    whole = together(sheets, log.label(table))
+    whole.max_bad = log.settings.max_bad_rows
+    refuse_empty(whole.label, whole.rows_in, len(sheets))
+    return whole, empty_note(table, {sheet.label: sheet.rows_in for sheet in sheets})
 
 
 def _facts_of_column(sheet: Sheet, missing: re.Pattern[str]) -> dict[str, pa.ChunkedArray]:
@@ -183,15 +200,16 @@ def _json_object(text: str | None) -> dict[str, object] | None:
     return value if isinstance(value, dict) else None
 
 
-def _read_videos(log: Plan) -> tuple[Sheet, pa.Table]:
-    sheet = _read_table(log, "videos", mapped("videos", log.settings.columns))
+def _read_videos(log: Plan) -> tuple[Sheet, pa.Table, list[str]]:
+    """The sheet, the videos, and notes."""
+    sheet, notes = _read_table(log, "videos", mapped("videos", log.settings.columns))
     sheet.reject_duplicates("video_id")
     log_rows.convert_units(sheet, "videos", log.stated)
     t = sheet.table
     columns = {c.name: t[c.name] for c in VIDEOS} | {n: _absolute(t[n], log.folder) for n in ("uri", "cover_uri")}
     columns["duration_s"] = pc.if_else(pc.greater(t["duration_s"], 0), t["duration_s"], None)
     columns["tags"] = _or_empty(t["tags"])
-    return sheet, build("videos", t.num_rows, **columns)
+    return sheet, build("videos", t.num_rows, **columns), notes
 
 
 def _absolute(paths: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:

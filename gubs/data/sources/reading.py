@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gubs.data.sources import FileCount, SourceTables
-from gubs.data.sources.columns import KINDS, RULES, CellRules, Converted, Kind, convert, decode
+from gubs.data.sources.columns import KINDS, RULES, CellRules, Converted, Kind, convert, convert_lists, decode
 from gubs.data.sources.files import InputFile
-from gubs.data.sources.formats import Batch, RawFile, TextFormat, open_table
+from gubs.data.sources.formats import Batch, Blank, RawFile, TextFormat, open_table
 from gubs.errors import InputError
 from gubs.records import SCHEMAS, Task, conform, empty
 
@@ -33,6 +33,9 @@ _VALUE_CHARS = 200
 
 _ROWS_NAMED = 3
 """Rejected rows that a refusal names."""
+
+_FILES_NAMED = 4
+"""Files without rows that a note names."""
 
 _WORDS_NAMED = 8
 """Words for missing values that a note names."""
@@ -236,14 +239,28 @@ def read_raw(raw: RawFile, columns: Sequence[Column], max_bad: float, rules: Cel
     return sheet
 
 
-def refuse_empty(label: str, rows_in: int) -> None:
-    """Refuses a file without rows.
+def refuse_empty(label: str, rows_in: int, files: int = 1) -> None:
+    """Refuses a file, or a table of several files, without rows.
 
     Raises:
         InputError: it has none.
     """
+    if not rows_in and files > 1:
+        raise InputError(f"{label}: none of them has a row; copy the files again from their origin")
     if not rows_in:
         raise InputError(f"{label}: row 1: a header and no rows below it; copy the file again from its origin")
+
+
+def empty_note(table: str, rows_in: Mapping[str, int]) -> list[str]:
+    """Which files of a table have no rows; nothing if all have some.
+
+    Args:
+        table: its name.
+        rows_in: by the name of the file.
+    """
+    files = [label for label, rows in rows_in.items() if not rows]
+    shown = ", ".join(files[:_FILES_NAMED]) + (" ..." if len(files) > _FILES_NAMED else "")
+    return [f"{len(files)} of {len(rows_in)} files of {table} have no rows: {shown}."] if files else []
 
 
 def read_blocks(raw: RawFile, columns: Sequence[Column], rules: CellRules, rows: int) -> Iterator[Sheet]:
@@ -253,7 +270,7 @@ def read_blocks(raw: RawFile, columns: Sequence[Column], rules: CellRules, rows:
     Raises:
         InputError: a column is missing, or cannot be read at all.
     """
-    names = match_columns(raw.label, raw.header, columns)
+    names = {} if isinstance(raw, Blank) else match_columns(raw.label, raw.header, columns)
     unused = [n for n in raw.header if n not in names.values() and not n.startswith("(unnamed")]
     for sheet in _SheetReader(raw, columns, names, rules).sheets(rows):
         sheet.unused = unused
@@ -386,14 +403,20 @@ class _SheetReader:
         return values
 
     def _convert(self, text: pa.Array, c: Column, name: str) -> Converted:
+        words = Counter[str]()
         try:
-            values, unfit = convert(text, c.kind, self.rules)
+            if c.kind == "texts":
+                (values, unfit), words = convert_lists(text, self.rules)
+            else:
+                values, unfit = convert(text, c.kind, self.rules)
         except (pa.ArrowException, TypeError, ValueError, KeyError) as e:
             raise InputError(
                 f"{self.raw.label}: column {name!r}: its type {text.type} cannot be read as {c.kind} ({e}); write "
                 f"text or numbers"
             ) from None
-        if c.kind != "text" and values.null_count and (words := self.rules.words(text)):
+        if c.kind != "text" and values.null_count:
+            words += self.rules.words(text)
+        if words:
             self.nulls.setdefault(name, Counter()).update(words)
         return values, unfit
 

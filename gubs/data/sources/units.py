@@ -43,6 +43,10 @@ LONGEST_TYPICAL_S = 1800.0
 SHORTEST_TYPICAL_S = 1.0
 LONGEST_GAP_S = 3600.0
 """As for `LONGEST_TYPICAL_S`: times between two operations in an app."""
+SHORTEST_TIMES_WATCHED, SHORTEST_GAP_S, SHORT_SHARE = 3.0, 60.0, 0.1
+"""A share of the gaps is shorter than so many typical views (by watch time, else by duration), or than so many seconds
+where that is more: who watches on operates the app again at the end of a view. Where more than half of the gaps are 0,
+the others may be pauses between sessions, and nothing is said."""
 STATED_S = (0.1, 86_400.0)
 """Shortest and longest typical video where a setting states the unit."""
 HIGHEST_TYPICAL_RATE = 1.5
@@ -53,6 +57,11 @@ LOWEST_TOP_RATE = 0.02
 """In a log of any size, somebody watches more than this of a video."""
 LOWEST_TYPICAL_RATE = 0.01
 """Half of the play rates above 0 are above this."""
+LEAST_RATE, CONTRADICTION = 0.05, 1.5
+"""A given play rate and the watch time by duration contradict each other if they differ more than this many times; both
+count as at least the first and at most 1, since times in whole seconds are inexact where little was watched."""
+CONTRADICTING_SHARE = 0.5
+"""Share of the views above which contradictions are no exceptions."""
 LONGEST_S, LONG_SHARE = 14_400.0, 0.01
 """A share of the videos above which none of a feed is this long, unless a setting says that they are in seconds."""
 ENOUGH = 20
@@ -79,21 +88,23 @@ class Sizes:
     """How large positive values are: a histogram with bins of 4 %, to which others can be added."""
 
     counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(_BINS, np.int64))
+    zeros: int = 0
+    """How many values are 0; the histogram is of the others."""
 
     @classmethod
     def of(cls, values: pa.ChunkedArray) -> Self:
-        """The sizes of the values above 0; others and nulls are left out."""
+        """The sizes of the values above 0; those below and nulls are left out."""
         array = np.asarray(values.to_numpy(), float)
         logs = np.log2(array[array > 0])  # false for null, which is nan
         bins = np.floor((logs - _DOUBLINGS[0]) * _BINS_PER_DOUBLING).astype(np.int64)
-        return cls(np.bincount(np.clip(bins, 0, _BINS - 1), minlength=_BINS))
+        return cls(np.bincount(np.clip(bins, 0, _BINS - 1), minlength=_BINS), int((array == 0).sum()))
 
     def __add__(self, other: "Sizes") -> "Sizes":
-        return Sizes(self.counts + other.counts)
+        return Sizes(self.counts + other.counts, self.zeros + other.zeros)
 
     @property
     def n(self) -> int:
-        """How many values there are."""
+        """How many values above 0 there are."""
         return int(self.counts.sum())
 
     def quantile(self, share: float) -> float:
@@ -133,6 +144,8 @@ class Evidence:
     """Watch time by given play rate."""
     agreement: Sizes = field(default_factory=Sizes)
     """Duration in `interactions` by that in `videos`."""
+    rate_agreement: Sizes = field(default_factory=Sizes)
+    """Given play rate by watch time / duration, both from `LEAST_RATE` to 1."""
 
     @classmethod
     def of(cls, block: pa.Table, durations: pa.ChunkedArray) -> Self:
@@ -144,14 +157,16 @@ class Evidence:
         """
         positive = [_positive(c) for c in (block["duration_s"], durations)]
         known = pc.coalesce(*positive)
+        rate = pc.divide(block["watch_s"], known)
         own = {f"{name}_op_gap": Sizes.of(block[f"{name}_op_gap_s"]) for name in ("prev", "next") if _has(block, name)}
         return cls(
             watch=Sizes.of(block["watch_s"]),
             duration=Sizes.of(block["duration_s"]),
             given_rate=Sizes.of(block["play_rate"]),
-            rate=Sizes.of(pc.divide(block["watch_s"], known)),
+            rate=Sizes.of(rate),
             implied_duration=Sizes.of(pc.divide(block["watch_s"], _positive(block["play_rate"]))),
             agreement=Sizes.of(pc.divide(*positive)),
+            rate_agreement=Sizes.of(pc.divide(*(_bounded(r) for r in (block["play_rate"], rate)))),
             **own,
         )
 
@@ -161,6 +176,12 @@ class Evidence:
 
 def _has(block: pa.Table, gap: str) -> bool:
     return f"{gap}_op_gap_s" in block.column_names
+
+
+def _bounded(rates: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Play rates from `LEAST_RATE` to 1; null stays null."""
+    least = pc.max_element_wise(rates, LEAST_RATE, skip_nulls=False)
+    return pc.min_element_wise(least, 1.0, skip_nulls=False)
 
 
 def _positive(values: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -218,11 +239,12 @@ def objections(evidence: Evidence, stated: Stated) -> list[Objection]:
         *_implausible_length(evidence.watch, "interactions", "watch_s", stated),
         *_implausible_length(evidence.duration, "interactions", "duration_s", stated),
         *_implausible_length(evidence.video_duration, "videos", "duration_s", stated),
-        *_implausible_gap(evidence.prev_op_gap, "prev_op_gap_s", stated),
-        *_implausible_gap(evidence.next_op_gap, "next_op_gap_s", stated),
+        *_implausible_gap(evidence.prev_op_gap, evidence, "prev_op_gap_s", stated),
+        *_implausible_gap(evidence.next_op_gap, evidence, "next_op_gap_s", stated),
     ]
     found = [*lengths, *_implausible_given(evidence, stated)]
-    return found or [*_disagreement(evidence), *_implausible_rate(evidence, stated)]
+    found = found or [*_disagreement(evidence), *_implausible_rate(evidence, stated)]
+    return found or [*_contradiction(evidence, stated)]
 
 
 def key(table: str, column: str) -> str:
@@ -266,16 +288,30 @@ def _finer_unit(seconds: float) -> str:
     return next((u for u in ("ms", "us", "ns") if seconds * TIME_UNITS[u] <= LONGEST_TYPICAL_S), "ns")
 
 
-def _implausible_gap(sizes: Sizes, column: str, stated: Stated) -> Iterator[Objection]:
-    if ("interactions", column) not in stated and sizes.median > LONGEST_GAP_S:
-        setting, likely = key("interactions", column), _finer_unit(sizes.median)
-        yield Objection(
-            "interactions",
-            column,
-            f"half of the values above 0 are over {sizes.median:,.0f} s, longer than users wait between two operations"
-            f"; they look like {_WORDS[likely]}",
-            f"{setting}={likely} (or {setting}=s if they are seconds)",
-        )
+def _implausible_gap(sizes: Sizes, evidence: Evidence, column: str, stated: Stated) -> Iterator[Objection]:
+    if ("interactions", column) in stated:
+        return
+    shortest = _shortest_gap(evidence)
+    if sizes.median > LONGEST_GAP_S:
+        reason = f"half of the values above 0 are over {sizes.median:,.0f} s"
+    elif sizes.n >= max(ENOUGH, sizes.zeros) and sizes.quantile(SHORT_SHARE) > shortest:
+        reason = f"{1 - SHORT_SHARE:.0%} of the values above 0 are over {shortest:,.0f} s"
+    else:
+        return
+    setting, likely = key("interactions", column), _finer_unit(sizes.median)
+    yield Objection(
+        "interactions",
+        column,
+        f"{reason}, longer than users wait between two operations; they look like {_WORDS[likely]}",
+        f"{setting}={likely} (or {setting}=s if they are seconds)",
+    )
+
+
+def _shortest_gap(evidence: Evidence) -> float:
+    """Seconds that some gaps of any log are shorter than."""
+    lengths = (evidence.watch, evidence.duration, evidence.video_duration)
+    typical = next((sizes.median for sizes in lengths if sizes.n), 0.0)
+    return max(SHORTEST_GAP_S, SHORTEST_TIMES_WATCHED * typical)
 
 
 def _implausible_given(evidence: Evidence, stated: Stated) -> Iterator[Objection]:
@@ -311,6 +347,21 @@ def _disagreement(evidence: Evidence) -> Iterator[Objection]:
             f"half of the values are over {ratio:.3g} times those of the same videos in the table 'videos'",
             "the unit of the wrong one, source.units.interactions.duration or source.units.videos.duration",
         )
+
+
+def _contradiction(evidence: Evidence, stated: Stated) -> Iterator[Objection]:
+    ratio = evidence.rate_agreement
+    apart = ratio.share_above(CONTRADICTION) + 1 - ratio.share_above(1 / CONTRADICTION)
+    if ("interactions", "play_rate") in stated or ratio.n < ENOUGH or apart <= CONTRADICTING_SHARE:
+        return
+    yield Objection(
+        "interactions",
+        "play_rate" if evidence.given_rate.n else "watch_s",
+        f"of the rows with a play rate, a watch time and a duration, {apart:.0%} have a play rate that is over "
+        f"{CONTRADICTION:g} times the watch time / duration, or as far below it",
+        "source.units.play_rate to its unit (share or percent) if the play rates are right; if the times are, rename "
+        "or remove the column of play rates",
+    )
 
 
 def _implausible_rate(evidence: Evidence, stated: Stated) -> Iterator[Objection]:
