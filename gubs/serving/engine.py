@@ -11,7 +11,7 @@ from gubs.errors import GubsError
 from gubs.quick_imports import quick_imports
 from gubs.records import Task
 from gubs.serving.bundle import Bundle
-from gubs.serving.filter import Mode
+from gubs.serving.filter import Mode, thoughts_seed
 from gubs.serving.settings import ServingSettings
 from gubs.ufm.inputs import Inputs, Prompt
 from gubs.ufm.labels import Labels, OptionProbabilities, mean_options
@@ -74,7 +74,7 @@ class FilterEngine:
         self._llm: AsyncLLM = AsyncLLM.from_engine_args(
             AsyncEngineArgs(**arguments), stat_loggers=[RayPrometheusStatLogger]
         )
-        self._thoughts = bundle.config.thoughts
+        self._thoughts, self._version = bundle.config.thoughts, bundle.version
         self._name, self._numbers = uuid.uuid4().hex[:8], itertools.count()
 
     async def ask(self, task: Task, mode: Mode, prompts: Sequence[Prompt]) -> list[Answer]:
@@ -97,7 +97,8 @@ class FilterEngine:
 
         score, labels = mode is Mode.SCORE, self.labels[task]
         samples = 1 if score else self._thoughts
-        query = Query(None, prompt, temperature=1.0 if samples > 1 else 0.0, labels=labels, score=score)
+        seed = thoughts_seed(self._version, task, prompt)
+        query = Query(None, prompt, seed, 1.0 if samples > 1 else 0.0, labels, score)
         request = request_of(self.inputs, query)
         if request is None:
             return Answer(None, too_long=True)
