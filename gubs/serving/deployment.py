@@ -116,13 +116,15 @@ class EngineReplica:
         self._service = FilterService(self._bundle, self._engine, serving)
         await self.check_health()
 
-    async def decide(self, request: FilterRequest, mode: Mode) -> tuple[list[Result], Usage, float] | RequestError:
+    async def decide(
+        self, request: FilterRequest, mode: Mode, salt: str = ""
+    ) -> tuple[list[Result], Usage, float] | RequestError:
         """See `FilterService.decide`. A request's own error is returned: Ray would add a trace to a raised one."""
-        return await self._surviving(self._service.decide(request, mode))
+        return await self._surviving(self._service.decide(request, mode, salt))
 
-    async def explain(self, request: ExplainRequest) -> dict[str, object] | RequestError:
+    async def explain(self, request: ExplainRequest, salt: str = "") -> dict[str, object] | RequestError:
         """See `FilterService.explain`."""
-        return await self._surviving(self._service.explain(request))
+        return await self._surviving(self._service.explain(request, salt))
 
     def user(self, user_id: str) -> User | RequestError:
         """See `FilterService.user`."""
@@ -276,6 +278,10 @@ def _user_key(asked: FilterRequest | ExplainRequest) -> str:
     return asked.user.id or asked.user.model_dump_json()
 
 
+def _salt(key: ApiKey | None) -> str:
+    return key.salt if key else ""
+
+
 def _point(key: str) -> float:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
 
@@ -320,7 +326,7 @@ class Ingress:
             self._check_size(asked.user, asked.candidates)
             count.mode = mode = asked.mode or Mode(self._settings.mode)
             self._admit(key, len(asked.candidates))
-            answer = await self._filtered(asked, mode, began)
+            answer = await self._filtered(asked, mode, _salt(key), began)
         return Response(answer.model_dump_json(), media_type="application/json")
 
     @app.post("/v1/explain", response_model=ExplainResponse, responses=_ERRORS, openapi_extra=_body(ExplainRequest))
@@ -335,7 +341,7 @@ class Ingress:
             self._admit(key, 4)
             version = self._pick(_user_key(asked))
             async with self._deadline(asked.timeout_ms):
-                fields = await self._call(version, "explain", asked, session=_user_key(asked))
+                fields = await self._call(version, "explain", asked, _salt(key), session=_user_key(asked))
             name = await self._name(version)
         timing = {"total": round((time.perf_counter() - began) * 1e3, 1)}
         return ExplainResponse(request_id=_request_id(asked), model=name, timing_ms=timing, **fields)
@@ -407,12 +413,12 @@ class Ingress:
         """This replica's figures for Prometheus; Ray's own endpoint has those of all."""
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
-    async def _filtered(self, asked: FilterRequest, mode: Mode, began: float) -> FilterResponse:
+    async def _filtered(self, asked: FilterRequest, mode: Mode, salt: str, began: float) -> FilterResponse:
         session = _user_key(asked)
         version = self._pick(session) if any(self._weights.values()) else ""
         for other in self._shadow:
             if other != version:
-                self._later(self._shadowed(other, asked, mode))
+                self._later(self._shadowed(other, asked, mode, salt))
         if not version:  # nothing acts: everything is kept
             return _all_kept(asked, mode)
         size = self._settings.chunk
@@ -422,7 +428,7 @@ class Ingress:
         ]
         with self._metrics.waiting(len(asked.candidates)):
             async with self._deadline(asked.timeout_ms):
-                chunks = await _all(self._call(version, "decide", part, mode, session=session) for part in parts)
+                chunks = await _all(self._call(version, "decide", part, mode, salt, session=session) for part in parts)
         results, usage = merged(chunks)
         self._metrics.results(results)
         name = await self._name(version)
@@ -439,14 +445,14 @@ class Ingress:
             timing_ms=timing,
         )
 
-    async def _shadowed(self, version: str, asked: FilterRequest, mode: Mode) -> None:
+    async def _shadowed(self, version: str, asked: FilterRequest, mode: Mode, salt: str) -> None:
         """Asks a version whose decisions only go to the log."""
         size = self._settings.chunk
         chunks = []
         async with self._deadline(None):
             for i in range(0, len(asked.candidates), size):
                 part = asked.model_copy(update={"candidates": asked.candidates[i : i + size]})
-                chunks.append(await self._call(version, "decide", part, mode, session=_user_key(asked)))
+                chunks.append(await self._call(version, "decide", part, mode, salt, session=_user_key(asked)))
         results, _ = merged(chunks)
         if self._log:
             name = await self._name(version)

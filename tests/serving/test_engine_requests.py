@@ -112,6 +112,14 @@ def test_a_seed_is_the_same_on_every_machine():
     assert thoughts_seed("v", Task.SEQUENTIAL, Prompt("\udcff")) >= 0, "a title may hold what is no text"
 
 
+def test_prompts_of_two_keys_share_no_cache(no_vllm):
+    """`cached_tokens`, and the time, would tell one client about whom another one asks."""
+    it = asking()
+    for salt in ("a", "b", ""):
+        asyncio.run(it.ask(Task.SEQUENTIAL, Mode.REASON, [Prompt("one")], salt))
+    assert [prompt.get("cache_salt") for prompt, _ in it._llm.asked] == ["a", "b", None], "vLLM refuses an empty one"
+
+
 def test_batch_and_service_draw_the_same_thoughts(no_vllm, tmp_path):
     bundle = Bundle(make_filter(tmp_path))
     bundle.config = bundle.config.model_copy(update={"thoughts": THOUGHTS})

@@ -35,6 +35,15 @@ def test_a_name_is_given_once(tmp_path):
         add_key(tmp_path / "keys.json", "shop", 600)
 
 
+def test_each_key_has_a_salt_of_its_own_that_tells_nothing_of_it(tmp_path):
+    for name in ("shop", "app"):
+        add_key(tmp_path / "keys.json", name, 600)
+    shop, app = read_keys(tmp_path / "keys.json")
+    assert shop.salt == read_keys(tmp_path / "keys.json")[0].salt, "the same at every ingress"
+    assert shop.salt != app.salt
+    assert not any(shop.salt in text for text in (shop.name, shop.sha256))
+
+
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '[{"name": "x", "sha256": "short"}]'])
 def test_a_bad_file_is_refused(tmp_path, content):
     file = tmp_path / "keys.json"
