@@ -303,7 +303,7 @@ class Ingress:
             versions: application of each version -> share of the requests, until `reconfigure` is called.
         """
         self._settings = ServingSettings(**settings)
-        self._keys = None if self._settings.insecure else KeyRing(read_keys(self._settings.keys_file))
+        self._keys = None if self._settings.insecure else self._ring()
         self._metrics = Metrics()
         self._log = ShadowLog(self._settings.log_dir, self._settings.log_every_s) if self._settings.log_dir else None
         self._handles: dict[str, DeploymentHandle] = {}
@@ -349,34 +349,34 @@ class Ingress:
     @app.get("/v1/groups", response_model=list[Group], responses=_ERRORS)
     async def groups(self, request: Request) -> list[Group]:
         """The groups of users."""
-        self._authorised(request)
+        self._looking(request)
         async with self._deadline(None):
             return await self._call(self._pick("groups"), "groups")
 
     @app.get("/v1/users/{user_id:path}", response_model=User, responses=_ERRORS)
     async def user(self, request: Request, user_id: str) -> User:
         """A user that the filter knows."""
-        self._authorised(request)
+        self._looking(request)
         async with self._deadline(None):
             return await self._call(self._pick(user_id), "user", user_id, session=user_id)
 
     @app.get("/v1/models", response_model=list[ModelInfo], responses=_ERRORS)
     async def models(self, request: Request) -> list[ModelInfo]:
         """The deployed versions, with their shares of the requests."""
-        self._authorised(request)
+        self._looking(request)
         return [await self._info(version) for version in dict.fromkeys([*self._weights, *self._shadow])]
 
-    @app.get("/v1/examples")
+    @app.get("/v1/examples", responses=_ERRORS)
     async def examples(self, request: Request, count: int = 50) -> dict[str, list[str]]:
         """Some ids of users and videos that the filter knows."""
-        self._authorised(request)
+        self._looking(request)
         async with self._deadline(None):
             return await self._call(self._pick("examples"), "examples", max(1, min(count, 500)))
 
     @app.get("/v1/status", responses=_ERRORS)
     async def status(self, request: Request) -> JsonObject:
         """Recent figures of this ingress replica, and the engine replicas of each version."""
-        self._authorised(request)
+        self._looking(request)
         applications = (await asyncio.to_thread(serve.status)).applications
         replicas = {
             name: sum(n for state, n in application.deployments[ENGINE].replica_states.items() if state == "RUNNING")
@@ -540,6 +540,13 @@ class Ingress:
         if key is None:
             raise RefusedError(401, "unauthorized", "send a valid key: Authorization: Bearer KEY")
         return key
+
+    def _ring(self) -> KeyRing:
+        return KeyRing(read_keys(self._settings.keys_file), replicas=self._settings.ingress_replicas)
+
+    def _looking(self, request: Request) -> None:
+        """Admits a request without candidates. It counts as one: each asks a replica, or the controller."""
+        self._admit(self._authorised(request), 1)
 
     def _admit(self, key: ApiKey | None, candidates: int) -> None:
         if key and self._keys and (wait := self._keys.wait(key, candidates)):

@@ -67,6 +67,17 @@ def test_each_key_has_its_own_rate(tmp_path):
     assert json.loads(file.read_text())[0]["candidates_per_minute"] == 60
 
 
+def test_ingress_replicas_share_a_keys_rate(tmp_path):
+    """With the whole rate at each, a key would get several times what it was given."""
+    key, now = add_key(tmp_path / "keys.json", "shop", 60), [0.0]
+    rings = [KeyRing(read_keys(tmp_path / "keys.json"), lambda: now[0], replicas=3) for _ in range(3)]
+    shop = rings[0].find(f"Bearer {key}")
+    assert [r.wait(shop, 20) for r in rings] == [0, 0, 0]
+    assert [r.wait(shop, 1) for r in rings] == [pytest.approx(3)] * 3
+    now[0] = 60.0
+    assert [r.wait(shop, 20) for r in rings] == [0, 0, 0]
+
+
 def test_a_request_above_a_whole_minutes_rate_is_not_refused_for_ever(tmp_path):
     key = add_key(tmp_path / "keys.json", "small", 10)
     ring = KeyRing(read_keys(tmp_path / "keys.json"), clock=lambda: 0.0)
