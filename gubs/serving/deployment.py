@@ -13,14 +13,13 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.exceptions import RayActorError
@@ -35,23 +34,25 @@ from gubs.serving.engine import EngineDiedError, FilterEngine
 from gubs.serving.filter import Decision, Mode
 from gubs.serving.keys import ApiKey, KeyRing, read_keys
 from gubs.serving.metrics import Metrics
+from gubs.serving.responses import NDJSON, Lines, RefusedError, as_ready, problem_of, wants_lines
 from gubs.serving.schemas import (
     Candidate,
     ErrorBody,
     ExplainRequest,
     ExplainResponse,
+    FilterLine,
     FilterRequest,
     FilterResponse,
+    FilterSummary,
     Group,
     ModelInfo,
     ModelName,
-    Problem,
     Result,
     Usage,
     User,
     UserRef,
 )
-from gubs.serving.service import FilterService, RequestError, merged, pick
+from gubs.serving.service import FilterService, RequestError, merged, pick, total
 from gubs.serving.settings import ServingSettings
 from gubs.serving.shadow import ShadowLog
 from gubs.ufm.inputs import Prompt
@@ -88,20 +89,6 @@ _log = logging.getLogger("ray.serve")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 413, 422, 429, 500, 503, 504)
 }
-
-
-class RefusedError(Exception):
-    """An error response."""
-
-    def __init__(self, status: int, code: str, message: str, *, retryable: bool = False, retry_after: float = 0.0):
-        super().__init__(message)
-        self.status, self.problem = status, Problem(code=code, message=message, retryable=retryable)
-        self.retry_after = retry_after
-
-    def response(self) -> Response:
-        """As JSON, with Retry-After where a client should wait."""
-        headers = {"Retry-After": str(max(1, round(self.retry_after)))} if self.retry_after else {}
-        return JSONResponse(ErrorBody(error=self.problem).model_dump(), self.status, headers)
 
 
 @serve.deployment(name=ENGINE)
@@ -172,8 +159,8 @@ def _named(problems: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(f"{'.'.join(map(str, p['loc']))[:100]}: {p['msg'][:100]}" for p in problems[:3])
 
 
-def _body(model: type[BaseModel]) -> dict[str, Any]:
-    """The OpenAPI description of a request's body, which the route reads itself, up to a limit."""
+def _schema(model: type[BaseModel]) -> Any:
+    """A model's JSON schema without references, which would point to nowhere in the OpenAPI description."""
     schema = model.model_json_schema()
     parts = schema.pop("$defs", {})
 
@@ -186,7 +173,20 @@ def _body(model: type[BaseModel]) -> dict[str, Any]:
             return inlined(parts[node["$ref"].rpartition("/")[2]])
         return {name: inlined(inner) for name, inner in node.items()}
 
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined(schema)}}}}
+    return inlined(schema)
+
+
+def _body(model: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI description of a request's body, which the route reads itself, up to a limit."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _schema(model)}}}}
+
+
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": f"All decisions; with `Accept: {NDJSON}` one per line, as soon as each is there",
+        "content": {NDJSON: {"schema": _schema(FilterLine)}},
+    }
+}
 
 
 app = FastAPI(title="gubs filter", version="1", docs_url=None, redoc_url=None)
@@ -214,7 +214,8 @@ async def _not_served(_: Request, error: HTTPException) -> Response:
 async def _failed(_: Request, error: Exception) -> Response:
     """A bug: the client gets a code, the log gets the trace."""
     _log.error("request failed", exc_info=error)
-    return RefusedError(500, "internal", "the service failed", retryable=True).response()
+    problem = problem_of(error)
+    return RefusedError(500, problem.code, problem.message, retryable=problem.retryable).response()
 
 
 # Serve pickles the app's routes when it decorates the ingress: what they call must be defined before it.
@@ -239,30 +240,33 @@ async def _cancelling(response: DeploymentResponse[R]) -> R:
         raise
 
 
-async def _all(calls: Iterable[Awaitable[R]]) -> list[R]:
-    """The results of all calls; the first failure cancels the others."""
-    tasks = [asyncio.ensure_future(c) for c in calls]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
+@dataclass(frozen=True)
+class _Part:
+    """Decisions about some of a request's candidates."""
+
+    app: str
+    """Application of the version that decided; empty: none acts, so everything is kept."""
+    model: ModelName
+    threshold: float
+    results: list[Result]
+    usage: Usage
 
 
-def _all_kept(asked: FilterRequest, mode: Mode) -> FilterResponse:
+def _all_kept(asked: FilterRequest) -> _Part:
     results = [Result(index=i, id=c.id, decision=Decision.KEEP) for i, c in enumerate(asked.candidates)]
-    name = ModelName(name="none", version="none")
-    return FilterResponse(
-        request_id=_request_id(asked),
-        model=name,
-        mode=mode,
-        threshold=1.0,
-        results=results,
-        usage=Usage(),
-        timing_ms={},
-    )
+    return _Part("", ModelName(name="none", version="none"), 1.0, results, Usage())
+
+
+def _summary(asked: FilterRequest, mode: Mode, parts: Sequence[_Part], began: float) -> JsonObject:
+    """The fields of a `FilterSummary`."""
+    return {
+        "request_id": _request_id(asked),
+        "model": parts[0].model,
+        "mode": mode,
+        "threshold": parts[0].threshold,
+        "usage": total([p.usage for p in parts]),
+        "timing_ms": {"total": round((time.perf_counter() - began) * 1e3, 1)},
+    }
 
 
 @dataclass
@@ -316,17 +320,22 @@ class Ingress:
         self._weights: Mapping[str, float] = dict(config.get("versions") or {})
         self._shadow: list[str] = list(config.get("shadow") or [])
 
-    @app.post("/v1/filter", response_model=FilterResponse, responses=_ERRORS, openapi_extra=_body(FilterRequest))
+    @app.post(
+        "/v1/filter", response_model=FilterResponse, responses=_ANSWERS | _ERRORS, openapi_extra=_body(FilterRequest)
+    )
     async def filter(self, request: Request) -> Response:
-        """Decides which candidates the user would skip."""
+        """Decides which candidates the user would skip. With `Accept: application/x-ndjson` each decision comes as soon
+        as it is there, a line each; the last line has the rest, or the error because of which no more come.
+        """
         began = time.perf_counter()
+        if wants_lines(request):
+            return await Lines(self._filtered_lines(request, began)).begun()
         with self._counted() as count:
-            key = self._authorised(request)
-            asked = await self._read(request, FilterRequest)
-            self._check_size(asked.user, asked.candidates)
-            count.mode = mode = asked.mode or Mode(self._settings.mode)
-            self._admit(key, len(asked.candidates))
-            answer = await self._filtered(asked, mode, _salt(key), began)
+            asked, mode, salt = await self._asked(request, count)
+            parts = [part async for part in self._decided(asked, mode, salt)]
+            results = sorted((r for part in parts for r in part.results), key=lambda r: r.index)
+            self._note(asked, mode, parts[0], results)
+            answer = FilterResponse(results=results, **_summary(asked, mode, parts, began))
         return Response(answer.model_dump_json(), media_type="application/json")
 
     @app.post("/v1/explain", response_model=ExplainResponse, responses=_ERRORS, openapi_extra=_body(ExplainRequest))
@@ -413,37 +422,67 @@ class Ingress:
         """This replica's figures for Prometheus; Ray's own endpoint has those of all."""
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
-    async def _filtered(self, asked: FilterRequest, mode: Mode, salt: str, began: float) -> FilterResponse:
-        session = _user_key(asked)
+    async def _filtered_lines(self, request: Request, began: float) -> AsyncGenerator[FilterLine]:
+        """The answer to a request in lines."""
+        with self._counted() as count:
+            asked, mode, salt = await self._asked(request, count)
+            parts = []
+            async with contextlib.aclosing(self._decided(asked, mode, salt)) as decided:
+                async for part in decided:
+                    parts.append(part)
+                    self._note(asked, mode, part, part.results)
+                    for result in part.results:
+                        yield FilterLine(result=result)
+            yield FilterLine(done=FilterSummary(**_summary(asked, mode, parts, began)))
+
+    async def _asked(self, request: Request, count: _Count) -> tuple[FilterRequest, Mode, str]:
+        """What is asked, how, and whose cache the engines may use.
+
+        Raises:
+            RefusedError: the request is not admitted.
+        """
+        key = self._authorised(request)
+        asked = await self._read(request, FilterRequest)
+        self._check_size(asked.user, asked.candidates)
+        count.mode = mode = asked.mode or Mode(self._settings.mode)
+        self._admit(key, len(asked.candidates))
+        return asked, mode, _salt(key)
+
+    async def _decided(self, asked: FilterRequest, mode: Mode, salt: str) -> AsyncGenerator[_Part]:
+        """The decisions about a request's candidates, chunk by chunk as they are ready.
+
+        Raises:
+            RefusedError: a chunk cannot be answered, or not in time.
+        """
+        session, size = _user_key(asked), self._settings.chunk
         version = self._pick(session) if any(self._weights.values()) else ""
         for other in self._shadow:
             if other != version:
                 self._later(self._shadowed(other, asked, mode, salt))
-        if not version:  # nothing acts: everything is kept
-            return _all_kept(asked, mode)
-        size = self._settings.chunk
-        parts = [
-            asked.model_copy(update={"candidates": asked.candidates[i : i + size]})
-            for i in range(0, len(asked.candidates), size)
-        ]
+        if not version:
+            yield _all_kept(asked)
+            return
+
+        async def chunk(start: int) -> tuple[list[Result], Usage, float]:
+            some = asked.model_copy(update={"candidates": asked.candidates[start : start + size]})
+            results, usage, threshold = await self._call(version, "decide", some, mode, salt, session=session)
+            numbered = [r.model_copy(update={"index": start + r.index}) for r in results] if start else results
+            return numbered, usage, threshold
+
         with self._metrics.waiting(len(asked.candidates)):
             async with self._deadline(asked.timeout_ms):
-                chunks = await _all(self._call(version, "decide", part, mode, salt, session=session) for part in parts)
-        results, usage = merged(chunks)
+                calls = as_ready(chunk(start) for start in range(0, len(asked.candidates), size))
+                async with contextlib.aclosing(calls) as chunks:
+                    async for results, usage, threshold in chunks:
+                        yield _Part(version, await self._name(version), threshold, results, usage)
+
+    def _note(self, asked: FilterRequest, mode: Mode, part: _Part, results: Sequence[Result]) -> None:
+        """Counts and logs decisions that are about to be answered."""
+        if not part.app:
+            return
         self._metrics.results(results)
-        name = await self._name(version)
         if self._log:
-            self._log.add(version, name.version, asked, mode, chunks[0][2], results, acted=True)
-        timing = {"total": round((time.perf_counter() - began) * 1e3, 1)}
-        return FilterResponse(
-            request_id=_request_id(asked),
-            model=name,
-            mode=mode,
-            threshold=chunks[0][2],
-            results=results,
-            usage=usage,
-            timing_ms=timing,
-        )
+            self._log.add(part.app, part.model.version, asked, mode, part.threshold, results, acted=True)
 
     async def _shadowed(self, version: str, asked: FilterRequest, mode: Mode, salt: str) -> None:
         """Asks a version whose decisions only go to the log."""

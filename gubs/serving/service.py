@@ -293,8 +293,12 @@ def _as_jpegs(clip: Clip | None) -> list[str]:
 def merged(chunks: Sequence[tuple[list[Result], Usage, float]]) -> tuple[list[Result], Usage]:
     """The results of a request that was split, numbered through."""
     results = [r for part, _, _ in chunks for r in part]
-    usage = Usage(**{name: sum(getattr(u, name) for _, u, _ in chunks) for name in Usage.model_fields})
-    return [r.model_copy(update={"index": i}) for i, r in enumerate(results)], usage
+    return [r.model_copy(update={"index": i}) for i, r in enumerate(results)], total([u for _, u, _ in chunks])
+
+
+def total(usages: Sequence[Usage]) -> Usage:
+    """What several parts of a request cost together."""
+    return Usage(**{name: sum(getattr(u, name) for u in usages) for name in Usage.model_fields})
 
 
 Weights = Mapping[str, float]
