@@ -32,7 +32,7 @@ from gubs.data.ifvr import IFVR
 from gubs.ray_runtime import free_port
 from gubs.records import Task
 from gubs.serving.control import Control
-from gubs.serving.filter import Mode
+from gubs.serving.filter import Mode, thoughts_seed
 from gubs.stages import FILTER
 
 _IDLE_S = 10.0
@@ -186,9 +186,10 @@ def offline(args: argparse.Namespace, mode: str) -> dict[str, Any]:
                 known = bundle.video(video)
                 assert known
                 prompt = builder.about_user(Task.SEQUENTIAL, person, known, bundle.pictures.clip(video))
-                request = request_of(inputs, Query(None, prompt, 0, heat, labels, score=mode == Mode.SCORE))
+                seed = thoughts_seed(bundle.version, Task.SEQUENTIAL, prompt)
+                request = request_of(inputs, Query(None, prompt, seed, heat, labels, score=mode == Mode.SCORE))
                 assert request
-                yield from (replace(request, seed=k) for k in range(thoughts))
+                yield from (replace(request, seed=seed + k) for k in range(thoughts))
 
     bodies = _bodies(args)
     before, requests = list(encoded(bodies)), list(encoded(bodies))

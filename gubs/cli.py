@@ -338,6 +338,18 @@ def evaluate_sensitivity(
     jobs.evaluate_sensitivity(open_run(run), settings, names[0] if names else "", force, as_json)
 
 
+@evaluate.command("log")
+def evaluate_log(
+    folder: Annotated[str, typer.Argument(help="The service's log of decisions (serving.log_dir), a path or URI.")],
+    run: RunOption = DEFAULT_RUN,
+    preset: PresetOption = "tiny",
+    as_json: JsonOption = False,
+    overrides: Overrides = None,
+) -> None:
+    """What the service decided, versions in shadow included, against what the test users of a run did."""
+    jobs.evaluate_log(open_run(run), load_settings(preset, overrides or []), folder, as_json)
+
+
 @evaluate.command("page")
 def evaluate_page(run: RunArgument = DEFAULT_RUN, preset: PresetOption = "tiny") -> None:
     """Print the tables and write the page again from what is stored; makes nothing and needs no network."""

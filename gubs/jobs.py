@@ -137,6 +137,32 @@ def evaluate_sensitivity(
         print_sheet(sheet)
 
 
+def evaluate_log(run: Run, settings: Settings, folder: str, as_json: bool = False) -> None:
+    """Shows how the decisions in the service's log fit what the run's test users did.
+
+    Args:
+        run: has the targets.
+        settings: all settings.
+        folder: of the log (`serving.log_dir`).
+        as_json: print JSON instead of tables.
+
+    Raises:
+        InputError: the folder has no decisions. ArtifactError: the run has no test targets.
+    """
+    from gubs.data.ifvr import IFVR
+    from gubs.evaluate.decision_log import figures, happened, sheets
+    from gubs.evaluate.sheets import print_sheet
+    from gubs.serving.shadow import read_log
+
+    truth = happened(IFVR(run))
+    found = figures(read_log(folder), truth, resamples=settings.evaluate.bootstrap, seed=settings.seed)
+    if as_json:
+        print_json([f.to_json() for f in found])
+        return
+    for sheet in sheets(found):
+        print_sheet(sheet)
+
+
 def evaluate_page(run: Run, settings: Settings) -> None:
     """Writes the page and prints all tables again from what is stored; makes nothing."""
     _show_evaluation(run, settings, ("ifvr", "public", "simulated", "ranking"))

@@ -11,7 +11,7 @@ import pyarrow as pa
 from gubs.errors import InputError
 from gubs.records import Task
 from gubs.serving.bundle import Bundle
-from gubs.serving.filter import Decision, Mode, judge
+from gubs.serving.filter import Decision, Mode, judge, thoughts_seed
 from gubs.ufm.labels import mean_options
 from gubs.ufm.prompting import PromptBuilder
 
@@ -77,12 +77,13 @@ class BatchFilter:
                     else self._bundle.pictures.clip(video)
                 )
                 prompt = self._prompts.about_user(self._task, person, known, clip)
-                query = Query(i, prompt, 0, 1.0 if samples > 1 else 0.0, self._labels, score)
+                seed = thoughts_seed(self._bundle.version, self._task, prompt)
+                query = Query(i, prompt, seed, 1.0 if samples > 1 else 0.0, self._labels, score)
                 request = request_of(self._inputs, query)
                 if request is None:
                     rows[i]["error"] = "too_long"
                 else:
-                    requests[i] = [replace(request, seed=k) for k in range(samples)]
+                    requests[i] = [replace(request, seed=seed + k) for k in range(samples)]  # as vLLM does for `n`
         answers = iter(self._engine.generate([r for group in requests.values() for r in group]))
         for i, group in requests.items():
             rows[i] = self._row([next(answers) for _ in group])

@@ -8,7 +8,7 @@ kept = [r.id for r in answer.results if r.decision == "keep"]
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import Any, Self, TypedDict, TypeVar, Unpack
@@ -24,6 +24,7 @@ from gubs.serving.schemas import (
     ErrorBody,
     ExplainRequest,
     ExplainResponse,
+    FilterLine,
     FilterRequest,
     FilterResponse,
     Group,
@@ -97,10 +98,42 @@ class _Api:
             problem, status = _problem(outcome), outcome.status_code
             wait = _seconds(outcome.headers.get("retry-after", ""))
         else:
-            problem, status, wait = Problem(code="unreachable", message=str(outcome), retryable=True), 0, 0.0
+            problem, status, wait = _unreachable(str(outcome)), 0, 0.0
         if not problem.retryable or attempt >= self._retries:
             raise ServiceError(problem, status)
         return min(_LONGEST_WAIT_S, max(wait, 0.2 * 2**attempt * random.uniform(0.5, 1.5)))
+
+
+class _Lines:
+    """The lines of a streamed answer, put together from its blocks."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        """A line has come: asking again would repeat it."""
+        self._rest, self._done = b"", False
+
+    def read(self, block: bytes) -> Iterator[FilterLine]:
+        """The lines that end in the next block.
+
+        Raises:
+            ServiceError: the service says that no more come.
+        """
+        *whole, self._rest = (self._rest + block).split(b"\n")  # texts may hold what else counts as a line's end
+        for text in whole:
+            line = FilterLine.model_validate_json(text)
+            if line.error:
+                raise ServiceError(line.error)
+            self.begun, self._done = True, line.done is not None
+            yield line
+
+    def end(self) -> None:
+        """Looks whether the answer is whole.
+
+        Raises:
+            ServiceError: it broke off.
+        """
+        if not self._done:
+            raise ServiceError(_unreachable("the answer broke off"))
 
 
 class Client(_Api):
@@ -118,6 +151,34 @@ class Client(_Api):
     ) -> FilterResponse:
         """Which candidates to keep. Errors: `ServiceError`."""
         return self._send("POST", "/v1/filter", FilterResponse, self._filter(user, candidates, options))
+
+    def filter_lines(
+        self, user: UserRef | str, candidates: Sequence[Candidate | str], **options: Unpack[FilterOptions]
+    ) -> Iterator[FilterLine]:
+        """As `filter`, but each decision as soon as it is there, so not in the order of the candidates (`index`). The
+        last line has `done`, with what else a response says.
+
+        Raises:
+            ServiceError: as ever; also after some lines, of which none is then asked for again.
+        """
+        body, attempt = self._filter(user, candidates, options), 0
+        while True:
+            lines = _Lines()
+            try:
+                with self._http.stream("POST", "/v1/filter", content=body, headers=_NDJSON) as response:
+                    if response.is_success:
+                        for block in response.iter_bytes():
+                            yield from lines.read(block)
+                        lines.end()
+                        return
+                    response.read()
+                    outcome: httpx.Response | httpx.HTTPError = response
+            except httpx.HTTPError as e:
+                if lines.begun:
+                    raise ServiceError(_unreachable(str(e))) from None
+                outcome = e
+            time.sleep(self._pause(attempt, outcome))
+            attempt += 1
 
     def explain(
         self, user: UserRef | str, candidate: Candidate | str, *, task: Task = Task.SEQUENTIAL
@@ -168,6 +229,30 @@ class AsyncClient(_Api):
         """Which candidates to keep. Errors: `ServiceError`."""
         return await self._send("POST", "/v1/filter", FilterResponse, self._filter(user, candidates, options))
 
+    async def filter_lines(
+        self, user: UserRef | str, candidates: Sequence[Candidate | str], **options: Unpack[FilterOptions]
+    ) -> AsyncIterator[FilterLine]:
+        """See `Client.filter_lines`."""
+        body, attempt = self._filter(user, candidates, options), 0
+        while True:
+            lines = _Lines()
+            try:
+                async with self._http.stream("POST", "/v1/filter", content=body, headers=_NDJSON) as response:
+                    if response.is_success:
+                        async for block in response.aiter_bytes():
+                            for line in lines.read(block):
+                                yield line
+                        lines.end()
+                        return
+                    await response.aread()
+                    outcome: httpx.Response | httpx.HTTPError = response
+            except httpx.HTTPError as e:
+                if lines.begun:
+                    raise ServiceError(_unreachable(str(e))) from None
+                outcome = e
+            await asyncio.sleep(self._pause(attempt, outcome))
+            attempt += 1
+
     async def explain(
         self, user: UserRef | str, candidate: Candidate | str, *, task: Task = Task.SEQUENTIAL
     ) -> ExplainResponse:
@@ -211,6 +296,7 @@ def _seconds(retry_after: str) -> float:
 
 
 _JSON = {"Content-Type": "application/json"}
+_NDJSON = _JSON | {"Accept": "application/x-ndjson"}
 
 
 def _user(user: UserRef | str) -> UserRef:
@@ -225,6 +311,10 @@ def _quoted(name: str) -> str:
     from urllib.parse import quote
 
     return quote(name, safe="")
+
+
+def _unreachable(message: str) -> Problem:
+    return Problem(code="unreachable", message=message, retryable=True)
 
 
 def _problem(response: httpx.Response) -> Problem:

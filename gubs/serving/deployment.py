@@ -13,14 +13,13 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.exceptions import RayActorError
@@ -35,23 +34,25 @@ from gubs.serving.engine import EngineDiedError, FilterEngine
 from gubs.serving.filter import Decision, Mode
 from gubs.serving.keys import ApiKey, KeyRing, read_keys
 from gubs.serving.metrics import Metrics
+from gubs.serving.responses import NDJSON, Lines, RefusedError, as_ready, problem_of, wants_lines
 from gubs.serving.schemas import (
     Candidate,
     ErrorBody,
     ExplainRequest,
     ExplainResponse,
+    FilterLine,
     FilterRequest,
     FilterResponse,
+    FilterSummary,
     Group,
     ModelInfo,
     ModelName,
-    Problem,
     Result,
     Usage,
     User,
     UserRef,
 )
-from gubs.serving.service import FilterService, RequestError, merged, pick
+from gubs.serving.service import FilterService, RequestError, merged, pick, total
 from gubs.serving.settings import ServingSettings
 from gubs.serving.shadow import ShadowLog
 from gubs.ufm.inputs import Prompt
@@ -90,20 +91,6 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-class RefusedError(Exception):
-    """An error response."""
-
-    def __init__(self, status: int, code: str, message: str, *, retryable: bool = False, retry_after: float = 0.0):
-        super().__init__(message)
-        self.status, self.problem = status, Problem(code=code, message=message, retryable=retryable)
-        self.retry_after = retry_after
-
-    def response(self) -> Response:
-        """As JSON, with Retry-After where a client should wait."""
-        headers = {"Retry-After": str(max(1, round(self.retry_after)))} if self.retry_after else {}
-        return JSONResponse(ErrorBody(error=self.problem).model_dump(), self.status, headers)
-
-
 @serve.deployment(name=ENGINE)
 class EngineReplica:
     """One engine with one filter."""
@@ -116,13 +103,15 @@ class EngineReplica:
         self._service = FilterService(self._bundle, self._engine, serving)
         await self.check_health()
 
-    async def decide(self, request: FilterRequest, mode: Mode) -> tuple[list[Result], Usage, float] | RequestError:
+    async def decide(
+        self, request: FilterRequest, mode: Mode, salt: str = ""
+    ) -> tuple[list[Result], Usage, float] | RequestError:
         """See `FilterService.decide`. A request's own error is returned: Ray would add a trace to a raised one."""
-        return await self._surviving(self._service.decide(request, mode))
+        return await self._surviving(self._service.decide(request, mode, salt))
 
-    async def explain(self, request: ExplainRequest) -> dict[str, object] | RequestError:
+    async def explain(self, request: ExplainRequest, salt: str = "") -> dict[str, object] | RequestError:
         """See `FilterService.explain`."""
-        return await self._surviving(self._service.explain(request))
+        return await self._surviving(self._service.explain(request, salt))
 
     def user(self, user_id: str) -> User | RequestError:
         """See `FilterService.user`."""
@@ -170,8 +159,8 @@ def _named(problems: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(f"{'.'.join(map(str, p['loc']))[:100]}: {p['msg'][:100]}" for p in problems[:3])
 
 
-def _body(model: type[BaseModel]) -> dict[str, Any]:
-    """The OpenAPI description of a request's body, which the route reads itself, up to a limit."""
+def _schema(model: type[BaseModel]) -> Any:
+    """A model's JSON schema without references, which would point to nowhere in the OpenAPI description."""
     schema = model.model_json_schema()
     parts = schema.pop("$defs", {})
 
@@ -184,7 +173,20 @@ def _body(model: type[BaseModel]) -> dict[str, Any]:
             return inlined(parts[node["$ref"].rpartition("/")[2]])
         return {name: inlined(inner) for name, inner in node.items()}
 
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined(schema)}}}}
+    return inlined(schema)
+
+
+def _body(model: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI description of a request's body, which the route reads itself, up to a limit."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _schema(model)}}}}
+
+
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": f"All decisions; with `Accept: {NDJSON}` one per line, as soon as each is there",
+        "content": {NDJSON: {"schema": _schema(FilterLine)}},
+    }
+}
 
 
 app = FastAPI(title="gubs filter", version="1", docs_url=None, redoc_url=None)
@@ -212,7 +214,8 @@ async def _not_served(_: Request, error: HTTPException) -> Response:
 async def _failed(_: Request, error: Exception) -> Response:
     """A bug: the client gets a code, the log gets the trace."""
     _log.error("request failed", exc_info=error)
-    return RefusedError(500, "internal", "the service failed", retryable=True).response()
+    problem = problem_of(error)
+    return RefusedError(500, problem.code, problem.message, retryable=problem.retryable).response()
 
 
 # Serve pickles the app's routes when it decorates the ingress: what they call must be defined before it.
@@ -237,30 +240,33 @@ async def _cancelling(response: DeploymentResponse[R]) -> R:
         raise
 
 
-async def _all(calls: Iterable[Awaitable[R]]) -> list[R]:
-    """The results of all calls; the first failure cancels the others."""
-    tasks = [asyncio.ensure_future(c) for c in calls]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
+@dataclass(frozen=True)
+class _Part:
+    """Decisions about some of a request's candidates."""
+
+    app: str
+    """Application of the version that decided; empty: none acts, so everything is kept."""
+    model: ModelName
+    threshold: float
+    results: list[Result]
+    usage: Usage
 
 
-def _all_kept(asked: FilterRequest, mode: Mode) -> FilterResponse:
+def _all_kept(asked: FilterRequest) -> _Part:
     results = [Result(index=i, id=c.id, decision=Decision.KEEP) for i, c in enumerate(asked.candidates)]
-    name = ModelName(name="none", version="none")
-    return FilterResponse(
-        request_id=_request_id(asked),
-        model=name,
-        mode=mode,
-        threshold=1.0,
-        results=results,
-        usage=Usage(),
-        timing_ms={},
-    )
+    return _Part("", ModelName(name="none", version="none"), 1.0, results, Usage())
+
+
+def _summary(asked: FilterRequest, mode: Mode, parts: Sequence[_Part], began: float) -> JsonObject:
+    """The fields of a `FilterSummary`."""
+    return {
+        "request_id": _request_id(asked),
+        "model": parts[0].model,
+        "mode": mode,
+        "threshold": parts[0].threshold,
+        "usage": total([p.usage for p in parts]),
+        "timing_ms": {"total": round((time.perf_counter() - began) * 1e3, 1)},
+    }
 
 
 @dataclass
@@ -274,6 +280,10 @@ class _Count:
 def _user_key(asked: FilterRequest | ExplainRequest) -> str:
     """The same for every request about a user."""
     return asked.user.id or asked.user.model_dump_json()
+
+
+def _salt(key: ApiKey | None) -> str:
+    return key.salt if key else ""
 
 
 def _point(key: str) -> float:
@@ -297,7 +307,7 @@ class Ingress:
             versions: application of each version -> share of the requests, until `reconfigure` is called.
         """
         self._settings = ServingSettings(**settings)
-        self._keys = None if self._settings.insecure else KeyRing(read_keys(self._settings.keys_file))
+        self._keys = None if self._settings.insecure else self._ring()
         self._metrics = Metrics()
         self._log = ShadowLog(self._settings.log_dir, self._settings.log_every_s) if self._settings.log_dir else None
         self._handles: dict[str, DeploymentHandle] = {}
@@ -310,17 +320,22 @@ class Ingress:
         self._weights: Mapping[str, float] = dict(config.get("versions") or {})
         self._shadow: list[str] = list(config.get("shadow") or [])
 
-    @app.post("/v1/filter", response_model=FilterResponse, responses=_ERRORS, openapi_extra=_body(FilterRequest))
+    @app.post(
+        "/v1/filter", response_model=FilterResponse, responses=_ANSWERS | _ERRORS, openapi_extra=_body(FilterRequest)
+    )
     async def filter(self, request: Request) -> Response:
-        """Decides which candidates the user would skip."""
+        """Decides which candidates the user would skip. With `Accept: application/x-ndjson` each decision comes as soon
+        as it is there, a line each; the last line has the rest, or the error because of which no more come.
+        """
         began = time.perf_counter()
+        if wants_lines(request):
+            return await Lines(self._filtered_lines(request, began)).begun()
         with self._counted() as count:
-            key = self._authorised(request)
-            asked = await self._read(request, FilterRequest)
-            self._check_size(asked.user, asked.candidates)
-            count.mode = mode = asked.mode or Mode(self._settings.mode)
-            self._admit(key, len(asked.candidates))
-            answer = await self._filtered(asked, mode, began)
+            asked, mode, salt = await self._asked(request, count)
+            parts = [part async for part in self._decided(asked, mode, salt)]
+            results = sorted((r for part in parts for r in part.results), key=lambda r: r.index)
+            self._note(asked, mode, parts[0], results)
+            answer = FilterResponse(results=results, **_summary(asked, mode, parts, began))
         return Response(answer.model_dump_json(), media_type="application/json")
 
     @app.post("/v1/explain", response_model=ExplainResponse, responses=_ERRORS, openapi_extra=_body(ExplainRequest))
@@ -335,7 +350,7 @@ class Ingress:
             self._admit(key, 4)
             version = self._pick(_user_key(asked))
             async with self._deadline(asked.timeout_ms):
-                fields = await self._call(version, "explain", asked, session=_user_key(asked))
+                fields = await self._call(version, "explain", asked, _salt(key), session=_user_key(asked))
             name = await self._name(version)
         timing = {"total": round((time.perf_counter() - began) * 1e3, 1)}
         return ExplainResponse(request_id=_request_id(asked), model=name, timing_ms=timing, **fields)
@@ -343,34 +358,34 @@ class Ingress:
     @app.get("/v1/groups", response_model=list[Group], responses=_ERRORS)
     async def groups(self, request: Request) -> list[Group]:
         """The groups of users."""
-        self._authorised(request)
+        self._looking(request)
         async with self._deadline(None):
             return await self._call(self._pick("groups"), "groups")
 
     @app.get("/v1/users/{user_id:path}", response_model=User, responses=_ERRORS)
     async def user(self, request: Request, user_id: str) -> User:
         """A user that the filter knows."""
-        self._authorised(request)
+        self._looking(request)
         async with self._deadline(None):
             return await self._call(self._pick(user_id), "user", user_id, session=user_id)
 
     @app.get("/v1/models", response_model=list[ModelInfo], responses=_ERRORS)
     async def models(self, request: Request) -> list[ModelInfo]:
         """The deployed versions, with their shares of the requests."""
-        self._authorised(request)
+        self._looking(request)
         return [await self._info(version) for version in dict.fromkeys([*self._weights, *self._shadow])]
 
-    @app.get("/v1/examples")
+    @app.get("/v1/examples", responses=_ERRORS)
     async def examples(self, request: Request, count: int = 50) -> dict[str, list[str]]:
         """Some ids of users and videos that the filter knows."""
-        self._authorised(request)
+        self._looking(request)
         async with self._deadline(None):
             return await self._call(self._pick("examples"), "examples", max(1, min(count, 500)))
 
     @app.get("/v1/status", responses=_ERRORS)
     async def status(self, request: Request) -> JsonObject:
         """Recent figures of this ingress replica, and the engine replicas of each version."""
-        self._authorised(request)
+        self._looking(request)
         applications = (await asyncio.to_thread(serve.status)).applications
         replicas = {
             name: sum(n for state, n in application.deployments[ENGINE].replica_states.items() if state == "RUNNING")
@@ -407,46 +422,76 @@ class Ingress:
         """This replica's figures for Prometheus; Ray's own endpoint has those of all."""
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
-    async def _filtered(self, asked: FilterRequest, mode: Mode, began: float) -> FilterResponse:
-        session = _user_key(asked)
+    async def _filtered_lines(self, request: Request, began: float) -> AsyncGenerator[FilterLine]:
+        """The answer to a request in lines."""
+        with self._counted() as count:
+            asked, mode, salt = await self._asked(request, count)
+            parts = []
+            async with contextlib.aclosing(self._decided(asked, mode, salt)) as decided:
+                async for part in decided:
+                    parts.append(part)
+                    self._note(asked, mode, part, part.results)
+                    for result in part.results:
+                        yield FilterLine(result=result)
+            yield FilterLine(done=FilterSummary(**_summary(asked, mode, parts, began)))
+
+    async def _asked(self, request: Request, count: _Count) -> tuple[FilterRequest, Mode, str]:
+        """What is asked, how, and whose cache the engines may use.
+
+        Raises:
+            RefusedError: the request is not admitted.
+        """
+        key = self._authorised(request)
+        asked = await self._read(request, FilterRequest)
+        self._check_size(asked.user, asked.candidates)
+        count.mode = mode = asked.mode or Mode(self._settings.mode)
+        self._admit(key, len(asked.candidates))
+        return asked, mode, _salt(key)
+
+    async def _decided(self, asked: FilterRequest, mode: Mode, salt: str) -> AsyncGenerator[_Part]:
+        """The decisions about a request's candidates, chunk by chunk as they are ready.
+
+        Raises:
+            RefusedError: a chunk cannot be answered, or not in time.
+        """
+        session, size = _user_key(asked), self._settings.chunk
         version = self._pick(session) if any(self._weights.values()) else ""
         for other in self._shadow:
             if other != version:
-                self._later(self._shadowed(other, asked, mode))
-        if not version:  # nothing acts: everything is kept
-            return _all_kept(asked, mode)
-        size = self._settings.chunk
-        parts = [
-            asked.model_copy(update={"candidates": asked.candidates[i : i + size]})
-            for i in range(0, len(asked.candidates), size)
-        ]
+                self._later(self._shadowed(other, asked, mode, salt))
+        if not version:
+            yield _all_kept(asked)
+            return
+
+        async def chunk(start: int) -> tuple[list[Result], Usage, float]:
+            some = asked.model_copy(update={"candidates": asked.candidates[start : start + size]})
+            results, usage, threshold = await self._call(version, "decide", some, mode, salt, session=session)
+            numbered = [r.model_copy(update={"index": start + r.index}) for r in results] if start else results
+            return numbered, usage, threshold
+
         with self._metrics.waiting(len(asked.candidates)):
             async with self._deadline(asked.timeout_ms):
-                chunks = await _all(self._call(version, "decide", part, mode, session=session) for part in parts)
-        results, usage = merged(chunks)
-        self._metrics.results(results)
-        name = await self._name(version)
-        if self._log:
-            self._log.add(version, name.version, asked, mode, chunks[0][2], results, acted=True)
-        timing = {"total": round((time.perf_counter() - began) * 1e3, 1)}
-        return FilterResponse(
-            request_id=_request_id(asked),
-            model=name,
-            mode=mode,
-            threshold=chunks[0][2],
-            results=results,
-            usage=usage,
-            timing_ms=timing,
-        )
+                calls = as_ready(chunk(start) for start in range(0, len(asked.candidates), size))
+                async with contextlib.aclosing(calls) as chunks:
+                    async for results, usage, threshold in chunks:
+                        yield _Part(version, await self._name(version), threshold, results, usage)
 
-    async def _shadowed(self, version: str, asked: FilterRequest, mode: Mode) -> None:
+    def _note(self, asked: FilterRequest, mode: Mode, part: _Part, results: Sequence[Result]) -> None:
+        """Counts and logs decisions that are about to be answered."""
+        if not part.app:
+            return
+        self._metrics.results(results)
+        if self._log:
+            self._log.add(part.app, part.model.version, asked, mode, part.threshold, results, acted=True)
+
+    async def _shadowed(self, version: str, asked: FilterRequest, mode: Mode, salt: str) -> None:
         """Asks a version whose decisions only go to the log."""
         size = self._settings.chunk
         chunks = []
         async with self._deadline(None):
             for i in range(0, len(asked.candidates), size):
                 part = asked.model_copy(update={"candidates": asked.candidates[i : i + size]})
-                chunks.append(await self._call(version, "decide", part, mode, session=_user_key(asked)))
+                chunks.append(await self._call(version, "decide", part, mode, salt, session=_user_key(asked)))
         results, _ = merged(chunks)
         if self._log:
             name = await self._name(version)
@@ -534,6 +579,13 @@ class Ingress:
         if key is None:
             raise RefusedError(401, "unauthorized", "send a valid key: Authorization: Bearer KEY")
         return key
+
+    def _ring(self) -> KeyRing:
+        return KeyRing(read_keys(self._settings.keys_file), replicas=self._settings.ingress_replicas)
+
+    def _looking(self, request: Request) -> None:
+        """Admits a request without candidates. It counts as one: each asks a replica, or the controller."""
+        self._admit(self._authorised(request), 1)
 
     def _admit(self, key: ApiKey | None, candidates: int) -> None:
         if key and self._keys and (wait := self._keys.wait(key, candidates)):

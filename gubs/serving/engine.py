@@ -11,7 +11,7 @@ from gubs.errors import GubsError
 from gubs.quick_imports import quick_imports
 from gubs.records import Task
 from gubs.serving.bundle import Bundle
-from gubs.serving.filter import Mode
+from gubs.serving.filter import Mode, thoughts_seed
 from gubs.serving.settings import ServingSettings
 from gubs.ufm.inputs import Inputs, Prompt
 from gubs.ufm.labels import Labels, OptionProbabilities, mean_options
@@ -74,13 +74,20 @@ class FilterEngine:
         self._llm: AsyncLLM = AsyncLLM.from_engine_args(
             AsyncEngineArgs(**arguments), stat_loggers=[RayPrometheusStatLogger]
         )
-        self._thoughts = bundle.config.thoughts
+        self._thoughts, self._version = bundle.config.thoughts, bundle.version
         self._name, self._numbers = uuid.uuid4().hex[:8], itertools.count()
 
-    async def ask(self, task: Task, mode: Mode, prompts: Sequence[Prompt]) -> list[Answer]:
+    async def ask(self, task: Task, mode: Mode, prompts: Sequence[Prompt], salt: str = "") -> list[Answer]:
         """Answers questions at the same time. If it is cancelled, the engine drops what is left.
 
         Mode `reason` samples as many answers as the filter was measured with; the same question gets the same ones.
+
+        Args:
+            task: of the questions.
+            mode: how they are asked.
+            prompts: the questions.
+            salt: prompts share what is cached of their beginnings only with those of the same salt. Otherwise a client
+                could tell by time, or by `cached_tokens`, which users another one asks about.
 
         Raises:
             EngineDiedError: the engine's process ended.
@@ -88,24 +95,25 @@ class FilterEngine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            return list(await asyncio.gather(*(self._ask(task, mode, prompt) for prompt in prompts)))
+            return list(await asyncio.gather(*(self._ask(task, mode, prompt, salt) for prompt in prompts)))
         except EngineDeadError as e:
             raise EngineDiedError(str(e)) from None
 
-    async def _ask(self, task: Task, mode: Mode, prompt: Prompt) -> Answer:
+    async def _ask(self, task: Task, mode: Mode, prompt: Prompt, salt: str) -> Answer:
         from vllm.sampling_params import RequestOutputKind
 
         score, labels = mode is Mode.SCORE, self.labels[task]
         samples = 1 if score else self._thoughts
-        query = Query(None, prompt, temperature=1.0 if samples > 1 else 0.0, labels=labels, score=score)
+        seed = thoughts_seed(self._version, task, prompt)
+        query = Query(None, prompt, seed, 1.0 if samples > 1 else 0.0, labels, score)
         request = request_of(self.inputs, query)
         if request is None:
             return Answer(None, too_long=True)
         parameters = sampling(request, self._shape)
         parameters.n = samples
         parameters.output_kind = RequestOutputKind.FINAL_ONLY
-        last = None
-        async for output in self._llm.generate(request.prompt, parameters, f"{self._name}-{next(self._numbers)}"):  # type: ignore[arg-type]
+        last, salted = None, {**request.prompt, **({"cache_salt": salt} if salt else {})}
+        async for output in self._llm.generate(salted, parameters, f"{self._name}-{next(self._numbers)}"):  # type: ignore[arg-type]
             last = output
         assert last is not None
         responses = [read_output(output, labels.tokens) for output in last.outputs]

@@ -1,12 +1,18 @@
 """What the filter decides about a candidate. Pure: no Ray, no vLLM, no HTTP."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from gubs.prompts.answers import read_answer
 from gubs.records import TASK_OPTIONS, Option, Task
 from gubs.ufm.labels import OptionProbabilities
+
+if TYPE_CHECKING:
+    from gubs.ufm.inputs import Prompt
 
 
 class Mode(StrEnum):
@@ -61,3 +67,16 @@ def judge(
     shown = next(iter([*agreeing, *named, *read]), None)
     option = shown.option if shown and shown.option else probabilities.best
     return Judgement(decision, probabilities, option, shown.think if shown else "")
+
+
+def thoughts_seed(version: str, task: Task, prompt: "Prompt") -> int:
+    """Seed of a question's first thought, in [0, 2**62); that of thought k is k larger. The same question gets the same
+    thoughts from every replica, and no two questions share a random stream, as they would with a fixed seed.
+
+    Args:
+        version: of the filter.
+        task: of the question.
+        prompt: the question; its pictures count by their content hash.
+    """
+    content = json.dumps([version, str(task), prompt.text, prompt.clip.key if prompt.clip else ""]).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 2

@@ -29,6 +29,11 @@ class ApiKey(BaseModel):
     candidates_per_minute: float = Field(6000.0, gt=0)
     admin: bool = False
 
+    @property
+    def salt(self) -> str:
+        """Sets the prompts of this key apart in an engine's cache; nobody can tell the key, or its hash, from it."""
+        return _digest(self.sha256)[:16]
+
 
 def read_keys(path: str | Path) -> list[ApiKey]:
     """The keys in a file.
@@ -65,9 +70,17 @@ def add_key(path: str | Path, name: str, candidates_per_minute: float, *, admin:
 class KeyRing:
     """Recognises keys and keeps each within its rate: a bucket of one minute's candidates that fills steadily."""
 
-    def __init__(self, keys: Sequence[ApiKey], clock: Callable[[], float] = time.monotonic):
+    def __init__(self, keys: Sequence[ApiKey], clock: Callable[[], float] = time.monotonic, replicas: int = 1):
+        """Fills the buckets.
+
+        Args:
+            keys: the keys.
+            clock: seconds.
+            replicas: how many rings share the keys' rates; this one admits an equal part of each.
+        """
         self._keys, self._clock = list(keys), clock
-        self._left = {k.name: (k.candidates_per_minute, clock()) for k in keys}
+        self._rates = {k.name: k.candidates_per_minute / replicas for k in keys}
+        self._left = {name: (rate, clock()) for name, rate in self._rates.items()}
 
     def find(self, header: str | None) -> ApiKey | None:
         """The key of an Authorization header (`Bearer KEY`); None if it is none of ours. Compares with every key."""
@@ -78,13 +91,12 @@ class KeyRing:
 
     def wait(self, key: ApiKey, candidates: int) -> float:
         """Takes so many candidates from the key's bucket; returns 0, or the seconds after which there are enough."""
-        left, since = self._left[key.name]
-        now, rate = self._clock(), key.candidates_per_minute / 60
-        left = min(key.candidates_per_minute, left + (now - since) * rate)
-        wanted = min(candidates, key.candidates_per_minute)
+        (left, since), most, now = self._left[key.name], self._rates[key.name], self._clock()
+        left = min(most, left + (now - since) * most / 60)
+        wanted = min(candidates, most)
         missing = wanted - left
         self._left[key.name] = (left if missing > 0 else left - wanted, now)
-        return max(0.0, missing / rate)
+        return max(0.0, missing / (most / 60))
 
 
 def _digest(key: str) -> str:

@@ -150,16 +150,36 @@ class Usage(BaseModel):
     answer_tokens: int = 0
 
 
-class FilterResponse(BaseModel):
-    """Decisions in the order of the candidates."""
+class FilterSummary(BaseModel):
+    """What is said of a request besides the decisions."""
 
     request_id: str
     model: ModelName
     mode: Mode
     threshold: float
-    results: list[Result]
     usage: Usage
     timing_ms: dict[str, float]
+
+
+class FilterResponse(FilterSummary):
+    """Decisions in the order of the candidates."""
+
+    results: list[Result]
+
+
+class FilterLine(BaseModel):
+    """A line of a response that comes in parts; it has one of the three. Results come as they are ready, and tell their
+    candidate by `index`. The last line has `done`, or the `error` because of which no more come.
+    """
+
+    result: Result | None = None
+    done: FilterSummary | None = None
+    error: Problem | None = None
+
+    def line(self) -> str:
+        """As a line of NDJSON, with the part that it has."""
+        name, part = next((name, part) for name, part in self if part is not None)
+        return f'{{"{name}":{part.model_dump_json()}}}\n'
 
 
 class Perspective(BaseModel):

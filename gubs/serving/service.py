@@ -44,7 +44,7 @@ class RequestError(GubsError):
 class Asker(Protocol):
     """The part of an engine that the service uses."""
 
-    async def ask(self, task: Task, mode: Mode, prompts: Sequence[Prompt]) -> list[Answer]:
+    async def ask(self, task: Task, mode: Mode, prompts: Sequence[Prompt], salt: str = "") -> list[Answer]:
         """See `FilterEngine.ask`."""
 
 
@@ -59,8 +59,13 @@ class FilterService:
         # threads of their own: a slow place that files come from must not keep stored frames waiting
         self._fetching = ThreadPoolExecutor(DECODERS, "fetch")
 
-    async def decide(self, request: FilterRequest, mode: Mode) -> tuple[list[Result], Usage, float]:
+    async def decide(self, request: FilterRequest, mode: Mode, salt: str = "") -> tuple[list[Result], Usage, float]:
         """Decisions about the candidates, in their order; usage; the threshold.
+
+        Args:
+            request: the user and the candidates.
+            mode: how the policy is asked.
+            salt: see `FilterEngine.ask`.
 
         Raises:
             RequestError: the task, the mode or the user is unknown to this filter.
@@ -76,7 +81,8 @@ class FilterService:
             else self._prompts.about_user(request.task, person, self._video(candidate), clip)
             for candidate, clip in zip(request.candidates, clips, strict=True)
         ]
-        answers = iter(await self.engine.ask(request.task, mode, [p for p in prompts if isinstance(p, Prompt)]))
+        asked = [p for p in prompts if isinstance(p, Prompt)]
+        answers = iter(await self.engine.ask(request.task, mode, asked, salt))
         results, usage = [], Usage()
         for index, (candidate, prompt) in enumerate(zip(request.candidates, prompts, strict=True)):
             if isinstance(prompt, PictureError):
@@ -88,8 +94,16 @@ class FilterService:
             results.append(result.model_copy(update={"group_id": group}))
         return results, usage, threshold
 
-    async def explain(self, request: ExplainRequest) -> dict[str, object]:
-        """The answers with the user's own, a similar user's, a group's and no profile; the fields of a response."""
+    async def explain(self, request: ExplainRequest, salt: str = "") -> dict[str, object]:
+        """The answers with the user's own, a similar user's, a group's and no profile; the fields of a response.
+
+        Args:
+            request: the user and the candidate.
+            salt: see `FilterEngine.ask`.
+
+        Raises:
+            RequestError: the task or the user is unknown to this filter, or the pictures cannot be had.
+        """
         task, candidate = request.task, request.candidate
         rule = self._rule(task, Mode.REASON)
         own = self._person(request.user, task)
@@ -107,7 +121,7 @@ class FilterService:
             shown["group"] = (f"{group.name}: {group.text}", self._prompts.about_group(task, group, video, clip))
         nobody = Person(UserRecord("nobody"))
         shown["none"] = (nobody.profile(limit), self._prompts.about_user(task, nobody, video, clip))
-        answers = await self.engine.ask(task, Mode.REASON, [prompt for _, prompt in shown.values()])
+        answers = await self.engine.ask(task, Mode.REASON, [prompt for _, prompt in shown.values()], salt)
         perspectives = []
         for (whose, (text, _)), answer in zip(shown.items(), answers, strict=True):
             result = _result(0, candidate.id, task, rule, rule.threshold.value, answer, explain=True)
@@ -279,8 +293,12 @@ def _as_jpegs(clip: Clip | None) -> list[str]:
 def merged(chunks: Sequence[tuple[list[Result], Usage, float]]) -> tuple[list[Result], Usage]:
     """The results of a request that was split, numbered through."""
     results = [r for part, _, _ in chunks for r in part]
-    usage = Usage(**{name: sum(getattr(u, name) for _, u, _ in chunks) for name in Usage.model_fields})
-    return [r.model_copy(update={"index": i}) for i, r in enumerate(results)], usage
+    return [r.model_copy(update={"index": i}) for i, r in enumerate(results)], total([u for _, u, _ in chunks])
+
+
+def total(usages: Sequence[Usage]) -> Usage:
+    """What several parts of a request cost together."""
+    return Usage(**{name: sum(getattr(u, name) for u in usages) for name in Usage.model_fields})
 
 
 Weights = Mapping[str, float]

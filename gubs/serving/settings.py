@@ -56,7 +56,7 @@ class ServingSettings(Section):
     port: int = Field(8000, ge=1, le=65535)
     """Port of the service."""
     ingress_replicas: int = Field(1, ge=1)
-    """Ingress replicas."""
+    """Ingress replicas; the rates of keys are divided among them."""
     keys_file: str = ""
     """File with the hashes of API keys; `gubs serve key` adds one."""
     insecure: bool = False

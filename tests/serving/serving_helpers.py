@@ -109,10 +109,12 @@ class RuleEngine:
         self.seconds, self.word = seconds, word
         self._slots = asyncio.Semaphore(at_once)
         self.asked: list[Prompt] = []
+        self.salts: set[str] = set()
         self.running = 0
         self.finished = 0
 
-    async def ask(self, task: Task, mode: Mode, prompts: Sequence[Prompt]) -> list[Answer]:
+    async def ask(self, task: Task, mode: Mode, prompts: Sequence[Prompt], salt: str = "") -> list[Answer]:
+        self.salts.add(salt)
         return list(await asyncio.gather(*(self._ask(task, mode, p) for p in prompts)))
 
     async def _ask(self, task: Task, mode: Mode, prompt: Prompt) -> Answer:

@@ -252,6 +252,33 @@ def test_a_client_that_goes_away_frees_its_work(service):
     assert service.work("slow")[2] - finished < 60, "they were dropped, not answered"
 
 
+def test_decisions_can_come_in_lines(service):
+    """Through the proxy and its guard: the first lines come while the engine still works on the rest."""
+    service.traffic(slow=1.0)
+    ids = [f"v{i}" for i in range(50)]
+    with Client(service.url, service.key, retries=0) as client:
+        lines = client.filter_lines("u0", ids, mode="score")
+        got = [next(lines)]
+        assert service.work("slow")[1] > 0, "the service waited for all of them"
+        got += lines
+    assert sorted((line.result.index, line.result.id) for line in got[:-1]) == list(enumerate(ids))
+    assert got[-1].done.usage.prompt_tokens == 500
+
+
+def test_a_client_that_leaves_between_lines_frees_its_work(service):
+    service.traffic(slow=1.0)
+    before = service.work("slow")[2]
+    with Client(service.url, service.key, retries=0) as client:
+        lines = client.filter_lines("u0", [f"v{i}" for i in range(75)], mode="score")
+        assert next(lines).result
+        lines.close()
+    deadline = time.monotonic() + 3
+    while service.work("slow")[1]:
+        assert time.monotonic() < deadline, "its questions are still in work"
+        time.sleep(0.05)
+    assert service.work("slow")[2] - before < 75, "they were dropped, not answered"
+
+
 @pytest.mark.parametrize("headers", [{}, {"X-Request-Timeout-Seconds": "0"}])
 def test_a_deadline_is_kept(service, headers):
     service.traffic(slow=1.0)

@@ -1,10 +1,13 @@
 """What the ingress refuses by itself, without Serve."""
 
+import asyncio
 from types import SimpleNamespace
 
 import pytest
+from fastapi import Request
 
 from gubs.serving.deployment import Ingress, RefusedError
+from gubs.serving.keys import add_key
 from gubs.serving.schemas import Candidate, HistoryView, Profile, UserRef
 from gubs.serving.settings import LimitSettings, ServingSettings
 
@@ -25,3 +28,34 @@ def test_a_service_may_take_less_than_the_api_allows(name):
         check(SimpleNamespace(_settings=SMALL), user, candidates)
     assert e.value.status == 422
     check(SimpleNamespace(_settings=ServingSettings()), user, candidates)
+
+
+def ingress_of(folder, rate, **settings):
+    """An ingress without Serve, and a request with its only key."""
+    key = add_key(folder / "keys.json", "shop", rate)
+    served = ServingSettings(keys_file=str(folder / "keys.json"), **settings)
+    headers = [(b"authorization", f"Bearer {key}".encode())]
+    plain = Ingress.func_or_class.__bases__[0]  # what Serve has wrapped
+    return plain(served.model_dump(mode="json")), Request({"type": "http", "headers": headers})
+
+
+LOOKING = {"groups": (), "user": ("u0",), "models": (), "examples": (5,), "status": ()}
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_requests_without_candidates_count_as_one(tmp_path, name):
+    """Each asks a replica, or Serve's controller: without a rate, one key could keep them from everybody else."""
+    ingress, request = ingress_of(tmp_path, 1)
+    ingress._looking(request)
+    with pytest.raises(RefusedError) as e:
+        asyncio.run(getattr(ingress, name)(request, *LOOKING[name]))
+    assert (e.value.status, e.value.problem.code, e.value.problem.retryable) == (429, "rate_limited", True)
+    assert 0 < e.value.retry_after <= 60
+
+
+def test_an_ingress_replica_admits_its_part_of_a_rate(tmp_path):
+    ingress, request = ingress_of(tmp_path, 4, ingress_replicas=2)
+    ingress._looking(request)
+    ingress._looking(request)
+    with pytest.raises(RefusedError, match="rate"):
+        ingress._looking(request)

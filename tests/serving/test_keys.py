@@ -35,6 +35,15 @@ def test_a_name_is_given_once(tmp_path):
         add_key(tmp_path / "keys.json", "shop", 600)
 
 
+def test_each_key_has_a_salt_of_its_own_that_tells_nothing_of_it(tmp_path):
+    for name in ("shop", "app"):
+        add_key(tmp_path / "keys.json", name, 600)
+    shop, app = read_keys(tmp_path / "keys.json")
+    assert shop.salt == read_keys(tmp_path / "keys.json")[0].salt, "the same at every ingress"
+    assert shop.salt != app.salt
+    assert not any(shop.salt in text for text in (shop.name, shop.sha256))
+
+
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '[{"name": "x", "sha256": "short"}]'])
 def test_a_bad_file_is_refused(tmp_path, content):
     file = tmp_path / "keys.json"
@@ -56,6 +65,17 @@ def test_each_key_has_its_own_rate(tmp_path):
     assert ring.wait(a, 20) == 0
     assert ring.wait(a, 1) > 0
     assert json.loads(file.read_text())[0]["candidates_per_minute"] == 60
+
+
+def test_ingress_replicas_share_a_keys_rate(tmp_path):
+    """With the whole rate at each, a key would get several times what it was given."""
+    key, now = add_key(tmp_path / "keys.json", "shop", 60), [0.0]
+    rings = [KeyRing(read_keys(tmp_path / "keys.json"), lambda: now[0], replicas=3) for _ in range(3)]
+    shop = rings[0].find(f"Bearer {key}")
+    assert [r.wait(shop, 20) for r in rings] == [0, 0, 0]
+    assert [r.wait(shop, 1) for r in rings] == [pytest.approx(3)] * 3
+    now[0] = 60.0
+    assert [r.wait(shop, 20) for r in rings] == [0, 0, 0]
 
 
 def test_a_request_above_a_whole_minutes_rate_is_not_refused_for_ever(tmp_path):

@@ -98,7 +98,8 @@ def test_from_a_run_to_a_service(run, tmp_path, here, monkeypatch, drawn):
     held_out = run.artifact(FILTER).table("held_out")
     assert held_out.num_rows > 20
     folder = Path(run.uri).parent
-    key, port = add_key(tmp_path / "keys.json", "test", 10**6), free_port()
+    key, other = (add_key(tmp_path / "keys.json", name, 10**6) for name in ("test", "other"))
+    port = free_port()
     settings = ServingSettings(keys_file=str(tmp_path / "keys.json"), port=port)
     served = [*SMALL, f"serving.port={port}", f"serving.keys_file={tmp_path / 'keys.json'}"]
     url = f"http://127.0.0.1:{port}"
@@ -108,6 +109,7 @@ def test_from_a_run_to_a_service(run, tmp_path, here, monkeypatch, drawn):
         with scraping(nodes.address, tmp_path) as prometheus:
             here("submit", "serve_ufm", "--", "--run", run.uri, *served)
             user, video = _agrees_with_batch(client, folder)
+            _keeps_keys_apart(client, url, other, user, video)
             assert len(client.explain(user, video).frames) == 4
             _tells_what_cannot_be_shown(url, key, user)
             if prometheus:
@@ -141,6 +143,14 @@ def _agrees_with_batch(client, folder):
     assert all(r.label_mass > 0 and r.reason is None for r in scored.results)
     assert scored.usage.answer_tokens == len(by_user), "one token each"
     return answered[0]["user_id"], answered[0]["video_id"]
+
+
+def _keeps_keys_apart(client, url, other, user, video):
+    """What the engine has cached of a user's prompts tells nothing to another key: its first question finds nothing."""
+    with Client(url, other, retries=20) as stranger:
+        first, again = (stranger.filter(user, [video], mode="score").usage.cached_tokens for _ in range(2))
+    assert client.filter(user, [video], mode="score").usage.cached_tokens > 0
+    assert again > first == 0
 
 
 def _tells_what_cannot_be_shown(url, key, user):

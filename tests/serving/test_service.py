@@ -111,8 +111,8 @@ def test_score_is_refused_where_it_is_too_weak(tmp_path):
 class Silent(RuleEngine):
     """Names no option for every second question."""
 
-    async def ask(self, task, mode, prompts):
-        answers = await super().ask(task, mode, prompts)
+    async def ask(self, task, mode, prompts, salt=""):
+        answers = await super().ask(task, mode, prompts, salt)
         return [a if i % 2 else Answer(None, (("...", True),), too_long=i == 2) for i, a in enumerate(answers)]
 
 
@@ -132,6 +132,12 @@ def test_four_answers_side_by_side(service):
     assert len(fields["history"]) == 2
     nobody = asyncio.run(service.explain(ExplainRequest(user=UserRef(id="u2"), candidate=Candidate(id="v2"))))
     assert [p.whose for p in nobody["perspectives"]] == ["own", "none"], "u2 is in no group"
+
+
+def test_the_engine_is_told_whose_cache_it_may_use(service):
+    asyncio.run(service.decide(asked("v1"), Mode.REASON, "a"))
+    asyncio.run(service.explain(ExplainRequest(user=UserRef(id="u0"), candidate=Candidate(id="v2")), "b"))
+    assert service.engine.salts == {"a", "b"}
 
 
 def test_what_the_filter_knows(service):

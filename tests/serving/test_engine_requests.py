@@ -1,0 +1,139 @@
+"""What the engines of the service and of the batch job are asked: their seeds follow from the question's content."""
+
+import asyncio
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from serving_helpers import make_filter
+
+from gubs.records import Task
+from gubs.serving import batch, engine
+from gubs.serving.bundle import Bundle
+from gubs.serving.filter import Mode, thoughts_seed
+from gubs.serving.schemas import Candidate, FilterRequest, UserRef
+from gubs.serving.service import FilterService
+from gubs.serving.settings import ServingSettings
+from gubs.ufm.inputs import Prompt
+from gubs.ufm.prompting import PromptBuilder
+from gubs.ufm.rollout import Response
+from gubs.video.clips import Clip
+
+THOUGHTS = 3
+
+
+class Spelled:
+    """Inputs of a model that reads letters."""
+
+    tokenizer = SimpleNamespace(decode=None)
+
+    def encode(self, prompt):
+        return prompt
+
+    def fits(self, _):
+        return True
+
+    def for_engine(self, prompt):
+        return {"prompt_token_ids": [ord(c) for c in prompt.text]}
+
+    def text(self, _):
+        return "", True
+
+
+LABELS = SimpleNamespace(tokens=(), forced=(), place=lambda *_: None)
+
+
+class Llm:
+    """vLLM's asynchronous engine, which answers nothing that can be read and remembers what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    async def generate(self, prompt, parameters, _):
+        self.asked.append((prompt, parameters))
+        outputs = [SimpleNamespace(token_ids=(), logprobs=())] * parameters.n
+        yield SimpleNamespace(outputs=outputs, prompt_token_ids=prompt["prompt_token_ids"], num_cached_tokens=0)
+
+
+@pytest.fixture
+def no_vllm(monkeypatch):
+    """The few names of vLLM that an answer needs, without the 9 s of its import."""
+    for name, attribute in {
+        "vllm": None,
+        "vllm.sampling_params": "RequestOutputKind",
+        "vllm.v1": None,
+        "vllm.v1.engine": None,
+        "vllm.v1.engine.exceptions": "EngineDeadError",
+    }.items():
+        module = ModuleType(name)
+        if attribute:
+            setattr(module, attribute, type(attribute, (Exception,), {"FINAL_ONLY": "final"}))
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(engine, "sampling", lambda request, _: SimpleNamespace(seed=request.seed))
+
+
+def asking(version="v", thoughts=THOUGHTS):
+    """The service's engine around a stand-in of vLLM's."""
+    it = engine.FilterEngine.__new__(engine.FilterEngine)
+    it.__dict__ |= {"inputs": Spelled(), "labels": dict.fromkeys(Task, LABELS), "_llm": Llm(), "_shape": None}
+    it.__dict__ |= {"_thoughts": thoughts, "_version": version, "_name": "x", "_numbers": iter(range(10**6))}
+    return it
+
+
+def seeds(it):
+    return [parameters.seed for _, parameters in it._llm.asked]
+
+
+def test_the_same_question_gets_the_same_seed_and_others_get_others(no_vllm):
+    """With one seed for all, two candidates' thoughts would be drawn by the same random numbers."""
+    clip = Clip("film", np.zeros((2, 28, 28, 3), np.uint8))
+    first, again = asking(), asking()
+    questions = [Prompt("one"), Prompt("two"), Prompt("one", clip), Prompt("one")]
+    asyncio.run(first.ask(Task.SEQUENTIAL, Mode.REASON, questions))
+    asyncio.run(again.ask(Task.SEQUENTIAL, Mode.REASON, questions[::-1]))
+    one, two, seen, repeated = seeds(first)
+    assert one == repeated
+    assert seeds(again) == [repeated, seen, two, one]
+    asyncio.run(first.ask(Task.CLICK, Mode.REASON, [Prompt("one")]))
+    other = asking("another version")
+    asyncio.run(other.ask(Task.SEQUENTIAL, Mode.REASON, [Prompt("one")]))
+    different = sorted({one, two, seen, seeds(first)[-1], *seeds(other)})
+    assert len(different) == 5
+    assert min(np.diff(different)) > THOUGHTS, "vLLM counts up from the seed, an answer each"
+    assert different[0] >= 0
+    assert different[-1] < 2**62
+
+
+def test_a_seed_is_the_same_on_every_machine():
+    """Python's own hash of a text would differ from process to process."""
+    assert thoughts_seed("v", Task.SEQUENTIAL, Prompt("ü")) == 1848244228239026417
+    assert thoughts_seed("v", Task.SEQUENTIAL, Prompt("\udcff")) >= 0, "a title may hold what is no text"
+
+
+def test_prompts_of_two_keys_share_no_cache(no_vllm):
+    """`cached_tokens`, and the time, would tell one client about whom another one asks."""
+    it = asking()
+    for salt in ("a", "b", ""):
+        asyncio.run(it.ask(Task.SEQUENTIAL, Mode.REASON, [Prompt("one")], salt))
+    assert [prompt.get("cache_salt") for prompt, _ in it._llm.asked] == ["a", "b", None], "vLLM refuses an empty one"
+
+
+def test_batch_and_service_draw_the_same_thoughts(no_vllm, tmp_path):
+    bundle = Bundle(make_filter(tmp_path))
+    bundle.config = bundle.config.model_copy(update={"thoughts": THOUGHTS})
+    online, table = asking(bundle.version), batch.BatchFilter.__new__(batch.BatchFilter)
+    request = FilterRequest(user=UserRef(id="u0"), candidates=[Candidate(id="v1"), Candidate(id="v2")])
+    asyncio.run(FilterService(bundle, online, ServingSettings()).decide(request, Mode.REASON))
+    offline = []
+
+    def generate(requests):
+        offline.extend(requests)
+        return [Response((), (), 0)] * len(requests)
+
+    table.__dict__ |= {"_bundle": bundle, "_task": Task.SEQUENTIAL, "_mode": Mode.REASON, "_labels": LABELS}
+    table.__dict__ |= {"_inputs": Spelled(), "_prompts": PromptBuilder(bundle.config.inputs, pictures=False)}
+    table.__dict__ |= {"_engine": SimpleNamespace(generate=generate)}
+    table(pa.table({"user_id": ["u0", "u0"], "video_id": ["v1", "v2"]}))
+    assert [r.seed for r in offline] == [seed + k for seed in seeds(online) for k in range(THOUGHTS)]
