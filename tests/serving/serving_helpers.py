@@ -12,7 +12,7 @@ from gubs.evaluate.held_out import DecisionRule
 from gubs.evaluate.thresholds import Threshold
 from gubs.records import SCHEMAS, GroupMember, GroupProfile, Option, Task, User, Video
 from gubs.serving.bundle import CONFIG, FilterConfig, write_config
-from gubs.serving.engine import Answer
+from gubs.serving.engine import Answer, EngineDiedError
 from gubs.serving.filter import Mode
 from gubs.serving.stage import HELD_OUT
 from gubs.ufm.inputs import Prompt
@@ -22,6 +22,7 @@ from gubs.ugm.cluster import TfidfEncoder
 from gubs.ugm.placement import Placement
 from gubs.ugm.stage import MEMBERSHIPS
 
+DEADLY = "This title ends the engine"
 _LINE = Curve((-9.0, 9.0), (-9.0, 9.0))
 RULE = DecisionRule(Calibration("none", _LINE, {}, 0.2, 0.2, 0.25, (), 100), Threshold(0.5, 0.7, 0.6, 0.2, 100), 0.8)
 """Decides by the engine's own probabilities."""
@@ -116,6 +117,8 @@ class RuleEngine:
         return list(await asyncio.gather(*(self._ask(task, mode, p) for p in prompts)))
 
     async def _ask(self, task: Task, mode: Mode, prompt: Prompt) -> Answer:
+        if DEADLY in prompt.text:
+            raise EngineDiedError("as if its process had ended")
         self.asked.append(prompt)
         self.running += 1
         try:
