@@ -1,7 +1,7 @@
 """A filter without a model, and an engine that answers by a rule: what the service does around them is the same."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +21,7 @@ from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
 from gubs.ugm.cluster import TfidfEncoder
 from gubs.ugm.placement import Placement
 from gubs.ugm.stage import MEMBERSHIPS
+from gubs.video.frame_store import FrameStore
 
 DEADLY = "This title ends the engine"
 _LINE = Curve((-9.0, 9.0), (-9.0, 9.0))
@@ -32,8 +33,16 @@ _SIMILARITY = {"u0": 1.0, "u1": 0.7}
 _VIDEOS = [Video(f"v{i}", f"Title {i}", 10.0 + i, tags=["pets" if i % 2 else "cars"]) for i in range(200)]
 
 
-def make_filter(folder: Path, *, name: str = "filter", refused: str = "", skip_prompt: str = "cars") -> str:
-    """Writes a filter without a policy; returns its path."""
+def make_filter(
+    folder: Path,
+    *,
+    name: str = "filter",
+    refused: str = "",
+    skip_prompt: str = "cars",
+    frames: Mapping[str, str] | None = None,
+    store: FrameStore | None = None,
+) -> str:
+    """Writes a filter without a policy; returns its path. With a store, `frames` has content hashes of videos."""
     run = Run(folder)
     config = FilterConfig(
         name=f"run-{skip_prompt}",
@@ -42,11 +51,13 @@ def make_filter(folder: Path, *, name: str = "filter", refused: str = "", skip_p
         model=ModelSettings(),
         inputs=InputSettings(style="brief"),
         rollout=RolloutSettings(),
-        pictures=False,
+        pictures=store is not None,
         decisions={t: dict.fromkeys(Mode, RULE) for t in Task},
         modes=(Mode.REASON,) if refused else tuple(Mode),
         refused=refused,
         prompts={},
+        frame_store=store.uri if store else "",
+        frames=store.options if store else None,
     )
     views = [
         {
@@ -74,7 +85,10 @@ def make_filter(folder: Path, *, name: str = "filter", refused: str = "", skip_p
             schema=MEMBERSHIPS,
         ),
         **_placement().tables(),
-        "frames": pa.schema([("video_id", pa.string()), ("content_hash", pa.string())]).empty_table(),
+        "frames": pa.Table.from_pylist(
+            [{"video_id": v, "content_hash": h} for v, h in (frames or {}).items()],
+            schema=pa.schema([("video_id", pa.string()), ("content_hash", pa.string())]),
+        ),
         "held_out": HELD_OUT.empty_table(),
     }
     with writing(run, name, recipe=Recipe(settings={"skip": skip_prompt}), settings={}, kind="filter") as out:
