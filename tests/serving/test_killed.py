@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from fake_replica import application
 from node_helpers import wait_for
 from ray import serve
 from ray.serve.context import _get_global_client
@@ -26,8 +27,9 @@ RECOVERED_S = 60
 
 @pytest.fixture(scope="module")
 def frail(service):
-    """The service with one version of three replicas."""
-    service.deploy("frail", seconds=0.3, replicas=REPLICAS)
+    """The service with one version of three replicas, where all of the load may wait."""
+    settings = service.settings.model_copy(update={"max_queued": 4 * LINES})
+    serve.run(application(service.filter, settings, seconds=0.3, replicas=REPLICAS), name="frail", route_prefix=None)
     service.traffic(frail=1.0)
     assert service.ask().status_code == 200, "the ingress knows the replicas"
     yield service
