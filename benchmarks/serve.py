@@ -1,9 +1,11 @@
 """How many candidates per second the service decides, against vLLM's offline API, and how long requests take.
 
 A run with a filter (`gubs filter --run R`) is served on a head node of its own. Offline: one call of `LLM.generate`
-with the same prompts, in a process of its own. Saturation: as many requests at once as the service takes. Then an
-open-loop client: Poisson arrivals computed before, at shares of the saturated rate, latency counted from the scheduled
-time, so that waiting clients cannot hide a queue.
+with the same prompts, in a process of its own. Saturation: as many requests at once as the service takes. Both are
+measured in turns, so that a machine that slows down does so for both: a round is the service and then the offline
+engine, each started anew, since only one of them fits on a GPU. After the last round's saturation comes an open-loop
+client: Poisson arrivals computed before, at shares of the saturated rate, latency counted from the scheduled time, so
+that waiting clients cannot hide a queue.
 
     python benchmarks/serve.py --run runs/demo-synthetic --json out.json
 """
@@ -50,7 +52,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=20, help="per request")
     parser.add_argument("--requests", type=int, default=100, help="when saturated")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each open-loop measurement")
-    parser.add_argument("--rounds", type=int, default=3, help="offline and saturated, in turns")
+    parser.add_argument("--rounds", type=int, default=3, help="of the service and the offline engine, in turns")
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--gpus", action="store_true", help="give each replica a GPU, and the offline engine too")
     parser.add_argument("--json", type=Path)
@@ -61,26 +63,41 @@ def main() -> None:
         worker: Any = _WORKERS[args.worker[0]]
         print(json.dumps(worker(args, *args.worker[1:])))
         return
-    results: dict[str, Any] = {mode: {"offline": [], "saturated": []} for mode in args.modes}
-    settings = load_settings(args.preset, args.set)
-    with _service(args, settings) as url:
-        for mode in args.modes:
-            _load(args, url, mode, "0")  # compiles, and reads users and videos for the first time
-            for _ in range(args.rounds):
-                args.skip += args.requests  # other pairs of user and video than before
-                results[mode]["saturated"].append(_load(args, url, mode, "0"))
-            rate = statistics.median(r["requests_per_second"] for r in results[mode]["saturated"])
-            results[mode]["open"] = {}
-            for share in (0.5, 0.8, 1.2):
-                args.skip += args.requests
-                results[mode]["open"][share] = _load(args, url, mode, str(rate * share))
-        results["overhead"] = _overhead(args, url)
-    args.skip = 0
-    for mode in args.modes:
-        results[mode]["offline"] = [_worker(args, "offline", mode) for _ in range(args.rounds)]
+    results = _measured(args, load_settings(args.preset, args.set))
     _print(results, args)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
+
+
+def _measured(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    """The figures of all rounds; each mode has pairs of user and video of its own, the same in each round."""
+    results: dict[str, Any] = {mode: {"offline": [], "saturated": []} for mode in args.modes}
+    first = {mode: 2 * args.requests * place for place, mode in enumerate(args.modes)}
+    for number in range(args.rounds):
+        with _service(args, settings) as url:
+            for mode in args.modes:
+                args.skip = first[mode]
+                _load(args, url, mode, "0")  # compiles, and reads users and videos for the first time
+                args.skip += args.requests  # other pairs than before
+                results[mode]["saturated"].append(_load(args, url, mode, "0"))
+            if number == args.rounds - 1:
+                args.skip = 2 * args.requests * len(args.modes)
+                _open_loop(args, url, results)
+                results["overhead"] = _overhead(args, url)
+        for mode in args.modes:
+            args.skip = first[mode]
+            results[mode]["offline"].append(_worker(args, "offline", mode))
+    return results
+
+
+def _open_loop(args: argparse.Namespace, url: str, results: dict[str, Any]) -> None:
+    """Adds how long requests take at shares of the saturated rate."""
+    for mode in args.modes:
+        rate = statistics.median(r["requests_per_second"] for r in results[mode]["saturated"])
+        results[mode]["open"] = {}
+        for share in (0.5, 0.8, 1.2):
+            results[mode]["open"][share] = _load(args, url, mode, str(rate * share))
+            args.skip += args.requests
 
 
 def _print(results: dict[str, Any], args: argparse.Namespace) -> None:

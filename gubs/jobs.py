@@ -390,11 +390,13 @@ def parse_shares(texts: Sequence[str]) -> dict[str, float]:
     """Shares from `APP=SHARE` texts.
 
     Raises:
-        SettingsError: one is not of that form.
+        SettingsError: one is not of that form, or two name the same application.
     """
-    shares = {}
+    shares: dict[str, float] = {}
     for text in texts:
         name, _, value = text.partition("=")
+        if name in shares:
+            raise SettingsError(f"{name} is named twice")
         try:
             shares[name] = float(value)
         except ValueError:

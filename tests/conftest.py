@@ -27,7 +27,7 @@ TOGETHER = {
     name: group
     for group, names in {
         "ufm_run": ("resume", "preflight", "questions", "sft", "stage"),
-        "service": ("http", "console"),
+        "service": ("http", "console", "killed"),
     }.items()
     for name in (f"test_ufm_{n}.py" if group == "ufm_run" else f"test_{n}.py" for n in names)
 }

@@ -73,11 +73,11 @@ def runs(node: object, title: str) -> bool:
     return any(title in t for t in _titles(node.all_processes["raylet"][0].process.pid))
 
 
-def wait_for(what: Callable[[], object], seconds: float, says: str) -> None:
+def wait_for(what: Callable[[], object], seconds: float, says: str, every_s: float = 0.02) -> None:
     until = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < until, f"waited {seconds:g} s for {says}"
-        time.sleep(0.02)
+        time.sleep(every_s)
 
 
 def _listens(port: int) -> bool:

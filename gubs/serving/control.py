@@ -5,6 +5,7 @@ with the versions' shares in its `user_config`. A new share restarts nothing.
 """
 
 import copy
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -138,7 +139,7 @@ class Control:
         """Gives versions their shares of the requests; others get none.
 
         Raises:
-            SettingsError: a version is not deployed, or no share is above 0.
+            SettingsError: a version is not deployed, a share is negative or not finite, or none is above 0.
         """
         self._change(lambda traffic: traffic.update(versions=self._known(weights)))
 
@@ -170,6 +171,7 @@ class Control:
         traffic["versions"].pop(name, None)
         applications = [a for a in present["applications"] if a["name"] != name]
         self.apply({**present, "applications": _with_traffic(applications, traffic)})
+        _say(f"{name} is gone; ", traffic)
 
     def traffic(self) -> JsonObject:
         """Shares and shadows: {"versions": {application: weight}, "shadow": [...]}."""
@@ -180,7 +182,10 @@ class Control:
         unknown = [n for n in weights if n not in deployed]
         if unknown:
             raise SettingsError(f"{unknown[0]} is not deployed (deployed: {', '.join(deployed) or 'nothing'})")
-        if not any(w > 0 for w in weights.values()):
+        for name, weight in weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise SettingsError(f"{name}: a share is a number from 0, not {weight:g}")
+        if not any(weights.values()):
             raise SettingsError("some version needs a share above 0")
         return {name: float(weights.get(name, 0.0)) for name in deployed}
 
@@ -189,7 +194,11 @@ class Control:
         traffic = _traffic(present)
         change(traffic)
         self.apply({**present, "applications": _with_traffic(present["applications"], traffic)})
-        say(f"[serve]  shares {traffic['versions']}, shadow {traffic['shadow'] or 'none'}")
+        _say("", traffic)
+
+
+def _say(what: str, traffic: JsonObject) -> None:
+    say(f"[serve]  {what}shares {traffic['versions']}, shadow {traffic['shadow'] or 'none'}")
 
 
 def _traffic(config: JsonObject) -> JsonObject:

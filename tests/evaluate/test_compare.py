@@ -2,8 +2,11 @@
 
 from dataclasses import replace
 
+from gubs import jobs, stages
+from gubs.artifacts import Run
+from gubs.config import load_settings
 from gubs.evaluate.compare import DROP, Block, Figure, Row, verdict_on
-from gubs.evaluate.judge import FILTER
+from gubs.evaluate.judge import FILTER, MIXES
 
 SHOWN = ("share_kept", "play_rate_above_30", "share_watched_lost", "judge_balanced_acc", "reason_f1")
 
@@ -38,3 +41,27 @@ def test_targets_of_one_kind_tell_nothing():
     assert verdict_on(replace(click, golds={"A": 10, "B": 0})) == [
         "  click: cannot be judged: all of 10 videos were clicked"
     ]
+
+
+CLICK = replace(
+    BLOCK,
+    task="click",
+    golds={"A": 40, "B": 60},
+    rows=tuple(map(row, ("share_kept", "click_rate", "share_clicked_lost", "click_balanced_acc"))),
+)
+
+
+def test_the_main_job_ends_with_at_most_eight_lines(tmp_path, monkeypatch, capsys):
+    """The demo's last words about the policy, with all that there can be: both tasks on both mixes."""
+    blocks = [replace(block, mix=mix) for block in (BLOCK, CLICK) for mix in MIXES]
+    monkeypatch.setattr(stages, "make", lambda *_, **__: None)
+    monkeypatch.setattr("gubs.evaluate.compare.compare", lambda *_: blocks)
+    monkeypatch.setattr("gubs.report.training.write_page", lambda *_: "page.html")
+    jobs.main_job(Run(tmp_path), load_settings("tiny", []))
+    page, *verdict = "".join(capsys.readouterr()).splitlines()
+    assert page.startswith("[page]")
+    assert len(verdict) <= 8
+    assert max(map(len, verdict)) <= 120
+    assert verdict[0] == "grpo as a filter, on the targets of 50 test users as they come:"
+    for part in ("  sequential: keeps", "  click: keeps", "random drop 30 %", "constants 50 %"):
+        assert part in "\n".join(verdict)

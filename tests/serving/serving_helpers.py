@@ -1,7 +1,7 @@
 """A filter without a model, and an engine that answers by a rule: what the service does around them is the same."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +12,7 @@ from gubs.evaluate.held_out import DecisionRule
 from gubs.evaluate.thresholds import Threshold
 from gubs.records import SCHEMAS, GroupMember, GroupProfile, Option, Task, User, Video
 from gubs.serving.bundle import CONFIG, FilterConfig, write_config
-from gubs.serving.engine import Answer
+from gubs.serving.engine import Answer, EngineDiedError
 from gubs.serving.filter import Mode
 from gubs.serving.stage import HELD_OUT
 from gubs.ufm.inputs import Prompt
@@ -21,7 +21,9 @@ from gubs.ufm.settings import InputSettings, ModelSettings, RolloutSettings
 from gubs.ugm.cluster import TfidfEncoder
 from gubs.ugm.placement import Placement
 from gubs.ugm.stage import MEMBERSHIPS
+from gubs.video.frame_store import FrameStore
 
+DEADLY = "This title ends the engine"
 _LINE = Curve((-9.0, 9.0), (-9.0, 9.0))
 RULE = DecisionRule(Calibration("none", _LINE, {}, 0.2, 0.2, 0.25, (), 100), Threshold(0.5, 0.7, 0.6, 0.2, 100), 0.8)
 """Decides by the engine's own probabilities."""
@@ -31,8 +33,16 @@ _SIMILARITY = {"u0": 1.0, "u1": 0.7}
 _VIDEOS = [Video(f"v{i}", f"Title {i}", 10.0 + i, tags=["pets" if i % 2 else "cars"]) for i in range(200)]
 
 
-def make_filter(folder: Path, *, name: str = "filter", refused: str = "", skip_prompt: str = "cars") -> str:
-    """Writes a filter without a policy; returns its path."""
+def make_filter(
+    folder: Path,
+    *,
+    name: str = "filter",
+    refused: str = "",
+    skip_prompt: str = "cars",
+    frames: Mapping[str, str] | None = None,
+    store: FrameStore | None = None,
+) -> str:
+    """Writes a filter without a policy; returns its path. With a store, `frames` has content hashes of videos."""
     run = Run(folder)
     config = FilterConfig(
         name=f"run-{skip_prompt}",
@@ -41,11 +51,13 @@ def make_filter(folder: Path, *, name: str = "filter", refused: str = "", skip_p
         model=ModelSettings(),
         inputs=InputSettings(style="brief"),
         rollout=RolloutSettings(),
-        pictures=False,
+        pictures=store is not None,
         decisions={t: dict.fromkeys(Mode, RULE) for t in Task},
         modes=(Mode.REASON,) if refused else tuple(Mode),
         refused=refused,
         prompts={},
+        frame_store=store.uri if store else "",
+        frames=store.options if store else None,
     )
     views = [
         {
@@ -73,7 +85,10 @@ def make_filter(folder: Path, *, name: str = "filter", refused: str = "", skip_p
             schema=MEMBERSHIPS,
         ),
         **_placement().tables(),
-        "frames": pa.schema([("video_id", pa.string()), ("content_hash", pa.string())]).empty_table(),
+        "frames": pa.Table.from_pylist(
+            [{"video_id": v, "content_hash": h} for v, h in (frames or {}).items()],
+            schema=pa.schema([("video_id", pa.string()), ("content_hash", pa.string())]),
+        ),
         "held_out": HELD_OUT.empty_table(),
     }
     with writing(run, name, recipe=Recipe(settings={"skip": skip_prompt}), settings={}, kind="filter") as out:
@@ -118,6 +133,8 @@ class RuleEngine:
         return list(await asyncio.gather(*(self._ask(task, mode, p) for p in prompts)))
 
     async def _ask(self, task: Task, mode: Mode, prompt: Prompt) -> Answer:
+        if DEADLY in prompt.text:
+            raise EngineDiedError("as if its process had ended")
         self.asked.append(prompt)
         self.running += 1
         try:

@@ -1,9 +1,18 @@
 """The console in a real browser: a person asks, looks at why, reads groups and figures, by mouse and by keyboard."""
 
+import base64
+import io
 import re
 import shutil
 
 import pytest
+from PIL import Image
+from ray import serve
+from serving_helpers import make_filter
+from video_files import frame_number, make_video, picture
+
+from gubs.video.decoded import Decoded, DecodeOptions, Verdict
+from gubs.video.frame_store import FrameStore
 
 playwright = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
@@ -122,3 +131,93 @@ def test_a_page_may_load_nothing_from_elsewhere(service):
     assert "default-src 'none'" in headers["content-security-policy"]
     for path in ("/console/../settings.py", "/console/__init__.py", "/console/x.js", "/console/%2e%2e%2fsettings.py"):
         assert httpx.get(service.url + path).status_code == 404
+
+
+NUMBERS = [10, 20, 30, 40]
+"""The frames of v2, by the number that each shows."""
+
+
+def picture_file(number, kind):
+    buffer = io.BytesIO()
+    Image.fromarray(picture(number)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def seeing(service, tmp_path_factory):
+    """A version that shows frames, and has those of v2."""
+    folder = tmp_path_factory.mktemp("seeing")
+    store = FrameStore(str(folder / "store"), DecodeOptions(max_pixels=160 * 96))
+    jpegs = [picture_file(n, "JPEG") for n in NUMBERS]
+    decoded = Decoded(Verdict.OK, frames=jpegs, cover=jpegs[0], times_s=[0.0, 1.0, 2.0, 3.0], duration_s=4.0)
+    store.write_part("v2", [("hash-of-v2", decoded)])
+    usual, service.filter = service.filter, make_filter(folder / "run", frames={"v2": "hash-of-v2"}, store=store)
+    service.deploy("seeing")
+    service.filter = usual
+    yield "seeing"
+    serve.delete("seeing")
+
+
+@pytest.fixture
+def viewer(page, service, seeing):
+    """The console in front of the version that shows frames."""
+    service.traffic(seeing=1.0)
+    return page
+
+
+def shown_after(page, name):
+    """Numbers on the frames that are shown once a person asks why; the browser has to draw each."""
+    page.get_by_role("button", name=f"Why? {name}").click()
+    frames = page.get_by_role("list", name="What the model saw").get_by_role("img")
+    playwright.expect(frames.first).to_be_visible()
+    assert all(frames.evaluate_all("images => images.map(i => i.complete && i.naturalWidth > 0)"))
+    sources = frames.evaluate_all("images => images.map(i => i.src)")
+    assert all(s.startswith("data:image/jpeg;base64,") for s in sources)
+    return [frame_number(base64.b64decode(s.partition(",")[2])) for s in sources]
+
+
+def drop(page, name, kind, data):
+    """A file is dragged from elsewhere onto the console."""
+    make = """([name, type, text]) => {
+        const files = new DataTransfer();
+        files.items.add(new File([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], name, { type }));
+        return files;
+    }"""
+    dragged = page.evaluate_handle(make, [name, kind, base64.b64encode(data).decode()])
+    page.get_by_label("Candidates").fill("")
+    page.locator("#drop").dispatch_event("drop", {"dataTransfer": dragged})
+
+
+def test_the_frames_of_a_candidate_are_shown(viewer):
+    ask(viewer, ("v2",))
+    assert shown_after(viewer, "v2") == NUMBERS
+    accessible(viewer)
+
+
+def test_a_dropped_video_becomes_a_candidate(viewer, tmp_path):
+    """Eight frames, spread over its two seconds; its name is its title."""
+    file = make_video(tmp_path / "race cars.webm", codec="libvpx", size=(160, 96), frames=48)
+    drop(viewer, file.name, "video/webm", file.read_bytes())
+    playwright.expect(viewer.locator("#added")).to_have_text("race cars.webm: 8 frames taken")
+    playwright.expect(viewer.get_by_label("Candidates")).to_have_value("race cars.webm")
+    viewer.get_by_role("button", name="Ask").click()
+    playwright.expect(viewer.get_by_role("row", name=re.compile("^race cars"))).to_contain_text("drop")
+    numbers = shown_after(viewer, "race cars.webm")
+    assert numbers == pytest.approx([3, 9, 15, 21, 27, 33, 39, 45], abs=1)
+
+
+def test_a_dropped_picture_becomes_a_candidate(viewer):
+    for kind, number in (("PNG", 99), ("JPEG", 77)):
+        name = f"kittens.{kind}"
+        drop(viewer, name, f"image/{kind.lower()}", picture_file(number, kind))
+        playwright.expect(viewer.locator("#added")).to_have_text(f"{name}: 1 frame taken")
+        viewer.get_by_role("button", name="Ask").click()
+        playwright.expect(viewer.get_by_role("row", name=re.compile(f"^{name}"))).to_contain_text("keep")
+        assert set(shown_after(viewer, name)) == {number}
+
+
+def test_a_dropped_file_that_shows_nothing_is_told(viewer):
+    for kind, says in (("video/mp4", "play"), ("image/png", "show"), ("text/plain", "play")):
+        drop(viewer, "notes", kind, b"no pictures")
+        playwright.expect(viewer.get_by_role("alert")).to_have_text(f"this browser cannot {says} the file")
+        playwright.expect(viewer.get_by_label("Candidates")).to_have_value("")

@@ -1,10 +1,9 @@
-"""The service as clients meet it, through Serve's proxy: keys, limits, overload, deadlines, dead replicas, versions."""
+"""The service as clients meet it, through Serve's proxy: keys, limits, overload, deadlines, versions."""
 
 import asyncio
 import json
 import os
 import re
-import signal
 import socket
 import time
 from types import SimpleNamespace
@@ -296,37 +295,6 @@ def test_no_client_can_wait_longer_than_the_service_allows(service):
     assert error(response) == (504, "timeout")
     assert time.perf_counter() - began < service.settings.timeout_s + 3
     serve.delete("stuck")
-
-
-def test_a_killed_replica_costs_no_answer(service):
-    """Two replicas under load, one killed: its requests are asked again, and another takes its place."""
-    service.deploy("pair", seconds=0.05, replicas=2)
-    service.traffic(pair=1.0)
-    pids = set()
-    deadline = time.monotonic() + 30
-    while len(pids) < 2:
-        handle = serve.get_app_handle("pair").options(session_id=str(len(pids) + time.monotonic_ns()))
-        pids.add(handle.work.remote().result(timeout_s=20)[0])
-        assert time.monotonic() < deadline
-
-    async def under_load():
-        running = asyncio.create_task(_steady(service, 60))
-        await asyncio.sleep(0.5)
-        os.kill(min(pids), signal.SIGKILL)
-        return await running
-
-    outcomes = asyncio.run(under_load())
-    assert not [r for r in outcomes if isinstance(r, ServiceError)]
-    for answer in outcomes:
-        assert [r.decision for r in answer.results] == ["drop", "keep", "drop", "keep", "drop"]
-    deadline = time.monotonic() + 60
-    while True:
-        replicas = serve.status().applications["pair"].deployments["engine"].replica_states
-        if replicas.get("RUNNING") == 2:
-            break
-        assert time.monotonic() < deadline, "the killed replica was never replaced"
-        time.sleep(0.2)
-    serve.delete("pair")
 
 
 async def _steady(service, count):

@@ -45,7 +45,7 @@ async function add(file) {
   const id = file.name.replace(/[\x00-\x1f\x7f]/g, "").slice(0, 200);
   added.set(id, { id, title: id.replace(/\.[^.]+$/, ""), duration_s: seconds, frames });
   $("#candidates").value = `${$("#candidates").value.trim()}\n${id}`.trim();
-  $("#added").textContent = `${id}: ${frames.length} frames taken`;
+  $("#added").textContent = `${id}: ${frames.length} ${frames.length === 1 ? "frame" : "frames"} taken`;
 }
 
 async function describe() {

@@ -1,0 +1,120 @@
+"""Replicas and engines that die with requests in flight: nobody gets a wrong answer, and no request ends them all."""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+from fake_replica import application
+from node_helpers import wait_for
+from ray import serve
+from ray.serve.context import _get_global_client
+from serving_helpers import DEADLY
+
+from gubs.serving.client import AsyncClient, ServiceError
+from gubs.serving.schemas import Profile, UserRef
+
+pytestmark = pytest.mark.engine
+REPLICAS, LINES = 3, 6
+VIDEOS = ["v1", "v2", "v3", "v4"]
+RECOVERED_S = 60
+"""It takes 3 to 4 s on a quiet machine: Serve's look at its replicas once a second, and the start of one."""
+
+
+@pytest.fixture(scope="module")
+def frail(service):
+    """The service with one version of three replicas, where all of the load may wait."""
+    settings = service.settings.model_copy(update={"max_queued": 4 * LINES})
+    serve.run(application(service.filter, settings, seconds=0.3, replicas=REPLICAS), name="frail", route_prefix=None)
+    service.traffic(frail=1.0)
+    assert service.ask().status_code == 200, "the ingress knows the replicas"
+    yield service
+    serve.delete("frail")
+
+
+def pids() -> set[int]:
+    """Processes of the replicas that run."""
+    details = _get_global_client().get_serve_details()["applications"]["frail"]["deployments"]["engine"]
+    return {r["pid"] for r in details["replicas"] if r["state"] == "RUNNING"}
+
+
+def alive(processes: set[int]) -> set[int]:
+    """Those that run; one that has ended may still be there as a zombie."""
+    found = (p for p in psutil.process_iter(["pid", "status"]) if p.info["pid"] in processes)
+    return {p.info["pid"] for p in found if p.info["status"] != psutil.STATUS_ZOMBIE}
+
+
+def recovery_after(lost: set[int], began: float) -> float:
+    """Seconds until there are as many replicas as before, without the lost ones; told, and bounded."""
+    whole = lambda: len(pids() - lost) == REPLICAS  # noqa: E731
+    wait_for(whole, RECOVERED_S, f"{REPLICAS} replicas", every_s=0.1)
+    seconds = time.monotonic() - began
+    print(f"{REPLICAS} replicas again {seconds:.1f} s after {len(lost)} died")
+    return seconds
+
+
+class Load:
+    """Requests one after the other on some lines, of clients that do not try again, while the context is open."""
+
+    def __init__(self, service):
+        self._service, self._stop, self._pool = service, threading.Event(), ThreadPoolExecutor(1)
+        self.outcomes = []
+
+    def __enter__(self):
+        self._running = self._pool.submit(asyncio.run, self._lines())
+        wait_for(lambda: len(self.outcomes) >= LINES, 30, "the load")
+        return self
+
+    def __exit__(self, *error):
+        self._stop.set()
+        self._running.result(timeout=60)
+        self._pool.shutdown()
+
+    async def _lines(self):
+        async with AsyncClient(self._service.url, self._service.key, retries=0) as client:
+            await asyncio.gather(*(self._line(client, n) for n in range(LINES)))
+
+    async def _line(self, client, number):
+        age = number
+        while not self._stop.is_set():
+            age = (age + LINES) % 140  # another user, so perhaps another replica
+            try:
+                outcome = await client.filter(UserRef(profile=Profile(age=age)), VIDEOS, mode="score")
+            except ServiceError as e:
+                outcome = e
+            self.outcomes.append(outcome)
+
+
+def assert_all_right(outcomes):
+    assert not [o for o in outcomes if isinstance(o, ServiceError)]
+    assert {tuple(r.decision for r in o.results) for o in outcomes} == {("keep", "drop", "keep", "drop")}
+
+
+def test_requests_in_flight_on_a_killed_replica_are_asked_again(frail):
+    with Load(frail) as load:
+        lost = min(pids())
+        os.kill(lost, signal.SIGKILL)
+        recovery_after({lost}, time.monotonic())
+    assert_all_right(load.outcomes)
+
+
+def test_a_request_that_ends_its_engine_is_asked_once_more_and_not_again(frail):
+    """Otherwise one request would end every replica. Others that were on both of the two may fail, none wrongly."""
+    before = pids()
+    assert len(before) == REPLICAS
+    deadly = {"user": {"id": "u0"}, "candidates": [{"id": "new", "title": DEADLY}]}
+    with Load(frail) as load:
+        began = time.monotonic()
+        response = frail.ask(deadly)
+        wait_for(lambda: len(alive(before)) <= REPLICAS - 2, 10, "the end of the second engine", every_s=0.1)
+        recovery_after(before - alive(before), began)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
+    assert response.json()["error"]["retryable"]
+    assert len(alive(before)) == REPLICAS - 2
+    failed = [o for o in load.outcomes if isinstance(o, ServiceError)]
+    assert {(o.status, o.problem.retryable) for o in failed} <= {(503, True)}
+    assert_all_right([o for o in load.outcomes if not isinstance(o, ServiceError)])
