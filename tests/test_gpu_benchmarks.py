@@ -23,7 +23,7 @@ def on_the_path(monkeypatch):
 
 def test_every_script_can_be_imported():
     """They follow the package's names: one that was renamed would be found on a GPU only."""
-    assert len(SCRIPTS) == 10
+    assert len(SCRIPTS) == 11
     for name in SCRIPTS:
         assert importlib.import_module(name).__doc__
 

@@ -34,12 +34,7 @@ QUICK = {"upscale_delay_s": 0.5, "downscale_delay_s": 2, "metrics_interval_s": 0
 
 
 def application(
-    uri: str,
-    settings: ServingSettings,
-    seconds: float = 0.0,
-    word: str = "cars",
-    replicas: int = 1,
-    resources: dict[str, float] | None = None,
+    uri: str, settings: ServingSettings, seconds: float = 0.0, word: str = "cars", replicas: int = 1
 ) -> Any:
     """Like `build_engine`, with the fake; its number follows the load if the settings allow several."""
     deployment: Any = serve.deployment(FakeReplica)
@@ -51,6 +46,6 @@ def application(
         max_queued_requests=settings.max_queued,
         health_check_period_s=1,
         graceful_shutdown_timeout_s=5,
-        ray_actor_options={"num_cpus": 0, "resources": resources or {}},
+        ray_actor_options={"num_cpus": 0},
         request_router_config=ROUTER,
     ).bind(uri, settings.model_dump(mode="json"), seconds, word)
