@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _START_TIMEOUT_S = 180.0
 _TRIES = 3
 _PAUSE_S = 2.0
+_STOP_S = 3.0
+"""A node of our own has nothing to save, and Ray's would wait ten seconds for replicas of Serve."""
 _DASHBOARD_KEY = "webui:url"
 _LATE = "timed out during startup"
 """Part of Ray's error when a node is not up within half a minute."""
@@ -318,7 +320,7 @@ def _stop(head: subprocess.Popen[bytes]) -> None:
     except psutil.NoSuchProcess:
         return
     head.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=_STOP_S)
     for process in alive:
         with suppress(psutil.NoSuchProcess):
             process.kill()

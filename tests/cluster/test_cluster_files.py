@@ -268,6 +268,24 @@ def test_ray_containers_are_probed(kind, group):
     assert (container["readinessProbe"]["httpGet"] == {"path": "/-/healthz", "port": "serve"}) == serving
 
 
+def test_clusters_have_nodes_without_gpus():
+    """Decoding, the ingress and whole tables have CPUs of their own, beside those of the GPUs' nodes."""
+    for kind, spec in CLUSTERS.items():
+        counts = {bool(gpus_of(group)): group["maxReplicas"] for group in spec["workerGroupSpecs"]}
+        assert set(counts) == {True, False}, kind
+        assert all(counts.values())
+
+
+def test_ingress_replicas_have_room_beside_the_gpus():
+    """An ingress without a CPU could be placed on the head, which the service leaves out, or beside the engines."""
+    applications = yaml.safe_load(RAY_SERVICE["spec"]["serveConfigV2"])["applications"]
+    ingress = next(d for a in applications for d in a.get("deployments", []) if d["name"] == "ingress")
+    replicas = next(a for a in applications if a["name"] == "ingress")["args"]["settings"]["ingress_replicas"]
+    group = next(g for g in CLUSTERS["RayService"]["workerGroupSpecs"] if not gpus_of(g))
+    cpus = quantity(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+    assert ingress["ray_actor_options"]["num_cpus"] * replicas <= group["minReplicas"] * cpus
+
+
 @every_group
 def test_shared_memory_holds_the_object_store(kind, group):
     """It comes out of the container's memory; without a volume of its own it would be 64 MiB."""
@@ -444,6 +462,8 @@ def test_serve_configs_are_what_gubs_deploys(text, host):
     )
     for application in config["applications"]:
         application["args"]["settings"] = settings.model_copy(update={"host": host}).model_dump(mode="json")
+        for deployed in application.get("deployments", ()):
+            deployed.pop("ray_actor_options", None)  # where it is placed is the cluster's business
     assert config == expected
 
 
@@ -474,7 +494,7 @@ def test_the_service_has_its_keys_and_gpus():
         mounts = {m["mountPath"]: m["name"] for m in pod["containers"][0]["volumeMounts"]}
         keys = next(v for v in pod["volumes"] if v["name"] == mounts[str(Path(settings.keys_file).parent)])
         assert keys["secret"] == {"secretName": "gubs-api-keys", "defaultMode": 0o440}
-    (gpu,) = spec["workerGroupSpecs"]
+    gpu = next(g for g in spec["workerGroupSpecs"] if gpus_of(g))
     assert settings.min_replicas <= gpu["minReplicas"] * gpus_of(gpu)
     assert settings.max_replicas <= gpu["maxReplicas"] * gpus_of(gpu)
 
