@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,7 +42,9 @@ if TYPE_CHECKING:
 PAGE = "report.html"
 _CONSTANTS = "constants, a coin and random drop"
 _ANSWERS = {GREEDY: "The greedy answers", FILTER: "The filter"}
-_SAID = {Word.BETTER: "better than", Word.WORSE: "worse than", Word.UNKNOWN: "cannot be told from"}
+_SAID = {Word.BETTER: "{} better than", Word.WORSE: "{} worse than", Word.UNKNOWN: "cannot be told from"}
+_NAMED = 3
+"""Others that a verdict names; the tables below have them all."""
 
 
 @dataclass(frozen=True)
@@ -186,18 +188,25 @@ def _beside_constants(judged: Judged, fine: dict[str, int]) -> list[tuple[str, V
 
 
 def _in_words(found: Sequence[tuple[str, Verdict]]) -> Iterator[str]:
-    """One sentence per predictor: what it is better than, worse than, and cannot be told from."""
+    """A few short sentences per predictor: what it is better than, worse than, and cannot be told from."""
     for who in dict.fromkeys(name for name, _ in found):
-        mine, plural = [v for name, v in found if name == who], who != _ANSWERS[FILTER]
+        mine = [v for name, v in found if name == who]
         scale, digits, unit = (1, 2, "") if mine[0].metric == REWARD else (100, 1, " points")
+        verb = "is" if who == _ANSWERS[FILTER] else "are"
+        least = scale * max(v.detectable for v in mine)
+        power = f" ({mine[0].users:,} users can show {least:.{digits}f}{unit})" if least else ""
         parts = []
         for word, phrase in _SAID.items():
-            of_word = [f"{v.second} ({scale * v.difference:+.{digits}f})" for v in mine if v.word is word]
-            verb = "" if word is Word.UNKNOWN else "are " if plural else "is "
-            parts += [f"{verb}{phrase} {', '.join(of_word)}"] if of_word else []
-        least = scale * max(v.detectable for v in mine)
-        power = f" {mine[0].users:,} users can show {least:.{digits}f}{unit}." if least else ""
-        yield f"{who} {'; '.join(parts)}.{power}"
+            # The largest defeat and the narrowest win first: they say most about the policy.
+            of_word = sorted((v for v in mine if v.word is word), key=lambda v: v.difference)
+            if of_word:
+                names = [f"{v.second} ({scale * v.difference:+.{digits}f})" for v in of_word[:_NAMED]]
+                rest = len(of_word) - len(names)
+                count = f"{len(of_word)} of {len(mine)}: " if rest else ""
+                more = f" and {rest} more" if rest else ""
+                known = power if word is Word.UNKNOWN else ""
+                parts.append(f"{phrase.format(verb)} {count}{', '.join(names)}{more}{known}")
+        yield f"{who} {'; '.join(parts)}."
 
 
 # Sections
@@ -211,8 +220,7 @@ def _tables(run: Run, found: list[Table]) -> Section:
     caption = "what is kept when the videos that look best to each predictor are kept"
     charts = [Chart(f"{t.task}: videos kept", kept_chart(t), caption) for t in found if t.curves]
     missing = [] if found else [f"baselines beside the policy: `gubs evaluate ifvr --run {run.uri}`"]
-    sheets = sheets_of(run, [replace(t, verdicts=()) for t in found])  # their verdicts stand above, in sentences
-    return Section("Beside the baselines", lead, sheets, charts, missing)
+    return Section("Beside the baselines", lead, sheets_of(run, found), charts, missing)
 
 
 def _thresholds(judged: Sequence[Judged]) -> Section:

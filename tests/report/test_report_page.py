@@ -61,6 +61,7 @@ def test_verdicts_come_first_and_say_what_the_filter_is_worth(run, made):
     (reward,) = [s for s in sentences if s.startswith("In reward (0 to 3), the calibrated answers ")]
     assert {"never skip", "always skip"} == set(re.findall(r"(never skip|always skip) \([+-]\d\.\d\d\)", reward))
     assert not any("never skip" in s for s in sentences if s != reward), "rewards are no points of accuracy"
+    assert all(len(re.findall(r"\([+-]", s)) <= 3 * 3 for s in sentences), "three of each kind are named"
     assert page.index("Verdicts") < page.index("Beside the baselines") < page.index("Slices") < page.index("Cases")
 
 
