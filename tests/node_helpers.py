@@ -65,6 +65,7 @@ class Nodes:
         # On one machine, nodes would unpack an uploaded folder over each other's.
         unpacked = f"uploads-{time.monotonic_ns()}"
         node = {"object_store_memory": STORE_BYTES, "runtime_env_dir_name": unpacked, "temp_dir": self._folder}
+        node["include_log_monitor"] = False  # it sends what workers print to drivers, and ours print for themselves
         return self._cluster.add_node(wait=True, **node, **options)
 
 
@@ -73,7 +74,7 @@ def runs(node: object, title: str) -> bool:
     return any(title in t for t in _titles(node.all_processes["raylet"][0].process.pid))
 
 
-def wait_for(what: Callable[[], object], seconds: float, says: str, every_s: float = 0.02) -> None:
+def wait_for(what: Callable[[], object], seconds: float, says: str, every_s: float = 0.1) -> None:
     until = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < until, f"waited {seconds:g} s for {says}"
@@ -113,7 +114,7 @@ def two_nodes() -> Iterator[tuple[str, list[object]]]:
 
     with tempfile.TemporaryDirectory(prefix="nodes-", ignore_cleanup_errors=True) as folder:
         cluster = Cluster()
-        options = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "temp_dir": folder}
+        options = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "temp_dir": folder, "include_log_monitor": False}
         try:
             nodes = [cluster.add_node(wait=True, **options, include_dashboard=False), cluster.add_node(**options)]
             yield cluster.gcs_address, nodes

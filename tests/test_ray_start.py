@@ -98,7 +98,7 @@ LATE_DASHBOARD = """
 import ray
 from ray.experimental.internal_kv import _internal_kv_put
 from gubs.ray_runtime import dashboard_address, has_dashboard
-ray.init(num_cpus=1, include_dashboard=True, dashboard_port=0, log_to_driver=False)
+ray.init(address="local", num_cpus=1, include_dashboard=True, dashboard_port=0, log_to_driver=False)
 stored = dashboard_address()
 _internal_kv_put("webui:url", "", True, namespace="dashboard")  # as a node does that did not wait for it
 print("late:", has_dashboard(), dashboard_address() == stored)

@@ -45,8 +45,9 @@ job_main(serve_job)
 class Laptop:
     """The command while it runs."""
 
-    def __init__(self, process: subprocess.Popen[bytes], folder: Path):
-        self.process, self._folder = process, folder
+    def __init__(self, process: subprocess.Popen[bytes], folder: Path, environment: Mapping[str, str]):
+        """`environment` has the checkout whose engine answers by a rule."""
+        self.process, self.environment, self._folder = process, environment, folder
 
     @property
     def said(self) -> str:
@@ -99,7 +100,7 @@ def serving(folder: Path, *arguments: str) -> Iterator[Laptop]:
     command = [sys.executable, "-m", "gubs.cli", "serve", *arguments]
     with (folder / "printed").open("wb") as out, (folder / "said").open("wb") as err:
         process = subprocess.Popen(command, cwd=checkout, env=env, stdout=out, stderr=err)
-    laptop = Laptop(process, folder)
+    laptop = Laptop(process, folder, env)
     try:
         wait_for(lambda: "Ctrl-C" in laptop.said or process.poll() is not None, START_S, "the service", every_s=0.2)
         assert process.poll() is None, laptop.said[-4000:]

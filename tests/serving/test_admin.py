@@ -109,7 +109,7 @@ def service(laptop, person, tmp_path_factory):
     up = lambda: set(states(person).values()) == {"RUNNING"} and SECOND in states(person)  # noqa: E731
     wait_for(up, START_S, "both versions", every_s=0.5)
     with client:
-        yield SimpleNamespace(client=client, log=str(folder / "log"))
+        yield SimpleNamespace(client=client, log=str(folder / "log"), keys=folder / "keys.json")
 
 
 def states(person) -> dict[str, str]:
@@ -201,6 +201,17 @@ def test_promote_gives_a_version_all_requests(service, person):
     assert "still gets requests" in person.types("serve", "remove", SECOND, code=2)
     assert f"{FIRST} is gone" in person.types("serve", "remove", FIRST)
     assert traffic(service) == {SECOND: (1.0, False)}
+
+
+def test_a_job_deploys_a_version_beside_the_one_that_serves(laptop, service, person, tmp_path):
+    make_filter(tmp_path / "run")
+    address = [f"serving.port={httpx.URL(service.client.base_url).port}", f"serving.keys_file={service.keys}"]
+    command = [sys.executable, "-m", "gubs.cli", "submit", "serve_ufm", "--", "--run", str(tmp_path / "run"), *address]
+    env = {**laptop.environment, **person.environment}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=START_S)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert traffic(service) == {SECOND: (1.0, False), FIRST: (0.0, False)}, "without requests until somebody says so"
+    assert set(versions(service, 8)) == {SECOND}
 
 
 def test_ctrl_c_ends_the_service_and_its_cluster(laptop):

@@ -1,4 +1,4 @@
-"""From a run to a service with a real engine: both modes, batch and HTTP alike, a killed engine, versions."""
+"""From a run to a service with a real engine: both modes, batch and HTTP alike, a killed engine. Versions: test_admin.py."""
 
 import json
 import shutil
@@ -116,7 +116,6 @@ def test_from_a_run_to_a_service(run, tmp_path, here, monkeypatch, drawn):
                 drawn |= {title: prometheus.without_data(e) for title, e in panels(DASHBOARD, "Filter").items()}
             _outlives_its_engine(client, user, video)
             _outlives_a_node(client, nodes, user, video)
-        _rolls_over(client, here, run, tmp_path, served, user, video)
 
 
 @pytest.mark.slow
@@ -184,22 +183,3 @@ def _outlives_a_node(client, nodes, user, video):
     after = client.filter(user, [video], mode="score")
     print(f"answers again {time.monotonic() - began:.1f} s after the node was lost")
     assert [r.decision for r in after.results] == [r.decision for r in before.results]
-
-
-def _rolls_over(client, here, run, tmp_path, served, user, video):
-    """A second version: beside the first without requests, then alone."""
-    (first,) = client.models()
-    other = Run(tmp_path / "second")
-    shutil.copytree(run.uri, other.uri)
-    manifest = Path(other.path(FILTER, "manifest.json"))
-    manifest.write_text(manifest.read_text().replace(run.artifact(FILTER).content, "another-version"))
-    here("submit", "serve_ufm", "--", "--run", other.uri, *served)
-    apps = {m.app: m.weight for m in client.models()}
-    (second,) = set(apps) - {first.app}
-    assert apps == {first.app: 1.0, second: 0.0}
-    assert "still gets requests" in here("serve", "remove", first.app, ok=False)
-    here("serve", "promote", second)
-    assert client.filter(user, [video]).model.version == second.removeprefix("filter-")
-    assert f"{second}" in here("serve", "status")
-    here("serve", "remove", first.app)
-    assert [m.app for m in client.models()] == [second]
