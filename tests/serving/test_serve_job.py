@@ -1,7 +1,6 @@
-"""From a run to a service with a real engine: both modes, batch and HTTP alike, a killed engine. Versions: test_admin.py."""
+"""From a run to a service with a real engine: both modes, batch and HTTP alike, a killed engine."""
 
 import json
-import shutil
 import subprocess
 import sys
 import time
