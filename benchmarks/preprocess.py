@@ -4,16 +4,21 @@ Beside it, the same work in DuckDB and in Polars (streaming), where these packag
 rates, noise criteria, minimum counts to the fixed point, histories and targets without divided pages, test users by a
 hash, sorted Parquet. All must keep equally many interactions. Every run is a process of its own; its memory is the sum
 of PSS of it and its children, every half second. The log is written before, a part per million rows, by time: each part
-has rows of all users.
+has rows of all users. A run that fails is recorded with its last words, and the next one follows.
 
-    python benchmarks/preprocess.py --rows 1e6 1e7 --work DIR --json out.json
-    python benchmarks/preprocess.py --rows 1e7 --work DIR --engines gubs --nodes 1 2
+    python benchmarks/preprocess.py --work DIR --out out.json
+    python benchmarks/preprocess.py --rows 1e7 --work DIR --engines gubs --nodes 1 2 --out nodes.json
+
+With `--nodes`, gubs runs on Ray nodes of one core each. The row `bound` is what the machine gives processes that share
+nothing: beside each other, cores are slower than alone. On a machine of more cores: `taskset -c 0,1 python ...`.
 """
 
 import argparse
 import json
 import logging
+import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -21,6 +26,9 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +41,13 @@ RECORDS, SHOWN = 62, 37
 """Records of a user and of a video, as in the paper's data set."""
 PAGE = 8
 PART_ROWS = 1_000_000
-AIM_S, AIM_GIB, AIM_DUCKDB, AIM_NODES = 900.0, 6.0, 0.5, 1.7
-"""For 100 M rows; share of DuckDB's speed; speed-up from one node of one core to two."""
+AIMS = {"seconds": 900.0, "peak_gib": 6.0, "of_duckdb": 0.5, "speed_up": 1.7}
+"""For 100 M rows; share of DuckDB's speed; from one node of one core to two."""
 ENGINES = ("gubs", "duckdb", "polars")
-_EVERY_S = 0.5
+BOUND_ROWS, BOUND_ROUNDS = 2_000_000, 20
+_EVERY_S, _LIMIT_S = 0.5, 7200.0
+_SPARED_GIB = 2
+"""Memory of the machine that engines in one process leave alone; otherwise the kernel may kill anything."""
 MIN_VIEWS, MIN_EXPOSURES, MIN_HISTORY, CLICK_TARGETS, TEST_USERS, MAX_GAP_S = 10, 30, 2, 10, 1000, 120
 
 
@@ -95,7 +106,7 @@ def _masked(values: pa.Array, missing: np.ndarray) -> pa.Array:
     return pc.if_else(pa.array(missing), None, values)
 
 
-def run_gubs(log: Path, out: Path, nodes: int) -> int:
+def run_gubs(log: Path, out: Path, nodes: int) -> dict[str, float]:
     """The stages raw and ifvr; on `nodes` Ray nodes of one core each, if that is not 0."""
     from gubs import stages
     from gubs.artifacts import Run
@@ -107,8 +118,8 @@ def run_gubs(log: Path, out: Path, nodes: int) -> int:
     with _nodes(nodes) if nodes else nullcontext():
         began = time.perf_counter()
         stages.make(["ifvr"], run, settings)
-        print(f"both stages took {time.perf_counter() - began:.1f} s", file=sys.stderr)
-    return run.artifact("ifvr").manifest.tables["interactions"].rows
+        seconds = round(time.perf_counter() - began, 1)  # without imports and the nodes' start
+    return {"kept": run.artifact("ifvr").manifest.tables["interactions"].rows, "stages_s": seconds}
 
 
 @contextmanager
@@ -175,7 +186,7 @@ SELECT *, CASE WHEN place <= n_history THEN 'history' ELSE 'target' END AS role,
 FROM divided LEFT JOIN tested t USING (user_id)"""
 
 
-def run_duckdb(log: Path, out: Path) -> int:
+def run_duckdb(log: Path, out: Path) -> dict[str, float]:
     """The same in SQL."""
     import duckdb
 
@@ -208,10 +219,10 @@ def run_duckdb(log: Path, out: Path) -> int:
     db.execute(
         f"COPY ({_RESULT} ORDER BY task, user_id, place) TO '{out}/ifvr.parquet' (FORMAT parquet, COMPRESSION zstd)"
     )
-    return int(db.execute("SELECT count(*) FROM divided").fetchone()[0])
+    return {"kept": int(db.execute("SELECT count(*) FROM divided").fetchone()[0])}
 
 
-def run_polars(log: Path, out: Path) -> int:
+def run_polars(log: Path, out: Path) -> dict[str, float]:
     """The same in Polars' streaming engine."""
     import polars as pl
 
@@ -252,7 +263,7 @@ def run_polars(log: Path, out: Path) -> int:
     divided.with_columns(split=split).sort(["task", "user_id", "place"]).sink_parquet(
         out / "ifvr.parquet", compression="zstd", engine="streaming"
     )
-    return pq.ParquetFile(out / "ifvr.parquet").metadata.num_rows
+    return {"kept": pq.ParquetFile(out / "ifvr.parquet").metadata.num_rows}
 
 
 def _polars_divided(kept: Any) -> Any:
@@ -321,21 +332,31 @@ def measured(engine: str, log: Path, work: Path, nodes: int) -> dict[str, Any]:
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    command = [sys.executable, __file__, "--engine", engine, "--log", str(log), "--out", str(out), "--on", str(nodes)]
-    printed, figures = watched(command)
+    command = [sys.executable, __file__, "--engine", engine, "--log", str(log), "--into", str(out), "--on", str(nodes)]
+    printed, figures = watched(command, work / "errors.txt")
     if "failed" not in figures:
-        shutil.rmtree(out, ignore_errors=True)
-        figures["kept"] = json.loads(printed.splitlines()[-1])
+        figures |= json.loads(printed.splitlines()[-1])
+    shutil.rmtree(out, ignore_errors=True)
     return figures
 
 
-def watched(command: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Runs a command; what it printed, with its seconds, CPU time and peak memory (and `failed`, its exit code)."""
+def watched(command: Sequence[str], errors: Path | None = None) -> tuple[str, dict[str, Any]]:
+    """Runs a command; what it printed, with its seconds, CPU time and peak memory.
+
+    Args:
+        command: is killed after two hours.
+        errors: file for what it says on stderr. The last line is `error` if it fails; its exit code is `failed`.
+    """
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    memory = Memory(process.pid)
-    memory.start()
-    printed, _ = process.communicate()
+    with errors.open("w") if errors else nullcontext() as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        memory = Memory(process.pid)
+        memory.start()
+        try:
+            printed, _ = process.communicate(timeout=_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            _kill(process.pid)
+            printed, _ = process.communicate()
     seconds = time.perf_counter() - began
     memory.ended.set()
     figures: dict[str, Any] = {
@@ -343,43 +364,129 @@ def watched(command: Sequence[str]) -> tuple[str, dict[str, Any]]:
         "cpu_s": round(memory.cpu_s, 1),
         "peak_gib": round(memory.peak / 2**30, 2),
     }
-    return printed, figures | ({"failed": process.returncode} if process.returncode else {})
+    if process.returncode:
+        said = errors.read_text(errors="replace").strip().splitlines() if errors else []
+        figures |= {"failed": process.returncode} | ({"error": said[-1][:300]} if said else {})
+    return printed, figures
+
+
+def _kill(pid: int) -> None:
+    import psutil
+
+    parent = psutil.Process(pid)
+    for process in [*parent.children(recursive=True), parent]:
+        process.kill()
+
+
+def bound(nodes: int) -> dict[str, Any]:
+    """How much more Arrow work so many processes do than one, each pinned to a core and sharing nothing: no cluster of
+    such nodes on this machine can be faster.
+    """
+    cores = sorted(os.sched_getaffinity(0))[:nodes]
+    [alone], beside = _side_by_side(cores[:1]), _side_by_side(cores)
+    return {"engine": "bound", "nodes": nodes, "alone_s": alone, "beside_s": beside} | {
+        "speed_up": round(len(cores) * alone / max(beside), 2)
+    }
+
+
+def _side_by_side(cores: Sequence[int]) -> list[float]:
+    """Seconds of the same work on each of the cores, begun at the same time."""
+    context = multiprocessing.get_context("spawn")
+    begin, seconds = context.Barrier(len(cores)), context.Queue()
+    workers = [context.Process(target=_arrow_work, args=(c, BOUND_ROWS, begin, seconds), daemon=True) for c in cores]
+    for worker in workers:
+        worker.start()
+    return sorted(seconds.get(timeout=_LIMIT_S) for _ in workers)
+
+
+def _arrow_work(core: int, rows: int, begin: Barrier, seconds: "Queue[float]") -> None:
+    os.sched_setaffinity(0, {core})
+    pa.set_cpu_count(1)
+    rng = np.random.default_rng(0)
+    table = pa.table({"key": rng.integers(0, rows // RECORDS + 1, rows), "time": rng.random(rows)})
+    begin.wait(_LIMIT_S)
+    began = time.perf_counter()
+    for _ in range(BOUND_ROUNDS):
+        table.sort_by([("key", "ascending"), ("time", "ascending")]).group_by("key").aggregate([("time", "sum")])
+    seconds.put(round(time.perf_counter() - began, 2))
+
+
+def compared(runs: Sequence[dict[str, Any]]) -> None:
+    """Adds to each run of gubs its share of DuckDB's speed and its speed-up against one node, at the same size."""
+    by = {(run.get("rows"), run["engine"], run["nodes"]): run for run in runs if "failed" not in run}
+    for (rows, engine, nodes), run in by.items():
+        duckdb, one = by.get((rows, "duckdb", 0)), by.get((rows, "gubs", 1))
+        if engine == "gubs" and duckdb and not nodes:
+            run["of_duckdb"] = round(duckdb["seconds"] / run["seconds"], 2)
+        if engine == "gubs" and one and nodes > 1:
+            run["speed_up"] = round(one["stages_s"] / run["stages_s"], 2)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    import psutil
+
+    versions = {}
+    for package in ("pyarrow", "ray", "duckdb", "polars"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    memory = round(psutil.virtual_memory().total / 2**30, 1)
+    return {"cores": len(os.sched_getaffinity(0)), "memory_gib": memory, "versions": versions}
+
+
+def runs_of(rows: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The runs at one size."""
+    log = args.work / f"log-{rows}"
+    write_log(log, rows)
+    parts = list((log / "interactions").glob("*.parquet"))
+    size = {"rows": rows, "parts": len(parts), "log_gib": round(sum(f.stat().st_size for f in parts) / 2**30, 3)}
+    for engine in args.engines:
+        for nodes in args.nodes if engine == "gubs" else [0]:
+            run = size | {"engine": engine, "nodes": nodes} | measured(engine, log, args.work, nodes)
+            yield run if "failed" in run else run | {"rows_per_s": round(rows / run["seconds"])}
+    if "gubs" in args.engines:
+        yield from ({"rows": rows} | bound(nodes) for nodes in args.nodes if nodes > 1)
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures and prints; the file has what is measured so far."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=float, nargs="+", default=[1e6, 1e7])
+    parser.add_argument("--rows", type=float, nargs="+", default=[1e6, 1e7, 1e8])
     parser.add_argument("--work", type=Path, help="folder for the logs and results")
     parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
     parser.add_argument(
         "--nodes", type=int, nargs="+", default=[0], help="gubs on so many Ray nodes of one core; 0: as usual"
     )
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", "--json", type=Path, help="JSON file of all runs")
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--log", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--on", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.engine:
-        run = {"gubs": lambda: run_gubs(args.log, args.out, args.on), "duckdb": lambda: run_duckdb(args.log, args.out)}
-        run["polars"] = lambda: run_polars(args.log, args.out)
-        print(json.dumps(run[args.engine]()))
+        print(json.dumps(_run(args)))
         return
-    found: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
     for rows in map(int, args.rows):
-        log = args.work / f"log-{rows}"
-        write_log(log, rows)
-        size = sum(f.stat().st_size for f in log.rglob("*.parquet")) / 2**30
-        for engine in args.engines:
-            for nodes in args.nodes if engine == "gubs" else [0]:
-                result = {"rows": rows, "log_gib": round(size, 3), "engine": engine, "nodes": nodes}
-                result |= measured(engine, log, args.work, nodes)
-                result["rows_per_s"] = round(rows / result["seconds"])
-                print(result, flush=True)
-                found.append(result)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        for run in runs_of(rows, args):
+            runs.append(run)
+            compared(runs)
+            print(run, flush=True)
+            if args.out:
+                args.out.write_text(json.dumps({"machine": machine(), "aims": AIMS, "runs": runs}, indent=1) + "\n")
+        if len(kept := {run["kept"] for run in runs if run["rows"] == rows and "kept" in run}) > 1:
+            print(f"NOT THE SAME WORK: of {rows:,} rows they keep {sorted(kept)}", flush=True)
+
+
+def _run(args: argparse.Namespace) -> dict[str, float]:
+    """One engine, in this process."""
+    if args.engine == "gubs":
+        return run_gubs(args.log, args.into, args.on)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    resource.setrlimit(resource.RLIMIT_AS, (total - (_SPARED_GIB << 30),) * 2)
+    return (run_duckdb if args.engine == "duckdb" else run_polars)(args.log, args.into)
 
 
 if __name__ == "__main__":

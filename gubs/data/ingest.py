@@ -19,13 +19,13 @@ import pyarrow.parquet as pq
 
 from gubs.artifacts import ArtifactWriter, Part, StageJob, TableInfo, code_version, fingerprint, part_file, write_part
 from gubs.console import say
-from gubs.data.log_passes import Finished, LogPasses
+from gubs.data.log_passes import Finished, LogPasses, Read
 from gubs.data.partition import cut
 from gubs.data.pieces import read_pieces
 from gubs.data.settings import DataSettings, SourceSettings
 from gubs.data.sources import FileCount, SourceTables, log_plan, logs, named_files, open_source
 from gubs.data.sources.files import InputFile, identity, refuse_missing
-from gubs.data.sources.log import Head, Log, account, first_seen
+from gubs.data.sources.log import Findings, Head, Log, account, first_seen
 from gubs.data.sources.media import videos_identity
 from gubs.data.sources.reading import bare_notes
 from gubs.data.work import Work, attempt_key, work
@@ -51,7 +51,7 @@ def make(job: StageJob, source: SourceSettings, data: DataSettings, ray: RaySett
     on_ray = _is_large(opened, source, data.ray_from_rows)
     key = attempt_key(job.recipe.fingerprint(job.kind), code_version(), str(data.part_rows)) if on_ray else None
     with job.writing(resume_key=key) as out, work(out.run.fs, out.path("work"), on_ray, ray) as workers:
-        log = opened or logs.open_source(source, lambda t, files: workers.run(f"look at {t}", Head.of, files))
+        log = opened or logs.open_source(source, workers.run)
         notes = _read_log(log, data, workers, out)
         out.summary = row_counts(out.tables) + _rejected(job, out)
         out.remove("work")
@@ -97,9 +97,13 @@ def _files(source: SourceSettings) -> list[InputFile]:
 
 def _read_log(log: Log, data: DataSettings, workers: Work, out: ArtifactWriter) -> list[str]:
     """Reads a log in two passes: piece by piece, then user by user; returns notes."""
-    passes = LogPasses.of(log, out.run.fs, out.folder, data)
-    read = workers.run("read", passes.read, passes.items)
-    findings = _total(r.findings for r in read)
+    passes, read, findings = _read_pieces(log, data, workers, out, "read")
+    if (again := log.again(findings)) is not None:
+        log, before = again, read
+        passes, read, findings = _read_pieces(log, data, workers, out, "read again")
+        kept = {part.file for r in read for part in r.rejects}
+        for file in (part.file for r in before for part in r.rejects if part.file not in kept):
+            out.remove(file)
     log = log.decided(findings)
     finish = passes.finisher(log, passes.repeats(workers, read), read)
     finished = workers.run("regroup by user", finish, range(passes.parts))
@@ -115,6 +119,15 @@ def _read_log(log: Log, data: DataSettings, workers: Work, out: ArtifactWriter) 
     _write_rejects(out, [sheet.rejects for sheet in log.sheets], rejects)
     out.info = _info(account(log, findings, tally), notes, _empty_columns(finished, log.videos, out.tables))
     return notes
+
+
+def _read_pieces(
+    log: Log, data: DataSettings, workers: Work, out: ArtifactWriter, phase: str
+) -> tuple[LogPasses, list[Read], Findings]:
+    """The first pass; given again under another name, it writes over what it left."""
+    passes = LogPasses.of(log, out.run.fs, out.folder, data)
+    read = workers.run(phase, passes.read, passes.items)
+    return passes, read, _total(r.findings for r in read)
 
 
 T = TypeVar("T")

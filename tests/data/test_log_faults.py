@@ -14,6 +14,7 @@ import pytest
 from gubs.data.settings import SourceSettings
 from gubs.data.sources import SourceTables, read_source
 from gubs.data.sources.columns import CellRules, Kind, convert, decode
+from gubs.data.sources.formats import JsonLines
 from gubs.data.sources.log_rows import Unclicked
 from gubs.data.sources.units import Evidence, Sizes, named_unit, total
 from gubs.errors import InputError
@@ -410,6 +411,7 @@ def json_lines(path: Path, *rows: dict) -> None:
 def test_json_lines_are_read_block_by_block_with_their_true_numbers(tmp_path, monkeypatch):
     """A column that only the last block has, blank and broken lines in one, ids beyond 64 bits in another."""
     monkeypatch.setattr("gubs.data.sources.formats._JSON_BYTES", 400)
+    monkeypatch.setattr("gubs.data.sources.formats._JSON_HEAD_BYTES", 400)
     rows = [{"user_id": f"u{i % 7}", "video_id": f"v{i}", "play_rate": 0.5} for i in range(60)]
     rows[40]["user_id"], rows[59]["rating"] = 2**70, 3
     lines = [json.dumps(r) for r in rows]
@@ -422,6 +424,40 @@ def test_json_lines_are_read_block_by_block_with_their_true_numbers(tmp_path, mo
     assert [r["row"] for r in tables.rejects.to_pylist()] == [11, 22, 23]
     numbers = [i + 1 + (i >= 10) + 2 * (i >= 20) for i in range(60)]
     assert column(tables, "interaction_id") == [str(n) for n in numbers]
+
+
+@pytest.mark.parametrize(
+    ("late", "settings", "again"),
+    [
+        ({}, {}, 0),
+        ({"seen_on": "tv"}, {}, 0),  # not a column of ours: only counted as not used
+        ({"rating": 3}, {}, 1),
+        ({"interaction_id": "i59"}, {}, 1),  # then the rows before it have none, and are rejected
+        ({"stars": 4}, {"columns": {"rating": "stars"}}, 1),  # without it the mapping fits no file
+    ],
+)
+def test_json_lines_are_read_once_more_only_if_late_lines_name_a_column_of_ours(
+    tmp_path, monkeypatch, late, settings, again
+):
+    """As if the first line had named all columns, null where they are missing."""
+    rows = [{"user_id": f"u{i % 7}", "video_id": f"v{i}", "play_rate": 0.5} for i in range(60)]
+    json_lines(tmp_path / "interactions.jsonl", *rows[:-1], rows[-1] | late)
+    settings |= {"max_bad_rows": 1.0}
+    for name in ("_JSON_BYTES", "_JSON_HEAD_BYTES"):
+        monkeypatch.setattr(f"gubs.data.sources.formats.{name}", 400)
+    parsed, real = [], JsonLines._read_at_once
+    monkeypatch.setattr(JsonLines, "_read_at_once", lambda self, raw: (parsed.append(raw), real(self, raw))[1])
+    tables = read(tmp_path, **settings)
+    blocks = len(set(parsed))
+    assert len(parsed) == 1 + (1 + again) * blocks, "a head, and the file"
+    assert blocks > 5
+    json_lines(tmp_path / "interactions.jsonl", rows[0] | dict.fromkeys(late), *rows[1:-1], rows[-1] | late)
+    whole = read(tmp_path, **settings)
+    assert tables.interactions.equals(whole.interactions)
+    assert tables.rejects.equals(whole.rejects)
+    assert tables.files == whole.files
+    assert tables.notes == whole.notes
+    assert tables.rejects.num_rows == (59 if "interaction_id" in late else 0)
 
 
 def test_json_keeps_ids_of_any_length_and_texts_that_look_like_dates(tmp_path):

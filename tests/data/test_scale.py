@@ -182,6 +182,32 @@ def test_your_own_logs_on_ray(tmp_path: Path, ray_local: None) -> None:
     assert_own_log(tmp_path / "r", own_log(tmp_path / "logs"), 5, "data.ray_from_rows=0")
 
 
+@pytest.mark.parametrize("on_ray", [False, pytest.param(True, marks=pytest.mark.engine)])
+def test_json_lines_with_a_late_column_in_parts(tmp_path: Path, on_ray: bool, request: pytest.FixtureRequest) -> None:
+    """The head of the file, its first 4 MiB, lacks `rating`: the log is read again, and keeps nothing of the first
+    time.
+    """
+    if on_ray:
+        request.getfixturevalue("ray_local")
+    rng = np.random.default_rng(4)
+    rows = [row(rng, i) | {"watch_s": 1.0 + i % 20, "duration_s": 30} for i in range(30_000)]
+    rows[-1] |= {"rating": 4.0, "seen_on": "tv"}
+    rows[5]["watch_s"] = -1
+    (tmp_path / "interactions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    source = (
+        "source.kind=logs",
+        f"source.path={tmp_path}",
+        part_rows(30_000, 3),
+        f"data.ray_from_rows={0 if on_ray else 10**9}",
+    )
+    run, settings = made(tmp_path / "r", *source, target="raw")
+    raw, expected = run.artifact("raw"), expected_raw(settings)
+    assert {name: raw.table(name).equals(table) for name, table in expected.items()} == dict.fromkeys(expected, True)
+    assert raw.table("interactions")["rating"].null_count == raw.table("interactions").num_rows - 1
+    assert "Columns of interactions.jsonl that are not used: seen_on." in raw.manifest.info["notes"]
+    assert not run.fs.exists(raw.path("work"))
+
+
 def assert_own_log(folder: Path, source: tuple[str, ...], parts: int, *more: str) -> None:
     run, settings = made(folder, *source, part_rows(ROWS, parts), *more)
     raw, tables = run.artifact("raw"), read_source(settings.source)

@@ -252,19 +252,20 @@ def test_the_size_of_a_text_file_is_known_from_its_start(tmp_path: Path) -> None
     assert 19_900 < rows_about(InputFile.at(tmp_path / "a.txt")) < 20_100
 
 
-def test_uniform_json_lines_are_not_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_json_lines_are_read_once_if_the_first_ones_tell_the_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
     write(tmp_path / "a.json", *(json.dumps({"user_id": f"u{i}"}) for i in range(100)))
-    monkeypatch.setattr("gubs.data.sources.formats._JSON_BYTES", 200)
-    real, blocks, read = JsonLines._raw_blocks, list[bytes](), dict[bool, int]()
-    monkeypatch.setattr(JsonLines, "_raw_blocks", lambda self: (blocks.append(b) or b for b in real(self)))
-    for uniform in (False, True):
-        blocks.clear()
-        batches = JsonLines(InputFile.at(tmp_path / "a.json"), uniform=uniform).batches(["user_id"])
-        assert [u for b, _ in batches for u in b["user_id"].to_pylist()] == [f"u{i}" for i in range(100)]
-        read[uniform] = len(blocks)
-    n = read[False] // 2
+    for name in ("_JSON_BYTES", "_JSON_HEAD_BYTES"):
+        monkeypatch.setattr(f"gubs.data.sources.formats.{name}", 200)
+    real, blocks = JsonLines._raw_blocks, list[bytes]()
+    monkeypatch.setattr(JsonLines, "_raw_blocks", lambda self, size: (blocks.append(b) or b for b in real(self, size)))
+    batches = JsonLines(InputFile.at(tmp_path / "a.json"), whole=whole).batches(["user_id"])
+    assert [u for b, _ in batches for u in b["user_id"].to_pylist()] == [f"u{i}" for i in range(100)]
+    n = len(set(blocks))
     assert n > 5
-    assert read[True] == n + 2, "the first ones tell the names"
+    assert len(blocks) == (2 * n if whole else n + 1)
 
 
 def test_json_lines_with_dates_are_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

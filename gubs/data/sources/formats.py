@@ -8,7 +8,7 @@ never closed, invalid JSON) are kept apart with their line and text.
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,8 @@ BLOCK_BYTES = 8 << 20
 
 _JSON_BYTES = 64 << 20
 """Bytes of a block of JSON lines."""
+_JSON_HEAD_BYTES = 4 << 20
+"""Bytes of JSON lines that tell the names of the columns, until all rows are read."""
 
 _SAMPLE_BYTES = 1 << 16
 """Bytes at the start of a text file that say how long its lines are."""
@@ -76,6 +78,8 @@ class RawFile:
     file: InputFile
     header: list[str] = field(default_factory=list)
     broken: list[BrokenRow] = field(default_factory=list)
+    late: list[str] = field(default_factory=list)
+    """Names that the batches so far have and the header has not (JSON lines alone)."""
 
     @property
     def label(self) -> str:
@@ -104,13 +108,21 @@ class Blank(RawFile):
         yield from ()
 
 
-def open_table(file: Path | InputFile, text: TextFormat | None = None, groups: range | None = None) -> RawFile:
+def open_table(
+    file: Path | InputFile,
+    text: TextFormat | None = None,
+    groups: range | None = None,
+    names: Sequence[str] = (),
+    whole: bool = True,
+) -> RawFile:
     """Opens a file according to its suffix, or as delimited text if `text` is given.
 
     Args:
         file: the file.
         text: how it is written, if the suffix does not tell.
         groups: only these row groups of a Parquet file.
+        names: the header of JSON lines, if it is known.
+        whole: see `JsonLines`.
 
     Raises:
         InputError: the file is missing, empty, of an unknown type, or unreadable.
@@ -122,7 +134,7 @@ def open_table(file: Path | InputFile, text: TextFormat | None = None, groups: r
     if text is not None or file.suffix in (".csv", ".tsv"):
         return Delimited(file, text=text or TextFormat("\t" if file.suffix == ".tsv" else ","))
     if file.suffix == ".jsonl":
-        return JsonLines(file)
+        return JsonLines(file, list(names), whole=whole)
     if file.suffix == ".parquet":
         return Parquet(file, groups=groups)
     raise InputError(
@@ -130,18 +142,20 @@ def open_table(file: Path | InputFile, text: TextFormat | None = None, groups: r
     )
 
 
-def open_part(file: InputFile, groups: range | None = None) -> RawFile:
+def open_part(file: InputFile, groups: range | None = None, names: Sequence[str] = (), whole: bool = True) -> RawFile:
     """As `open_table`, for a file of a table in parts: a text file without any text is a part without rows. Writers
     leave such files where a partition is empty.
 
     Args:
         file: the file.
         groups: only these row groups of a Parquet file.
+        names: the header of JSON lines, if it is known.
+        whole: see `JsonLines`.
 
     Raises:
         InputError: see `open_table`; an empty file is no Parquet file.
     """
-    return Blank(file) if _is_blank(file) else open_table(file, groups=groups)
+    return Blank(file) if _is_blank(file) else open_table(file, groups=groups, names=names, whole=whole)
 
 
 def _is_blank(file: InputFile) -> bool:
@@ -395,23 +409,25 @@ def _count(column: pa.Array, byte: bytes) -> np.ndarray:
 class JsonLines(RawFile):
     """One JSON object per line, in blocks of whole lines. Arrow reads a block; line by line it is read if Arrow refuses
     it, to find the bad lines, or if Arrow cannot hold a number exactly.
+
+    Any line may name new columns, so only a pass over the whole file tells all of them. Who can do without them until
+    the rows are read opens the file by its start, and looks at `late` afterwards.
     """
 
-    uniform: bool = False
-    """All lines have the names that the first ones have, so that the file need not be read twice."""
+    whole: bool = True
+    """Whether the header, if it is not given, has the names of all lines, or of the first ones."""
 
     def __post_init__(self) -> None:
         self._numbers: list[np.ndarray] = []
         self._dates: pa.Schema | None = None  # as text, once a block had them: so the next one is parsed once
-        blocks = self._blocks()
-        self._read = [next(blocks)]  # most files are one block: it is not read twice
-        names = dict.fromkeys(self._read[0].column_names)
-        for block in blocks:
-            if self.uniform:
-                self._read = []
-                break
-            self._read = []
+        self.header = self.header or self._names()
+
+    def _names(self) -> list[str]:
+        names = dict[str, None]()
+        for block in self._blocks(_JSON_BYTES if self.whole else _JSON_HEAD_BYTES):
             names |= dict.fromkeys(block.column_names)
+            if names and not self.whole:
+                break
         if not names:
             example = (
                 f", e.g. row {self.broken[0].line} ({self.broken[0].cause}): {self.broken[0].text!r}"
@@ -419,12 +435,12 @@ class JsonLines(RawFile):
                 else ""
             )
             raise InputError(f"{self.label}: no row holds a JSON object{example}; write one object a line, in UTF-8")
-        self.header = list(names)
+        return list(names)
 
-    def _blocks(self) -> Iterator[pa.Table]:
+    def _blocks(self, size: int) -> Iterator[pa.Table]:
         """The rows of each block, at least one; notes their lines, and what is broken."""
         self._numbers, self.broken, first = [], [], 1
-        for raw in self._raw_blocks():
+        for raw in self._raw_blocks(size):
             table = self._read_at_once(raw)
             if table is None:
                 table, lines = self._read_line_by_line(raw, first)
@@ -434,10 +450,10 @@ class JsonLines(RawFile):
             first += lines
             yield table
 
-    def _raw_blocks(self) -> Iterator[bytes]:
+    def _raw_blocks(self, size: int) -> Iterator[bytes]:
         rest, found = b"", False
         with _readable(self.label, "cannot be unzipped"), self.file.stream() as stream:
-            while part := bytes(stream.read(_JSON_BYTES)):
+            while part := bytes(stream.read(size)):
                 whole, newline, rest = (rest + part).rpartition(b"\n")
                 if whole or newline:
                     found = True
@@ -492,7 +508,8 @@ class JsonLines(RawFile):
 
     def batches(self, names: list[str]) -> Iterator[Batch]:
         """Yields the rows as typed columns, or as text if the lines had to be read one by one."""
-        for table in self._read or self._blocks():
+        for table in self._blocks(_JSON_BYTES):
+            self.late += [n for n in table.column_names if n not in self.header and n not in self.late]
             for name in names:
                 if name not in table.column_names and table.num_rows:
                     table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))

@@ -52,14 +52,24 @@ class Head:
     """It is a text file without any text, not even a header."""
 
     @classmethod
-    def of(cls, file: InputFile) -> "Head":
-        """The head of a file whose columns are not known."""
-        raw = open_part(file)
+    def of(cls, file: InputFile, whole: bool = True) -> "Head":
+        """The head of a file whose columns are not known.
+
+        Args:
+            file: the file.
+            whole: read all of it, if only that tells all columns (`JsonLines`).
+        """
+        raw = open_part(file, whole=whole)
         if isinstance(raw, Blank):
             return cls(file.label, blank=True)
         if isinstance(raw, Parquet):
             return cls(file.label, tuple(raw.header), tuple(raw.group_rows), sum(raw.group_rows))
         return cls(file.label, tuple(raw.header), (), rows_about(file))
+
+    @classmethod
+    def started(cls, file: InputFile) -> "Head":
+        """As `of`, by the start of the file; `Findings.late` tells what it lacked."""
+        return cls.of(file, whole=False)
 
     @classmethod
     def sized(cls, file: InputFile) -> "Head":
@@ -75,6 +85,8 @@ class Findings:
     """By file."""
     counts: Counter[str] = field(default_factory=Counter)
     unused: tuple[str, ...] = ()
+    late: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """By file: columns that its head lacks."""
     rejects: tuple[pa.Table, ...] = ()
     first: pa.Table | None = None
     """Each video_id and its first timestamp, where `finish` needs them."""
@@ -83,15 +95,20 @@ class Findings:
         accounts = dict(self.accounts)
         for label, account in other.accounts.items():
             accounts[label] = accounts.get(label, Account()) + account
-        unused = tuple(dict.fromkeys(self.unused + other.unused))
+        files = dict.fromkeys([*self.late, *other.late])
         first = [f.first for f in (self, other) if f.first is not None]
         return Findings(
             accounts=accounts,
             counts=self.counts + other.counts,
-            unused=unused,
+            unused=_once(self.unused, other.unused),
+            late={label: _once(self.late.get(label, ()), other.late.get(label, ())) for label in files},
             rejects=self.rejects + other.rejects,
             first=first_times(pa.concat_tables(first)) if first else None,
         )
+
+
+def _once(names: tuple[str, ...], more: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names + more))
 
 
 @dataclass(frozen=True)
@@ -221,6 +238,11 @@ class Log:
     def findings(self, sheet: Sheet) -> Findings:
         """The findings of a sheet."""
         return Findings({sheet.label: sheet.account()}, rejects=tuple(sheet.rejects))
+
+    def again(self, findings: Findings) -> Self | None:
+        """The log as it must be read once more, if its heads lacked columns that it uses; else None."""
+        del findings
+        return None
 
     def decided(self, findings: Findings) -> Self:
         """The log, once it is known what its rows mean.
@@ -376,11 +398,10 @@ def in_memory(log: Log) -> SourceTables:
     Raises:
         InputError: a file cannot be used.
     """
-    pieces, findings = [], Findings()
-    for number in range(len(log.files)):
-        for sheet in log.read(number):
-            pieces.append(log.piece(sheet, number))
-            findings += log.findings(sheet)
+    pieces, findings = _read(log)
+    if (again := log.again(findings)) is not None:
+        log = again
+        pieces, findings = _read(log)
     log, rows = log.decided(findings), pa.concat_tables(pieces)
     repeats = np.zeros(0, np.int64) if log.unique is None else repeated(identities(log, rows))
     done = finish(log, rows, empty("users") if log.users is None else log.users, repeats)
@@ -396,3 +417,12 @@ def in_memory(log: Log) -> SourceTables:
         files=account(log, findings, done.tally),
         notes=notes + more,
     )
+
+
+def _read(log: Log) -> tuple[list[pa.Table], Findings]:
+    pieces, findings = list[pa.Table](), Findings()
+    for number in range(len(log.files)):
+        for sheet in log.read(number):
+            pieces.append(log.piece(sheet, number))
+            findings += log.findings(sheet)
+    return pieces, findings

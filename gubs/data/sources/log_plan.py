@@ -170,6 +170,19 @@ def plan(settings: SourceSettings, files: Files, folder: str, heads: Mapping[str
     return Plan(settings, files, folder, heads, columns, names, derived, _stated_units(settings.units))
 
 
+def widened(log: Plan, late: Mapping[str, Sequence[str]]) -> Plan | None:
+    """The plan by heads with these columns too, by file of the interactions; None if none of them could be used.
+
+    Raises:
+        InputError: see `plan`.
+    """
+    usable = {name for column in log.columns for name in column.names}
+    if usable.isdisjoint(name for names in late.values() for name in names):
+        return None
+    heads = [replace(h, header=(*h.header, *late.get(h.label, ()))) for h in log.heads["interactions"]]
+    return plan(log.settings, log.files, log.folder, {**log.heads, "interactions": heads})
+
+
 _TABLES = {"users": USERS, "videos": VIDEOS, "interactions": _INTERACTIONS}
 
 Nested = Mapping[str, str | dict[str, str]]

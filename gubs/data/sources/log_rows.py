@@ -50,7 +50,7 @@ def read(log: Plan, number: int, groups: range | None = None, rows: int = 1 << 2
     Raises:
         InputError: a column cannot be read at all.
     """
-    raw = open_part(log.files["interactions"][number], groups)
+    raw = open_part(log.files["interactions"][number], groups, log.heads["interactions"][number].header)
     for sheet in read_blocks(raw, log.columns, log.rules, rows):
         convert_units(sheet, "interactions", log.stated)
         given = pc.utf8_lower(sheet.column("task"))
@@ -69,7 +69,8 @@ def as_piece(log: Plan, sheet: Sheet, number: int) -> pa.Table:
 def findings(log: Plan, sheet: Sheet) -> Findings:
     """The findings of a sheet."""
     counts = Counter(asdict(Unclicked.of(sheet.table))) if "clicked" in log.names else Counter[str]()
-    return Findings({sheet.label: sheet.account()}, counts, tuple(sheet.unused), tuple(sheet.rejects))
+    late = {sheet.label: sheet.late} if sheet.late else {}
+    return Findings({sheet.label: sheet.account()}, counts, tuple(sheet.unused), late, tuple(sheet.rejects))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ task needs:
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from sys import maxsize
@@ -35,7 +35,7 @@ from gubs.data.sources import log_rows
 from gubs.data.sources.files import InputFile
 from gubs.data.sources.formats import open_part
 from gubs.data.sources.log import ROWS, Done, Findings, Head, Log, Tally
-from gubs.data.sources.log_plan import USERS, VIDEOS, Plan, find_files, mapped, plan
+from gubs.data.sources.log_plan import USERS, VIDEOS, Plan, find_files, mapped, plan, widened
 from gubs.data.sources.media import VIDEO_SUFFIXES, media_paths
 from gubs.data.sources.reading import (
     Column,
@@ -48,23 +48,24 @@ from gubs.data.sources.reading import (
     refuse_empty,
     together,
 )
+from gubs.errors import InputError
 
-Look = Callable[[str, Sequence[InputFile]], list[Head]]
-"""Gives the heads of a table's files."""
-
-
-def _heads(table: str, files: Sequence[InputFile]) -> list[Head]:  # noqa: ARG001
-    return [Head.of(f) for f in files]
+Look = Callable[[str, Callable[[InputFile], Head], Sequence[InputFile]], list[Head]]
+"""Calls a function with each file of a table, as `Work.run` does."""
 
 
-def open_source(settings: SourceSettings, look: Look = _heads) -> "OwnLog":
+def _here(phase: str, head: Callable[[InputFile], Head], files: Sequence[InputFile]) -> list[Head]:  # noqa: ARG001
+    return [head(f) for f in files]
+
+
+def open_source(settings: SourceSettings, look: Look = _here) -> "OwnLog":
     """Decides how your logs are read, and reads the tables of users and videos; `source.path` is as in `find_files`.
 
     Raises:
         InputError: no interactions, a file or column that cannot be used, or a setting that fits no column.
     """
     files, folder = find_files(settings.path)
-    log = plan(settings, files, folder, {table: look(table, parts) for table, parts in files.items()})
+    log = _planned(settings, files, folder, look)
     sheets, users, videos, video_sheet, notes = [], None, None, None, list[str]()
     if "users" in files:
         sheet, users, notes = _read_users(log)
@@ -82,10 +83,30 @@ def open_source(settings: SourceSettings, look: Look = _heads) -> "OwnLog":
         videos=videos,
         sheets=sheets,
         notes=tuple(notes),
-        unique="interaction_id" if "interaction_id" in log.names else None,
+        unique=_unique(log),
         plan=log,
         video_sheet=video_sheet,
     )
+
+
+def _planned(settings: SourceSettings, files: Mapping[str, list[InputFile]], folder: str, look: Look) -> Plan:
+    """The plan. The start of a file of interactions will do, unless what it names does not suffice."""
+    heads = {table: look(f"look at {table}", _HEADS[table], parts) for table, parts in files.items()}
+    try:
+        return plan(settings, files, folder, heads)
+    except InputError:
+        if all(f.suffix != ".jsonl" for f in files["interactions"]):
+            raise
+    heads["interactions"] = look("look through interactions", Head.of, files["interactions"])
+    return plan(settings, files, folder, heads)
+
+
+_HEADS = {"interactions": Head.started, "users": Head.of, "videos": Head.of}
+"""Users and videos are read whole and once, with facts under any name."""
+
+
+def _unique(log: Plan) -> str | None:
+    return "interaction_id" if "interaction_id" in log.names else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +136,13 @@ class OwnLog(Log):
     def findings(self, sheet: Sheet) -> Findings:
         """See `Log`."""
         return log_rows.findings(self.plan, sheet)
+
+    def again(self, findings: Findings) -> Self | None:
+        """See `Log`."""
+        wider = widened(self.plan, findings.late)
+        if wider is None:
+            return None
+        return replace(self, plan=wider, heads=wider.heads["interactions"], unique=_unique(wider))
 
     def decided(self, findings: Findings) -> Self:
         """See `Log`; also refused: clicks that could mean two things."""
@@ -167,7 +195,8 @@ def _read_users(log: Plan) -> tuple[Sheet, pa.Table, list[str]]:
 
 def _read_table(log: Plan, table: str, columns: Sequence[Column]) -> tuple[Sheet, list[str]]:
     """All files of a table as one sheet; some may have no rows."""
-    sheets = [sheet for f in log.files[table] for sheet in read_blocks(open_part(f), columns, log.rules, maxsize)]
+    opened = (open_part(f, names=head.header) for f, head in zip(log.files[table], log.heads[table], strict=True))
+    sheets = [sheet for raw in opened for sheet in read_blocks(raw, columns, log.rules, maxsize)]
     for sheet in sheets:
         sheet.max_bad = log.settings.max_bad_rows
         sheet.check_quality()

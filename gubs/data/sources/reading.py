@@ -130,6 +130,8 @@ class Sheet:
     """Our name of each column that the file has -> its name there."""
     unused: list[str] = field(default_factory=list)
     """Columns of the file that were not read."""
+    late: tuple[str, ...] = ()
+    """Those of them that the file's header did not name (`RawFile.late`)."""
     nulls: dict[str, Counter[str]] = field(default_factory=dict)
     """By column of the file: how often each word for a missing value occurs."""
     labels: pa.Array | None = None
@@ -271,9 +273,10 @@ def read_blocks(raw: RawFile, columns: Sequence[Column], rules: CellRules, rows:
         InputError: a column is missing, or cannot be read at all.
     """
     names = {} if isinstance(raw, Blank) else match_columns(raw.label, raw.header, columns)
-    unused = [n for n in raw.header if n not in names.values() and not n.startswith("(unnamed")]
     for sheet in _SheetReader(raw, columns, names, rules).sheets(rows):
-        sheet.unused = unused
+        seen = (*raw.header, *raw.late)
+        sheet.unused = [n for n in seen if n not in names.values() and not n.startswith("(unnamed")]
+        sheet.late = tuple(raw.late)
         yield sheet
 
 

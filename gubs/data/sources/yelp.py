@@ -76,7 +76,7 @@ class _Reviews(Log):
     def read(self, number: int, groups: range | None = None, rows: int = ROWS) -> Iterator[Sheet]:
         """See `Log`."""
         del groups
-        return read_blocks(JsonLines(self.files[number], uniform=True), _REVIEWS, _RULES, rows)
+        return read_blocks(JsonLines(self.files[number], whole=False), _REVIEWS, _RULES, rows)
 
     def finish(self, rows: Sheet, users: pa.Table) -> Done:
         """See `Log`."""
@@ -96,7 +96,7 @@ def _file(path: Path) -> InputFile:
 
 
 def _read(path: Path, columns: Sequence[Column], bad: float) -> Sheet:
-    return read_raw(JsonLines(_file(path), uniform=True), columns, bad, _RULES)
+    return read_raw(JsonLines(_file(path), whole=False), columns, bad, _RULES)
 
 
 def _read_places(path: Path, bad: float) -> tuple[Sheet, pa.Table]:
