@@ -3,7 +3,7 @@
 Beside each policy stands a logistic regression on what the same prompts show (the digest, the first tag, whether it is
 among the interests), trained on targets of all training users. No setting is chosen here.
 
-    python benchmarks/real_logs.py --run RUN [--policies sft_model grpo] [--users 4000] [key=value ...]
+    python benchmarks/real_logs.py --run RUN [key=value ...] [--users 4000] [--policies sft_model grpo]
 """
 
 import argparse
@@ -20,6 +20,7 @@ from gubs.evaluate.held_out import skipped
 from gubs.evaluate.thresholds import auc
 from gubs.ray_runtime import ray_session
 from gubs.records import Split, Task
+from gubs.stages import make
 from gubs.teachers import script
 from gubs.ufm.inputs import Inputs
 from gubs.ufm.labels import Labels
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="key=value")
     args = parser.parse_args()
     settings, run = load_settings(args.preset, args.settings), Run(args.run)
+    make(["labels"], run, settings)
     questions = Questions(run, settings.ufm.inputs, tastes=False)
     found = {}
     with ray_session(settings.ray):
