@@ -66,5 +66,6 @@ class Load:
 
 
 def assert_all_right(outcomes):
-    assert [f"{o.status} {o}" for o in outcomes if isinstance(o, ServiceError)] == []
+    failed = [f"{o.status} {o}" for o in outcomes if isinstance(o, ServiceError)]
+    assert not failed, failed
     assert {tuple(r.decision for r in o.results) for o in outcomes} == {RIGHT}

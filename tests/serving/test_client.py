@@ -29,8 +29,8 @@ BROKEN = FilterLine(error=Problem(code="timeout", message="no answer", retryable
 
 
 class Served(httpx.BaseTransport, httpx.AsyncBaseTransport):
-    """Answers with these, one after the other: lines, in blocks of a few bytes, a status and a code, or a response; None =
-    the connection is closed.
+    """Answers with these, one after the other: lines, in blocks of a few bytes, a status and a code, or a response.
+    None = the connection is closed.
     """
 
     def __init__(self, *answers):

@@ -30,11 +30,13 @@ ENVIRONMENT = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "3",  # a node that is gone is noticed in 3 s; it would take 15
     "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",  # else the head's proxy would ask the head's ingress alone
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine's proxy is not up in Serve's 5 s, which then ends it
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # not 5: Serve ends a proxy that a busy machine starts late
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
 }
 ENGINE, INGRESS = {"engine": 1}, {"ingress": 1}
 """What a node has and a replica takes, so that each stands where it should."""
+RECOVERED_S = 150
+"""It takes 3 and 8 s where three other processes want the two cores; 45 s were seen on a crowded machine."""
 _WITHOUT = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
 """What takes CPU on each node and is of no use here."""
 
@@ -104,19 +106,22 @@ def deployed(folder, environment):
             cluster.shutdown()
 
 
+def seconds_until(what, says):
+    began = time.monotonic()
+    wait_for(what, RECOVERED_S, says, every_s=0.1)
+    return time.monotonic() - began
+
+
 def test_requests_in_flight_on_a_lost_node_are_asked_again(tmp_path, monkeypatch):
     """Clients at the head's proxy do not try again; those at the workers' proxies may."""
     with deployed(tmp_path, monkeypatch) as service:
         elsewhere, there = Load(service.head, service.key), Load(service.workers, service.key, retries=3)
         with elsewhere, there:
             service.lose_a_node()
-            began = time.monotonic()
+            noticed = seconds_until(lambda: service.engines() == 1, "the loss")
             service.replace_it()
-            wait_for(lambda: service.engines() == 1, 60, "the loss", every_s=0.1)
-            noticed = time.monotonic() - began
-            wait_for(lambda: service.engines() == 2, 60, "two engines", every_s=0.1)
-            whole = time.monotonic() - began
-        print(f"noticed after {noticed:.1f} s, two engines again after {whole:.1f} s")
+            whole = seconds_until(lambda: service.engines() == 2, "two engines")
+        print(f"the loss noticed after {noticed:.1f} s, two engines {whole:.1f} s after a new node was started")
         for load, where in ((elsewhere, "elsewhere"), (there, "there")):
             print(
                 f"{where}: {len(load.outcomes)} answers, the slowest {load.slowest:.1f} s, {load.tried_again} retries"
