@@ -36,6 +36,10 @@ from gubs.serving.schemas import (
 
 T = TypeVar("T")
 _LONGEST_WAIT_S = 30.0
+_NOT_OURS = (408, 429, 500, 502, 503, 504)
+"""Statuses that are worth another attempt where no reason is given: a gateway's, or of Serve's proxy (500: the ingress
+that had the request is lost, and the proxy runs without our guard).
+"""
 
 
 class ServiceError(GubsError):
@@ -321,5 +325,5 @@ def _problem(response: httpx.Response) -> Problem:
     try:
         return ErrorBody.model_validate_json(response.content).error
     except ValueError:
-        retryable = response.status_code in (408, 429, 502, 503, 504)
+        retryable = response.status_code in _NOT_OURS
         return Problem(code=f"http_{response.status_code}", message="the service gave no reason", retryable=retryable)

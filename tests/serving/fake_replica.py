@@ -34,7 +34,12 @@ QUICK = {"upscale_delay_s": 0.5, "downscale_delay_s": 2, "metrics_interval_s": 0
 
 
 def application(
-    uri: str, settings: ServingSettings, seconds: float = 0.0, word: str = "cars", replicas: int = 1
+    uri: str,
+    settings: ServingSettings,
+    seconds: float = 0.0,
+    word: str = "cars",
+    replicas: int = 1,
+    resources: dict[str, float] | None = None,
 ) -> Any:
     """Like `build_engine`, with the fake; its number follows the load if the settings allow several."""
     deployment: Any = serve.deployment(FakeReplica)
@@ -46,6 +51,6 @@ def application(
         max_queued_requests=settings.max_queued,
         health_check_period_s=1,
         graceful_shutdown_timeout_s=5,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": resources or {}},
         request_router_config=ROUTER,
     ).bind(uri, settings.model_dump(mode="json"), seconds, word)

@@ -29,7 +29,9 @@ BROKEN = FilterLine(error=Problem(code="timeout", message="no answer", retryable
 
 
 class Served(httpx.BaseTransport, httpx.AsyncBaseTransport):
-    """Answers with these, one after the other: lines, in blocks of a few bytes, or a status and a code."""
+    """Answers with these, one after the other: lines, in blocks of a few bytes, a status and a code, or a response.
+    None = the connection is closed.
+    """
 
     def __init__(self, *answers):
         self.answers, self.requests = list(answers), []
@@ -37,6 +39,10 @@ class Served(httpx.BaseTransport, httpx.AsyncBaseTransport):
     def handle_request(self, request):
         self.requests.append(request)
         answer = self.answers.pop(0)
+        if answer is None:
+            raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
+        if isinstance(answer, httpx.Response):
+            return answer
         if isinstance(answer, list):
             return httpx.Response(200, stream=Blocks(answer))
         problem = Problem(code=answer[1], message="no", retryable=answer[0] == 503)
@@ -99,10 +105,25 @@ def test_lines_are_read_however_they_are_cut():
 
 def test_what_fails_before_the_first_line_is_tried_again(monkeypatch):
     monkeypatch.setattr("gubs.serving.client._LONGEST_WAIT_S", 0.01)
-    for got, error, requests in both((503, "unavailable"), [None], LINES):
-        assert (got, error, len(requests)) == (LINES, None, 3)
+    for got, error, requests in both((503, "unavailable"), [None], None, LINES):
+        assert (got, error, len(requests)) == (LINES, None, 4)
     for got, error, requests in both((404, "unknown_user")):
         assert (got, error.status, error.problem.code, len(requests)) == ([], 404, "unknown_user", 1)
+
+
+@pytest.mark.parametrize("lost", [None, httpx.Response(500, text="Internal Server Error")], ids=["proxy", "ingress"])
+def test_what_a_lost_node_leaves_unanswered_is_tried_again(lost, monkeypatch):
+    """Its proxy closes its connections; another one, without the guard, says 500 and no more if the ingress is lost."""
+    monkeypatch.setattr("gubs.serving.client._LONGEST_WAIT_S", 0.01)
+    served = Served(lost, httpx.Response(200, json=[]), lost, lost)
+    client = Client("http://service", "key", retries=1)
+    client._options["transport"] = served
+    with client:
+        assert client.groups() == []
+        with pytest.raises(ServiceError) as error:
+            client.groups()
+    assert error.value.problem.retryable
+    assert len(served.requests) == 4
 
 
 @pytest.mark.parametrize(

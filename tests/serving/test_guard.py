@@ -11,21 +11,29 @@ LIMIT = 1000
 
 
 class App:
-    """Reads a request, remembers it, answers."""
+    """Reads a request, remembers it, answers; or gives up before or while it does."""
 
-    def __init__(self):
+    def __init__(self, *lost):
         self.headers, self.body = None, None
+        self.bodies, self._lost = [], list(lost)
 
     async def __call__(self, scope, receive, send):
         self.headers = dict(scope["headers"])
         message = await receive()
         self.body = message["body"]
+        self.bodies.append(self.body)
+        lost = self._lost.pop(0) if self._lost else ""
+        if lost == "with its client":
+            assert (await receive())["type"] == "http.disconnect"
+        if lost in ("with its client", "before"):
+            return
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"ok"})
+        if not lost:
+            await send({"type": "http.response.body", "body": b"ok"})
 
 
-def ask(headers, *blocks):
-    app, sent, left = App(), [], list(blocks)
+def ask(headers, *blocks, lost=()):
+    app, sent, left = App(*lost), [], list(blocks)
 
     async def receive():
         if not left:
@@ -77,6 +85,27 @@ def test_a_client_that_leaves_is_not_waited_for():
     app, sent, _ = ask({})
     assert app.body is None
     assert sent == []
+
+
+def test_a_request_whose_ingress_is_lost_is_asked_again():
+    app, sent, _ = ask({}, b"a" * 400, b"b" * 400, lost=["before"])
+    assert app.bodies == [b"a" * 400 + b"b" * 400] * 2
+    assert [m.get("status") or m["body"] for m in sent] == [200, b"ok"]
+
+
+def test_a_request_is_asked_again_only_once():
+    """It might be what ends them."""
+    app, sent, _ = ask({}, b"{}", lost=["before"] * 5)
+    assert len(app.bodies) == 2
+    error = json.loads(sent[1]["body"])["error"]
+    assert (sent[0]["status"], error["code"], error["retryable"]) == (503, "unavailable", True)
+
+
+@pytest.mark.parametrize("lost", ["during", "with its client"])
+def test_what_has_begun_or_nobody_waits_for_is_not_asked_again(lost):
+    app, sent, _ = ask({}, b"{}", lost=[lost])
+    assert len(app.bodies) == 1
+    assert len(sent) == (lost == "during")
 
 
 def test_the_limit_comes_from_the_environment(monkeypatch):

@@ -1,26 +1,22 @@
 """Replicas and engines that die with requests in flight: nobody gets a wrong answer, and no request ends them all."""
 
-import asyncio
 import os
 import signal
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 from fake_replica import application
+from load_helpers import LINES, Load, assert_all_right
 from node_helpers import wait_for
 from ray import serve
 from ray.serve.context import _get_global_client
 from serving_helpers import DEADLY
 
-from gubs.serving.client import AsyncClient, ServiceError
-from gubs.serving.schemas import Profile, UserRef
+from gubs.serving.client import ServiceError
 
 pytestmark = pytest.mark.engine
-REPLICAS, LINES = 3, 6
-VIDEOS = ["v1", "v2", "v3", "v4"]
+REPLICAS = 3
 RECOVERED_S = 60
 """It takes 3 to 4 s on a quiet machine: Serve's look at its replicas once a second, and the start of one."""
 
@@ -57,45 +53,8 @@ def recovery_after(lost: set[int], began: float) -> float:
     return seconds
 
 
-class Load:
-    """Requests one after the other on some lines, of clients that do not try again, while the context is open."""
-
-    def __init__(self, service):
-        self._service, self._stop, self._pool = service, threading.Event(), ThreadPoolExecutor(1)
-        self.outcomes = []
-
-    def __enter__(self):
-        self._running = self._pool.submit(asyncio.run, self._lines())
-        wait_for(lambda: len(self.outcomes) >= LINES, 30, "the load")
-        return self
-
-    def __exit__(self, *error):
-        self._stop.set()
-        self._running.result(timeout=60)
-        self._pool.shutdown()
-
-    async def _lines(self):
-        async with AsyncClient(self._service.url, self._service.key, retries=0) as client:
-            await asyncio.gather(*(self._line(client, n) for n in range(LINES)))
-
-    async def _line(self, client, number):
-        age = number
-        while not self._stop.is_set():
-            age = (age + LINES) % 140  # another user, so perhaps another replica
-            try:
-                outcome = await client.filter(UserRef(profile=Profile(age=age)), VIDEOS, mode="score")
-            except ServiceError as e:
-                outcome = e
-            self.outcomes.append(outcome)
-
-
-def assert_all_right(outcomes):
-    assert not [o for o in outcomes if isinstance(o, ServiceError)]
-    assert {tuple(r.decision for r in o.results) for o in outcomes} == {("keep", "drop", "keep", "drop")}
-
-
 def test_requests_in_flight_on_a_killed_replica_are_asked_again(frail):
-    with Load(frail) as load:
+    with Load(frail.url, frail.key) as load:
         lost = min(pids())
         os.kill(lost, signal.SIGKILL)
         recovery_after({lost}, time.monotonic())
@@ -107,7 +66,7 @@ def test_a_request_that_ends_its_engine_is_asked_once_more_and_not_again(frail):
     before = pids()
     assert len(before) == REPLICAS
     deadly = {"user": {"id": "u0"}, "candidates": [{"id": "new", "title": DEADLY}]}
-    with Load(frail) as load:
+    with Load(frail.url, frail.key) as load:
         began = time.monotonic()
         response = frail.ask(deadly)
         wait_for(lambda: len(alive(before)) <= REPLICAS - 2, 10, "the end of the second engine", every_s=0.1)

@@ -114,7 +114,6 @@ def test_from_a_run_to_a_service(run, tmp_path, here, monkeypatch, drawn):
             if prometheus:
                 drawn |= {title: prometheus.without_data(e) for title, e in panels(DASHBOARD, "Filter").items()}
             _outlives_its_engine(client, user, video)
-            _outlives_a_node(client, nodes, user, video)
 
 
 @pytest.mark.slow
@@ -172,13 +171,3 @@ def _outlives_its_engine(client, user, video):
 def _engines() -> list[psutil.Process]:
     processes = psutil.process_iter(["cmdline"])
     return [p for p in processes if "EngineCore" in " ".join(p.info["cmdline"] or [])]
-
-
-def _outlives_a_node(client, nodes, user, video):
-    """The node of the engine is lost, and perhaps the ingress with it."""
-    before = client.filter(user, [video], mode="score")
-    nodes.lose("ServeReplica:filter-", 60)
-    began = time.monotonic()
-    after = client.filter(user, [video], mode="score")
-    print(f"answers again {time.monotonic() - began:.1f} s after the node was lost")
-    assert [r.decision for r in after.results] == [r.decision for r in before.results]
