@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,7 @@ def _start_local(settings: RaySettings) -> None:
     # Anyone who reaches a cluster's ports can run code there, so Ray asks for a token even on local clusters and would
     # write one into the home folder. Ours gets a token for its lifetime only.
     if not os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ["RAY_AUTH_TOKEN"] = _token()
     init_patiently(
         address="local",
         num_cpus=settings.num_cpus or None,
@@ -207,7 +208,7 @@ def local_head(num_cpus: int | None = None) -> Iterator[str]:
     """
     before = {k: os.environ.get(k) for k in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
     if "RAY_AUTH_MODE" not in os.environ:
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_token())
     with tempfile.TemporaryDirectory(prefix="gubs-", ignore_cleanup_errors=True) as folder, ExitStack() as stack:
         for name, value in before.items():
             stack.callback(_restore, name, value)
@@ -224,6 +225,12 @@ def local_head(num_cpus: int | None = None) -> Iterator[str]:
         address = f"http://127.0.0.1:{dashboard}"
         say(f"[ray]    up, dashboard at {address}")
         yield address
+
+
+@cache
+def _token() -> str:
+    """One per process: Ray reads it once, so a second head node with another token would refuse this process."""
+    return secrets.token_hex(32)
 
 
 def _restore(name: str, value: str | None) -> None:

@@ -1,5 +1,6 @@
 """A local Ray is started again if a busy machine brings it up too late, but not after other errors."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,20 @@ def test_a_head_node_that_always_ends_is_an_error_with_its_log(heads):
     with pytest.raises(PlatformError, match=r"exited while starting(.|\n)*used by other"), local_head():
         pass
     assert len(ports) == 3
+
+
+def test_head_nodes_of_one_process_have_one_token(heads, monkeypatch):
+    """Ray reads it once: the second head would refuse the first one's."""
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    commands, _ = heads
+    commands += [["sleep", "60"]] * 2
+    tokens = []
+    for _ in range(2):
+        with local_head():
+            tokens.append(os.environ["RAY_AUTH_TOKEN"])
+        assert "RAY_AUTH_MODE" not in os.environ
+    assert len(set(tokens)) == 1
+    assert len(tokens[0]) == 64
 
 
 def test_free_ports_differ():
