@@ -197,7 +197,7 @@ def test_over_capacity_requests_are_refused_at_once(service):
     assert 4 <= len(accepted) <= 12
     assert {(r.status, r.problem.code, r.problem.retryable) for r, _ in refused} == {(429, "overloaded", True)}
     assert max(accepted) < service.settings.timeout_s
-    assert sorted(s for _, s in refused)[len(refused) // 2] < 1
+    assert sorted(s for _, s in refused)[len(refused) // 2] < min(accepted), "at once, however busy the machine is"
     assert service.ask(headers=service.headers).status_code == 200, "it has recovered"
 
 
