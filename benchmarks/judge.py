@@ -1,8 +1,8 @@
 """Does judging stream? 1,000 test users x 20 targets: memory while it grows, and a kill that costs no answer.
 
-`gubs judge base` answers about all targets of the test users of a simulated app, killed once at a blow (SIGKILL to all its
-processes) and given again. Memory is the sum of PSS of all its processes, every second, beside the number of answers that
-are stored by then. A policy that was never trained is judged: what it says is of no interest here.
+`gubs judge base` answers about all targets of a simulated app's test users. It is killed at one blow, all its processes
+with it, and given again. Memory is the sum of PSS of all processes, every second, beside the number of answers that are
+stored by then. The policy was never trained: what it says is of no interest here.
 
     python benchmarks/judge.py --work DIR --json out.json
 """
@@ -112,8 +112,8 @@ def attempt(run: Run, settings: list[str], until: int | None = None) -> tuple[Me
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out)
         while process.poll() is None:
-            parts = [process_ for process_ in [psutil.Process(process.pid)]]
-            parts += parts[0].children(recursive=True)
+            parent = psutil.Process(process.pid)
+            parts = [parent, *parent.children(recursive=True)]
             memory.mib.append(sum(map(_pss, parts)) / 2**20)
             memory.answers.append(_stored(run))
             if until is not None and memory.answers[-1] >= until:
