@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     settings = [
-        f"synthetic.users={2 * args.users}",
+        f"synthetic.users={3 * args.users}",  # at most half of those with enough views are test users
         "synthetic.sequential_share=0.7",
         f"views_per_user={args.targets / _LATE_VIEWS * 1.2:g}",
         f"splits.test_users={args.users}",
