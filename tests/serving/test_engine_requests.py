@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -48,6 +49,9 @@ LABELS = SimpleNamespace(tokens=(), forced=(), place=lambda *_: None)
 class Llm:
     """vLLM's asynchronous engine, which answers nothing that can be read and remembers what it was asked."""
 
+    model_config = None
+    renderer = SimpleNamespace(render_cmpl=list)
+
     def __init__(self):
         self.asked = []
 
@@ -63,6 +67,9 @@ def no_vllm(monkeypatch):
     for name, attribute in {
         "vllm": None,
         "vllm.sampling_params": "RequestOutputKind",
+        "vllm.renderers": None,
+        "vllm.renderers.inputs": None,
+        "vllm.renderers.inputs.preprocess": "parse_model_prompt",
         "vllm.v1": None,
         "vllm.v1.engine": None,
         "vllm.v1.engine.exceptions": "EngineDeadError",
@@ -70,6 +77,8 @@ def no_vllm(monkeypatch):
         module = ModuleType(name)
         if attribute:
             setattr(module, attribute, type(attribute, (Exception,), {"FINAL_ONLY": "final"}))
+        if attribute == "parse_model_prompt":
+            module.parse_model_prompt = lambda _, prompt: prompt
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(engine, "sampling", lambda request, _: SimpleNamespace(seed=request.seed))
 
@@ -78,6 +87,7 @@ def asking(version="v", thoughts=THOUGHTS):
     """The service's engine around a stand-in of vLLM's."""
     it = engine.FilterEngine.__new__(engine.FilterEngine)
     it.__dict__ |= {"inputs": Spelled(), "labels": dict.fromkeys(Task, LABELS), "_llm": Llm(), "_shape": None}
+    it.__dict__["_rendering"] = ThreadPoolExecutor(1)
     it.__dict__ |= {"_thoughts": thoughts, "_version": version, "_name": "x", "_numbers": iter(range(10**6))}
     return it
 
