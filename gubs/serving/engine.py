@@ -124,7 +124,7 @@ class FilterEngine:
         salted = {"cache_salt": salt} if salt else {}
         config, renderer = self._llm.model_config, self._llm.renderer
         parsed = [parse_model_prompt(config, {**r.prompt, **salted}) for r in requests if r]
-        inputs = iter(renderer.render_cmpl(parsed))
+        inputs = iter(renderer.render_cmpl(parsed) if parsed else ())
         return [(next(inputs), sampling(r, self._shape)) if r else None for r in requests]
 
     def _query(self, task: Task, mode: Mode, prompt: Prompt) -> Query:

@@ -50,7 +50,7 @@ class Llm:
     """vLLM's asynchronous engine, which answers nothing that can be read and remembers what it was asked."""
 
     model_config = None
-    renderer = SimpleNamespace(render_cmpl=list)
+    renderer = SimpleNamespace(render_cmpl=lambda prompts: [prompts[0], *prompts[1:]])  # vLLM's refuses none at all
 
     def __init__(self):
         self.asked = []
@@ -114,6 +114,15 @@ def test_the_same_question_gets_the_same_seed_and_others_get_others(no_vllm):
     assert min(np.diff(different)) > THOUGHTS, "vLLM counts up from the seed, an answer each"
     assert different[0] >= 0
     assert different[-1] < 2**62
+
+
+def test_a_request_without_questions_asks_nothing(no_vllm):
+    """No candidate has pictures, or all prompts are too long."""
+    it = asking()
+    assert asyncio.run(it.ask(Task.SEQUENTIAL, Mode.SCORE, [])) == []
+    it.inputs.fits = lambda _: False
+    assert [a.too_long for a in asyncio.run(it.ask(Task.SEQUENTIAL, Mode.SCORE, [Prompt("long")]))] == [True]
+    assert it._llm.asked == []
 
 
 def test_a_seed_is_the_same_on_every_machine():
