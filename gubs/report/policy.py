@@ -188,7 +188,7 @@ def _beside_constants(judged: Judged, fine: dict[str, int]) -> list[tuple[str, V
 
 
 def _in_words(found: Sequence[tuple[str, Verdict]]) -> Iterator[str]:
-    """A few short sentences per predictor: what it is better than, worse than, and cannot be told from."""
+    """One sentence per predictor: what it is better than, worse than, and cannot be told from."""
     for who in dict.fromkeys(name for name, _ in found):
         mine = [v for name, v in found if name == who]
         scale, digits, unit = (1, 2, "") if mine[0].metric == REWARD else (100, 1, " points")

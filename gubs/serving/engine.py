@@ -115,8 +115,8 @@ class FilterEngine:
     def _render(self, task: Task, mode: Mode, prompts: Sequence[Prompt], salt: str) -> "list[_Rendered | None]":
         """The questions as the engine takes them; None where a prompt is too long.
 
-        All of a request at once: the engine, which gets them together, then computes them together. One by one, it had
-        begun with the first before the last was there, and did a fifth less.
+        All of a request at once, so that the engine gets them together and computes them together. One by one, it would
+        begin with the first long before the last is there.
         """
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 
@@ -159,7 +159,7 @@ class FilterEngine:
 
     @property
     def running(self) -> int:
-        """Questions that are not answered yet."""
+        """Questions that the engine has and has not answered yet."""
         return self._llm.get_num_unfinished_requests()
 
     async def check(self) -> None:

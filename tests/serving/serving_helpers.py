@@ -44,21 +44,7 @@ def make_filter(
 ) -> str:
     """Writes a filter without a policy; returns its path. With a store, `frames` has content hashes of videos."""
     run = Run(folder)
-    config = FilterConfig(
-        name=f"run-{skip_prompt}",
-        policy="grpo",
-        tasks=(Task.SEQUENTIAL, Task.CLICK),
-        model=ModelSettings(),
-        inputs=InputSettings(style="brief"),
-        rollout=RolloutSettings(),
-        pictures=store is not None,
-        decisions={t: dict.fromkeys(Mode, RULE) for t in Task},
-        modes=(Mode.REASON,) if refused else tuple(Mode),
-        refused=refused,
-        prompts={},
-        frame_store=store.uri if store else "",
-        frames=store.options if store else None,
-    )
+    config = _config(skip_prompt, refused, store)
     views = [
         {
             "interaction_id": f"i{k}",
@@ -97,6 +83,24 @@ def make_filter(
         write_config(out.path(CONFIG), config, run.fs)
         out.content = f"version-{name}"
     return run.path(name)
+
+
+def _config(skip_prompt: str, refused: str, store: FrameStore | None) -> FilterConfig:
+    return FilterConfig(
+        name=f"run-{skip_prompt}",
+        policy="grpo",
+        tasks=(Task.SEQUENTIAL, Task.CLICK),
+        model=ModelSettings(),
+        inputs=InputSettings(style="brief"),
+        rollout=RolloutSettings(),
+        pictures=store is not None,
+        decisions={t: dict.fromkeys(Mode, RULE) for t in Task},
+        modes=(Mode.REASON,) if refused else tuple(Mode),
+        refused=refused,
+        prompts={},
+        frame_store=store.uri if store else "",
+        frames=store.options if store else None,
+    )
 
 
 def _placement() -> Placement:
