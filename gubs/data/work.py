@@ -7,12 +7,12 @@ a finished call returned is kept there too, so that a killed command resumes.
 import functools
 import hashlib
 import operator
-import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import fsspec
 import pyarrow as pa
@@ -22,6 +22,9 @@ from gubs.artifacts import write_atomically
 from gubs.console import progress
 from gubs.errors import GubsError, PlatformError
 from gubs.ray_runtime import RaySettings, quiet_ray_data, ray_session
+
+if TYPE_CHECKING:
+    import ray
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -74,10 +77,9 @@ class Work:
         import ray
 
         groups = min(len(items), int(_GROUPS_PER_CPU * max(1, ray.cluster_resources().get("CPU", 1))))
-        calls = [functools.partial(_sum, function, items[i::groups]) for i in range(groups)]
+        sums = dict[int, Result]()
         with progress(phase) as on_progress:
-            sums: dict[int, Result] = {}
-            for i, result in _on_ray(calls, range(groups)):
+            for i, result in _in_tasks(functools.partial(_sum, function), [items[i::groups] for i in range(groups)]):
                 sums[i] = result
                 on_progress(len(sums), groups)
         return functools.reduce(operator.add, (sums[i] for i in range(groups)))
@@ -100,6 +102,20 @@ def _sum(function: Callable[[Item], Result], items: Sequence[Item]) -> Result:
     return functools.reduce(operator.add, map(function, items))
 
 
+def _in_tasks(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
+    """Calls the function with each item in a task of its own; yields number and result of each as it ends. Ray Data takes
+    a quarter of a second to start and end, longer than a quick call.
+    """
+    import ray
+
+    shared: Any = ray.put(function)  # one copy per node; the task gets the function itself
+    task: Any = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_outcome_of)
+    numbers = {task.remote(shared, item): i for i, item in enumerate(items)}
+    while numbers:
+        [ended], _ = ray.wait(list(numbers))
+        yield numbers.pop(ended), _result(ray.get(ended))
+
+
 def _on_ray(calls: Sequence[Callable[[], Result]], numbers: Sequence[int]) -> Iterator[tuple[int, Result]]:
     """Makes the calls on the cluster; yields number and result of each as it ends. A call whose worker dies is repeated
     by Ray.
@@ -111,7 +127,6 @@ def _on_ray(calls: Sequence[Callable[[], Result]], numbers: Sequence[int]) -> It
     shared = ray.put(list(calls))  # one copy per node, however many calls there are
 
     def call(batch: pa.Table) -> pa.Table:
-        pa.set_cpu_count(1)  # a call has one CPU; Arrow would start a thread for each of the node
         own = ray.get(shared)
         rows = [(i, _outcome(own[i])) for i in batch["id"].to_pylist()]
         return pa.table({"id": [i for i, _ in rows], "outcome": pa.array([o for _, o in rows], pa.large_binary())})
@@ -120,20 +135,31 @@ def _on_ray(calls: Sequence[Callable[[], Result]], numbers: Sequence[int]) -> It
         call, batch_size=None, batch_format="pyarrow"
     )
     dataset.context.execution_no_progress_timeout_s = _NO_PROGRESS_S
+    # A pass is alone. With reserved resources Ray Data would give it half of the CPUs at first, for a second or more.
+    dataset.context.op_resource_reservation_enabled = False
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in cast(pa.Table, batch).to_pylist():
-            result = pickle.loads(row["outcome"])
-            if isinstance(result, GubsError):
-                raise result
-            yield numbers[row["id"]], result
+            yield numbers[row["id"]], _result(row["outcome"])
+
+
+def _outcome_of(function: Callable[[Item], object], item: Item) -> bytes:
+    return _outcome(functools.partial(function, item))
 
 
 def _outcome(call: Callable[[], object]) -> bytes:
     """The pickled result, or the error that a person can mend; any other error is Ray's."""
+    pa.set_cpu_count(1)  # a call has one CPU; Arrow would start a thread for each of the node
     try:
         return pickle.dumps(call())
     except GubsError as e:
         return pickle.dumps(e)
+
+
+def _result(outcome: bytes) -> Any:
+    result = pickle.loads(outcome)
+    if isinstance(result, GubsError):
+        raise result
+    return result
 
 
 @contextmanager
@@ -146,27 +172,43 @@ def work(fs: fsspec.AbstractFileSystem, folder: str, on_ray: bool, settings: Ray
     with ExitStack() as stack:
         if on_ray:
             stack.enter_context(ray_session(settings))
+            blind = _nodes_without(fs, folder)  # asked for before this process imports Ray Data, as the nodes do
             quiet_ray_data()
-            _check_shared(fs, folder)
+            _refuse_blind(blind, folder)
         yield Work(fs, folder, on_ray)
 
 
-def _check_shared(fs: fsspec.AbstractFileSystem, folder: str) -> None:
-    """Refuses a local folder that is another one on other nodes."""
+def _nodes_without(fs: fsspec.AbstractFileSystem, folder: str) -> "list[ray.ObjectRef[bool]]":
+    """For each node, whether a local folder is another one there; a single node sees its own. The answers come when the
+    workers of the nodes have imported what the first calls need.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
-    if len(nodes) < 2 or not isinstance(fs, LocalFileSystem):
-        return
-    fs.makedirs(folder, exist_ok=True)
-    fs.touch(f"{folder}/probe")
-    see = ray.remote(num_cpus=0)(os.path.exists)
-    on = [see.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=False)) for n in nodes]
-    blind = len(nodes) - sum(ray.get([node.remote(f"{folder}/probe") for node in on]))
-    if blind:
+    if len(nodes) < 2:
+        return []
+    probe = ""
+    if isinstance(fs, LocalFileSystem):
+        fs.makedirs(folder, exist_ok=True)
+        fs.touch(probe := f"{folder}/probe")
+    look = ray.remote(num_cpus=0)(_lacks)
+    on = [look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=False)) for n in nodes]
+    return [node.remote(probe) for node in on]
+
+
+def _lacks(path: str) -> bool:
+    import ray.data  # noqa: F401  # takes a second or two, while the driver does the same
+
+    return bool(path) and not Path(path).exists()
+
+
+def _refuse_blind(answers: "list[ray.ObjectRef[bool]]", folder: str) -> None:
+    import ray
+
+    if blind := sum(ray.get(answers)):
         raise PlatformError(
-            f"{blind} of {len(nodes)} nodes do not see {folder}: put --run on a file system that all nodes share, "
+            f"{blind} of {len(answers)} nodes do not see {folder}: put --run on a file system that all nodes share, "
             "or at a URI"
         )
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,32 @@ def test_a_worker_that_dies_costs_an_attempt(folder: Path, ray_local: None) -> N
     assert work.run("square", squares(folder, "killed"), range(4)) == [0, 1, 4, 9]
     assert len(list(folder.glob("2-*"))) == 2
     assert work.total("add", squares(folder), range(4)) == 14
+
+
+def meeting(folder: Path) -> Callable[[int], bool]:
+    """Whether another call runs at the same time, or within half a second."""
+
+    def meet(item: int) -> bool:
+        folder.mkdir(exist_ok=True)
+        (folder / f"{item}").touch()
+        ends = time.monotonic() + 0.5
+        while time.monotonic() < ends and len(list(folder.iterdir())) < 2:
+            time.sleep(0.01)
+        return len(list(folder.iterdir())) == 2
+
+    return meet
+
+
+def test_no_call_waits_for_the_end_of_the_first(tmp_path: Path, ray_local: None) -> None:
+    """With reserved resources, Ray Data gives a pass half of the CPUs at first. A busy machine gets several tries."""
+    work = Work(LocalFileSystem(), str(tmp_path / "kept"), on_ray=True)
+    assert any(all(work.run(f"meet {n}", meeting(tmp_path / f"met-{n}"), range(2))) for n in range(6))
+
+
+def test_an_error_with_a_remedy_ends_a_quick_pass(folder: Path, ray_local: None) -> None:
+    work = Work(LocalFileSystem(), str(folder.parent / "kept"), on_ray=True)
+    with pytest.raises(InputError, match="line 2 is bad"):
+        work.total("add", squares(folder, "error"), range(4))
 
 
 def test_what_ended_is_kept_and_an_error_with_a_remedy_arrives(folder: Path, ray_local: None) -> None:

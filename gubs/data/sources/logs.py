@@ -91,7 +91,10 @@ def open_source(settings: SourceSettings, look: Look = _here) -> "OwnLog":
 
 def _planned(settings: SourceSettings, files: Mapping[str, list[InputFile]], folder: str, look: Look) -> Plan:
     """The plan. The start of a file of interactions will do, unless what it names does not suffice."""
-    heads = {table: look(f"look at {table}", _HEADS[table], parts) for table, parts in files.items()}
+    heads = {}
+    for table, parts in files.items():
+        there = _here if len(parts) <= _FEW and _is_quick(table, parts) else look
+        heads[table] = there(f"look at {table}", _HEADS[table], parts)
     try:
         return plan(settings, files, folder, heads)
     except InputError:
@@ -103,6 +106,13 @@ def _planned(settings: SourceSettings, files: Mapping[str, list[InputFile]], fol
 
 _HEADS = {"interactions": Head.started, "users": Head.of, "videos": Head.of}
 """Users and videos are read whole and once, with facts under any name."""
+_FEW = 16
+"""So many quick looks take less time than workers need to start."""
+
+
+def _is_quick(table: str, files: Sequence[InputFile]) -> bool:
+    """Whether a look at a file of the table reads only its start or its footer."""
+    return table == "interactions" or all(f.suffix == ".parquet" for f in files)
 
 
 def _unique(log: Plan) -> str | None:
