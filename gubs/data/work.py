@@ -103,8 +103,8 @@ def _sum(function: Callable[[Item], Result], items: Sequence[Item]) -> Result:
 
 
 def _in_tasks(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[int, Result]]:
-    """Calls the function with each item in a task of its own; yields number and result of each as it ends. Ray Data takes
-    a quarter of a second to start and end, longer than a quick call.
+    """Calls the function with each item in a task of its own; yields number and result of each as it ends. Quick calls
+    take less than the quarter of a second that Ray Data needs to start and end.
     """
     import ray
 
