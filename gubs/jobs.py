@@ -293,6 +293,7 @@ def serve(arguments: Sequence[str], run: Run, settings: Settings) -> None:
     Raises:
         PlatformError: it does not start.
     """
+    from gubs.serving.control import Control
     from gubs.serving.keys import add_key
 
     serving, key, arguments, folder = settings.serving, "", list(arguments), ExitStack()
@@ -305,9 +306,13 @@ def serve(arguments: Sequence[str], run: Run, settings: Settings) -> None:
         say(f"[serve]  {url}/ is the console, {url}/openapi.json the API, {head} the dashboard")
         print(try_it(url, key or ("" if serving.insecure else "KEY"), run), flush=True)
         say("[serve]  Ctrl-C ends it")
-        with suppress(KeyboardInterrupt):
-            while True:
-                time.sleep(3600)
+        try:
+            with suppress(KeyboardInterrupt):
+                while True:
+                    time.sleep(3600)
+        finally:
+            if serving.log_dir:  # else it may end at one blow
+                Control(head).end()
 
 
 def demo(arguments: Sequence[str], run: Run, settings: Settings) -> int:

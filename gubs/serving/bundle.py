@@ -39,7 +39,7 @@ from gubs.video.frame_store import FrameStore
 
 STAGE = "filter"
 CONFIG = "filter.json"
-_PEOPLE_CACHE = 4096
+_PEOPLE_CACHE, _VIDEO_CACHE = 4096, 32_768
 
 
 class FilterConfig(BaseModel):
@@ -110,6 +110,7 @@ class Bundle:
         self._views = _Rows(self.artifact.table("views"), "user_id")
         self._memberships = _Rows(self.artifact.table("memberships"), "user_id")
         self.person = lru_cache(_PEOPLE_CACHE)(self._person)
+        self.video = lru_cache(_VIDEO_CACHE)(self._video)
 
     @property
     def version(self) -> str:
@@ -139,7 +140,7 @@ class Bundle:
         """Ids of the videos it knows."""
         return self._videos.ids
 
-    def video(self, video_id: str) -> Video | None:
+    def _video(self, video_id: str) -> Video | None:
         """A video it knows; None if it does not."""
         rows = self._videos.of(video_id)
         return Video.from_row(rows[0]) if rows else None

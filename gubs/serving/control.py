@@ -108,6 +108,17 @@ class Control:
             time.sleep(_POLL_S)
         raise PlatformError(f"the service was not up within {timeout_s:g} s: {self.status()}")
 
+    def end(self) -> None:
+        """Ends all applications in order, so that an ingress writes what is left of its log.
+
+        Raises:
+            PlatformError: the dashboard does not answer, or some do not end.
+        """
+        try:
+            self._client.delete_applications()
+        except (ConnectionError, RuntimeError) as e:
+            raise PlatformError(f"the service does not end in order: {e}") from None
+
     def status(self) -> dict[str, str]:
         """Status of each application."""
         return {name: a["status"] for name, a in self._client.get_serve_details().get("applications", {}).items()}

@@ -320,6 +320,11 @@ class Ingress:
         self._weights: Mapping[str, float] = dict(config.get("versions") or {})
         self._shadow: list[str] = list(config.get("shadow") or [])
 
+    def __del__(self) -> None:
+        """Writes what is left of the log. Serve calls it before it ends a replica in order."""
+        if log := getattr(self, "_log", None):  # there is none if the settings are wrong
+            log.flush()
+
     @app.post(
         "/v1/filter", response_model=FilterResponse, responses=_ANSWERS | _ERRORS, openapi_extra=_body(FilterRequest)
     )
@@ -667,7 +672,8 @@ def autoscaling(settings: ServingSettings) -> JsonObject:
 def build_engine(args: JsonObject) -> serve.Application:
     """A version's application, for `serve run` and config files: `uri` of the filter, `settings`, `gpus`."""
     settings = ServingSettings(**args.get("settings", {}))
-    resources = {"num_gpus": 1, "num_cpus": 1} if args.get("gpus") else {"num_cpus": 1}
+    # Ray gives a replica as many OpenMP threads as CPUs, and its engine inherits that.
+    resources = {"num_cpus": settings.engine_cpus} | ({"num_gpus": 1} if args.get("gpus") else {})
     options: dict[str, Any] = {
         "autoscaling_config": autoscaling(settings),
         "max_ongoing_requests": settings.max_ongoing,

@@ -144,6 +144,7 @@ class FilterEngine:
         prompt, parameters = asked
         parameters.n = self._samples(mode)
         parameters.output_kind = RequestOutputKind.FINAL_ONLY
+        parameters.skip_clone = True  # nobody else has them; a deep copy takes longer than sending the question
         last = None
         async for output in self._llm.generate(prompt, parameters, f"{self._name}-{next(self._numbers)}"):
             last = output

@@ -82,16 +82,17 @@ class FilterService:
             for candidate, clip in zip(request.candidates, clips, strict=True)
         ]
         asked = [p for p in prompts if isinstance(p, Prompt)]
-        answers = iter(await self.engine.ask(request.task, mode, asked, salt))
-        results, usage = [], Usage()
+        answered = await self.engine.ask(request.task, mode, asked, salt)
+        answers, usage = iter(answered), _used(answered)
+        results = []
         for index, (candidate, prompt) in enumerate(zip(request.candidates, prompts, strict=True)):
             if isinstance(prompt, PictureError):
                 results.append(_kept(index, candidate.id, "pictures", str(prompt)))
                 continue
             answer = next(answers)
-            usage = _added(usage, answer)
             result = _result(index, candidate.id, request.task, rule, threshold, answer, explain=request.explain)
-            results.append(result.model_copy(update={"group_id": group}))
+            result.group_id = group
+            results.append(result)
         return results, usage, threshold
 
     async def explain(self, request: ExplainRequest, salt: str = "") -> dict[str, object]:
@@ -240,6 +241,8 @@ class FilterService:
 
     async def _found(self, candidate: Candidate, *, cover: bool) -> Clip | None:
         assert self._pictures
+        if not candidate.frames and (kept := self.bundle.pictures.in_memory(candidate.id, cover=cover)):
+            return kept  # without a thread, which takes longer than this
         clip = await asyncio.to_thread(self._at_hand, candidate, cover=cover)
         if clip is None and candidate.uri:
             fetch = functools.partial(self._pictures.fetched, candidate.uri, cover=cover)
@@ -278,11 +281,11 @@ def _kept(index: int, name: str, code: str, message: str) -> Result:
     return Result(index=index, id=name, decision=Decision.KEEP, error=Problem(code=code, message=message))
 
 
-def _added(usage: Usage, answer: Answer) -> Usage:
+def _used(answers: Sequence[Answer]) -> Usage:
     return Usage(
-        prompt_tokens=usage.prompt_tokens + answer.prompt_tokens,
-        cached_tokens=usage.cached_tokens + answer.cached_tokens,
-        answer_tokens=usage.answer_tokens + answer.answer_tokens,
+        prompt_tokens=sum(a.prompt_tokens for a in answers),
+        cached_tokens=sum(a.cached_tokens for a in answers),
+        answer_tokens=sum(a.answer_tokens for a in answers),
     )
 
 

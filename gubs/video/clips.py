@@ -56,12 +56,18 @@ class ByteCache(Generic[T]):
         self._values: OrderedDict[str, T] = OrderedDict()
         self._lock = threading.Lock()
 
+    def peek(self, key: str) -> T | None:
+        """The value of a key; None if it is not cached."""
+        with self._lock:
+            if key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            return self._values[key]
+
     def get(self, key: str, make: Callable[[], T]) -> T:
         """The value of a key; made if it is not cached."""
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key]
+        if (cached := self.peek(key)) is not None:
+            return cached
         value = make()
         with self._lock:
             if key not in self._values:  # otherwise another thread was faster
@@ -111,11 +117,16 @@ class StoredFrames:
         """The video's cover as a single image; None if it has none."""
         return self._cached(video_id, cover=True)
 
+    def in_memory(self, video_id: str, *, cover: bool) -> Clip | None:
+        """The video's frames, or its cover, if they were read before and are kept; never waits for a disk."""
+        content_hash = self.hashes.get(video_id)
+        return self._clips.peek(_key(content_hash, cover=cover)) if content_hash else None
+
     def _cached(self, video_id: str, *, cover: bool) -> Clip | None:
         content_hash = self.hashes.get(video_id)
         if content_hash is None:
             return None
-        key = f"{content_hash}-cover" if cover else content_hash
+        key = _key(content_hash, cover=cover)
 
         def load() -> Clip:
             columns = ["cover"] if cover else ["frames", "duration_s"]
@@ -123,6 +134,10 @@ class StoredFrames:
             return Clip(key, _pixels([row["cover"]] if cover else row["frames"]), row.get("duration_s") or 0.0)
 
         return self._clips.get(key, load)
+
+
+def _key(content_hash: str, *, cover: bool) -> str:
+    return f"{content_hash}-cover" if cover else content_hash
 
 
 def _pixels(pictures: list[bytes]) -> npt.NDArray[np.uint8]:

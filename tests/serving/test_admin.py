@@ -29,11 +29,16 @@ GOOD = {"user": {"id": "u0"}, "candidates": [{"id": "v1"}, {"id": "v2"}]}
 
 @pytest.fixture(scope="module")
 def laptop(tmp_path_factory):
-    """With a filter that drops cars."""
+    """With a filter that drops cars, and a log that is written at the end only."""
     folder = tmp_path_factory.mktemp("laptop")
     make_filter(folder / "run")
-    with serving(folder, "--run", str(folder / "run"), f"serving.port={free_port()}") as it:
+    with serving(folder, "--run", str(folder / "run"), f"serving.port={free_port()}", *log_at_the_end(folder)) as it:
+        it.log = str(folder / "decisions")
         yield it
+
+
+def log_at_the_end(folder: Path) -> list[str]:
+    return [f"serving.log_dir={folder / 'decisions'}", "serving.log_every_s=3600"]
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +145,12 @@ def test_the_checked_in_serve_config_deploys(service, person):
     assert f"{SECOND} RUNNING share 0" in said
 
 
+def test_an_ingress_that_is_replaced_writes_the_rest_of_its_log(laptop, service):
+    """`gubs serve` started it, and the checked-in config has other settings."""
+    logged = lambda: {r["video_id"] for r in read_log(laptop.log).to_pylist()}  # noqa: E731
+    wait_for(lambda: logged() == {"v0", "v1"}, 60, "the decisions about the printed curl line", every_s=0.2)
+
+
 def test_split_divides_the_users(service, person):
     said = person.types("serve", "split", f"{FIRST}=60", f"{SECOND}=40")
     assert f"shares {{'{FIRST}': 60.0, '{SECOND}': 40.0}}, shadow none" in said
@@ -206,6 +217,7 @@ def test_promote_gives_a_version_all_requests(service, person):
 def test_a_job_deploys_a_version_beside_the_one_that_serves(laptop, service, person, tmp_path):
     make_filter(tmp_path / "run")
     address = [f"serving.port={httpx.URL(service.client.base_url).port}", f"serving.keys_file={service.keys}"]
+    address += log_at_the_end(Path(laptop.log).parent)
     command = [sys.executable, "-m", "gubs.cli", "submit", "serve_ufm", "--", "--run", str(tmp_path / "run"), *address]
     env = {**laptop.environment, **person.environment}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=START_S)
@@ -214,9 +226,11 @@ def test_a_job_deploys_a_version_beside_the_one_that_serves(laptop, service, per
     assert set(versions(service, 8)) == {SECOND}
 
 
-def test_ctrl_c_ends_the_service_and_its_cluster(laptop):
+def test_ctrl_c_ends_the_service_and_its_cluster(laptop, service):
     """The last test here: what comes after it has no service."""
+    assert service.client.post("/v1/filter", json={**GOOD, "request_id": "last"}).status_code == 200
     cluster = psutil.Process(laptop.process.pid).children(recursive=True)
     assert any("raylet" in " ".join(p.cmdline()) for p in cluster)
     assert laptop.interrupt() == 0, laptop.said[-2000:]
     assert not [p for p in cluster if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert sum(r["request_id"] == "last" for r in read_log(laptop.log).to_pylist()) == 2, "also what came last"
