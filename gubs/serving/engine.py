@@ -22,9 +22,14 @@ from gubs.ufm.rollout import Shape, alone, engine_arguments, environment, read_o
 
 if TYPE_CHECKING:
     from vllm.inputs import EngineInput
+    from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
 
     _Rendered = tuple[EngineInput, SamplingParams]
+
+
+_RESENDS = 3
+"""How often a question is sent again whose pictures the engine has not."""
 
 
 class EngineDiedError(GubsError):
@@ -105,12 +110,15 @@ class FilterEngine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            rendered = await asyncio.get_running_loop().run_in_executor(
-                self._rendering, self._render, task, mode, prompts, salt
-            )
-            return list(await asyncio.gather(*(self._answer(task, mode, asked) for asked in rendered)))
+            rendered = await self._rendered(task, mode, prompts, salt)
+            answers = (self._answer(task, mode, p, asked, salt) for p, asked in zip(prompts, rendered, strict=True))
+            return list(await asyncio.gather(*answers))
         except EngineDeadError as e:
             raise EngineDiedError(str(e)) from None
+
+    async def _rendered(self, task: Task, mode: Mode, prompts: Sequence[Prompt], salt: str) -> "list[_Rendered | None]":
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._rendering, self._render, task, mode, prompts, salt)
 
     def _render(self, task: Task, mode: Mode, prompts: Sequence[Prompt], salt: str) -> "list[_Rendered | None]":
         """The questions as the engine takes them; None where a prompt is too long.
@@ -135,12 +143,31 @@ class FilterEngine:
     def _samples(self, mode: Mode) -> int:
         return 1 if mode is Mode.SCORE else self._thoughts
 
-    async def _answer(self, task: Task, mode: Mode, asked: "_Rendered | None") -> Answer:
-        from vllm.sampling_params import RequestOutputKind
-
+    async def _answer(self, task: Task, mode: Mode, prompt: Prompt, asked: "_Rendered | None", salt: str) -> Answer:
         if asked is None:
             return Answer(None, too_long=True)
+        output = await self._output(mode, asked)
+        for _ in range(_RESENDS):
+            if not _lacks_pictures(output):
+                break
+            (again,) = await self._rendered(task, mode, [prompt], salt)
+            assert again is not None
+            output = await self._output(mode, again)
+        if _lacks_pictures(output):
+            raise GubsError(f"the engine had no pictures for a question that was sent {1 + _RESENDS} times")
         score, labels = mode is Mode.SCORE, self.labels[task]
+        responses = [read_output(one, labels.tokens) for one in output.outputs]
+        return Answer(
+            mean_options(read_options(self.inputs, labels, r, score=score) for r in responses),
+            () if score else tuple(self.inputs.text(r.ids) for r in responses),
+            prompt_tokens=len(output.prompt_token_ids or ()),
+            cached_tokens=output.num_cached_tokens or 0,
+            answer_tokens=sum(len(r.ids) for r in responses),
+        )
+
+    async def _output(self, mode: Mode, asked: "_Rendered") -> "RequestOutput":
+        from vllm.sampling_params import RequestOutputKind
+
         prompt, parameters = asked
         parameters.n = self._samples(mode)
         parameters.output_kind = RequestOutputKind.FINAL_ONLY
@@ -149,14 +176,7 @@ class FilterEngine:
         async for output in self._llm.generate(prompt, parameters, f"{self._name}-{next(self._numbers)}"):
             last = output
         assert last is not None
-        responses = [read_output(output, labels.tokens) for output in last.outputs]
-        return Answer(
-            mean_options(read_options(self.inputs, labels, r, score=score) for r in responses),
-            () if score else tuple(self.inputs.text(r.ids) for r in responses),
-            prompt_tokens=len(last.prompt_token_ids or ()),
-            cached_tokens=last.num_cached_tokens or 0,
-            answer_tokens=sum(len(r.ids) for r in responses),
-        )
+        return last
 
     @property
     def running(self) -> int:
@@ -176,3 +196,13 @@ class FilterEngine:
         """Ends the engine's process."""
         self._rendering.shutdown(wait=False, cancel_futures=True)
         self._llm.shutdown()
+
+
+def _lacks_pictures(output: "RequestOutput") -> bool:
+    """Whether the engine has not got a question's pictures.
+
+    Pictures are sent once and then kept on both sides. If a question is dropped between being rendered and being sent,
+    because its client left, this side believes that the engine has them. The engine then ends the next question about
+    them with an error, this side forgets them, and the question is to be sent again.
+    """
+    return any(one.finish_reason == "error" for one in output.outputs)

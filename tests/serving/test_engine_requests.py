@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from serving_helpers import make_filter
 
+from gubs.errors import GubsError
 from gubs.records import Task
 from gubs.serving import batch, engine
 from gubs.serving.bundle import Bundle
@@ -53,11 +54,13 @@ class Llm:
     renderer = SimpleNamespace(render_cmpl=lambda prompts: [prompts[0], *prompts[1:]])  # vLLM's refuses none at all
 
     def __init__(self):
-        self.asked = []
+        self.asked, self.lacks = [], 0
+        """How many questions yet it ends with an error, because it has not got their pictures."""
 
     async def generate(self, prompt, parameters, _):
         self.asked.append((prompt, parameters))
-        outputs = [SimpleNamespace(token_ids=(), logprobs=())] * parameters.n
+        why, self.lacks = "error" if self.lacks > 0 else "stop", self.lacks - 1
+        outputs = [SimpleNamespace(token_ids=(), logprobs=(), finish_reason=why)] * parameters.n
         yield SimpleNamespace(outputs=outputs, prompt_token_ids=prompt["prompt_token_ids"], num_cached_tokens=0)
 
 
@@ -123,6 +126,18 @@ def test_a_request_without_questions_asks_nothing(no_vllm):
     it.inputs.fits = lambda _: False
     assert [a.too_long for a in asyncio.run(it.ask(Task.SEQUENTIAL, Mode.SCORE, [Prompt("long")]))] == [True]
     assert it._llm.asked == []
+
+
+def test_a_question_whose_pictures_got_lost_is_rendered_and_sent_again(no_vllm):
+    it = asking()
+    it._llm.lacks = engine._RESENDS
+    (answer,) = asyncio.run(it.ask(Task.SEQUENTIAL, Mode.SCORE, [Prompt("one")]))
+    assert answer.prompt_tokens == len("one")
+    assert len(it._llm.asked) == 1 + engine._RESENDS
+    assert len({id(parameters) for _, parameters in it._llm.asked}) == 1 + engine._RESENDS, "rendered anew each time"
+    it._llm.lacks = 10**6
+    with pytest.raises(GubsError, match="no pictures for a question"):
+        asyncio.run(it.ask(Task.SEQUENTIAL, Mode.SCORE, [Prompt("one")]))
 
 
 def test_a_seed_is_the_same_on_every_machine():
