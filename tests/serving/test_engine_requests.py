@@ -131,13 +131,13 @@ def test_a_request_without_questions_asks_nothing(no_vllm):
 def test_a_question_whose_pictures_got_lost_is_rendered_and_sent_again(no_vllm):
     it = asking()
     it._llm.lacks = engine._RESENDS
-    (answer,) = asyncio.run(it.ask(Task.SEQUENTIAL, Mode.SCORE, [Prompt("one")]))
+    (answer,) = asyncio.run(it.ask(Task.SEQUENTIAL, Mode.REASON, [Prompt("one")]))
     assert answer.prompt_tokens == len("one")
     assert len(it._llm.asked) == 1 + engine._RESENDS
     assert len({id(parameters) for _, parameters in it._llm.asked}) == 1 + engine._RESENDS, "rendered anew each time"
     it._llm.lacks = 10**6
     with pytest.raises(GubsError, match="no pictures for a question"):
-        asyncio.run(it.ask(Task.SEQUENTIAL, Mode.SCORE, [Prompt("one")]))
+        asyncio.run(it.ask(Task.SEQUENTIAL, Mode.REASON, [Prompt("one")]))
 
 
 def test_a_seed_is_the_same_on_every_machine():
