@@ -174,7 +174,7 @@ def _tells_what_cannot_be_shown(url, key, user):
 def _outlives_its_engine(client, user, video):
     """The engine's process is killed: requests are answered again, and none wrongly."""
     before = client.filter(user, [video], mode="score")
-    wait_for(_engines, 120, "an engine")  # on a busy machine Serve may just be replacing one that answered too late
+    wait_for(_engines, 400, "an engine")  # on a busy machine Serve may just be replacing one that answered too late
     (engine,) = _engines()
     engine.kill()
     began = time.monotonic()
