@@ -293,7 +293,6 @@ def serve(arguments: Sequence[str], run: Run, settings: Settings) -> None:
     Raises:
         PlatformError: it does not start.
     """
-    from gubs.serving.control import Control
     from gubs.serving.keys import add_key
 
     serving, key, arguments, folder = settings.serving, "", list(arguments), ExitStack()
@@ -306,13 +305,9 @@ def serve(arguments: Sequence[str], run: Run, settings: Settings) -> None:
         say(f"[serve]  {url}/ is the console, {url}/openapi.json the API, {head} the dashboard")
         print(try_it(url, key or ("" if serving.insecure else "KEY"), run), flush=True)
         say("[serve]  Ctrl-C ends it")
-        try:
-            with suppress(KeyboardInterrupt):
-                while True:
-                    time.sleep(3600)
-        finally:
-            if serving.log_dir:  # else it may end at one blow
-                Control(head).end()
+        with suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(3600)
 
 
 def demo(arguments: Sequence[str], run: Run, settings: Settings) -> int:
@@ -336,13 +331,27 @@ def demo(arguments: Sequence[str], run: Run, settings: Settings) -> int:
 
 @contextmanager
 def _serving_head(serving: "ServingSettings") -> Iterator[str]:
-    """A head node whose HTTP proxy has the guard."""
+    """A head node whose HTTP proxy has the guard. At the end, what is left of a log of decisions is written."""
     from gubs.serving.guard import CALLBACK, CALLBACK_VARIABLE, LIMIT_VARIABLE
 
     os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
     os.environ.setdefault(LIMIT_VARIABLE, str(serving.limits.body_mb))
     with local_head() as head:
-        yield head
+        try:
+            yield head
+        finally:
+            if serving.log_dir:
+                _write_log(head)
+
+
+def _write_log(head: str) -> None:
+    from gubs.serving.control import Control
+
+    say("[serve]  writing the last decisions to the log ...")
+    try:
+        Control(head).end()
+    except PlatformError as e:  # what is to end has ended already
+        say(f"[serve]  the last decisions are lost: {e}")
 
 
 def _deploy(head: str, arguments: Sequence[str], serving: "ServingSettings") -> str:

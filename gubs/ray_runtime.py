@@ -31,7 +31,7 @@ _START_TIMEOUT_S = 180.0
 _TRIES = 3
 _PAUSE_S = 2.0
 _STOP_S = 3.0
-"""Ray would wait ten seconds for replicas of Serve. Nothing is lost that those would save: they end without a word."""
+"""Ray would wait ten seconds for replicas of Serve. What those have to save is saved before (`jobs._write_log`)."""
 _DASHBOARD_KEY = "webui:url"
 _LATE = "timed out during startup"
 """Part of Ray's error when a node is not up within half a minute."""

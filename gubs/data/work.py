@@ -111,9 +111,13 @@ def _in_tasks(function: Callable[[Item], Result], items: Sequence[Item]) -> Iter
     shared: Any = ray.put(function)  # one copy per node; the task gets the function itself
     task: Any = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_outcome_of)
     numbers = {task.remote(shared, item): i for i, item in enumerate(items)}
-    while numbers:
-        [ended], _ = ray.wait(list(numbers))
-        yield numbers.pop(ended), _result(ray.get(ended))
+    try:
+        while numbers:
+            [ended], _ = ray.wait(list(numbers))
+            yield numbers.pop(ended), _result(ray.get(ended))
+    finally:
+        for left in numbers:
+            ray.cancel(left)
 
 
 def _on_ray(calls: Sequence[Callable[[], Result]], numbers: Sequence[int]) -> Iterator[tuple[int, Result]]:
@@ -135,7 +139,8 @@ def _on_ray(calls: Sequence[Callable[[], Result]], numbers: Sequence[int]) -> It
         call, batch_size=None, batch_format="pyarrow"
     )
     dataset.context.execution_no_progress_timeout_s = _NO_PROGRESS_S
-    # A pass is alone. With reserved resources Ray Data would give it half of the CPUs at first, for a second or more.
+    # A pass is alone, so nothing need be reserved. To reserve, Ray Data first finds out what the cluster has. That takes
+    # a second, and until then it makes one call after the other.
     dataset.context.op_resource_reservation_enabled = False
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in cast(pa.Table, batch).to_pylist():
@@ -172,21 +177,22 @@ def work(fs: fsspec.AbstractFileSystem, folder: str, on_ray: bool, settings: Ray
     with ExitStack() as stack:
         if on_ray:
             stack.enter_context(ray_session(settings))
-            blind = _nodes_without(fs, folder)  # asked for before this process imports Ray Data, as the nodes do
+            answers = _nodes_without(fs, folder)  # the nodes import Ray Data while this process does
             quiet_ray_data()
-            _refuse_blind(blind, folder)
+            if isinstance(fs, LocalFileSystem):
+                _refuse_blind(answers, folder)
         yield Work(fs, folder, on_ray)
 
 
 def _nodes_without(fs: fsspec.AbstractFileSystem, folder: str) -> "list[ray.ObjectRef[bool]]":
-    """For each node, whether a local folder is another one there; a single node sees its own. The answers come when the
-    workers of the nodes have imported what the first calls need.
+    """For each node with CPUs, whether it lacks the folder; nothing is asked if this is the only one. The answers come
+    when the nodes' workers have imported what the first calls need.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
-    if len(nodes) < 2:
+    if nodes == [ray.get_runtime_context().get_node_id()]:
         return []
     probe = ""
     if isinstance(fs, LocalFileSystem):

@@ -109,15 +109,18 @@ class Control:
         raise PlatformError(f"the service was not up within {timeout_s:g} s: {self.status()}")
 
     def end(self) -> None:
-        """Ends all applications in order, so that an ingress writes what is left of its log.
+        """Ends all applications in order, so that an ingress writes what is left of its log. Serve waits half a minute.
 
         Raises:
-            PlatformError: the dashboard does not answer, or some do not end.
+            PlatformError: the dashboard does not answer, or some applications do not end.
         """
         try:
             self._client.delete_applications()
-        except (ConnectionError, RuntimeError) as e:
+            left = self.status()
+        except (OSError, RuntimeError) as e:  # OSError: also those of requests
             raise PlatformError(f"the service does not end in order: {e}") from None
+        if left:
+            raise PlatformError(f"the service does not end in order: {', '.join(left)} still run")
 
     def status(self) -> dict[str, str]:
         """Status of each application."""

@@ -85,6 +85,8 @@ _CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_LAST_SHADOWS_S = 5.0
+"""How long an ingress that ends waits for what versions in shadow decide."""
 _log = logging.getLogger("ray.serve")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 413, 422, 429, 500, 503, 504)
@@ -101,6 +103,7 @@ class EngineReplica:
         serving = ServingSettings(**settings)
         self._engine = FilterEngine(self._bundle, serving)
         self._service = FilterService(self._bundle, self._engine, serving)
+        await asyncio.to_thread(lambda: self._bundle.pictures)  # reads a table
         await self.check_health()
 
     async def decide(
@@ -320,10 +323,13 @@ class Ingress:
         self._weights: Mapping[str, float] = dict(config.get("versions") or {})
         self._shadow: list[str] = list(config.get("shadow") or [])
 
-    def __del__(self) -> None:
+    async def __del__(self) -> None:
         """Writes what is left of the log. Serve calls it before it ends a replica in order."""
-        if log := getattr(self, "_log", None):  # there is none if the settings are wrong
-            log.flush()
+        if not (log := getattr(self, "_log", None)):  # there is none if the settings are wrong
+            return
+        if self._background:
+            await asyncio.wait(self._background, timeout=_LAST_SHADOWS_S)
+        await asyncio.to_thread(log.flush)
 
     @app.post(
         "/v1/filter", response_model=FilterResponse, responses=_ANSWERS | _ERRORS, openapi_extra=_body(FilterRequest)
@@ -672,7 +678,7 @@ def autoscaling(settings: ServingSettings) -> JsonObject:
 def build_engine(args: JsonObject) -> serve.Application:
     """A version's application, for `serve run` and config files: `uri` of the filter, `settings`, `gpus`."""
     settings = ServingSettings(**args.get("settings", {}))
-    # Ray gives a replica as many OpenMP threads as CPUs, and its engine inherits that.
+    # Unless OMP_NUM_THREADS is set, Ray gives a replica as many OpenMP threads as CPUs, and its engine inherits that.
     resources = {"num_cpus": settings.engine_cpus} | ({"num_gpus": 1} if args.get("gpus") else {})
     options: dict[str, Any] = {
         "autoscaling_config": autoscaling(settings),
@@ -694,6 +700,7 @@ def build_ingress(args: JsonObject) -> serve.Application:
     options: dict[str, Any] = {
         "num_replicas": settings.ingress_replicas,
         "max_ongoing_requests": 10_000,
+        "graceful_shutdown_timeout_s": settings.timeout_s + 10,
         "ray_actor_options": {"num_cpus": 0},
     }
     deployment: Any = Ingress

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 _RESENDS = 3
-"""How often a question is sent again whose pictures the engine has not."""
+"""How often a question is sent again whose pictures the engine does not have."""
 
 
 class EngineDiedError(GubsError):
@@ -47,6 +47,8 @@ class Answer:
     texts: tuple[tuple[str, bool], ...] = ()
     """In mode `reason`, each answer, and whether it ended by itself."""
     too_long: bool = False
+    failed: bool = False
+    """The engine ended the question with an error."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     answer_tokens: int = 0
@@ -91,6 +93,16 @@ class FilterEngine:
         self._name, self._numbers = uuid.uuid4().hex[:8], itertools.count()
         self._rendering = ThreadPoolExecutor(1, "render")
         """One thread: vLLM's renderer has a cache that is for one alone."""
+        self._forget_in_order()
+
+    def _forget_in_order(self) -> None:
+        """Lets vLLM drop pictures from the renderer's cache in the renderer's thread only. It would do so in the event
+        loop, between the renderer's look whether they are there and its use of them.
+        """
+        cache = self._llm.renderer.mm_processor_cache
+        if cache is not None:
+            drop = cache.invalidate
+            cache.invalidate = lambda key: self._rendering.submit(drop, key)
 
     async def ask(self, task: Task, mode: Mode, prompts: Sequence[Prompt], salt: str = "") -> list[Answer]:
         """Answers questions at the same time. If it is cancelled, the engine drops what is left.
@@ -147,14 +159,14 @@ class FilterEngine:
         if asked is None:
             return Answer(None, too_long=True)
         output = await self._output(mode, asked)
-        for _ in range(_RESENDS):
-            if not _lacks_pictures(output):
+        for _ in range(_RESENDS if prompt.clip else 0):
+            if not _failed(output):
                 break
             (again,) = await self._rendered(task, mode, [prompt], salt)
             assert again is not None
             output = await self._output(mode, again)
-        if _lacks_pictures(output):
-            raise GubsError(f"the engine had no pictures for a question that was sent {1 + _RESENDS} times")
+        if _failed(output):
+            return Answer(None, failed=True)
         score, labels = mode is Mode.SCORE, self.labels[task]
         responses = [read_output(one, labels.tokens) for one in output.outputs]
         return Answer(
@@ -198,8 +210,8 @@ class FilterEngine:
         self._llm.shutdown()
 
 
-def _lacks_pictures(output: "RequestOutput") -> bool:
-    """Whether the engine has not got a question's pictures.
+def _failed(output: "RequestOutput") -> bool:
+    """Whether the engine ended a question with an error: most likely because it lacks the pictures.
 
     Pictures are sent once and then kept on both sides. If a question is dropped between being rendered and being sent,
     because its client left, this side believes that the engine has them. The engine then ends the next question about

@@ -261,8 +261,7 @@ def _result(
     index: int, name: str, task: Task, rule: DecisionRule, threshold: float, answer: Answer, *, explain: bool
 ) -> Result:
     if answer.options is None:
-        cause = "the prompt is too long" if answer.too_long else "the model named no option"
-        return _kept(index, name, "too_long" if answer.too_long else "unreadable", cause)
+        return _kept(index, name, *_cause(answer))
     calibrated = rule.calibration.options(answer.options)
     judgement = judge(task, calibrated, threshold, answer.texts)
     return Result(
@@ -275,6 +274,15 @@ def _result(
         label_mass=calibrated.mass,
         reason=judgement.reason or None if explain else None,
     )
+
+
+def _cause(answer: Answer) -> tuple[str, str]:
+    """Why an answer names no option: code and message."""
+    if answer.failed:
+        return "engine", "the engine failed at this question"
+    if answer.too_long:
+        return "too_long", "the prompt is too long"
+    return "unreadable", "the model named no option"
 
 
 def _kept(index: int, name: str, code: str, message: str) -> Result:

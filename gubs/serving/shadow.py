@@ -46,7 +46,7 @@ class ShadowLog:
         self._fs, self._folder = fsspec.core.url_to_fs(folder)
         self._fs.makedirs(self._folder, exist_ok=True)
         self._rows: list[dict[str, Any]] = []
-        self._lock = threading.Lock()
+        self._lock, self._writing = threading.Lock(), threading.Lock()
         self._seconds = seconds
         threading.Thread(target=self._flush_now_and_then, daemon=True, name="gubs-log").start()
 
@@ -91,17 +91,18 @@ class ShadowLog:
                 self._rows = self._rows[-_MOST_ROWS:]
 
     def flush(self) -> None:
-        """Writes what has been collected."""
-        with self._lock:
-            rows, self._rows = self._rows, []
-        if not rows:
-            return
-        try:
-            self._write(rows)
-        except BaseException:
+        """Writes what has been collected; returns when all of it is written, also by another thread."""
+        with self._writing:
             with self._lock:
-                self._rows = rows + self._rows
-            raise
+                rows, self._rows = self._rows, []
+            if not rows:
+                return
+            try:
+                self._write(rows)
+            except BaseException:
+                with self._lock:
+                    self._rows = rows + self._rows
+                raise
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         name = f"{self._folder}/decisions-{int(time.time() * 1e3):013d}-{uuid.uuid4().hex[:6]}"

@@ -65,7 +65,9 @@ def meeting(folder: Path) -> Callable[[int], bool]:
 
 
 def test_no_call_waits_for_the_end_of_the_first(tmp_path: Path, ray_local: None) -> None:
-    """With reserved resources, Ray Data gives a pass half of the CPUs at first. A busy machine gets several tries."""
+    """See `_on_ray`: with reserved resources, each of the six passes makes one call after the other. On a busy machine
+    some may anyway.
+    """
     work = Work(LocalFileSystem(), str(tmp_path / "kept"), on_ray=True)
     assert any(all(work.run(f"meet {n}", meeting(tmp_path / f"met-{n}"), range(2))) for n in range(6))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType, SimpleNamespace
 
@@ -10,7 +11,6 @@ import pyarrow as pa
 import pytest
 from serving_helpers import make_filter
 
-from gubs.errors import GubsError
 from gubs.records import Task
 from gubs.serving import batch, engine
 from gubs.serving.bundle import Bundle
@@ -55,7 +55,7 @@ class Llm:
 
     def __init__(self):
         self.asked, self.lacks = [], 0
-        """How many questions yet it ends with an error, because it has not got their pictures."""
+        """How many more questions it ends with an error, for lack of their pictures."""
 
     async def generate(self, prompt, parameters, _):
         self.asked.append((prompt, parameters))
@@ -101,9 +101,8 @@ def seeds(it):
 
 def test_the_same_question_gets_the_same_seed_and_others_get_others(no_vllm):
     """With one seed for all, two candidates' thoughts would be drawn by the same random numbers."""
-    clip = Clip("film", np.zeros((2, 28, 28, 3), np.uint8))
     first, again = asking(), asking()
-    questions = [Prompt("one"), Prompt("two"), Prompt("one", clip), Prompt("one")]
+    questions = [Prompt("one"), Prompt("two"), Prompt("one", FILM), Prompt("one")]
     asyncio.run(first.ask(Task.SEQUENTIAL, Mode.REASON, questions))
     asyncio.run(again.ask(Task.SEQUENTIAL, Mode.REASON, questions[::-1]))
     one, two, seen, repeated = seeds(first)
@@ -128,16 +127,33 @@ def test_a_request_without_questions_asks_nothing(no_vllm):
     assert it._llm.asked == []
 
 
-def test_a_question_whose_pictures_got_lost_is_rendered_and_sent_again(no_vllm):
+FILM = Clip("film", np.zeros((2, 28, 28, 3), np.uint8))
+
+
+@pytest.mark.parametrize(("clip", "sent"), [(FILM, 1 + engine._RESENDS), (None, 1)])
+def test_a_question_whose_pictures_got_lost_is_rendered_and_sent_again(no_vllm, clip, sent):
+    """One without pictures fails for another reason, each time."""
     it = asking()
-    it._llm.lacks = engine._RESENDS
-    (answer,) = asyncio.run(it.ask(Task.SEQUENTIAL, Mode.REASON, [Prompt("one")]))
-    assert answer.prompt_tokens == len("one")
-    assert len(it._llm.asked) == 1 + engine._RESENDS
-    assert len({id(parameters) for _, parameters in it._llm.asked}) == 1 + engine._RESENDS, "rendered anew each time"
-    it._llm.lacks = 10**6
-    with pytest.raises(GubsError, match="no pictures for a question"):
-        asyncio.run(it.ask(Task.SEQUENTIAL, Mode.REASON, [Prompt("one")]))
+    it._llm.lacks = sent - 1
+    (answer,) = asyncio.run(it.ask(Task.SEQUENTIAL, Mode.REASON, [Prompt("one", clip)]))
+    assert (answer.failed, answer.prompt_tokens) == (False, 3)
+    assert len(it._llm.asked) == sent
+    assert len({id(parameters) for _, parameters in it._llm.asked}) == sent, "rendered anew each time"
+    it._llm.asked, it._llm.lacks = [], 10**6
+    (answer,) = asyncio.run(it.ask(Task.SEQUENTIAL, Mode.REASON, [Prompt("one", clip)]))
+    assert (answer.options, answer.failed, len(it._llm.asked)) == (None, True, sent)
+
+
+def test_pictures_are_forgotten_between_two_renderings(no_vllm):
+    """Not while another thread uses them."""
+    it, threads = asking(), []
+    cache = SimpleNamespace(invalidate=lambda key: threads.append((key, threading.current_thread().name)))
+    it._llm.renderer = SimpleNamespace(mm_processor_cache=cache)
+    it._rendering = ThreadPoolExecutor(1, "render")
+    it._forget_in_order()
+    cache.invalidate("film")
+    it._rendering.shutdown()
+    assert threads == [("film", "render_0")]
 
 
 def test_a_seed_is_the_same_on_every_machine():

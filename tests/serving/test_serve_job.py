@@ -27,6 +27,8 @@ from gubs.serving.keys import add_key
 from gubs.serving.settings import ServingSettings
 from gubs.stages import FILTER
 
+WINDOW = (5, 10, 15, 20, 30, 45)
+"""Milliseconds; on a quiet machine several of them end between rendering and sending."""
 REPO = Path(__file__).resolve().parent.parent.parent
 DASHBOARD = REPO / "cluster" / "grafana" / "gubs.json"
 SMALL = [
@@ -150,7 +152,7 @@ def _is_not_upset_by_requests_that_end_early(client, run, url, key, user):
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as impatient:
         for start in range(0, len(videos), 25):
             body["candidates"] = [{"id": video} for video in videos[start : start + 25]]
-            codes = [impatient.post("/v1/filter", json={**body, "timeout_ms": t}).status_code for t in (10, 20, 30)]
+            codes = [impatient.post("/v1/filter", json={**body, "timeout_ms": t}).status_code for t in WINDOW]
             assert set(codes) <= {200, 504}
             answer = impatient.post("/v1/filter", json=body)
             assert answer.status_code == 200, answer.text
