@@ -139,8 +139,8 @@ def _on_ray(calls: Sequence[Callable[[], Result]], numbers: Sequence[int]) -> It
         call, batch_size=None, batch_format="pyarrow"
     )
     dataset.context.execution_no_progress_timeout_s = _NO_PROGRESS_S
-    # A pass is alone, so nothing need be reserved. To reserve, Ray Data first finds out what the cluster has. That takes
-    # a second, and until then it makes one call after the other.
+    # A pass is alone and need not reserve anything. To reserve, Ray Data first finds out what the cluster has; that
+    # takes a second, in which it makes one call after the other.
     dataset.context.op_resource_reservation_enabled = False
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in cast(pa.Table, batch).to_pylist():

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gubs.errors import GubsError
 from gubs.quick_imports import quick_imports
@@ -99,7 +99,7 @@ class FilterEngine:
         """Lets vLLM drop pictures from the renderer's cache in the renderer's thread only. It would do so in the event
         loop, between the renderer's look whether they are there and its use of them.
         """
-        cache = self._llm.renderer.mm_processor_cache
+        cache: Any = self._llm.renderer.mm_processor_cache
         if cache is not None:
             drop = cache.invalidate
             cache.invalidate = lambda key: self._rendering.submit(drop, key)

@@ -36,7 +36,7 @@ class ServingSettings(Section):
     gpu_memory: float = Field(0.9, gt=0, lt=1)
     """Share of its GPU that an engine replica takes; nothing else runs there. No effect on a CPU."""
     engine_cpus: int = Field(1, ge=1)
-    """CPUs of an engine replica, and without a GPU its threads, unless OMP_NUM_THREADS is set; one for the tiny model."""
+    """CPUs of an engine replica; without a GPU also its threads, unless OMP_NUM_THREADS is set. One for preset tiny."""
     chunk: int = Field(25, ge=1)
     """Candidates per call of an engine; a larger request is split."""
     mode: Literal["reason", "score"] = "reason"
