@@ -85,8 +85,6 @@ _CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_LAST_SHADOWS_S = 5.0
-"""How long an ingress that ends waits for what versions in shadow decide."""
 _log = logging.getLogger("ray.serve")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 413, 422, 429, 500, 503, 504)
@@ -323,13 +321,12 @@ class Ingress:
         self._weights: Mapping[str, float] = dict(config.get("versions") or {})
         self._shadow: list[str] = list(config.get("shadow") or [])
 
-    async def __del__(self) -> None:
-        """Writes what is left of the log. Serve calls it before it ends a replica in order."""
-        if not (log := getattr(self, "_log", None)):  # there is none if the settings are wrong
-            return
-        if self._background:
-            await asyncio.wait(self._background, timeout=_LAST_SHADOWS_S)
-        await asyncio.to_thread(log.flush)
+    def __del__(self) -> None:
+        """Writes what is left of the log. Serve calls it before it ends a replica in order, when no request is left; what
+        versions in shadow are still asked is lost.
+        """
+        if log := getattr(self, "_log", None):  # there is none if the settings are wrong
+            log.flush()
 
     @app.post(
         "/v1/filter", response_model=FilterResponse, responses=_ANSWERS | _ERRORS, openapi_extra=_body(FilterRequest)

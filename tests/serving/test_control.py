@@ -1,8 +1,11 @@
 """Deployments beside one that is there, with the dashboard's answers filled in."""
 
-import pytest
+from types import SimpleNamespace
 
-from gubs.errors import SettingsError
+import pytest
+import requests
+
+from gubs.errors import PlatformError, SettingsError
 from gubs.serving.control import Control, serve_config
 from gubs.serving.settings import ServingSettings
 
@@ -32,3 +35,20 @@ def test_a_second_version_gets_no_requests_yet(control, insecure):
     apps = {a["name"]: a for a in control.applied[0]["applications"]}
     assert set(apps) == {"filter-a", "filter-b", "ingress"}
     assert apps["ingress"]["deployments"][0]["user_config"]["versions"] == {"filter-a": 1.0, "filter-b": 0.0}
+
+
+def test_a_service_that_does_not_end_in_order_is_told(control):
+    """Serve gives up after half a minute and says that all went well."""
+
+    def gone():
+        raise requests.exceptions.ConnectionError("the dashboard is gone")
+
+    running = {"applications": {"ingress": {"status": "DELETING"}}}
+    control._client = SimpleNamespace(delete_applications=lambda: None, get_serve_details=dict)
+    control.end()
+    control._client.get_serve_details = lambda: running
+    with pytest.raises(PlatformError, match="ingress still run"):
+        control.end()
+    control._client.delete_applications = gone
+    with pytest.raises(PlatformError, match="the dashboard is gone"):
+        control.end()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from fastapi import Request
 
-from gubs.serving.deployment import Ingress, RefusedError
+from gubs.serving.deployment import Ingress, RefusedError, build_engine, build_ingress
 from gubs.serving.keys import add_key
 from gubs.serving.schemas import Candidate, HistoryView, Profile, UserRef
 from gubs.serving.settings import LimitSettings, ServingSettings
@@ -59,3 +59,15 @@ def test_an_ingress_replica_admits_its_part_of_a_rate(tmp_path):
     ingress._looking(request)
     with pytest.raises(RefusedError, match="rate"):
         ingress._looking(request)
+
+
+def test_an_engine_replica_takes_the_cpus_that_it_is_given():
+    for gpus, more in ((False, {}), (True, {"num_gpus": 1})):
+        engine = build_engine({"uri": "u", "gpus": gpus, "settings": {"engine_cpus": 3}})
+        assert engine._bound_deployment.ray_actor_options == {"num_cpus": 3, **more}
+
+
+def test_an_ingress_may_end_its_longest_requests():
+    """Otherwise Serve would kill it, and the rest of its log would be lost."""
+    ingress = build_ingress({"settings": {"timeout_s": 50}})
+    assert ingress._bound_deployment._deployment_config.graceful_shutdown_timeout_s > 50

@@ -260,3 +260,21 @@ def test_a_log_that_cannot_be_written_keeps_its_rows(service, tmp_path, monkeypa
             log.flush()
     log.flush()
     assert read_log(str(tmp_path / "log")).num_rows == 2
+
+
+def test_who_asks_for_the_log_to_be_written_gets_what_another_thread_writes_too(service, tmp_path, monkeypatch):
+    """An ingress that ends would else end in the middle of a file."""
+    log, begun, go_on = ShadowLog(str(tmp_path / "log"), 3600), threading.Event(), threading.Event()
+    results, _, _ = decide(service, asked("v1", "v2"))
+    log.add("a", "1", asked("v1", "v2"), Mode.REASON, 0.5, results, acted=True)
+    write = log._write
+    monkeypatch.setattr(log, "_write", lambda rows: (begun.set(), go_on.wait(20), write(rows)))
+    first, last = (threading.Thread(target=log.flush) for _ in range(2))
+    first.start()
+    assert begun.wait(20)
+    last.start()
+    last.join(0.2)
+    assert last.is_alive()
+    go_on.set()
+    last.join(20)
+    assert read_log(str(tmp_path / "log")).num_rows == 2
