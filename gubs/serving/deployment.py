@@ -322,8 +322,8 @@ class Ingress:
         self._shadow: list[str] = list(config.get("shadow") or [])
 
     def __del__(self) -> None:
-        """Writes what is left of the log. Serve calls it before it ends a replica in order, when no request is left; what
-        versions in shadow are still asked is lost.
+        """Writes what is left of the log. Serve calls it before it ends a replica in order, when no request is left.
+        Versions in shadow that are still deciding then are not waited for.
         """
         if log := getattr(self, "_log", None):  # there is none if the settings are wrong
             log.flush()
