@@ -329,6 +329,10 @@ def demo(arguments: Sequence[str], run: Run, settings: Settings) -> int:
     return 0
 
 
+_LAST_S = 20.0
+"""For an ingress to write its log, after its last request."""
+
+
 @contextmanager
 def _serving_head(serving: "ServingSettings") -> Iterator[str]:
     """A head node whose HTTP proxy has the guard. At the end, what is left of a log of decisions is written."""
@@ -341,15 +345,15 @@ def _serving_head(serving: "ServingSettings") -> Iterator[str]:
             yield head
         finally:
             if serving.log_dir:
-                _write_log(head)
+                _write_log(head, serving.timeout_s + _LAST_S)
 
 
-def _write_log(head: str) -> None:
+def _write_log(head: str, timeout_s: float) -> None:
     from gubs.serving.control import Control
 
     say("[serve]  writing the last decisions to the log ...")
     try:
-        Control(head).end()
+        Control(head).end(timeout_s)
     except PlatformError as e:  # what is to end has ended already
         say(f"[serve]  the last decisions are lost: {e}")
 

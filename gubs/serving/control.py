@@ -106,21 +106,21 @@ class Control:
                 message = self._client.get_serve_details()["applications"][failed[0]].get("message", "")
                 raise PlatformError(f"{failed[0]} does not start: {message.strip()[-1500:]}")
             time.sleep(_POLL_S)
-        raise PlatformError(f"the service was not up within {timeout_s:g} s: {self.status()}")
+        aim = "up" if wanted else "at its end"
+        raise PlatformError(f"the service was not {aim} within {timeout_s:g} s: {self.status()}")
 
-    def end(self) -> None:
-        """Ends all applications in order, so that an ingress writes what is left of its log. Serve waits half a minute.
+    def end(self, timeout_s: float) -> None:
+        """Ends all applications in order, so that an ingress writes what is left of its log.
+
+        Not by Serve's own shutdown, which may block the dashboard and says nothing of what it left.
 
         Raises:
-            PlatformError: the dashboard does not answer, or some applications do not end.
+            PlatformError: the dashboard does not answer, or some applications do not end in time.
         """
         try:
-            self._client.delete_applications()
-            left = self.status()
+            self.apply({**self.config(), "applications": []}, timeout_s)
         except (OSError, RuntimeError) as e:  # OSError: also those of requests
-            raise PlatformError(f"the service does not end in order: {e}") from None
-        if left:
-            raise PlatformError(f"the service does not end in order: {', '.join(left)} still run")
+            raise PlatformError(f"the dashboard does not answer: {e}") from None
 
     def status(self) -> dict[str, str]:
         """Status of each application."""

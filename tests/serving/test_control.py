@@ -37,18 +37,27 @@ def test_a_second_version_gets_no_requests_yet(control, insecure):
     assert apps["ingress"]["deployments"][0]["user_config"]["versions"] == {"filter-a": 1.0, "filter-b": 0.0}
 
 
-def test_a_service_that_does_not_end_in_order_is_told(control):
-    """Serve gives up after half a minute and says that all went well."""
+def test_a_service_that_does_not_end_in_order_is_told(monkeypatch):
+    def gone(_):
+        raise requests.exceptions.ConnectionError("connection refused")
 
-    def gone():
-        raise requests.exceptions.ConnectionError("the dashboard is gone")
+    control, states = object.__new__(Control), [{"ingress": {"status": "DELETING"}}] * 3
+    monkeypatch.setattr("gubs.serving.control._POLL_S", 0.01)
+    deployed = []
+    control._client = SimpleNamespace(
+        deploy_applications=deployed.append,
+        get_serve_details=lambda: {"applications": {}, "proxy_location": "EveryNode"} if not states else ended(),
+    )
 
-    running = {"applications": {"ingress": {"status": "DELETING"}}}
-    control._client = SimpleNamespace(delete_applications=lambda: None, get_serve_details=dict)
-    control.end()
-    control._client.get_serve_details = lambda: running
-    with pytest.raises(PlatformError, match="ingress still run"):
-        control.end()
-    control._client.delete_applications = gone
-    with pytest.raises(PlatformError, match="the dashboard is gone"):
-        control.end()
+    def ended():
+        return {"applications": {n: a | {"deployed_app_config": None} for n, a in states.pop().items()}}
+
+    control.end(5)
+    assert deployed == [{"applications": []}]
+    assert not states, "it waits for the end"
+    states += [{"ingress": {"status": "DELETING"}}] * 10**4
+    with pytest.raises(PlatformError, match=r"not at its end within 0.05 s: \{'ingress': 'DELETING'\}"):
+        control.end(0.05)
+    control._client.deploy_applications = gone
+    with pytest.raises(PlatformError, match="the dashboard does not answer: connection refused"):
+        control.end(5)
