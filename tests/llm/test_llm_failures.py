@@ -355,7 +355,7 @@ except GubsError as e:
 
 def test_ctrl_c_lets_calls_in_flight_finish_so_that_none_is_paid_twice(server, settings_for, tmp_path, ray_local):
     server.configure(rules=[{"latency_s": 2.0}])
-    settings = settings_for(max_concurrency=60)
+    settings = settings_for(max_concurrency=60, hedge=False)  # a second copy of a slow call is paid for on purpose
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "benchmarks")]
     script = DRIVER.format(paths=paths, settings=settings.model_dump_json(), folder=str(tmp_path))
     driver = subprocess.Popen([sys.executable, "-c", script], start_new_session=True, stderr=subprocess.PIPE, text=True)
@@ -387,7 +387,7 @@ def test_sigterm_lets_calls_in_flight_finish_and_a_second_one_ends_at_once(serve
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(3.0)  # two signals within a second may be seen as one
 
-    with LLMClient(settings_for(max_concurrency=20), tmp_path) as client:
+    with LLMClient(settings_for(max_concurrency=20, hedge=False), tmp_path) as client:
         client.start()
         threading.Thread(target=terminate_after, args=(20, 1)).start()
         with pytest.raises(StoppedError, match="stopped by SIGTERM") as e:
