@@ -5,6 +5,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 from node_helpers import wait_for
 
 from gubs.serving.client import AsyncClient, ServiceError
@@ -16,9 +17,15 @@ RIGHT = ("keep", "drop", "keep", "drop")
 
 
 class CountingClient(AsyncClient):
-    """Counts its further attempts."""
+    """Counts its further attempts. Each has a connection of its own: those that stay open would all be at one proxy if
+    they came to one at first.
+    """
 
     tried_again = 0
+
+    def __init__(self, *args, **rest):
+        super().__init__(*args, **rest)
+        self._options["limits"] = httpx.Limits(max_keepalive_connections=0)
 
     def _pause(self, attempt, outcome):
         pause = super()._pause(attempt, outcome)
