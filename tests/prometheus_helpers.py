@@ -14,7 +14,7 @@ import yaml
 
 from gubs.ray_runtime import free_port
 
-FAST = {"RAY_metrics_report_interval_ms": "2000", "REPORTER_UPDATE_INTERVAL_MS": "2000"}
+FAST = {"RAY_metrics_report_interval_ms": "2000", "REPORTER_UPDATE_INTERVAL_MS": "10000"}
 """For the cluster: short jobs end before the ten seconds that Ray waits otherwise."""
 
 

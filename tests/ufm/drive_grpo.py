@@ -9,7 +9,7 @@ from gubs.config import Settings
 from gubs.ray_runtime import ray_session
 from gubs.stages import GRPO, make_stage, named
 
-STEPS = 10
+STEPS = 6
 
 
 def resume_settings(*overrides: str) -> Settings:
