@@ -276,6 +276,11 @@ class Artifact:
         """Its folder, with the scheme."""
         return self.run.full(self.stage)
 
+    def remade_inputs(self) -> list[str]:
+        """Stages that it was made from and that have been made again since, with other content."""
+        inputs = self.manifest.recipe.inputs
+        return [n for n, content in inputs.items() if self.run.has(n) and self.run.artifact(n).content != content]
+
     def path(self, name: str) -> str:
         """Path of a file of the artifact, with the scheme."""
         return self.run.full(self.stage, name)

@@ -120,13 +120,14 @@ def teach(
     overrides: Overrides = None,
 ) -> None:
     """Let the annotator write SFT examples, reasons for skips, and profiles of users without tags."""
+    opened, settings = open_run(run), load_settings(preset, overrides or [])
+    teachers, seed = settings.teachers, settings.seed
     if not dry_run:
-        return _make(["profiles", "sft", "labels"], run, preset, force, overrides)
+        wanted = ["profiles"] if teachers.profiles else []
+        return stages.make([*wanted, "sft", "labels"], opened, settings, force=force)
     from gubs.teachers import profiles, reasons, sft
     from gubs.teachers.annotator import Annotator
 
-    opened, settings = open_run(run), load_settings(preset, overrides or [])
-    teachers, seed = settings.teachers, settings.seed
     requests = [*sft.requests(opened, teachers, seed), *reasons.requests(opened, teachers, seed)]
     if teachers.profiles:
         requests += profiles.requests(opened, teachers, seed, settings.source.kind)

@@ -489,6 +489,8 @@ def report(run: Run, settings: Settings, policy: str = "", as_json: bool = False
         print_line(f"{made.policy}, {finding.task}: {finding.about}")
         for sentence in finding.sentences:
             print_line(f"  {sentence}")
+    for stale in made.stale:
+        say(f"stale: {stale}")
     for missing in made.missing:
         say(f"not in this run: {missing}")
     say(f"[page]   {page.write_page(run, made)}")
@@ -516,9 +518,9 @@ def run_app(app: Callable[[list[str] | None], object], args: list[str] | None = 
     try:
         app(args)
     except GubsError as e:
-        command = stages.command_of(e.stage) if isinstance(e, MissingArtifactError) else ""
+        commands = stages.commands_of(e.stage) if isinstance(e, MissingArtifactError) else []
         err.print("error: ", style="bold red", end="")
-        say(f"{e}: run `{command}` first" if command else str(e))
+        say(f"{e}: run {' or '.join(f'`{c}`' for c in commands)} first" if commands else str(e))
         sys.exit(e.exit_code)
 
 

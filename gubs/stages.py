@@ -320,6 +320,7 @@ STAGES: tuple[Stage, ...] = (
         sections=("evaluate", "seed"),
         wanted=lambda _: False,
         ray=False,
+        version=2,
     ),
     Stage(
         "public",
@@ -332,6 +333,7 @@ STAGES: tuple[Stage, ...] = (
         sections=("evaluate", "seed"),
         wanted=lambda _: False,
         ray=False,
+        version=2,
     ),
     Stage(
         "simulated",
@@ -355,6 +357,7 @@ STAGES: tuple[Stage, ...] = (
         settings=("seed", "evaluate.bootstrap", "evaluate.sasrec"),
         sections=("evaluate", "seed"),
         wanted=lambda _: False,
+        version=2,
     ),
     Stage(
         "bars",
@@ -514,7 +517,8 @@ class Graph:
             targets: stages to make, whether the settings want them or not; among independent ones, this order holds.
             run: the run that holds them.
             settings: all settings.
-            as_made: policies to take as they are, even if the settings would train them differently now.
+            as_made: policies to take as they are, even if the settings would train them differently now; but not if
+                their data or the prompts have changed.
         """
         self.run, self.settings, self.as_made = run, settings, frozenset(as_made)
         self.stages: dict[str, Stage] = {}
@@ -586,11 +590,9 @@ class Graph:
     def _changes(self, node: Stage, before: Recipe) -> list[str]:
         if node.name not in self.as_made and node.make:
             return before.changes(self.recipe(node, before))
-        return [
-            f"made from another {n}"
-            for n, content in before.inputs.items()
-            if not self.run.has(n) or self.run.artifact(n).content != content
-        ]
+        contents = {n: self.run.artifact(n).content if self.run.has(n) else "" for n in before.inputs}
+        asked = prompts.hashes(n for n in before.prompts if n in node.prompts)
+        return before.changes(before.model_copy(update={"inputs": contents, "prompts": asked}))
 
 
 def make(
@@ -696,11 +698,11 @@ def states(run: Run, settings: Settings | None = None) -> Iterator[State]:
         yield state
 
 
-def command_of(name: str) -> str:
-    """The command that makes a stage; empty for a name that no stage has."""
+def commands_of(name: str) -> list[str]:
+    """The commands that make a stage (simulated or read from logs, for example); none for a name that no stage has."""
     prefix = prefix_of(name)
-    command = next((s.command for s in STAGES if s.name == (ABOUT_POLICY[prefix] if prefix else name)), "")
-    return f"{command} {name.removeprefix(prefix)}" if prefix else command
+    commands = [s.command for s in STAGES if s.name == (ABOUT_POLICY[prefix] if prefix else name)]
+    return [f"{command} {name.removeprefix(prefix)}" if prefix else command for command in commands]
 
 
 def settings_of(node: Stage, settings: Settings) -> JsonObject:

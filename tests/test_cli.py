@@ -65,7 +65,7 @@ def test_help_lists_every_command():
         (["teach", "--dry-run", "--run", "no-such-run"], 4, "run `gubs build` first"),
         (["groups", "show", "no-such-run"], 4, "run `gubs ugm` first"),
         (["groups", "assign", "new.parquet", "--run", "no-such-run"], 4, "run `gubs ugm` first"),
-        (["show", "no-such-run"], 4, "run `gubs synth` first"),
+        (["show", "no-such-run"], 4, "run `gubs synth` or `gubs ingest` first"),
         (["submit", "no_such_job"], 5, "build_ifvr"),
         (["demo", "grpo.stepps=3"], 2, "did you mean 'ufm.grpo.steps'"),
         (["demo", "ufm.evaluate.items=8"], 2, "did you mean 'evaluate.items'"),

@@ -5,7 +5,7 @@ import pytest
 from artifact_helpers import put
 
 from gubs import prompts, stages
-from gubs.artifacts import Run, writing
+from gubs.artifacts import Recipe, Run, writing
 from gubs.config import Settings, load_settings
 from gubs.errors import InputError, MissingArtifactError, SettingsError
 from gubs.stages import Graph, StaleError, Status, make, make_stage, named, states
@@ -233,6 +233,19 @@ def test_policies_are_judged_as_they_were_trained(data):
         make(["eval-grpo"], data, settings("seed=5"), as_made=["grpo"])
 
 
+def test_a_policy_is_not_asked_with_other_prompts_than_it_learned(data, monkeypatch):
+    recipe = Graph(["grpo"], data, settings()).recipe(stages.stage("grpo", settings()), Recipe(inputs={}))
+    with writing(data, "plain", recipe=recipe.model_copy(update={"inputs": {}}), settings={}, kind="grpo") as out:
+        out.write_table("steps", pa.table({"step": [0]}))
+    graph = Graph(["eval-plain"], data, settings(), as_made=["plain"])
+    assert graph.state("plain").status is Status.CURRENT
+    before = prompts.hashes
+    monkeypatch.setattr(
+        prompts, "hashes", lambda names: {n: "new" if "brief" in n else h for n, h in before(names).items()}
+    )
+    assert graph.state("plain").changes == ("the prompt ufm/brief_group changed", "the prompt ufm/brief_user changed")
+
+
 # Looking at a run
 
 
@@ -262,7 +275,8 @@ def test_what_stands_on_something_stale_is_stale(data):
 
 
 def test_commands():
-    assert stages.command_of("raw") == "gubs synth"
-    assert stages.command_of("eval-grpo") == "gubs judge grpo"
-    assert stages.command_of("sensitivity-plain") == "gubs evaluate sensitivity plain"
-    assert stages.command_of("plain") == ""
+    assert stages.commands_of("raw") == ["gubs synth", "gubs ingest"]
+    assert stages.commands_of("ifvr") == ["gubs build"]
+    assert stages.commands_of("eval-grpo") == ["gubs judge grpo"]
+    assert stages.commands_of("sensitivity-plain") == ["gubs evaluate sensitivity plain"]
+    assert stages.commands_of("plain") == []

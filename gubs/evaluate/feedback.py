@@ -1,7 +1,8 @@
 """Who chose what: the records of a data set as arrays of numbers, which protocols and baselines work on.
 
 A pair of user and item counts once, at its first record. A user's pairs have a place: by time where times are known,
-else in the order of the log. Equal times keep the order of the log; `tied_users` counts whom that decides for.
+else in the order of the log; of a user with both kinds, records without a time are set aside. Equal times keep the
+order of the log; `tied_users` counts whom that decides for.
 """
 
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ class Feedback:
     """Known to have disliked it (2 stars and less)."""
     part: npt.NDArray[np.str_]
     """Part of the data (`train`, `valid`, `test`) if the source comes divided; else empty."""
+    without_place: int = 0
+    """Records that were set aside: they have no time, and other records of their user have one."""
 
     def __len__(self) -> int:
         return len(self.user)
@@ -95,7 +98,9 @@ def from_tables(interactions: pa.Table, items: Sequence[str], parts: pa.Table | 
     frame["part"] = ""
     if parts is not None:
         frame["part"] = frame["interaction_id"].map(parts.to_pandas().set_index("interaction_id")["part"]).fillna("")
-    frame = frame.sort_values(["user_id", "timestamp"], kind="stable", ignore_index=True)
+    untimed = frame["timestamp"] == UNTIMED
+    without_place = untimed & ~untimed.groupby(frame["user_id"]).transform("all")
+    frame = frame[~without_place].sort_values(["user_id", "timestamp"], kind="stable", ignore_index=True)
     frame = frame.drop_duplicates(["user_id", "video_id"], ignore_index=True)
     all_items = pd.Index(sorted({*items, *frame["video_id"].unique()}))
     users, codes = np.unique(frame["user_id"].to_numpy(dtype=str), return_inverse=True)
@@ -109,4 +114,5 @@ def from_tables(interactions: pa.Table, items: Sequence[str], parts: pa.Table | 
         liked=frame["liked"].eq(True).to_numpy(dtype=bool),
         disliked=frame["disliked"].eq(True).to_numpy(dtype=bool),
         part=frame["part"].to_numpy(dtype=str),
+        without_place=int(without_place.sum()),
     )

@@ -72,6 +72,7 @@ def make_candidates(job: StageJob, evaluate: EvalSettings, seed: int) -> str:
             "protocols": {c.protocol.name: {**asdict(c.protocol), **c.facts} for c in drawn},
             "left_out": missing,
             "users_with_tied_last_times": feedback.tied_users,
+            "records_without_a_place": feedback.without_place,
             "users": len(feedback.users),
             "items": len(feedback.items),
             "records": len(feedback),

@@ -65,6 +65,7 @@ def make(job: StageJob, evaluate: EvalSettings, seed: int) -> str:
             "users": len(last),
             "items": len(feedback.items),
             "users_with_tied_last_times": feedback.tied_users,
+            "records_without_a_place": feedback.without_place,
             "ties": "equal times keep the order of the log; equal scores share the middle place",
             "negatives": f"{NEGATIVES} items the user never chose, each as likely as any other",
         }

@@ -118,6 +118,8 @@ def ranking_sheet(artifact: Artifact) -> Sheet:
     ]
     tied = f"{info['users_with_tied_last_times']:,} users share their last time with another record"
     notes = [f"ties: {info['ties']} ({tied})", f"negatives: {info['negatives']}"]
+    if aside := info["records_without_a_place"]:
+        notes.append(f"{aside:,} records without a time are set aside: other records of their users have one")
     notes += [_in_words(v) for v in artifact.table("verdicts").to_pylist()]
     columns = [f"{name}, {way}" for way in WAYS for name in STATISTICS]
     return Sheet(f"leave one out: {info['users']:,} users, {info['items']:,} items; %", columns, rows, notes)

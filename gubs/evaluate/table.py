@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow.parquet as pq
 
-from gubs.artifacts import JsonObject, Run
+from gubs.artifacts import Artifact, JsonObject, Run
 from gubs.errors import ArtifactError, InputError
 from gubs.evaluate.bars import BARS
 from gubs.evaluate.compare import CONSTANTS
@@ -110,14 +110,23 @@ def tables(run: Run, files: Mapping[str, str], *, least_users: int, resamples: i
         ArtifactError: the run has no baselines, or predictors have no target in common.
     """
     found = []
+    left_out = [
+        f"{e.stage} is left out: it was made from another {', '.join(e.remade_inputs())}"
+        for e in _evaluations(run)
+        if e.remade_inputs()
+    ]
     for task in Task:
         predictors, happened = collect(run, task, files)
         if predictors:
             table = build(predictors, happened, task, least_users=least_users, resamples=resamples, seed=seed)
             known = run.artifact(BARS).manifest.info[str(task)]["videos_trained_on"]
             note = f"{100 * known:.0f} % of the test targets are about videos that training targets are about too"
-            found.append(replace(table, notes=(*table.notes, note)))
+            found.append(replace(table, notes=(*table.notes, note, *left_out)))
     return found
+
+
+def _evaluations(run: Run) -> list[Artifact]:
+    return [run.artifact(stage) for stage in run.stages() if stage.startswith(STAGE_PREFIX)]
 
 
 def collect(run: Run, task: Task, files: Mapping[str, str]) -> tuple[list[Stored], pd.DataFrame]:
@@ -130,8 +139,8 @@ def collect(run: Run, task: Task, files: Mapping[str, str]) -> tuple[list[Stored
     predictors = [Stored(str(n), f[_KEYS], n in by_reward, "baseline") for n, f in bars.groupby("method", sort=False)]
     happened = bars.drop_duplicates("interaction_id")[["interaction_id", "play_rate", "clicked"]]
     happened = happened.assign(gold=None)
-    for stage in (s for s in run.stages() if s.startswith(STAGE_PREFIX)):
-        frame = run.artifact(stage).table("predictions").to_pandas()
+    for evaluation in (e for e in _evaluations(run) if not e.remade_inputs()):
+        frame = evaluation.table("predictions").to_pandas()
         frame = frame[(frame["task"] == str(task)) & frame["natural"]]
         frame = frame.assign(score=frame["skip"].fillna(0.0))  # without a readable answer a video is kept
         for mode, suffix in _MODES.items():
@@ -139,7 +148,8 @@ def collect(run: Run, task: Task, files: Mapping[str, str]) -> tuple[list[Stored
             if len(part):
                 golds = part.set_index("interaction_id")["gold"]
                 happened["gold"] = happened["interaction_id"].map(golds)
-                predictors.append(Stored(stage.removeprefix(STAGE_PREFIX) + suffix, part[_KEYS], True, "policy"))
+                name = evaluation.stage.removeprefix(STAGE_PREFIX) + suffix
+                predictors.append(Stored(name, part[_KEYS], True, "policy"))
     predictors += [Stored(n, read_file(path, task, happened), True, "file") for n, path in files.items()]
     return predictors, happened
 

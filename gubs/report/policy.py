@@ -92,8 +92,8 @@ class Report:
 
     @property
     def missing(self) -> list[str]:
-        """All that the run lacks."""
-        return [*self.stale, *(m for s in self.sections for m in s.missing)]
+        """What the run lacks, with the commands that make it."""
+        return [m for s in self.sections for m in s.missing]
 
     def to_json(self) -> JsonObject:
         """Sentences and tables as plain JSON, without drawings and cases."""
@@ -102,6 +102,7 @@ class Report:
             "policy": self.policy,
             "findings": [asdict(f) for f in self.findings],
             "tables": sheets,
+            "stale": self.stale,
             "missing": self.missing,
         }
 
@@ -142,10 +143,8 @@ def report(run: Run, evaluate: EvalSettings, seed: int, policy: str = "") -> Rep
 
 
 def _made_from_others(artifact: Artifact) -> list[str]:
-    """Whether what an artifact was made from has been made again since."""
-    run, inputs = artifact.run, artifact.manifest.recipe.inputs
-    changed = [n for n, content in inputs.items() if run.has(n) and run.artifact(n).content != content]
-    return [f"{artifact.stage} from the present {', '.join(changed)}: see `gubs status {run.uri}`"] if changed else []
+    remade = ", ".join(artifact.remade_inputs())
+    return [f"{artifact.stage} was made from another {remade}: see `gubs status {artifact.run.uri}`"] if remade else []
 
 
 def write_page(run: Run, made: Report) -> str:

@@ -97,7 +97,7 @@ class Bundle:
         root, _, name = uri.rstrip("/").rpartition("/")
         self.artifact: Artifact = Run(root or ".").artifact(name)
         if self.artifact.manifest.kind != STAGE:
-            raise ArtifactError(f"{uri} is no filter: run `gubs filter make`")
+            raise ArtifactError(f"{uri} is not a filter: run `gubs filter`")
         fs, path = self.artifact.run.fs, self.artifact.run.path(name, CONFIG)
         try:
             self.config = FilterConfig.model_validate_json(fs.cat_file(path))

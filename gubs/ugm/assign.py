@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gubs.artifacts import Run
-from gubs.errors import InputError
+from gubs.errors import ArtifactError, InputError
 from gubs.records import User, conform
 from gubs.ugm.placement import Placement
 
@@ -36,9 +36,12 @@ def assign_table(run: Run, source: str, target: str = "") -> tuple[str, int, int
         The file written, the number of users in a group, the number of all.
 
     Raises:
-        ArtifactError: the run has no groups. InputError: the file cannot be read as users.
+        ArtifactError: the run has no groups, or they were made from other data than it holds now.
+        InputError: the file cannot be read as users.
     """
     ugm = run.artifact("ugm")
+    if remade := ugm.remade_inputs():
+        raise ArtifactError(f"{ugm.uri} was made from another {', '.join(remade)}: `gubs ugm --force` remakes it")
     placement = Placement.read(ugm)
     groups = ugm.table("groups", ["group_id", "name"])
     names = dict(zip(groups["group_id"].to_pylist(), groups["name"].to_pylist(), strict=True))

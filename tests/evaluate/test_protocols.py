@@ -46,6 +46,20 @@ def test_repeated_pairs_count_once_and_times_order_a_user():
     assert f.matrix().toarray().tolist() == [[1, 1, 0], [1, 0, 0]]
 
 
+def test_of_a_user_with_and_without_times_only_the_timed_records_count():
+    """Sorted to the front, they would be history; to the end, the last item. Users without times keep their order."""
+    rows = [
+        ("a", "x", None, None),
+        ("a", "y", 2, None),
+        ("a", "z", 1, None),
+        ("b", "z", None, None),
+        ("b", "x", None, None),
+    ]
+    f = feedback_of(rows)
+    assert f.without_place == 1
+    assert [f.items[i] for i in f.item] == ["z", "y", "z", "x"]
+
+
 def test_users_whose_last_time_is_shared_are_counted():
     f = feedback_of([("a", "x", 1, None), ("a", "y", 1, None), ("b", "x", 1, None), ("b", "y", 2, None)])
     assert f.tied_users == 1

@@ -159,7 +159,7 @@ def test_what_does_not_fit_together_is_told(run, tmp_path):
     shutil.copytree(run.root, copy.root)
     put(copy, POLICY, {"steps": pa.table({"step": [1]})}, settings=SETTINGS)
     found = report(copy, SETTINGS.evaluate, SETTINGS.seed)
-    assert [m.split(" from")[0] for m in found.missing] == [f"eval-{POLICY}", f"sensitivity-{POLICY}"]
+    assert [m.split(" was made from")[0] for m in found.stale] == [f"eval-{POLICY}", f"sensitivity-{POLICY}"]
     assert found.cases == []
 
 
