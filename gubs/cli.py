@@ -47,7 +47,7 @@ def demo(
     address: AddressOption = "",
     overrides: Overrides = None,
 ) -> None:
-    """All of the steps below as Ray jobs, on a small simulated app (or source.kind=... source.path=...)."""
+    """Run the whole pipeline as Ray jobs, on a small simulated app (or source.kind=... source.path=...)."""
     from gubs.ufm.stage import base_model
 
     settings = load_settings(preset, overrides or [])  # refuse a wrong setting before a cluster starts
@@ -369,8 +369,8 @@ def ablate(
     preset: PresetOption = "tiny",
     worlds: Annotated[str, typer.Option(help="Data sets, by their seeds, as 0,1,2.")] = "0,1,2",
     seeds: Annotated[str, typer.Option(help="Trainings in each world, by their seeds.")] = "0,1,2",
-    arm: Annotated[list[str] | None, typer.Option(help="Only this arm; can be given again.")] = None,
-    level: Annotated[list[str] | None, typer.Option(help="Only this level; can be given again.")] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="Only this arm; may be repeated.")] = None,
+    level: Annotated[list[str] | None, typer.Option(help="Only this level; may be repeated.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the cells and what they will take.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -487,7 +487,7 @@ def serve_split(
 
 @serve.command("promote")
 def serve_promote(version: VersionArgument, address: AddressOption = "") -> None:
-    """Give a version all requests; the others stay for the way back."""
+    """Give a version all requests; the others stay deployed, so that you can switch back."""
     jobs.control(address).promote(version)
 
 
@@ -497,13 +497,13 @@ def serve_shadow(
     off: Annotated[bool, typer.Option("--off", help="End it.")] = False,
     address: AddressOption = "",
 ) -> None:
-    """Ask a version beside those that act: its decisions only go to the log (serving.log_dir)."""
+    """Run a version in shadow: its decisions only go to the log (serving.log_dir)."""
     jobs.control(address).shadow(version, on=not off)
 
 
 @serve.command("remove")
 def serve_remove(version: VersionArgument, address: AddressOption = "") -> None:
-    """Take a version away that gets no requests."""
+    """Remove a version that gets no requests."""
     jobs.control(address).remove(version)
 
 

@@ -476,7 +476,8 @@ def stage(name: str, settings: Settings, run: Run | None = None) -> Stage:
         return _about_policy(prefix, name.removeprefix(prefix), settings)
     if run and run.has(name):
         return named(run.artifact(name).manifest.kind, name, settings)
-    raise SettingsError(f"there is no stage {name!r}; stages are {', '.join(dict.fromkeys(s.name for s in STAGES))}")
+    names = ", ".join(dict.fromkeys(s.name for s in STAGES))
+    raise SettingsError(f"there is no stage {name!r}; the stages are {names}")
 
 
 def named(kind: str, name: str, settings: Settings) -> Stage:
@@ -575,7 +576,7 @@ class Graph:
         except InputError as e:
             if not before:
                 raise
-            say(f"[{node.name}] kept as it was read: {e}")
+            say(f"[{node.name}] the source cannot be read now; the data read earlier is used: {e}")
             return before.outside.get(name, "")
 
     def state(self, name: str) -> State:

@@ -209,7 +209,7 @@ def test_changed_logs_make_stale_and_logs_that_are_gone_do_not(tmp_path, capsys)
     capsys.readouterr()
     make(["raw"], run, settings(*source))
     said = " ".join(capsys.readouterr().err.split())
-    assert "kept as it was read" in said
+    assert "the data read earlier is used" in said
     with pytest.raises(InputError):
         make(["raw"], Run(tmp_path / "other"), settings(*source))
 
