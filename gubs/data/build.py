@@ -27,7 +27,7 @@ from gubs.artifacts import (
 from gubs.console import say
 from gubs.data import filters as filtering
 from gubs.data import splits as splitting
-from gubs.data.filters import Cells, Criterion, FilterStep, Known, Mask, NoiseTally, Round
+from gubs.data.filters import Criterion, FilterStep, KnownValues, Mask, NoiseTally, PackedRows, Round
 from gubs.data.ingest import row_counts
 from gubs.data.settings import DataSettings, FilterSettings, SplitSettings
 from gubs.data.splits import Candidates, Division, Drawn, SplitCounts
@@ -83,7 +83,7 @@ def _build(passes: "_Passes", workers: Work, out: ArtifactWriter) -> list[str]:
 def _filter(passes: "_Passes", workers: Work) -> tuple[Mask, list[FilterStep]]:
     """The videos to keep, and the steps."""
     numbers = range(passes.parts)
-    criteria = filtering.applicable(workers.total("look for operations", passes.known, numbers), passes.filters)
+    criteria = filtering.applicable(workers.total("look for operations", passes.known_values, numbers), passes.filters)
     noise = workers.total("apply noise criteria", functools.partial(passes.noise, criteria), numbers)
 
     def run_round(before: Mask | None, kept: Mask) -> Round:
@@ -133,20 +133,20 @@ class _Passes:
         """The interactions of a part."""
         return self.raw.part(self.raw.parts("interactions")[number], columns)
 
-    def known(self, number: int) -> Known:
-        """Which operations the part knows."""
-        return Known.of(self.read(number, [*filtering.OPERATIONS, "task"]))
+    def known_values(self, number: int) -> KnownValues:
+        """How many values of the operations' columns the part has."""
+        return KnownValues.of(self.read(number, [*filtering.OPERATIONS, "task"]))
 
     def noise(self, criteria: Sequence[Criterion], number: int) -> NoiseTally:
-        """Applies the noise criteria, and leaves the part's cells for the passes that follow."""
+        """Applies the noise criteria, and leaves the part's packed rows for the passes that follow."""
         block = self.read(number, filtering.COLUMNS)
-        cells = Cells.of(block, _video_ids(self.raw), criteria, self.filters.noise_scope)
-        self._keep(number, cells)
-        return filtering.noise_tally(cells)
+        rows = PackedRows.of(block, _video_ids(self.raw), criteria, self.filters.noise_scope)
+        self._keep(number, rows)
+        return filtering.noise_tally(rows)
 
     def round(self, before: Mask | None, kept: Mask, number: int) -> Round:
         """One round of the minimum counts."""
-        return Round.of(self._cells(number), before, kept, self.filters)
+        return Round.of(self._packed(number), before, kept, self.filters)
 
     def candidates(self, kept: Mask, number: int) -> Candidates:
         """Divides the records, for the draw."""
@@ -177,22 +177,22 @@ class _Passes:
         file = part_file(name, number, self.parts, **keys)
         return write_part(self.fs, self.folder, file, table, users=f"{number}/{self.parts}", **keys)
 
-    def _keep(self, number: int, cells: Cells) -> None:
+    def _keep(self, number: int, rows: PackedRows) -> None:
         buffer = io.BytesIO()
-        np.savez(buffer, **asdict(cells))
+        np.savez(buffer, **asdict(rows))
         self.fs.makedirs(f"{self.folder}/work", exist_ok=True)
-        write_atomically(self.fs, self._cells_file(number), buffer.getvalue())
+        write_atomically(self.fs, self._packed_file(number), buffer.getvalue())
 
-    def _cells(self, number: int) -> Cells:
-        with self.fs.open(self._cells_file(number), "rb") as f, np.load(f) as arrays:
+    def _packed(self, number: int) -> PackedRows:
+        with self.fs.open(self._packed_file(number), "rb") as f, np.load(f) as arrays:
             fields = {name: arrays[name] for name in arrays}
-        return Cells(**fields | {n: int(fields[n]) for n in ("videos", "criteria")})
+        return PackedRows(**fields | {n: int(fields[n]) for n in ("videos", "criteria")})
 
-    def _cells_file(self, number: int) -> str:
-        return f"{self.folder}/work/cells-{number:06}.npz"
+    def _packed_file(self, number: int) -> str:
+        return f"{self.folder}/work/rows-{number:06}.npz"
 
     def _passing(self, number: int, kept: Mask) -> pa.Array:
-        return pa.array(filtering.passing(self._cells(number), kept, self.filters))
+        return pa.array(filtering.passing(self._packed(number), kept, self.filters))
 
 
 _cached: dict[tuple[str, str], pa.Array] = {}

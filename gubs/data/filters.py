@@ -1,9 +1,9 @@
 """The paper's filters: three noise criteria, minimum views per video and exposures per user, with a count per step.
 
 Plain functions over blocks: no Ray, no files. A block is any part of the interactions that holds all rows of its users.
-`Known` says which criteria apply; `Cells` keeps what the counts need of a block; `Tally` and `Round` are counts, which
-add up over blocks. So the filters of one table (`apply_filters`) and of a log on many machines are the same. A filter
-that needs columns which the source lacks is skipped, with a note.
+`KnownValues` says which criteria apply; `PackedRows` keeps what the counts need of a block; `Tally` and `Round` are
+counts, which add up over blocks. So the filters of one table (`apply_filters`) and of a log on many machines are the
+same. A filter that needs columns which the source lacks is skipped, with a note.
 """
 
 from collections import Counter
@@ -60,12 +60,14 @@ def apply_filters(interactions: pa.Table, settings: FilterSettings) -> tuple[pa.
     Returns:
         The interactions that pass, in their order, and one `FilterStep` for "read" and for each filter.
     """
-    criteria = applicable(Known.of(interactions), settings)
-    cells = Cells.of(interactions, interactions["video_id"].combine_chunks().unique(), criteria, settings.noise_scope)
-    limits, steps = decide(
-        noise_tally(cells), criteria, settings, lambda before, kept: Round.of(cells, before, kept, settings)
+    criteria = applicable(KnownValues.of(interactions), settings)
+    rows = PackedRows.of(
+        interactions, interactions["video_id"].combine_chunks().unique(), criteria, settings.noise_scope
     )
-    return interactions.filter(pa.array(passing(cells, limits, settings))), steps
+    limits, steps = decide(
+        noise_tally(rows), criteria, settings, lambda before, kept: Round.of(rows, before, kept, settings)
+    )
+    return interactions.filter(pa.array(passing(rows, limits, settings))), steps
 
 
 NEARLY_EMPTY = 0.05
@@ -191,52 +193,52 @@ def noise_criteria(gap: float) -> list[Criterion]:
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownValues:
     """Values in the columns that the noise criteria need, among sequential views; adds up over blocks."""
 
     counts: dict[str, int]
 
     @classmethod
-    def of(cls, block: pa.Table) -> "Known":
+    def of(cls, block: pa.Table) -> "KnownValues":
         """The counts of a block."""
         views = block.select([*OPERATIONS, "task"]).filter(_is_task(block, Task.SEQUENTIAL))
         return cls({c: views.num_rows - views[c].null_count for c in OPERATIONS})
 
-    def __add__(self, other: "Known") -> "Known":
-        return Known({c: n + other.counts[c] for c, n in self.counts.items()})
+    def __add__(self, other: "KnownValues") -> "KnownValues":
+        return KnownValues({c: n + other.counts[c] for c, n in self.counts.items()})
 
 
-def applicable(known: Known, settings: FilterSettings) -> list[Criterion]:
+def applicable(known_values: KnownValues, settings: FilterSettings) -> list[Criterion]:
     """The noise criteria, those that lack a column with a note; none if they are not wanted."""
     criteria = []
     for criterion in noise_criteria(settings.max_gap_s) if settings.noise else []:
-        missing = [c for c in criterion.columns if not known.counts[c]]
+        missing = [c for c in criterion.columns if not known_values.counts[c]]
         note = f"not applicable: the source has no {' and no '.join(missing)}" if missing else ""
         criteria.append(Criterion(criterion.name, criterion.columns, criterion.meets, note))
     return criteria
 
 
 @dataclass(frozen=True)
-class Cells:
-    """What the counts need of the rows of a block."""
+class PackedRows:
+    """The rows of a block, as far as the counts need them: one array per field."""
 
     user: Codes
-    """A number for each user of the block, from 0."""
+    """Number of the row's user within the block, from 0."""
     video: Codes
-    """The place of the video among those of all blocks."""
+    """The place of the row's video among those of all blocks."""
     videos: int
-    """How many these are."""
+    """Number of videos of all blocks."""
     view: Mask
     click: Mask
     """Rows of the click task."""
     failed: npt.NDArray[np.int8]
     """Number of the noise criterion that removes the row, from 1; 0: none does."""
     criteria: int
-    """How many there are."""
+    """Number of noise criteria."""
 
     @classmethod
-    def of(cls, block: pa.Table, video_ids: pa.Array, criteria: Sequence[Criterion], scope: str) -> "Cells":
-        """The cells of a block.
+    def of(cls, block: pa.Table, video_ids: pa.Array, criteria: Sequence[Criterion], scope: str) -> "PackedRows":
+        """Packs the rows of a block.
 
         Args:
             block: `COLUMNS` of some users' interactions.
@@ -274,14 +276,14 @@ class Tally:
     """(videos,) whether a row has the video."""
 
     @classmethod
-    def of(cls, cells: Cells, rows: Mask) -> "Tally":
+    def of(cls, packed: PackedRows, rows: Mask) -> "Tally":
         """The tally of some rows of a block."""
-        seen = np.bincount(cells.video[rows], minlength=cells.videos) > 0
+        seen = np.bincount(packed.video[rows], minlength=packed.videos) > 0
         return cls(
             interactions=int(rows.sum()),
-            users=_distinct(cells.user[rows]),
-            sequential_users=_distinct(cells.user[rows & ~cells.click]),
-            click_users=_distinct(cells.user[rows & cells.click]),
+            users=_distinct(packed.user[rows]),
+            sequential_users=_distinct(packed.user[rows & ~packed.click]),
+            click_users=_distinct(packed.user[rows & packed.click]),
             seen=seen,
         )
 
@@ -311,14 +313,14 @@ class NoiseTally:
         return NoiseTally(tuple(a + b for a, b in pairs), self.views + other.views)
 
 
-def noise_tally(cells: Cells) -> NoiseTally:
+def noise_tally(packed: PackedRows) -> NoiseTally:
     """The tallies of a block."""
-    steps = [Tally.of(cells, (cells.failed == 0) | (cells.failed > n)) for n in range(cells.criteria + 1)]
-    return NoiseTally(tuple(steps), _views(cells, cells.failed == 0))
+    steps = [Tally.of(packed, (packed.failed == 0) | (packed.failed > n)) for n in range(packed.criteria + 1)]
+    return NoiseTally(tuple(steps), _views(packed, packed.failed == 0))
 
 
-def _views(cells: Cells, rows: Mask) -> Ints:
-    return np.bincount(cells.video[rows & cells.view], minlength=cells.videos)
+def _views(packed: PackedRows, rows: Mask) -> Ints:
+    return np.bincount(packed.video[rows & packed.view], minlength=packed.videos)
 
 
 @dataclass(frozen=True)
@@ -331,37 +333,37 @@ class Round:
     """(videos,) views of each video that remain."""
 
     @classmethod
-    def of(cls, cells: Cells, before: Mask | None, kept: Mask, settings: FilterSettings) -> "Round":
+    def of(cls, packed: PackedRows, before: Mask | None, kept: Mask, settings: FilterSettings) -> "Round":
         """The round of one block.
 
         Args:
-            cells: of the block.
+            packed: rows of the block.
             before: (videos,) the videos that the round before kept; None in the first round.
             kept: (videos,) the videos that this round keeps.
             settings: the limits.
         """
-        rows = cells.failed == 0 if before is None else passing(cells, before, settings)
-        rows &= kept[cells.video]
-        by_user = rows & _often_exposed(cells, rows, settings)
-        return cls(Tally.of(cells, rows), Tally.of(cells, by_user), _views(cells, by_user))
+        rows = packed.failed == 0 if before is None else passing(packed, before, settings)
+        rows &= kept[packed.video]
+        by_user = rows & _often_exposed(packed, rows, settings)
+        return cls(Tally.of(packed, rows), Tally.of(packed, by_user), _views(packed, by_user))
 
     def __add__(self, other: "Round") -> "Round":
         return Round(self.by_video + other.by_video, self.by_user + other.by_user, self.views + other.views)
 
 
-def passing(cells: Cells, kept: Mask, settings: FilterSettings) -> Mask:
+def passing(packed: PackedRows, kept: Mask, settings: FilterSettings) -> Mask:
     """The rows of a block that pass all filters, if these videos are kept.
 
     A user who was removed in an earlier round, with more videos, is removed with fewer videos too: so the videos alone
-    say how far the rounds have come.
+    tell how far the rounds have come.
     """
-    rows = (cells.failed == 0) & kept[cells.video]
-    return rows & _often_exposed(cells, rows, settings)
+    rows = (packed.failed == 0) & kept[packed.video]
+    return rows & _often_exposed(packed, rows, settings)
 
 
-def _often_exposed(cells: Cells, rows: Mask, settings: FilterSettings) -> Mask:
-    exposures = np.bincount(cells.user[rows & cells.click], minlength=int(cells.user.max(initial=-1)) + 1)
-    return ~cells.click | (exposures[cells.user] >= settings.min_user_exposures)
+def _often_exposed(packed: PackedRows, rows: Mask, settings: FilterSettings) -> Mask:
+    exposures = np.bincount(packed.user[rows & packed.click], minlength=int(packed.user.max(initial=-1)) + 1)
+    return ~packed.click | (exposures[packed.user] >= settings.min_user_exposures)
 
 
 def decide(

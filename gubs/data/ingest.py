@@ -60,7 +60,7 @@ def make(job: StageJob, source: SourceSettings, data: DataSettings, ray: RaySett
 
 
 def _is_large(log: Log | None, source: SourceSettings, rows: int) -> bool:
-    """Whether a log (None: one of your own) has at least so many rows, about; opens no more files than it needs."""
+    """Whether a log (None: one of your own) has at least about `rows` rows; opens no more files than it needs."""
     heads = map(Head.sized, log_plan.find_files(source.path)[0]["interactions"]) if log is None else log.heads
     each = 1 if log is None else log.fan_out
     sizes = itertools.accumulate((each * head.rows for head in heads), initial=0)
@@ -124,7 +124,7 @@ def _read_log(log: Log, data: DataSettings, workers: Work, out: ArtifactWriter) 
 def _read_pieces(
     log: Log, data: DataSettings, workers: Work, out: ArtifactWriter, phase: str
 ) -> tuple[LogPasses, list[Read], Findings]:
-    """The first pass; given again under another name, it writes over what it left."""
+    """The first pass; run again under another name, it overwrites what it left."""
     passes = LogPasses.of(log, out.run.fs, out.folder, data)
     read = workers.run(phase, passes.read, passes.items)
     return passes, read, _total(r.findings for r in read)

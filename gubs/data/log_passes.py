@@ -77,7 +77,7 @@ class LogPasses:
         rows = max(1, data.part_rows // log.fan_out)
         parts = max(1, round(sum(head.rows for head in log.heads) / rows))
         items = [Item(n, sources) for n, sources in enumerate(_together(log.heads, rows))]
-        passes = cls(log.lean, fs, folder, parts, items, rows)
+        passes = cls(log.for_workers, fs, folder, parts, items, rows)
         fs.makedirs(f"{folder}/work", exist_ok=True)
         write_pieces(fs, passes._users_file, cut(empty("users") if log.users is None else log.users, parts))
         return passes
@@ -93,38 +93,38 @@ class LogPasses:
             InputError: the file cannot be read.
         """
         findings, pieces, ids, rejects = Findings(), list[str](), list[str](), list[Part]()
-        for n, (piece, found) in enumerate(self._pieces(item)):
+        for n, (piece, piece_findings) in enumerate(self._pieces(item)):
             pieces.append(f"{self.folder}/work/piece-{item.number:06}-{n:04}.arrow")
             write_pieces(self.fs, pieces[-1], cut(piece, self.parts))
             if self.log.unique is not None:
                 ids.append(f"{self.folder}/work/ids-{item.number:06}-{n:04}.arrow")
                 write_pieces(self.fs, ids[-1], _by_id(identities(self.log, piece), self.parts))
-            if found.rejects:
+            if piece_findings.rejects:
                 file = f"rejects/read-{item.number:06}-{n:04}.parquet"
-                rejects.append(write_part(self.fs, self.folder, file, pa.concat_tables(found.rejects)))
-            findings += replace(found, rejects=())
+                rejects.append(write_part(self.fs, self.folder, file, pa.concat_tables(piece_findings.rejects)))
+            findings += replace(piece_findings, rejects=())
         return Read(findings, pieces, ids, rejects)
 
     def _pieces(self, item: Item) -> Iterator[tuple[pa.Table, Findings]]:
         """The rows of an item in pieces of about `rows`, with what was found in each."""
-        tables, found = list[pa.Table](), Findings()
+        tables, findings = list[pa.Table](), Findings()
         for file, groups in item.sources:
             for sheet in self.log.read(file, groups, self.rows):
                 tables.append(self.log.piece(sheet, file))
-                found += self.log.findings(sheet)
+                findings += self.log.findings(sheet)
                 if sum(t.num_rows for t in tables) >= self.rows:
-                    yield pa.concat_tables(tables), found
-                    tables, found = [], Findings()
+                    yield pa.concat_tables(tables), findings
+                    tables, findings = [], Findings()
         if tables:
-            yield pa.concat_tables(tables), found
+            yield pa.concat_tables(tables), findings
 
     def repeats(self, workers: Work, read: Sequence[Read]) -> np.ndarray:
         """Places of the rows whose unique value an earlier row has."""
         if self.log.unique is None:
             return np.zeros(0, np.int64)
         paths = [path for r in read for path in r.ids]
-        found = workers.run("compare ids", functools.partial(self._repeated, paths), range(self.parts))
-        return np.concatenate(found)
+        places = workers.run("compare ids", functools.partial(self._repeated, paths), range(self.parts))
+        return np.concatenate(places)
 
     def _repeated(self, paths: Sequence[str], part: int) -> np.ndarray:
         return repeated(read_pieces(self.fs, paths, part))
@@ -132,7 +132,7 @@ class LogPasses:
     def finisher(self, decided: Log, repeats: np.ndarray, read: Sequence[Read]) -> Callable[[int], Finished]:
         """The pass that finishes and writes a part."""
         paths = [path for r in read for path in r.pieces]
-        return functools.partial(replace(self, log=decided.lean).finish, repeats, paths)
+        return functools.partial(replace(self, log=decided.for_workers).finish, repeats, paths)
 
     def finish(self, repeats: np.ndarray, paths: Sequence[str], part: int) -> Finished:
         """Finishes and writes the rows of some users, and these users.
@@ -164,17 +164,17 @@ class LogPasses:
         return write_part(self.fs, self.folder, file, table, users=f"{part}/{self.parts}")
 
 
-def _by_id(found: pa.Table, parts: int) -> Iterable[pa.Table]:
+def _by_id(table: pa.Table, parts: int) -> Iterable[pa.Table]:
     """The identities by the hash of the id."""
-    part = parts_of(found["id"].to_numpy(), parts)
+    part = parts_of(table["id"].to_numpy(), parts)
     order = np.argsort(part, kind="stable")
     ends = np.searchsorted(part[order], np.arange(parts + 1))
-    ordered = found.take(pa.array(order))
+    ordered = table.take(pa.array(order))
     return (ordered.slice(a, b - a) for a, b in pairwise(ends.tolist()))
 
 
 def _together(heads: Sequence[Head], rows: int) -> Iterator[tuple[Source, ...]]:
-    """The sources in groups of about so many rows."""
+    """The sources in groups of about `rows` rows."""
     group, size = list[Source](), 0
     for file, head in enumerate(heads):
         for groups, n in _ranges(head, rows):
@@ -188,7 +188,7 @@ def _together(heads: Sequence[Head], rows: int) -> Iterator[tuple[Source, ...]]:
 
 
 def _ranges(head: Head, rows: int) -> Iterator[tuple[range | None, int]]:
-    """A file as a whole, a large Parquet file in ranges of row groups; and about how many rows that is."""
+    """A file as a whole, a large Parquet file in ranges of row groups; and about how many rows each has."""
     if sum(head.group_rows) <= rows:
         yield None, head.rows
         return

@@ -63,12 +63,12 @@ class Users:
     def of(cls, column: pa.ChunkedArray) -> "Users":
         """The users of a column of ids without nulls."""
         encoded = column.combine_chunks().dictionary_encode()
-        ids, found = encoded.dictionary, hashes(encoded.dictionary)
-        order = _order(ids, found)
+        ids, id_hashes = encoded.dictionary, hashes(encoded.dictionary)
+        order = _order(ids, id_hashes)
         place = np.empty(len(order), np.int64)
         place[order] = np.arange(len(order))
         codes = place[encoded.indices.to_numpy(zero_copy_only=False)]
-        return cls(ids.take(pa.array(order)), found[order], codes)
+        return cls(ids.take(pa.array(order)), id_hashes[order], codes)
 
     @cached_property
     def in_order(self) -> Ints:
@@ -82,10 +82,10 @@ class Users:
         return rows[of_users].astype(np.int64)
 
 
-def _order(ids: pa.Array, found: Hashes) -> Ints:
-    order = np.argsort(found)
-    if (found[order][1:] == found[order][:-1]).any():  # two ids with one hash: the ids decide
-        return np.array(sorted(order.tolist(), key=lambda i: (found[i], ids[i].as_py())), np.int64)
+def _order(ids: pa.Array, id_hashes: Hashes) -> Ints:
+    order = np.argsort(id_hashes)
+    if (id_hashes[order][1:] == id_hashes[order][:-1]).any():  # two ids with one hash: the ids decide
+        return np.array(sorted(order.tolist(), key=lambda i: (id_hashes[i], ids[i].as_py())), np.int64)
     return order
 
 

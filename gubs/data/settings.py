@@ -31,6 +31,7 @@ class SourceSettings(Section):
         "netflix",
         "yelp",
     ] = "synthetic"
+    """The layout of the source's files; `synthetic` = the simulated app, `logs` = your own tables."""
     path: str = ""
     """Folder (or file) of the source's data; unused by `synthetic`."""
     videos_dir: str = ""
@@ -38,19 +39,19 @@ class SourceSettings(Section):
     max_bad_rows: float = Field(0.01, ge=0, le=1)
     """Share of malformed rows above which a file is refused."""
     unseen: int = Field(0, ge=0)
-    """`movielens` only: for each rating, so many films that the user has not rated, drawn evenly from those that
-    somebody had rated by then, count as shown and not clicked. Ratings then are clicks without stars: the question is
-    whether a user takes up a film, not whether the user likes it."""
+    """`movielens` only: number of unrated films added for each rating of a user. They are drawn evenly from those that
+    somebody had rated by then, and count as shown but not clicked. Ratings become clicks without stars: the question is
+    whether a user picks a film, not whether the user likes it."""
     columns: dict[str, str | dict[str, str]] = Field(default_factory=dict)
     """`logs` only: our column name -> its name in your files, where they differ; for one table only with the table's
     name before it: `source.columns.videos.duration_s=length`."""
     units: dict[str, str | dict[str, str]] = Field(default_factory=dict)
-    """`logs` only: unit of a column, if its name does not tell: `source.units.watch=ms`,
+    """`logs` only: unit of a column, if its name does not say: `source.units.watch=ms`,
     `source.units.videos.duration=min`, `source.units.play_rate=percent`."""
     nulls: tuple[str, ...] = NULLS
-    """`logs` only: words that mean that a value is missing, in any case; titles are free text and keep them."""
+    """`logs` only: words for a missing value, in upper or lower case; titles are free text and keep them."""
     separators: str = SEPARATORS
-    """`logs` only: characters that separate the tags of a cell, strongest first; the first that the cell has counts."""
+    """`logs` only: characters that separate the tags of a cell, strongest first; the strongest in the cell is used."""
 
     @model_validator(mode="after")
     def _has_a_path(self) -> "SourceSettings":
@@ -69,7 +70,7 @@ class FilterSettings(Section):
     noise: bool = True
     """Apply the three noise criteria (an operation before and after, the gap, no app exit)."""
     noise_scope: Literal["skips", "all"] = "skips"
-    """What the noise criteria apply to: fast skips only, since they are to keep the meaningful skips (the paper speaks
+    """What the noise criteria apply to: fast skips only, since the aim is to keep the meaningful ones (the paper speaks
     of implicit negative feedback), or all sequential views."""
     max_gap_s: float = Field(120.0, gt=0)
     """Longest time between the operations before and after (paper: 2 minutes)."""
@@ -94,7 +95,7 @@ class SplitSettings(Section):
     min_history: int = Field(2, ge=1)
     """Users with a shorter history are left out (and counted): there is too little to predict from."""
     held_out_videos: float = Field(0.0, ge=0, lt=1)
-    """Share of the videos that only test users' targets are about, and these about no other: evaluation then asks about
+    """Share of the videos kept for test users' targets, which are about no other videos: evaluation then asks about
     videos that nothing was trained on or counted from. 0 = test users are new, videos are not."""
 
 
@@ -102,8 +103,8 @@ class DataSettings(Section):
     """How logs of any size are read and split. None of it changes a row of the result."""
 
     ray_from_rows: int = Field(2_000_000, ge=0)
-    """Logs from this size on (rows; of text files, an estimate) are read and split on Ray; smaller ones in one process,
-    which is faster than starting Ray."""
+    """Logs of at least this many rows (estimated for text files) are read and split on Ray; smaller ones in one
+    process, which is faster than starting Ray."""
     part_rows: int = Field(1_000_000, ge=1)
-    """Rows of a part, about: larger tables are cut by user into files of this size. A worker holds one part in memory
-    (about 0.6 GiB per million rows)."""
+    """Approximate rows per part: larger tables are cut by user into files of this size. A worker holds one part in
+    memory (about 0.6 GiB per million rows)."""

@@ -162,7 +162,7 @@ def _page_borders(block: pa.Table, order: Ints, group: Ints, starts: Ints, size:
 
 
 def _pages(block: pa.Table, order: Ints, group: Ints) -> Ints:
-    """For each record in order, a number of its page of its user and task; a record without one is a page by itself."""
+    """For each record in order, a number for its page (per user and task); a record without a page counts as one."""
     encoded = block["page_id"].combine_chunks().dictionary_encode()
     codes = encoded.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)[order]
     alone = codes < 0

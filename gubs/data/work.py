@@ -152,7 +152,7 @@ def _outcome_of(function: Callable[[Item], object], item: Item) -> bytes:
 
 
 def _outcome(call: Callable[[], object]) -> bytes:
-    """The pickled result, or the error that a person can mend; any other error is Ray's."""
+    """The pickled result, or the error that a person can fix; any other error is left to Ray."""
     pa.set_cpu_count(1)  # a call has one CPU; Arrow would start a thread for each of the node
     try:
         return pickle.dumps(call())
@@ -220,5 +220,5 @@ def _refuse_blind(answers: "list[ray.ObjectRef[bool]]", folder: str) -> None:
 
 
 def attempt_key(*decided_by: str) -> str:
-    """The key of a resumable attempt: what an attempt with another one left is of no use."""
+    """The key of a resumable attempt: what an attempt with another key left cannot be used."""
     return hashlib.sha256("\n".join(decided_by).encode()).hexdigest()[:16]

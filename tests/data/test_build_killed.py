@@ -32,10 +32,10 @@ def killed_in(run: Path, stage: str, phase: str, overrides: list[str]) -> list[i
     try:
         wait_for(lambda: kept() or driver.poll() is not None, PATIENCE, f"results of {phase!r}")
         driver.send_signal(signal.SIGKILL)
-        _, said = driver.communicate(timeout=PATIENCE)
+        _, errors = driver.communicate(timeout=PATIENCE)
     finally:
         driver.kill()
-    assert driver.returncode == -signal.SIGKILL, said.decode()
+    assert driver.returncode == -signal.SIGKILL, errors.decode()
     return kept()
 
 
@@ -59,8 +59,8 @@ def test_a_killed_driver_costs_only_what_was_not_finished(tmp_path: Path, ray_lo
     ifvr = written(run / "ifvr.partial", second)
     assert not (run / "ifvr").exists()
     driver = build(run, overrides)
-    _, said = driver.communicate(timeout=PATIENCE)
-    assert driver.returncode == 0, said.decode()
+    _, errors = driver.communicate(timeout=PATIENCE)
+    assert driver.returncode == 0, errors.decode()
     for stage, before, numbers in (("raw", raw, first), ("ifvr", ifvr, second)):
         now = written(run / stage, numbers)
         assert len(before) > len(numbers), "users and interactions"

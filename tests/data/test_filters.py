@@ -252,7 +252,7 @@ def test_a_log_of_one_task_misses_no_task():
 
 
 @pytest.mark.parametrize(
-    ("rows", "fields", "said"),
+    ("rows", "fields", "message"),
     [
         (
             [view(i, exited_app=i > 0) for i in range(20)],
@@ -272,10 +272,10 @@ def test_a_log_of_one_task_misses_no_task():
     ],
     ids=["noise", "gap", "exposures"],
 )
-def test_a_data_set_with_nothing_left_is_refused_with_the_filter_that_did_it(rows, fields, said):
+def test_a_data_set_with_nothing_left_is_refused_with_the_filter_that_did_it(rows, fields, message):
     wanted = FilterSettings(**fields)
     _, steps = apply_filters(table(*rows), wanted)
     assert steps[-1].interactions == 0
     with pytest.raises(InputError) as caught:
         build._refuse(steps, wanted)
-    assert said in str(caught.value)
+    assert message in str(caught.value)

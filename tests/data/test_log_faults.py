@@ -103,14 +103,14 @@ def sized(n: int = 60, **columns: list) -> dict[str, list]:
 
 @pytest.mark.parametrize("gap", ["prev_op_gap_s", "next_op_gap_s"])
 @pytest.mark.parametrize(
-    "known",
+    "fields",
     [{"play_rate": [0.5]}, {"watch_s": [2, 4], "duration_s": [20]}, {"watch_s": [0, 60], "duration_s": [80]}],
     ids=["rates", "short views", "a video of a minute"],
 )
-def test_short_gaps_in_milliseconds_are_refused(tmp_path, gap, known):
+def test_short_gaps_in_milliseconds_are_refused(tmp_path, gap, fields):
     """Their mean is under 3.6 s, so as seconds they are under an hour."""
-    scale = 1000 * max(1, max(known.get("watch_s", [0])) / 6)
-    message = refusal(log(tmp_path, 60, **sized(**known, **{gap: [w * scale for w in WAITS]})))
+    scale = 1000 * max(1, max(fields.get("watch_s", [0])) / 6)
+    message = refusal(log(tmp_path, 60, **sized(**fields, **{gap: [w * scale for w in WAITS]})))
     assert f"source.units.{gap.removesuffix('_s')}=ms" in message
     assert "longer than users wait between two operations; they look like milliseconds" in message
     tables = read(tmp_path, units={gap: "ms"})
@@ -540,11 +540,11 @@ def test_a_click_and_the_view_it_starts_are_two_records(tmp_path):
 
 
 @pytest.mark.parametrize("never_played", [0, None])
-@pytest.mark.parametrize("known", ["watch_s", "play_rate"])
-def test_what_was_not_clicked_in_a_feed_of_covers_is_no_skip(tmp_path, never_played, known):
+@pytest.mark.parametrize("measure", ["watch_s", "play_rate"])
+def test_what_was_not_clicked_in_a_feed_of_covers_is_no_skip(tmp_path, never_played, measure):
     clicked = [int(i % 10 == 0) for i in range(40)]
-    watched = [(8 if known == "watch_s" else 0.4) if c else never_played for c in clicked]
-    log(tmp_path, 40, clicked=clicked, **{known: watched}, duration_s=[20] * 40)
+    watched = [(8 if measure == "watch_s" else 0.4) if c else never_played for c in clicked]
+    log(tmp_path, 40, clicked=clicked, **{measure: watched}, duration_s=[20] * 40)
     tables = read(tmp_path)
     assert set(column(tables, "task")) == {"click"}
     assert column(tables, "clicked") == [bool(c) for c in clicked]

@@ -18,9 +18,9 @@ def test_one_command_measures_every_engine_and_size_and_records_what_fails(tmp_p
     out, words = tmp_path / "out.json", ["--engines", "polars", "gubs", "--rows", "3000", "4000"]
     monkeypatch.setattr(sys, "argv", ["preprocess.py", *words, "--work", str(tmp_path / "work"), "--out", str(out)])
     benchmark.main()
-    found = json.loads(out.read_text())
-    assert {"cores", "memory_gib", "versions"} == set(found["machine"])
-    runs = {(run["rows"], run["engine"]): run for run in found["runs"]}
+    report = json.loads(out.read_text())
+    assert {"cores", "memory_gib", "versions"} == set(report["machine"])
+    runs = {(run["rows"], run["engine"]): run for run in report["runs"]}
     assert list(runs) == [(rows, engine) for rows in (3000, 4000) for engine in ("polars", "gubs")]
     for rows in (3000, 4000):
         assert runs[rows, "polars"]["failed"] == 1

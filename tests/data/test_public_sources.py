@@ -29,8 +29,8 @@ def columns(table, *names: str) -> list[tuple]:
     return list(zip(*(table[n].to_pylist() for n in names), strict=True))
 
 
-def rejects(found: SourceTables) -> list[tuple]:
-    return columns(found.rejects, "file", "row", "column", "cause")
+def rejects(result: SourceTables) -> list[tuple]:
+    return columns(result.rejects, "file", "row", "column", "cause")
 
 
 def refused(kind: str, folder: Path, *words: str, **more: object) -> None:
@@ -61,42 +61,42 @@ def mind(tmp_path):
 
 
 def test_mind_pages_become_exposures_with_clicks(mind):
-    found = tables("mind", mind)
-    shown = columns(found.interactions, "interaction_id", "user_id", "video_id", "page_id", "position", "clicked")
+    result = tables("mind", mind)
+    shown = columns(result.interactions, "interaction_id", "user_id", "video_id", "page_id", "position", "clicked")
     assert shown[:3] == [
         ("1-0", "U1", "N1", "1", 0, True),
         ("1-1", "U1", "N2", "1", 1, False),
         ("2-0", "U2", "N3", "2", 0, False),
     ]
     assert [s[5] for s in shown[3:]] == [False, False, True]
-    assert set(found.interactions["task"].to_pylist()) == {"click"}
-    times = found.interactions["timestamp"].to_pylist()
+    assert set(result.interactions["task"].to_pylist()) == {"click"}
+    times = result.interactions["timestamp"].to_pylist()
     assert times[0] == times[1] == 1573463158000
     assert times[2] == 1573473601000
-    assert columns(found.videos, "video_id", "title", "tags") == [
+    assert columns(result.videos, "video_id", "title", "tags") == [
         ("N1", 'The "big" game', ["sports", "football_nfl"]),
         ("N2", "Rain", ["weather"]),
         ("N3", "Votes, counted", ["news", "newsus"]),
     ]
-    assert found.files["behaviors.tsv"].rows_out == 3
+    assert result.files["behaviors.tsv"].rows_out == 3
 
 
 def test_mind_interests_come_from_before_the_first_page_only(mind):
     """The second page's history could hold clicks of the first page, which are to be predicted."""
-    found = tables("mind", mind)
-    assert columns(found.users, "user_id", "tags") == [("U1", ["newsus", "football_nfl"]), ("U2", [])]
-    assert any("these 4 clicks" in note for note in found.notes)
+    result = tables("mind", mind)
+    assert columns(result.users, "user_id", "tags") == [("U1", ["newsus", "football_nfl"]), ("U2", [])]
+    assert any("these 4 clicks" in note for note in result.notes)
 
 
 def test_mind_parts_keep_their_impressions_apart(tmp_path):
     for part in ("MINDsmall_dev", "MINDsmall_train"):
         write(tmp_path / part / "news.tsv", *NEWS)
         write(tmp_path / part / "behaviors.tsv", PAGES[0].replace("11/11", "11/15" if "dev" in part else "11/11"))
-    found = tables("mind", tmp_path)
+    result = tables("mind", tmp_path)
     pages = ["MINDsmall_dev/1", "MINDsmall_dev/1", "MINDsmall_train/1", "MINDsmall_train/1"]
-    assert found.interactions["page_id"].to_pylist() == pages
-    assert found.videos.num_rows == 3
-    assert rejects(found)[0] == ("MINDsmall_train/news.tsv", 1, "video_id", "duplicate")
+    assert result.interactions["page_id"].to_pylist() == pages
+    assert result.videos.num_rows == 3
+    assert rejects(result)[0] == ("MINDsmall_train/news.tsv", 1, "video_id", "duplicate")
 
 
 def test_mind_rows_that_cannot_be_read_are_set_aside_or_refuse_the_file(mind):
@@ -153,15 +153,15 @@ RATED = [
 
 
 def test_netflix_ratings_belong_to_the_film_above_them(netflix):
-    found = tables("netflix", netflix)
-    assert columns(found.interactions, "user_id", "video_id", "rating", "timestamp", "liked", "disliked") == RATED
-    assert columns(found.videos, "video_id", "title") == [
+    result = tables("netflix", netflix)
+    assert columns(result.interactions, "user_id", "video_id", "rating", "timestamp", "liked", "disliked") == RATED
+    assert columns(result.videos, "video_id", "title") == [
         ("1", "Dinosaur Planet (2003)"),
         ("2", "Lola, Rennt, É (1997)"),
         ("3", "Untitled"),
         ("4", "No ratings (2000)"),
     ]
-    assert {name: (c.rows_in, c.rows_out) for name, c in found.files.items()} == {
+    assert {name: (c.rows_in, c.rows_out) for name, c in result.files.items()} == {
         "combined_data_1.txt": (3, 3),
         "combined_data_2.txt": (1, 1),
         "movie_titles.csv": (4, 4),
@@ -192,8 +192,8 @@ def test_netflix_lines_that_cannot_be_read_are_set_aside_or_refuse_the_file(netf
     write(netflix / "combined_data_2.txt", "7,3,2005-01-01", "3:", "7,6,2005-01-01", "7,3,2005-13-01", "7,3,2005-01-02")
     with (netflix / "combined_data_2.txt").open("a") as f:
         f.write("7,4,2005-01-03\n8,3\n")
-    found = tables("netflix", netflix, max_bad_rows=1)
-    assert sorted(rejects(found)) == [
+    result = tables("netflix", netflix, max_bad_rows=1)
+    assert sorted(rejects(result)) == [
         ("combined_data_2.txt", 1, "line", "no film above it"),
         ("combined_data_2.txt", 3, "line", "neither FILM: nor USER,STARS,DATE"),
         ("combined_data_2.txt", 4, "line", "not a time between 1990 and 2100"),
@@ -237,35 +237,35 @@ def yelp(tmp_path):
 
 
 def test_yelp_reviews_places_and_users(yelp):
-    found = tables("yelp", yelp)
-    assert columns(found.interactions, "interaction_id", "user_id", "video_id", "rating", "liked", "disliked") == [
+    result = tables("yelp", yelp)
+    assert columns(result.interactions, "interaction_id", "user_id", "video_id", "rating", "liked", "disliked") == [
         ("r1", "u1", "b1", 5.0, True, False),
         ("r2", "u2", "b1", 2.0, False, True),
         ("r3", "u1", "b9", 3.0, False, False),
     ]
-    assert found.interactions["timestamp"].to_pylist()[:2] == [1531001351000, 1293926400000]
-    assert columns(found.videos, "video_id", "title", "tags") == [
+    assert result.interactions["timestamp"].to_pylist()[:2] == [1531001351000, 1293926400000]
+    assert columns(result.videos, "video_id", "title", "tags") == [
         ("b1", "Joe's", ["Pizza", "Bars & Pubs", "Tampa"]),
         ("b2", "Old", []),
         ("b3", "List", ["Doctors", "Health & Medical"]),
         ("b9", None, []),
     ]
-    assert [(u, dict(other)) for u, other in columns(found.users, "user_id", "other")] == [
+    assert [(u, dict(other)) for u, other in columns(result.users, "user_id", "other")] == [
         ("u1", {"on Yelp since": "2007"}),
         ("u2", {}),
     ]
-    said = str(found.users.to_pylist() + found.videos.to_pylist())
-    assert "Ann" not in said
-    assert "3.9" not in said
+    text = str(result.users.to_pylist() + result.videos.to_pylist())
+    assert "Ann" not in text
+    assert "3.9" not in text
 
 
 def test_yelp_needs_the_reviews_only_packed_or_not(tmp_path):
     write(tmp_path / "review.json", *lines(review(1, "u1", "b1", 5.0)))
     (tmp_path / "review.json").rename(tmp_path / "plain")
     (tmp_path / "review.json.gz").write_bytes(gzip.compress((tmp_path / "plain").read_bytes()))
-    found = tables("yelp", tmp_path)
-    assert columns(found.interactions, "user_id", "video_id") == [("u1", "b1")]
-    assert any("no file of places" in note for note in found.notes)
+    result = tables("yelp", tmp_path)
+    assert columns(result.interactions, "user_id", "video_id") == [("u1", "b1")]
+    assert any("no file of places" in note for note in result.notes)
 
 
 def test_yelp_lines_that_cannot_be_read_are_set_aside_or_refuse_the_file(yelp):
@@ -275,8 +275,8 @@ def test_yelp_lines_that_cannot_be_read_are_set_aside_or_refuse_the_file(yelp):
         '{"review_id":',
     ]
     path = write(yelp / "yelp_academic_dataset_review.json", *good, *bad)
-    found = tables("yelp", yelp, max_bad_rows=1)
-    assert sorted(rejects(found)) == [
+    result = tables("yelp", yelp, max_bad_rows=1)
+    assert sorted(rejects(result)) == [
         (path.name, 2, "stars", "above 5"),
         (path.name, 3, "date", "not a time between 1990 and 2100"),
         (path.name, 4, "review_id", "duplicate"),

@@ -269,9 +269,9 @@ def test_hashes_are_the_same_on_every_machine_and_in_every_version() -> None:
 
 
 def test_parts_are_ranges_of_hashes() -> None:
-    found = np.sort(hashes(pa.array([f"u{i}" for i in range(5000)])))
+    ordered = np.sort(hashes(pa.array([f"u{i}" for i in range(5000)])))
     for parts in (1, 3, 17):
-        of = parts_of(found, parts)
+        of = parts_of(ordered, parts)
         assert (np.diff(of) >= 0).all()
         assert set(of.tolist()) == set(range(parts))
         assert np.bincount(of).max() < 1.5 * 5000 / parts

@@ -285,7 +285,7 @@ def test_refuses_damaged_files(tmp_path):
     path = write(tmp_path / "a.parquet", b"PAR1 and no more")
     refused(lambda: read(path), "a.parquet", "not a Parquet file", "copy it again")
     path = write(tmp_path / "a.jsonl", b"no json\n")
-    refused(lambda: read(path), "a.jsonl", "row 1", "no json", "one object a line")
+    refused(lambda: read(path), "a.jsonl", "row 1", "no json", "one object per line")
     refused(lambda: read(write(tmp_path / "a.xls", b"x")), "a.xls", "unknown file type", ".parquet")
 
 
@@ -758,15 +758,15 @@ def test_unseen_films_were_there_and_are_no_clicks():
     users, films, when = (list(column) for column in zip(*rated, strict=True))
     rows = pa.table({"user_id": users, "video_id": films, "timestamp": when, "rating": [5.0] * len(rated)})
     first = pa.table({"video_id": list(times), "timestamp": list(times.values())})
-    found = movielens.with_unseen(clicks(rows, "user_id", "video_id"), first, 1).to_pylist()
-    assert [(r["user_id"], r["video_id"]) for r in found if r["clicked"]] == [(u, v) for u, v, _ in rated]
-    unseen = [r for r in found if not r["clicked"]]
+    records = movielens.with_unseen(clicks(rows, "user_id", "video_id"), first, 1).to_pylist()
+    assert [(r["user_id"], r["video_id"]) for r in records if r["clicked"]] == [(u, v) for u, v, _ in rated]
+    unseen = [r for r in records if not r["clicked"]]
     assert {r["user_id"] for r in unseen} >= {"u2", "u3"}
     for row in unseen:
         assert (row["user_id"], row["video_id"]) not in {(u, v) for u, v, _ in rated}
         assert times[row["video_id"]] <= row["timestamp"]
     assert len({(r["user_id"], r["video_id"]) for r in unseen}) == len(unseen)
-    assert {(r["rating"], r["liked"], r["disliked"]) for r in found} == {(None, None, None)}
+    assert {(r["rating"], r["liked"], r["disliked"]) for r in records} == {(None, None, None)}
 
 
 def test_the_unseen_films_of_a_user_do_not_depend_on_other_users():
@@ -784,5 +784,5 @@ def test_the_unseen_films_of_a_user_do_not_depend_on_other_users():
 def test_the_first_time_of_a_film_is_that_of_all_pieces_of_a_log():
     pieces = [{"a": 30, "b": 20, "c": None}, {"a": 10, "d": 40}, {"b": 25, "d": 35}]
     tables = (pa.table({"video_id": list(p), "timestamp": pa.array(p.values(), pa.int64())}) for p in pieces)
-    found = sum((Findings(first=first_times(t)) for t in tables), Findings()).first
-    assert dict(zip(*(found[c].to_pylist() for c in found.column_names), strict=True)) == {"a": 10, "b": 20, "d": 35}
+    first = sum((Findings(first=first_times(t)) for t in tables), Findings()).first
+    assert dict(zip(*(first[c].to_pylist() for c in first.column_names), strict=True)) == {"a": 10, "b": 20, "d": 35}

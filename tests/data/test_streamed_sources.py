@@ -199,8 +199,8 @@ def test_a_public_source_in_any_number_of_parts(tmp_path: Path, layout) -> None:
     for parts in (1, 3, 17):
         run = Run(tmp_path / f"r{parts}")
         stages.make(["raw"], run, load_settings("tiny", [*source, part_rows(rows, parts)]))
-        found = run.artifact("raw").parts("interactions")
-        assert abs(len(found) - parts) <= parts // 4, "whole rows of a part"
+        files = run.artifact("raw").parts("interactions")
+        assert abs(len(files) - parts) <= parts // 4, "whole rows of a part"
         tables = assert_raw(run, source)
     assert LAYOUTS[layout][1] <= set(tables.rejects["cause"].to_pylist())
     assert tables.interactions.num_rows > ROWS // 3

@@ -30,10 +30,10 @@ def test_two_nodes_give_the_rows_of_one_process(tmp_path: Path) -> None:
 
         try:
             wait_for(ended, PATIENCE, "the command")
-            said = job.communicate()[1].decode()
+            errors = job.communicate()[1].decode()
         finally:
             job.kill()
-    assert job.returncode == 0, said
+    assert job.returncode == 0, errors
     assert worked == {0, 1}, "both nodes had calls of Ray Data"
     settings = load_settings("tiny", overrides)
     for name, table in expected_raw(settings).items():

@@ -82,10 +82,10 @@ def test_what_ended_is_kept_and_an_error_with_a_remedy_arrives(folder: Path, ray
     work = Work(LocalFileSystem(), str(folder.parent / "kept"), on_ray=True)
     with pytest.raises(InputError, match="line 2 is bad"):
         work.run("square", squares(folder, "error"), range(4))
-    found = work.run("square", squares(folder, "error"), range(4))
-    assert found == [0, 1, 4, 9]
+    results = work.run("square", squares(folder, "error"), range(4))
+    assert results == [0, 1, 4, 9]
     assert len(list((folder.parent / "kept").iterdir())) == 4
-    assert work.run("square", squares(folder, "error"), range(4)) == found
+    assert work.run("square", squares(folder, "error"), range(4)) == results
     assert all(len(list(folder.glob(f"{item}-*"))) <= 2 for item in range(4))
 
 

@@ -1,7 +1,7 @@
-"""Agent4Rec's layout as a source: train.txt, valid.txt and test.txt, a user and the items chosen by line.
+"""Agent4Rec's layout as a source: train.txt, valid.txt and test.txt, one user and the items they chose per line.
 
 A line is a user's id and then the ids of the films, separated by spaces; `movie_detail.csv` has titles and genres. The
-three files divide each user's films; nobody says by what, and there are neither ratings nor times.
+three files divide each user's films, by a rule that is not documented; there are neither ratings nor times.
 """
 
 from pathlib import Path

@@ -104,9 +104,9 @@ class _Reviews(Log):
     columns = _REVIEWS
 
     @property
-    def lean(self) -> Self:
+    def for_workers(self) -> Self:
         """The log as workers need it."""
-        return replace(super().lean, books=None)
+        return replace(super().for_workers, books=None)
 
     def check(self, sheet: Sheet) -> None:
         """See `Log`."""
@@ -148,7 +148,7 @@ def _categories_by_title(books: Sheet, reviewed: pa.ChunkedArray) -> dict[str, l
 
 
 def _categories(text: str | None) -> list[str] | None:
-    """Parses `['Fiction']`, as written by Python; None if it is no list."""
+    """Parses `['Fiction']`, as written by Python; None if it is not a list."""
     if text is None:
         return []
     try:
@@ -179,7 +179,7 @@ class _Windows(Log):
 
 
 def _merge(windows: Sheet) -> tuple[dict[str, list[str]], int]:
-    """Joins each user's windows to one sequence: what a window has beyond the sequence so far is appended.
+    """Joins each user's windows into one sequence: what a window has beyond the sequence so far is appended.
 
     Returns:
         The books of each user, in the order of the users' first windows, and the number of windows that do not overlap

@@ -66,12 +66,12 @@ class CellRules:
         return rf"(?i)^\s*({'|'.join(re.escape(word) for word in self.nulls)})?\s*$"
 
     def words(self, column: pa.Array) -> Counter[str]:
-        """How often each word for a missing value stands in a column of text."""
+        """How often each word for a missing value occurs in a column of text."""
         if not _is_text(column):
             return Counter()
         text = pc.utf8_trim_whitespace(column.cast(pa.string()))
-        found = text.filter(pc.and_(pc.match_substring_regex(text, self.missing), pc.not_equal(text, "")))
-        return Counter({count["values"].as_py(): count["counts"].as_py() for count in found.value_counts()})
+        matches = text.filter(pc.and_(pc.match_substring_regex(text, self.missing), pc.not_equal(text, "")))
+        return Counter({count["values"].as_py(): count["counts"].as_py() for count in matches.value_counts()})
 
 
 RULES = CellRules()
@@ -364,7 +364,7 @@ _NUMBERS = re.compile(r"[\d.eE+-]+(\s+[\d.eE+-]+)+")
 
 
 def _listed(text: str) -> list[str | None] | None:
-    """The items of a list in brackets; None if it is no list."""
+    """The items of a list in brackets; None if it is not a list."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError:

@@ -93,7 +93,7 @@ class InputFile:
 
 
 def is_wild(path: str) -> bool:
-    """Whether a path or URI is a glob; one that is there as it is written is none."""
+    """Whether a path or URI is a glob; one that exists literally is not."""
     return bool(_WILD & set(path)) and not _exists(path)
 
 
@@ -123,8 +123,8 @@ def matching(pattern: str) -> list[InputFile]:
     """The files that match a glob, by name; labels are relative to its fixed part."""
     fs, path = located(pattern)
     fixed = _fixed(path, fs.exists)
-    found = sorted(p for p in fs.glob(glob.escape(fixed) + path.removeprefix(fixed)) if fs.isfile(p))
-    return [InputFile(_full(pattern, fs, p), p.removeprefix(fixed).lstrip("/")) for p in found]
+    paths = sorted(p for p in fs.glob(glob.escape(fixed) + path.removeprefix(fixed)) if fs.isfile(p))
+    return [InputFile(_full(pattern, fs, p), p.removeprefix(fixed).lstrip("/")) for p in paths]
 
 
 def listed(folder: str, suffixes: Sequence[str]) -> list[InputFile]:
@@ -133,9 +133,9 @@ def listed(folder: str, suffixes: Sequence[str]) -> list[InputFile]:
     """
     fs, path = located(folder)
     root = path.rstrip("/")
-    found = [p for p in sorted(fs.find(root)) if p.endswith(tuple(suffixes)) and not _hidden(p.removeprefix(root))]
+    paths = [p for p in sorted(fs.find(root)) if p.endswith(tuple(suffixes)) and not _hidden(p.removeprefix(root))]
     parent = root.rpartition("/")[0]
-    return [InputFile(_full(folder, fs, p), p.removeprefix(parent).lstrip("/")) for p in found]
+    return [InputFile(_full(folder, fs, p), p.removeprefix(parent).lstrip("/")) for p in paths]
 
 
 def _hidden(path: str) -> bool:
@@ -143,8 +143,8 @@ def _hidden(path: str) -> bool:
 
 
 def fixed_folder(pattern: str) -> str:
-    """The folder (path or URI) that a glob's matches have in common; folders that are there as they are written belong
-    to it, whatever is in their names.
+    """The folder (path or URI) that a glob's matches have in common; folders that exist literally belong to it,
+    whatever characters their names have.
     """
     return _fixed(pattern, _exists)
 
@@ -167,7 +167,7 @@ def in_folder(folder: str, name: str) -> InputFile:
 
 
 def refuse_missing(path: str) -> None:
-    """Refuses a path or URI where nothing is.
+    """Refuses a path or URI where there is nothing.
 
     Raises:
         InputError: nothing is there, or no file matches the glob.

@@ -36,11 +36,11 @@ _JSON_HEAD_BYTES = 4 << 20
 _SAMPLE_BYTES = 1 << 16
 """Bytes at the start of a text file that say how long its lines are."""
 _PACKED = 4
-"""How much smaller packed text is, about."""
+"""About how many times smaller packed text is."""
 
 _BROKEN_CHARS = 1000
 _NUL_SHARE = 0.01
-"""A text file with more NUL bytes is none; of a few, each costs its row."""
+"""A file with a larger share of NUL bytes is not a text file; a few cost only their rows."""
 _OPEN_QUOTE = "quote left open"
 _SEPARATOR = "\x1f"
 """Replaces a delimiter of several characters (`::`), which Arrow does not support. Text files do not contain it."""
@@ -79,7 +79,7 @@ class RawFile:
     header: list[str] = field(default_factory=list)
     broken: list[BrokenRow] = field(default_factory=list)
     late: list[str] = field(default_factory=list)
-    """Names that the batches so far have and the header has not (JSON lines alone)."""
+    """Names that occur in the batches so far but not in the header (JSON lines only)."""
 
     @property
     def label(self) -> str:
@@ -153,7 +153,7 @@ def open_part(file: InputFile, groups: range | None = None, names: Sequence[str]
         whole: see `JsonLines`.
 
     Raises:
-        InputError: see `open_table`; an empty file is no Parquet file.
+        InputError: see `open_table`; an empty file is not a Parquet file.
     """
     return Blank(file) if _is_blank(file) else open_table(file, groups=groups, names=names, whole=whole)
 
@@ -178,7 +178,7 @@ def _refuse_missing(file: InputFile) -> None:
 
 
 def rows_about(file: InputFile) -> int:
-    """About how many rows a text file has, by the lines at its start.
+    """About how many rows a text file has, judging by the lines at its start.
 
     Raises:
         InputError: it is missing, or cannot be unzipped.
@@ -407,11 +407,11 @@ def _count(column: pa.Array, byte: bytes) -> np.ndarray:
 
 @dataclass
 class JsonLines(RawFile):
-    """One JSON object per line, in blocks of whole lines. Arrow reads a block; line by line it is read if Arrow refuses
-    it, to find the bad lines, or if Arrow cannot hold a number exactly.
+    """One JSON object per line, in blocks of whole lines. Arrow reads a block; if Arrow refuses it, or cannot hold a
+    number exactly, it is read line by line, which finds the bad lines.
 
-    Any line may name new columns, so only a pass over the whole file tells all of them. Who can do without them until
-    the rows are read opens the file by its start, and looks at `late` afterwards.
+    Any line may name new columns, so only a pass over the whole file tells all of them. Callers that can do without
+    them until the rows are read open the file by its start, and look at `late` afterwards.
     """
 
     whole: bool = True
@@ -434,7 +434,7 @@ class JsonLines(RawFile):
                 if self.broken
                 else ""
             )
-            raise InputError(f"{self.label}: no row holds a JSON object{example}; write one object a line, in UTF-8")
+            raise InputError(f"{self.label}: no row holds a JSON object{example}; write one object per line, in UTF-8")
         return list(names)
 
     def _blocks(self, size: int) -> Iterator[pa.Table]:
@@ -451,14 +451,14 @@ class JsonLines(RawFile):
             yield table
 
     def _raw_blocks(self, size: int) -> Iterator[bytes]:
-        rest, found = b"", False
+        rest, yielded = b"", False
         with _readable(self.label, "cannot be unzipped"), self.file.stream() as stream:
             while part := bytes(stream.read(size)):
                 whole, newline, rest = (rest + part).rpartition(b"\n")
                 if whole or newline:
-                    found = True
+                    yielded = True
                     yield whole + newline
-        if rest or not found:
+        if rest or not yielded:
             yield rest
 
     def _read_at_once(self, raw: bytes) -> pa.Table | None:

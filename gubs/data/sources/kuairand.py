@@ -255,10 +255,10 @@ def _earlier(users: pa.Table, interactions: pa.Table) -> Sheet:
     """The histories that end before the log begins. Interests from a longer one could give away what is to be
     predicted.
     """
-    known = users.filter(users["history_line"].is_valid())
-    history = Sheet(_HISTORY, known, known["history_line"].to_numpy(), known.num_rows)
+    with_history = users.filter(users["history_line"].is_valid())
+    history = Sheet(_HISTORY, with_history, with_history["history_line"].to_numpy(), with_history.num_rows)
     starts = interactions.group_by("user_id").aggregate([("timestamp", "min")])
-    rows = pc.index_in(known["user_id"], value_set=starts["user_id"].combine_chunks())
+    rows = pc.index_in(with_history["user_id"], value_set=starts["user_id"].combine_chunks())
     first = pc.take(starts["timestamp_min"], rows)
     history.reject(pc.greater_equal(history.column("last_time_ms"), first), "history overlaps the log", "last_time_ms")
     return history

@@ -1,6 +1,6 @@
 """A log that is read in pieces and finished user by user: what all sources share whose logs may exceed the memory.
 
-A source derives from `Log`: `read` gives the rows of a file, right cell by cell, and `finish` makes interactions of all
+A source derives from `Log`: `read` gives the rows of a file with valid cells, and `finish` makes interactions of all
 rows of some users. What must be known of the whole log adds up over pieces (`Findings`) and over users (`Tally`).
 `in_memory` puts it together in one go, `log_passes` on many machines.
 """
@@ -34,7 +34,7 @@ from gubs.errors import InputError
 from gubs.records import empty
 
 ROWS = 1 << 20
-"""Rows of a sheet, where nothing else is asked for."""
+"""Rows per sheet, unless the caller asks for another number."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Head:
     group_rows: tuple[int, ...] = ()
     """Rows of each row group of a Parquet file."""
     rows: int = 0
-    """About how many there are."""
+    """Approximate number of rows."""
     blank: bool = False
     """It is a text file without any text, not even a header."""
 
@@ -68,7 +68,7 @@ class Head:
 
     @classmethod
     def started(cls, file: InputFile) -> "Head":
-        """As `of`, by the start of the file; `Findings.late` tells what it lacked."""
+        """Like `of`, from the start of the file; `Findings.late` tells what it lacked."""
         return cls.of(file, whole=False)
 
     @classmethod
@@ -168,7 +168,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Log:
-    """A log, and what other files say about its users and videos, which are few beside its rows."""
+    """A log, and what other files say about its users and videos, which are few compared with its rows."""
 
     files: Sequence[InputFile]
     """Of the interactions, in their order."""
@@ -187,14 +187,14 @@ class Log:
     text: TextFormat | None = None
     """How the files are written, if their suffix does not tell."""
     unique: str | None = None
-    """A column in which each value belongs to one row, whoever's it is: later rows with it are duplicates."""
+    """A column in which each value belongs to one row, whichever user it is of: later rows with it are duplicates."""
 
     columns: ClassVar[Sequence[Column]]
     """The columns to read."""
     fan_out: ClassVar[int] = 1
-    """Interactions that a row becomes, about."""
+    """About how many interactions a row becomes."""
     in_parts: ClassVar[bool] = False
-    """Whether a file is but a part, which may have no rows; of other sources such a file is a failed copy."""
+    """Whether a file is only a part, which may have no rows; for other sources such a file is a failed copy."""
     broadcast: ClassVar[tuple[str, ...]] = ("video_id",)
     """Columns of the described videos that `finish` needs."""
 
@@ -204,13 +204,13 @@ class Log:
         return self.files[0].label if len(self.files) == 1 else f"interactions ({len(self.files)} files)"
 
     @property
-    def lean(self) -> Self:
+    def for_workers(self) -> Self:
         """The log as workers need it."""
         videos = None if self.videos is None else self.videos.select(self.broadcast)
         return replace(self, users=None, videos=videos, sheets=(), notes=())
 
     def read(self, number: int, groups: range | None = None, rows: int = ROWS) -> Iterator[Sheet]:
-        """A file of the interactions in sheets of about so many rows, at least one; each row has a user.
+        """A file of the interactions in sheets of about `rows` rows, at least one; each row has a user.
 
         Args:
             number: the file's place.
@@ -343,8 +343,8 @@ def first_seen(seen: pa.Table) -> pa.Table:
 
 def first_times(rows: pa.Table) -> pa.Table:
     """Each video_id and its first timestamp; rows without a time do not count."""
-    known = rows.select(["video_id", "timestamp"]).filter(pc.is_valid(rows["timestamp"]))
-    first = known.group_by("video_id", use_threads=False).aggregate([("timestamp", "min")])
+    timed = rows.select(["video_id", "timestamp"]).filter(pc.is_valid(rows["timestamp"]))
+    first = timed.group_by("video_id", use_threads=False).aggregate([("timestamp", "min")])
     return first.rename_columns(["video_id", "timestamp"])
 
 
@@ -359,9 +359,9 @@ def identities(log: Log, rows: pa.Table) -> pa.Table:
     return pa.table({"id": hashes(ids), "more": hashes(ids, "gubs interaction"), "row": places(rows)})
 
 
-def repeated(found: pa.Table) -> np.ndarray:
+def repeated(rows: pa.Table) -> np.ndarray:
     """Places of the rows whose unique value an earlier row has; see `identities`."""
-    hashed, more, place = (found[c].to_numpy() for c in ("id", "more", "row"))
+    hashed, more, place = (rows[c].to_numpy() for c in ("id", "more", "row"))
     order = np.lexsort((place, more, hashed))
     same = (np.diff(hashed[order]) == 0) & (np.diff(more[order]) == 0)
     return place[order[1:][same]]

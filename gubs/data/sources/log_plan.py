@@ -90,8 +90,8 @@ def find_files(path: str) -> tuple[dict[str, list[InputFile]], str]:
         folder, own = folder or ".", [InputFile(path, name)]
     else:
         folder, own = path, []
-    found = {name: _find(folder, name) for name in TABLES}
-    files = {name: parts for name, parts in (found | ({"interactions": own} if own else {})).items() if parts}
+    by_table = {name: _find(folder, name) for name in TABLES}
+    files = {name: parts for name, parts in (by_table | ({"interactions": own} if own else {})).items() if parts}
     if "interactions" not in files:
         names = ", ".join(f"interactions{suffix}" for suffix in _SUFFIXES)
         raise InputError(
@@ -112,7 +112,7 @@ def _find(folder: str, name: str) -> list[InputFile]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LogPlan:
     """How a log is read; made from its heads and the settings."""
 
     settings: SourceSettings
@@ -151,7 +151,7 @@ _ALWAYS = ("user_id", "video_id", "task", "timestamp", "page_id", "clicked", "wa
 """Columns that a piece has, even if they are empty."""
 
 
-def plan(settings: SourceSettings, files: Files, folder: str, heads: Mapping[str, Sequence[Head]]) -> Plan:
+def plan(settings: SourceSettings, files: Files, folder: str, heads: Mapping[str, Sequence[Head]]) -> LogPlan:
     """Checks the settings against the heads of the files.
 
     Raises:
@@ -165,12 +165,12 @@ def plan(settings: SourceSettings, files: Files, folder: str, heads: Mapping[str
     mapping = _of_table(settings.columns, "interactions")
     derived = frozenset(GAPS) if _is_complete(mapping) else frozenset[str]()
     columns = tuple(c for c in mapped("interactions", settings.columns) if c.name not in derived)
-    found = [match_columns(h.label, h.header, columns) for h in heads["interactions"] if not h.blank]
-    names = {ours: theirs for one in reversed(found) for ours, theirs in one.items()}
-    return Plan(settings, files, folder, heads, columns, names, derived, _stated_units(settings.units))
+    matches = [match_columns(h.label, h.header, columns) for h in heads["interactions"] if not h.blank]
+    names = {ours: theirs for one in reversed(matches) for ours, theirs in one.items()}
+    return LogPlan(settings, files, folder, heads, columns, names, derived, _stated_units(settings.units))
 
 
-def widened(log: Plan, late: Mapping[str, Sequence[str]]) -> Plan | None:
+def widened(log: LogPlan, late: Mapping[str, Sequence[str]]) -> LogPlan | None:
     """The plan by heads with these columns too, by file of the interactions; None if none of them could be used.
 
     Raises:
@@ -243,14 +243,14 @@ def _stated_units(setting: Nested) -> units.Stated:
 def _stated(key: str, name: str, unit: str, tables: Sequence[str]) -> dict[tuple[str, str], str]:
     """One unit for the column `name` (`watch` or `watch_s`) of those of the tables that have it."""
     column = name if name in _WITH_UNITS["interactions"] else f"{name}_s"
-    found = {(table, column): unit for table in tables if column in _WITH_UNITS[table]}
-    if not found:
+    entries = {(table, column): unit for table in tables if column in _WITH_UNITS[table]}
+    if not entries:
         names = dict.fromkeys(c.removesuffix("_s") for table in tables for c in _WITH_UNITS[table])
         raise InputError(f"{key}: no such column of {' or '.join(tables)}; they are {', '.join(names)}")
-    known = units.RATE_UNITS if column == RATE else units.TIME_UNITS
-    if unit not in known:
-        raise InputError(f"{key}={unit}: no such unit; they are {', '.join(known)}")
-    return found
+    allowed = units.RATE_UNITS if column == RATE else units.TIME_UNITS
+    if unit not in allowed:
+        raise InputError(f"{key}={unit}: no such unit; they are {', '.join(allowed)}")
+    return entries
 
 
 def mapped(table: str, setting: Nested) -> list[Column]:

@@ -1,6 +1,6 @@
 """The rows of your own logs: what must be known of all of them, and what becomes of each.
 
-Functions over blocks, for `logs.OwnLog`. `read` gives rows that are right cell by cell; their findings add up, and
+Functions over blocks, for `logs.OwnLog`. `read` gives rows with valid cells; their findings add up, and
 `decide` takes the sum; `finish` then makes interactions of all rows of some users.
 """
 
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from gubs.data.sources import units
 from gubs.data.sources.formats import open_part
 from gubs.data.sources.log import Done, Findings, places
-from gubs.data.sources.log_plan import GAPS, RATE, TIMES, Plan
+from gubs.data.sources.log_plan import GAPS, RATE, TIMES, LogPlan
 from gubs.data.sources.reading import (
     Account,
     Sheet,
@@ -38,8 +38,8 @@ CLICK_FEED, AUTOPLAY = 0.1, 0.9
 feed of covers that play when they are clicked; from the second, its videos play by themselves."""
 
 
-def read(log: Plan, number: int, groups: range | None = None, rows: int = 1 << 20) -> Iterator[Sheet]:
-    """A file of the interactions in sheets of about so many rows, cell by cell right, in seconds and shares.
+def read(log: LogPlan, number: int, groups: range | None = None, rows: int = 1 << 20) -> Iterator[Sheet]:
+    """A file of the interactions in sheets of about `rows` rows, with valid cells, in seconds and shares.
 
     Args:
         log: the plan.
@@ -59,14 +59,14 @@ def read(log: Plan, number: int, groups: range | None = None, rows: int = 1 << 2
         yield sheet
 
 
-def as_piece(log: Plan, sheet: Sheet, number: int) -> pa.Table:
+def as_piece(log: LogPlan, sheet: Sheet, number: int) -> pa.Table:
     """The rows of a sheet with their file and line, as `finish` takes them."""
     own = {"file": pa.nulls(len(sheet.lines), pa.int32()).fill_null(number), "line": pa.array(sheet.lines, pa.int64())}
     schema = log.piece_schema
     return pa.table([own[n] if n in own else sheet.column(n) for n in schema.names], schema=schema)
 
 
-def findings(log: Plan, sheet: Sheet) -> Findings:
+def findings(log: LogPlan, sheet: Sheet) -> Findings:
     """The findings of a sheet."""
     counts = Counter(asdict(Unclicked.of(sheet.table))) if "clicked" in log.names else Counter[str]()
     late = {sheet.label: sheet.late} if sheet.late else {}
@@ -82,7 +82,7 @@ class Decided:
     notes: tuple[str, ...] = ()
 
 
-def decide(log: Plan, findings: Findings) -> Decided:
+def decide(log: LogPlan, findings: Findings) -> Decided:
     """Decides what the rows mean.
 
     Raises:
@@ -109,9 +109,9 @@ def convert_units(sheet: Sheet, table: str, stated: units.Stated) -> None:
         theirs = sheet.names.get(ours)
         if theirs is None:
             continue
-        known = units.RATE_UNITS if ours == RATE else units.TIME_UNITS
+        allowed = units.RATE_UNITS if ours == RATE else units.TIME_UNITS
         unit = stated.get((table, ours)) or units.named_unit(theirs)
-        if unit is not None and unit in known:
+        if unit is not None and unit in allowed:
             _replace(sheet, ours, units.converted(sheet.column(ours), unit))
 
 
@@ -132,7 +132,7 @@ _LOSSES = {
 }
 
 
-def log_notes(log: Plan, findings: Findings, decided: Decided, counts: Counter[str]) -> list[str]:
+def log_notes(log: LogPlan, findings: Findings, decided: Decided, counts: Counter[str]) -> list[str]:
     """What the log lacks, and what was done about it."""
     notes = [
         f"No column {name!r}: {lost}." for name, lost in _LOSSES.items() if name not in log.names.keys() | log.derived
@@ -151,7 +151,7 @@ def log_notes(log: Plan, findings: Findings, decided: Decided, counts: Counter[s
     return notes + [note for note in [null_note(log.label("interactions"), nulls)] if note]
 
 
-def unit_evidence(log: Plan, sheet: Sheet) -> UnitEvidence:
+def unit_evidence(log: LogPlan, sheet: Sheet) -> UnitEvidence:
     """The evidence of some users' rows, which have been cleared of repeats."""
     own = [c for c in (*TIMES, RATE) if c in log.names or c not in GAPS]
     sizes = units.Evidence.of(sheet.table.select(own), sheet.column("video duration"))
@@ -159,15 +159,15 @@ def unit_evidence(log: Plan, sheet: Sheet) -> UnitEvidence:
     assert labels is not None
     examples = {}
     for column in own:
-        found = np.flatnonzero(pc.greater(sheet.column(column), 0).fill_null(False).to_numpy())
-        if len(found):
-            row = int(found[np.argmin(places(sheet.table)[found])])
+        positive = np.flatnonzero(pc.greater(sheet.column(column), 0).fill_null(False).to_numpy())
+        if len(positive):
+            row = int(positive[np.argmin(places(sheet.table)[positive])])
             name, value = log.names.get(column, column), sheet.column(column)[row].as_py()
             examples[column] = Example(files[row].as_py(), int(sheet.lines[row]), labels[row].as_py(), name, value)
     return UnitEvidence(sizes, examples)
 
 
-def check_units(log: Plan, evidence: UnitEvidence, videos: Sheet | None) -> None:
+def check_units(log: LogPlan, evidence: UnitEvidence, videos: Sheet | None) -> None:
     """Refuses units that no column has, and values that are not plausible in theirs.
 
     Raises:
@@ -181,9 +181,9 @@ def check_units(log: Plan, evidence: UnitEvidence, videos: Sheet | None) -> None
         label = videos.label if videos.labels is None else videos.labels[row].as_py()
         name = videos.names.get("duration_s", "duration_s")
         examples["videos", "duration_s"] = Example(0, int(videos.lines[row]), label, name, lengths[row].as_py())
-    if found := units.objections(sizes, log.stated):
-        reasons = "; ".join(f"{_shown(o.column, examples[o.table, o.column])}: {o.reason}" for o in found)
-        raise InputError(f"{reasons}. Set {', '.join(dict.fromkeys(o.remedy for o in found))}")
+    if objections := units.objections(sizes, log.stated):
+        reasons = "; ".join(f"{_shown(o.column, examples[o.table, o.column])}: {o.reason}" for o in objections)
+        raise InputError(f"{reasons}. Set {', '.join(dict.fromkeys(o.remedy for o in objections))}")
 
 
 def _shown(column: str, example: Example) -> str:
@@ -191,7 +191,7 @@ def _shown(column: str, example: Example) -> str:
     return f"{example.label}: column {example.name!r} (row {example.line} has {example.value:g}{unit})"
 
 
-def finish(log: Plan, decided: Decided, sheet: Sheet, durations: pa.ChunkedArray) -> Done:
+def finish(log: LogPlan, decided: Decided, sheet: Sheet, durations: pa.ChunkedArray) -> Done:
     """Makes interactions of all rows of some users, in the order of the log.
 
     Args:
@@ -227,7 +227,7 @@ def _number(sheet: Sheet, files: int) -> None:
     sheet.table = sheet.table.append_column("interaction_id", ids)
 
 
-def _reject_repeats(sheet: Sheet, log: Plan) -> int:
+def _reject_repeats(sheet: Sheet, log: LogPlan) -> int:
     """Rejects rows that repeat an earlier one; a click and the view that it starts are two records. Returns how many
     rows have no time.
     """
@@ -246,8 +246,8 @@ def play_rates(block: pa.Table, durations: pa.ChunkedArray) -> tuple[pa.ChunkedA
         block: play_rate, watch_s and duration_s of the log; a duration of 0 counts as unknown.
         durations: of the rows' videos by the table `videos`.
     """
-    known = pc.coalesce(pc.if_else(pc.greater(block["duration_s"], 0), block["duration_s"], None), durations)
-    rates = pc.coalesce(block["play_rate"], pc.divide(block["watch_s"], known))
+    duration = pc.coalesce(pc.if_else(pc.greater(block["duration_s"], 0), block["duration_s"], None), durations)
+    rates = pc.coalesce(block["play_rate"], pc.divide(block["watch_s"], duration))
     capped = pc.min_element_wise(rates, 1.0, skip_nulls=False)
     capped = capped if isinstance(capped, pa.ChunkedArray) else pa.chunked_array([capped])
     return capped, pc.sum(pc.greater(rates, 1)).as_py() or 0
@@ -288,7 +288,7 @@ def _played(rows: pa.Table) -> pa.ChunkedArray:
     return pc.or_(watched, rated)
 
 
-def _is_click_feed(log: Plan, unclicked: Unclicked) -> tuple[bool, list[str]]:
+def _is_click_feed(log: LogPlan, unclicked: Unclicked) -> tuple[bool, list[str]]:
     """Whether rows with `clicked` but without a page or task are exposures, by what happened to those without a click;
     and a note on it.
 
@@ -337,12 +337,12 @@ def _reject_unlabelled(sheet: Sheet) -> None:
     sheet.reject(pc.and_(click, sheet.column("clicked").is_null()), "no click known")
 
 
-def refuse_unlabelled(log: Plan, rejected: Mapping[str, Counter[str]], row: int) -> None:
+def refuse_unlabelled(log: LogPlan, rejected: Mapping[str, Counter[str]], row: int) -> None:
     """Says that every row was rejected, with the causes and one such row."""
     causes = reduce(add, rejected.values(), Counter[str]())
-    said = ", ".join(f"{n} {cause}" for cause, n in causes.items())
+    counts = ", ".join(f"{n} {cause}" for cause, n in causes.items())
     raise InputError(
-        f"{log.label('interactions')}: every row was rejected ({said}; the first is row {row}). Give the columns "
+        f"{log.label('interactions')}: every row was rejected ({counts}; the first is row {row}). Give the columns "
         f"'play_rate', or 'watch_s' and 'duration_s', for sequential views, or 'clicked' for exposures"
     )
 

@@ -35,7 +35,7 @@ from gubs.data.sources import log_rows
 from gubs.data.sources.files import InputFile
 from gubs.data.sources.formats import open_part
 from gubs.data.sources.log import ROWS, Done, Findings, Head, Log, Tally
-from gubs.data.sources.log_plan import USERS, VIDEOS, Plan, find_files, mapped, plan, widened
+from gubs.data.sources.log_plan import USERS, VIDEOS, LogPlan, find_files, mapped, plan, widened
 from gubs.data.sources.media import VIDEO_SUFFIXES, media_paths
 from gubs.data.sources.reading import (
     Column,
@@ -89,8 +89,8 @@ def open_source(settings: SourceSettings, look: Look = _here) -> "OwnLog":
     )
 
 
-def _planned(settings: SourceSettings, files: Mapping[str, list[InputFile]], folder: str, look: Look) -> Plan:
-    """The plan. The start of a file of interactions will do, unless what it names does not suffice."""
+def _planned(settings: SourceSettings, files: Mapping[str, list[InputFile]], folder: str, look: Look) -> LogPlan:
+    """The plan. The start of a file of interactions is enough, unless it does not name all columns needed."""
     heads = {}
     for table, parts in files.items():
         there = _here if len(parts) <= _FEW and _is_quick(table, parts) else look
@@ -107,7 +107,7 @@ def _planned(settings: SourceSettings, files: Mapping[str, list[InputFile]], fol
 _HEADS = {"interactions": Head.started, "users": Head.of, "videos": Head.of}
 """Users and videos are read whole and once, with facts under any name."""
 _FEW = 16
-"""So many quick looks take less time than workers need to start."""
+"""This many quick looks take less time than starting workers."""
 
 
 def _is_quick(table: str, files: Sequence[InputFile]) -> bool:
@@ -115,7 +115,7 @@ def _is_quick(table: str, files: Sequence[InputFile]) -> bool:
     return table == "interactions" or all(f.suffix == ".parquet" for f in files)
 
 
-def _unique(log: Plan) -> str | None:
+def _unique(log: LogPlan) -> str | None:
     return "interaction_id" if "interaction_id" in log.names else None
 
 
@@ -123,7 +123,7 @@ def _unique(log: Plan) -> str | None:
 class OwnLog(Log):
     """Your own logs."""
 
-    plan: Plan
+    plan: LogPlan
     video_sheet: Sheet | None
     choice: log_rows.Decided | None = None
 
@@ -131,9 +131,9 @@ class OwnLog(Log):
     broadcast = ("video_id", "duration_s")
 
     @property
-    def lean(self) -> Self:
+    def for_workers(self) -> Self:
         """The log as workers need it."""
-        return replace(super().lean, video_sheet=None)
+        return replace(super().for_workers, video_sheet=None)
 
     def read(self, number: int, groups: range | None = None, rows: int = ROWS) -> Iterator[Sheet]:
         """See `Log`."""
@@ -186,7 +186,7 @@ class OwnLog(Log):
         return replace(log, videos=videos), notes + more
 
 
-def _read_users(log: Plan) -> tuple[Sheet, pa.Table, list[str]]:
+def _read_users(log: LogPlan) -> tuple[Sheet, pa.Table, list[str]]:
     """The sheet, the users, and notes."""
     columns = mapped("users", log.settings.columns)
     ours = {n for c in columns for n in c.names}
@@ -203,7 +203,7 @@ def _read_users(log: Plan) -> tuple[Sheet, pa.Table, list[str]]:
     return sheet, build("users", n, **filled), notes
 
 
-def _read_table(log: Plan, table: str, columns: Sequence[Column]) -> tuple[Sheet, list[str]]:
+def _read_table(log: LogPlan, table: str, columns: Sequence[Column]) -> tuple[Sheet, list[str]]:
     """All files of a table as one sheet; some may have no rows."""
     opened = (open_part(f, names=head.header) for f, head in zip(log.files[table], log.heads[table], strict=True))
     sheets = [sheet for raw in opened for sheet in read_blocks(raw, columns, log.rules, maxsize)]
@@ -239,7 +239,7 @@ def _json_object(text: str | None) -> dict[str, object] | None:
     return value if isinstance(value, dict) else None
 
 
-def _read_videos(log: Plan) -> tuple[Sheet, pa.Table, list[str]]:
+def _read_videos(log: LogPlan) -> tuple[Sheet, pa.Table, list[str]]:
     """The sheet, the videos, and notes."""
     sheet, notes = _read_table(log, "videos", mapped("videos", log.settings.columns))
     sheet.reject_duplicates("video_id")

@@ -82,10 +82,10 @@ def files(settings: SourceSettings) -> list[Path]:
 
 
 def _folders(root: Path) -> list[Path]:
-    found = [root] if (root / _BEHAVIORS).is_file() else sorted(p.parent for p in root.glob(f"*/{_BEHAVIORS}"))
-    if not found:
+    folders = [root] if (root / _BEHAVIORS).is_file() else sorted(p.parent for p in root.glob(f"*/{_BEHAVIORS}"))
+    if not folders:
         raise InputError(f"{root}: no {_BEHAVIORS} in it or a subfolder; source.path must be a folder of MIND")
-    return found
+    return folders
 
 
 class _Pages(Log):
@@ -171,10 +171,10 @@ def _users(pages: pa.Table, topics: dict[str, list[str]]) -> tuple[pa.Table, int
     """
     times = pages.select(["user_id", "timestamp"]).to_pandas()
     first = times.sort_values("timestamp", kind="stable").drop_duplicates("user_id").sort_values("user_id").index
-    known = pages.take(pa.array(first))
-    clicked = [history.split() if history else [] for history in known["history"].to_pylist()]
+    first_pages = pages.take(pa.array(first))
+    clicked = [history.split() if history else [] for history in first_pages["history"].to_pylist()]
     tags = pa.array([_favourites(news, topics) for news in clicked], pa.list_(pa.string()))
-    return build("users", known.num_rows, user_id=known["user_id"], tags=tags), sum(map(len, clicked))
+    return build("users", first_pages.num_rows, user_id=first_pages["user_id"], tags=tags), sum(map(len, clicked))
 
 
 def _favourites(news: Sequence[str], topics: dict[str, list[str]]) -> list[str]:

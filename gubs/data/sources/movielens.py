@@ -186,13 +186,15 @@ def with_unseen(interactions: pa.Table, first: pa.Table, each: int) -> pa.Table:
     """
     frame = interactions.select(["user_id", "video_id", "timestamp"]).to_pandas()
     place = pd.Index(first["video_id"].to_pandas()).get_indexer(frame["video_id"])
-    known = np.searchsorted(first["timestamp"].to_numpy(), frame["timestamp"].fillna(-np.inf).to_numpy(), side="right")
+    available = np.searchsorted(
+        first["timestamp"].to_numpy(), frame["timestamp"].fillna(-np.inf).to_numpy(), side="right"
+    )
     added, films = list[int](), list[int]()
     for user, rows in frame.groupby("user_id", sort=False).indices.items():
         rng = np.random.default_rng([_UNSEEN_SEED, int(hashes(pa.array([user]))[0])])
-        drawn = rng.integers(np.maximum(known[rows], 1)[:, None], size=(len(rows), _DRAWS * each))
+        drawn = rng.integers(np.maximum(available[rows], 1)[:, None], size=(len(rows), _DRAWS * each))
         taken = set(place[rows].tolist())
-        for row, some in zip(rows[known[rows] > 0].tolist(), drawn[known[rows] > 0].tolist(), strict=True):
+        for row, some in zip(rows[available[rows] > 0].tolist(), drawn[available[rows] > 0].tolist(), strict=True):
             new = [film for film in dict.fromkeys(some) if film not in taken][:each]
             taken.update(new)
             added += [row] * len(new)

@@ -1,7 +1,7 @@
 """The Netflix Prize as a source: ratings with dates, listed under a line with the film's number.
 
 Files: `combined_data_*.txt` (many films, each a line `1:` and then lines `user,stars,date`), or `training_set/mv_*.txt`
-(one film a file), and `movie_titles.csv` (number, year, title, which may have commas; ISO-8859-1). A film becomes a
+(one film per file), and `movie_titles.csv` (number, year, title, which may have commas; ISO-8859-1). A film becomes a
 video, and a rating an interaction of the click task.
 """
 
@@ -58,8 +58,8 @@ def files(settings: SourceSettings) -> list[Path]:
 
 def _ratings(root: Path) -> list[Path]:
     for pattern in _PATTERNS:
-        if found := sorted(root.glob(pattern)):
-            return found
+        if paths := sorted(root.glob(pattern)):
+            return paths
     raise InputError(f"{root}: no {' or '.join(_PATTERNS)}; source.path must be a folder of the Netflix Prize")
 
 
@@ -75,7 +75,7 @@ class _Ratings(Log):
             yield sheet
 
     def decided(self, findings: Findings) -> Self:
-        """See `Log`; a film without ratings is no fault."""
+        """See `Log`; a film without ratings is not an error."""
         rated = {label: account for label, account in findings.accounts.items() if account.rows_in}
         return super().decided(replace(findings, accounts=rated))
 
@@ -89,7 +89,7 @@ class _Ratings(Log):
 def _head_lines(sheet: Sheet, film: pa.Scalar) -> pa.Scalar:
     """Gives each line the film above it (`video_id`), which for the first lines is `film`; returns the last one.
 
-    Headings are no rows: the account does not count them.
+    Headings are not rows: the account does not count them.
     """
     headings = pc.if_else(pc.ends_with(sheet.column("line"), ":"), sheet.column("line"), None)
     headings = pc.struct_field(pc.extract_regex(headings, r"^(?P<film>\d+):$"), "film")

@@ -352,7 +352,7 @@ class _SheetReader:
         self.rows = 0
 
     def sheets(self, rows: int) -> Iterator[Sheet]:
-        """Sheets of at least so many rows, but for the last, which has the broken rows too."""
+        """Sheets of at least `rows` rows, except the last, which has the broken rows too."""
         base = 0
         for batch in self.raw.batches(list(dict.fromkeys(self.names.values()))):
             if self.rows >= rows:
@@ -440,9 +440,9 @@ def null_note(label: str, nulls: Mapping[str, Counter[str]]) -> str | None:
     if not nulls:
         return None
     words = sum(nulls.values(), Counter[str]())
-    said = ", ".join(repr(word) for word, _ in words.most_common(_WORDS_NAMED))
+    shown = ", ".join(repr(word) for word, _ in words.most_common(_WORDS_NAMED))
     columns = ", ".join(f"{name} {sum(counts.values()):,}" for name, counts in nulls.items())
-    return f"{sum(words.values()):,} cells of {label} count as missing, since they say {said} ({columns})."
+    return f"{sum(words.values()):,} cells of {label} count as missing, since they say {shown} ({columns})."
 
 
 def _outside(values: pa.Array, c: Column) -> Iterator[tuple[np.ndarray, str]]:

@@ -50,7 +50,7 @@ the others may be pauses between sessions, and nothing is said."""
 STATED_S = (0.1, 86_400.0)
 """Shortest and longest typical video where a setting states the unit."""
 HIGHEST_TYPICAL_RATE = 1.5
-"""If half of the play rates above 0 are above this, they are no shares of a video."""
+"""If half of the play rates above 0 are above this, they are not shares of a video."""
 REPEATED_OFTEN, OFTEN_SHARE = 10.0, 0.05
 """A share of the views above which nobody watches a video this many times over."""
 LOWEST_TOP_RATE = 0.02
@@ -61,7 +61,7 @@ LEAST_RATE, CONTRADICTION = 0.05, 1.5
 """A given play rate and the watch time by duration contradict each other if they differ more than this many times; both
 count as at least the first and at most 1, since times in whole seconds are inexact where little was watched."""
 CONTRADICTING_SHARE = 0.5
-"""Share of the views above which contradictions are no exceptions."""
+"""Share of the views above which contradictions are not exceptions."""
 LONGEST_S, LONG_SHARE = 14_400.0, 0.01
 """A share of the videos above which none of a feed is this long, unless a setting says that they are in seconds."""
 ENOUGH = 20
@@ -156,8 +156,8 @@ class Evidence:
             durations: of the rows' videos by the table `videos`; null where it has none.
         """
         positive = [_positive(c) for c in (block["duration_s"], durations)]
-        known = pc.coalesce(*positive)
-        rate = pc.divide(block["watch_s"], known)
+        duration = pc.coalesce(*positive)
+        rate = pc.divide(block["watch_s"], duration)
         own = {f"{name}_op_gap": Sizes.of(block[f"{name}_op_gap_s"]) for name in ("prev", "next") if _has(block, name)}
         return cls(
             watch=Sizes.of(block["watch_s"]),
@@ -242,9 +242,9 @@ def objections(evidence: Evidence, stated: Stated) -> list[Objection]:
         *_implausible_gap(evidence.prev_op_gap, evidence, "prev_op_gap_s", stated),
         *_implausible_gap(evidence.next_op_gap, evidence, "next_op_gap_s", stated),
     ]
-    found = [*lengths, *_implausible_given(evidence, stated)]
-    found = found or [*_disagreement(evidence), *_implausible_rate(evidence, stated)]
-    return found or [*_contradiction(evidence, stated)]
+    results = [*lengths, *_implausible_given(evidence, stated)]
+    results = results or [*_disagreement(evidence), *_implausible_rate(evidence, stated)]
+    return results or [*_contradiction(evidence, stated)]
 
 
 def key(table: str, column: str) -> str:
@@ -308,7 +308,7 @@ def _implausible_gap(sizes: Sizes, evidence: Evidence, column: str, stated: Stat
 
 
 def _shortest_gap(evidence: Evidence) -> float:
-    """Seconds that some gaps of any log are shorter than."""
+    """Some gaps of any log are shorter than this many seconds."""
     lengths = (evidence.watch, evidence.duration, evidence.video_duration)
     typical = next((sizes.median for sizes in lengths if sizes.n), 0.0)
     return max(SHORTEST_GAP_S, SHORTEST_TIMES_WATCHED * typical)
@@ -334,8 +334,10 @@ def _implausible_given(evidence: Evidence, stated: Stated) -> Iterator[Objection
             "source.units.play_rate=percent (or source.units.play_rate=share if videos are repeated that often)",
         )
     elif evidence.implied_duration.n and not evidence.duration.n and not evidence.video_duration.n:
-        for found in _implausible_length(evidence.implied_duration, "interactions", "watch_s", stated):
-            yield Objection(found.table, found.column, f"by the play rates, {found.reason}", found.remedy)
+        for objection in _implausible_length(evidence.implied_duration, "interactions", "watch_s", stated):
+            yield Objection(
+                objection.table, objection.column, f"by the play rates, {objection.reason}", objection.remedy
+            )
 
 
 def _disagreement(evidence: Evidence) -> Iterator[Objection]:

@@ -1,6 +1,6 @@
 """The Yelp Open Dataset as a source: reviews with stars and times, places with categories, users.
 
-Files, one JSON object a line: `yelp_academic_dataset_review.json`, and if they are there `..._business.json` and
+Files, one JSON object per line: `yelp_academic_dataset_review.json`, and if they are there `..._business.json` and
 `..._user.json` (also without the first part of the name, also as `.gz`). A place becomes a video, and a review an
 interaction of the click task.
 """
