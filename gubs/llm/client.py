@@ -271,7 +271,7 @@ class LLMClient:
 
     def _journaled(self, dialog: Dialog) -> Entry | None:
         """The journal's entry for a dialog's next call. A request about an answer that cannot be used counts as ended
-        if it was not taken: to send it again would keep that answer for ever.
+        if it was not taken: to send it again would keep that answer forever.
         """
         entry = self.journal.get(dialog.key)
         if entry is None and dialog.follows_up and (ended := self.journal.ended(dialog.key)):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from gubs.errors import GubsError
 from gubs.llm.calls import Entry
-from gubs.llm.endpoint import Assignment, Desk, EndpointCaller, Work
+from gubs.llm.endpoint import Assignment, CallHandlers, EndpointCaller, Work
 from gubs.llm.journal import JournalWriter, Place, check_same
 from gubs.llm.redact import Redactor
 
@@ -23,7 +23,7 @@ calls. The time shrinks with the number of open calls, since the last answers of
 _SYNC_S = 0.15
 """Answers that come within this time share an fsync; it shrinks likewise."""
 _MANY = 200
-"""Open calls from which on these times apply in full."""
+"""Number of open calls from which these times apply in full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,9 @@ class ClientActor:
         check_same(assignment.journal, assignment.journal_id)
         self._redactor = redactor = Redactor(assignment.keys.values())
         self._journal = JournalWriter(assignment.journal, redactor.hide_keys, lambda: _SYNC_S * self._load())
-        desk = Desk(self._keep, self._may_repeat, self._tell)
+        handlers = CallHandlers(self._keep, self._may_repeat, self._tell)
         self._callers = {
-            name: EndpointCaller(name, assignment, redactor, desk)
+            name: EndpointCaller(name, assignment, redactor, handlers)
             for name in assignment.endpoints
             if assignment.slots(name)
         }

@@ -8,7 +8,7 @@ from gubs.llm.errors import IncompleteError
 from gubs.llm.settings import ContractSettings
 
 UNANSWERED = frozenset({"unreachable", "unreadable", "rate_limited"})
-"""Causes that say something of the endpoint at that time. All others are about the request or its answer."""
+"""Causes that say something about the endpoint at that time. All others are about the request or its answer."""
 NOT_TAKEN = frozenset({"rejected", "context"})
 """Causes for which the endpoint refuses a request, and will refuse the same one again."""
 _LONGEST_EXAMPLE = 300
@@ -19,7 +19,7 @@ _ADVICE = {
 }
 
 Missing = dict[str, dict[str, int]]
-"""Number of missing answers by role and cause, the commonest first; roles that lack none are left out."""
+"""Number of missing answers by role and cause, most frequent first; roles that lack none are left out."""
 
 
 class Contract:
@@ -78,13 +78,13 @@ class Contract:
         """What the same command would do, in truth, and what else helps."""
         causes = {cause for role in roles for cause in self._missing[role]}
         lasting = sorted(causes & NOT_TAKEN)
-        said = ["Everything finished is kept and the same command resumes"]
+        parts = ["Everything finished is kept and the same command resumes"]
         if lasting:
-            said = [f"Everything finished is kept, but what is refused ({', '.join(lasting)}) will be refused again"]
-            said += [self._advice[cause] for cause in lasting]
-        said += [self._advice[cause] for cause in sorted(causes - NOT_TAKEN) if cause in self._advice]
+            parts = [f"Everything finished is kept, but what is refused ({', '.join(lasting)}) will be refused again"]
+            parts += [self._advice[cause] for cause in lasting]
+        parts += [self._advice[cause] for cause in sorted(causes - NOT_TAKEN) if cause in self._advice]
         shares = f"{self._settings.unusable:g} and llm.contract.unanswered={self._settings.unanswered:g}"
-        return "; ".join([*said, f"llm.contract.unusable={shares} are the shares that may be missing"])
+        return "; ".join([*parts, f"llm.contract.unusable={shares} are the shares that may be missing"])
 
 
 def in_words(role: str, missing: Mapping[str, int], asked: int) -> str:

@@ -187,7 +187,7 @@ class EmbeddedServer:
         now = time.monotonic()
         if now - self._began > self._settings.start_timeout_s:
             limit = f"llm.embedded.start_timeout_s={self._settings.start_timeout_s:.0f}"
-            raise PlatformError(f"waited in vain for {what} ({limit}). {printed}")
+            raise PlatformError(f"timed out waiting for {what} ({limit}). {printed}")
         if now - self._shown_at >= _SHOW_S:
             self._shown_at = now
             self._show(f"waiting for {what} ({now - self._began:.0f} s)")

@@ -72,8 +72,8 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
-    """Where a caller hands in what its calls do on their way."""
+class CallHandlers:
+    """What an endpoint's caller reports to, and asks, while its calls are made."""
 
     keep: Callable[[Entry], None]
     """Takes the entry of an attempt that did not end its call."""
@@ -86,10 +86,10 @@ class Desk:
 class EndpointCaller:
     """One endpoint, with this actor's share of its limits."""
 
-    def __init__(self, name: str, assignment: Assignment, redactor: Redactor, desk: Desk):
+    def __init__(self, name: str, assignment: Assignment, redactor: Redactor, handlers: CallHandlers):
         from gubs.llm.transport import Transport  # imports the OpenAI client: seconds, and only client actors need it
 
-        self.name, self._redactor, self._role, self._desk = name, redactor, assignment.settings.role, desk
+        self.name, self._redactor, self._role, self._handlers = name, redactor, assignment.settings.role, handlers
         self._settings, self._retries = settings, retries = assignment.endpoints[name], assignment.settings.retries
         slots, fraction, key = assignment.slots(name), 1 / assignment.actors, assignment.keys.get(name)
         self._client = Transport(settings.base_url, key.get_secret_value() if key else "none", slots + 16)
@@ -192,23 +192,23 @@ class EndpointCaller:
         self._note(call, fault)
         return True
 
-    async def _copy(self, call: Call, overdue: asyncio.Future[None] | None) -> Timed:
+    async def _copy(self, call: Call, copy_wanted: asyncio.Future[None] | None) -> Timed:
         work, name = call.work, call.work.request.role
         prompt, most_out = estimate_prompt(work.request.messages), self._role(name).max_tokens
         kind = _kind(work)
-        if not self._probes.known(kind):
+        if not self._probes.is_known(kind):
             async with self._probes.turn(kind):
-                return await self._sent(call, overdue, prompt, most_out)
-        return await self._sent(call, overdue, prompt, most_out)
+                return await self._sent(call, copy_wanted, prompt, most_out)
+        return await self._sent(call, copy_wanted, prompt, most_out)
 
-    async def _sent(self, call: Call, overdue: asyncio.Future[None] | None, prompt: int, most_out: int) -> Timed:
+    async def _sent(self, call: Call, copy_wanted: asyncio.Future[None] | None, prompt: int, most_out: int) -> Timed:
         name = call.work.request.role
         reserved = await self._limits.admit(lambda: prompt + int(self._mean_out.get(name, most_out)))
         async with self._limits.slots:
             await self._pace.turn()
             if self.draining:
                 raise asyncio.CancelledError
-            with self.hedging.flight(name, call.work.key, overdue) as flight:
+            with self.hedging.flight(name, call.work.key, copy_wanted) as flight:
                 try:
                     reply = await self._ask(call)
                 except asyncio.CancelledError:
@@ -240,7 +240,7 @@ class EndpointCaller:
                 if fault.cause != "rejected" or (call.work.more_room and self._health.has_answered):
                     raise  # a refusal of more room than usual is about this request alone
                 if change := self._parameters.adapt(body, fault):
-                    self._desk.tell(f"endpoint {self.name} is asked {change} from now on: {fault.message}")
+                    self._handlers.tell(f"endpoint {self.name} is asked {change} from now on: {fault.message}")
                 elif may_be_about_structure(body, fault) and (
                     fallback := self._support.fallback(request, mode, fault.message)
                 ):
@@ -291,7 +291,7 @@ class EndpointCaller:
         return read_response(response.status_code, response.headers, response.content, split_reasoning=split)
 
     async def _may_repeat(self, call: Call) -> bool:
-        return not self._metered or await self._desk.may_repeat(call.work.key)
+        return not self._metered or await self._handlers.may_repeat(call.work.key)
 
     def _pause_s(self, call: Call, fault: AttemptError, patience: Patience) -> float | None:
         """Seconds until the next attempt; None ends the call as a failure.
@@ -374,13 +374,13 @@ class EndpointCaller:
 
     def _note(self, call: Call, fault: AttemptError) -> None:
         """Journals an attempt that does not end its call."""
-        self._desk.keep(self._failed(call, fault, retried=True))
+        self._handlers.keep(self._failed(call, fault, retried=True))
 
     def _note_overtaken(self, call: Call) -> None:
         """Journals an attempt whose answer is not waited for any more; the server may bill it all the same."""
         fault = AttemptError("overtaken", "another attempt was faster, or the run ended", "retry", billed=True)
         tokens_out = int(self._mean_out.get(call.work.request.role, 0))
-        self._desk.keep(self._failed(call, fault, retried=True, tokens_out=tokens_out))
+        self._handlers.keep(self._failed(call, fault, retried=True, tokens_out=tokens_out))
 
     def _head(self, call: Call) -> JsonObject:
         work, now = call.work, datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,9 +1,9 @@
 """Notices overdue answers (a hung connection), so that a second copy of the request can be sent.
 
-An answer is overdue after 1.25 times the 95th percentile of the role's recent latencies; from the first answer on, with
-a wider margin while there are few. A fixed timeout would either
-cut off slow but healthy answers or wait minutes for dead ones; beside a second copy, the slow first one may still win.
-The share of second copies is capped, so that an endpoint that merely slows down under load gets little more of it.
+An answer is overdue after 1.25 times the 95th percentile of the role's recent latencies, with a wider margin while only
+a few are known. A fixed timeout would either cut off slow but healthy answers or wait minutes for dead ones; beside a
+second copy, the slow first one may still win. The share of second copies is capped, so that an endpoint that merely
+slows down under load gets little more of it.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 _CHECK_S = 0.25
 _SAMPLES = 400
 _MARGIN = 3.0
-"""Added to the factor, divided by the number of latencies known: one of them says little about the others."""
+"""Added to the factor, divided by the number of known latencies: one of them says little about the others."""
 _ENOUGH = 8
 _FACTOR = 1.25
 _SHORTEST_S = 1.0
@@ -40,16 +40,16 @@ class HedgeTimer:
         self._share = share
         self._latencies: dict[str, collections.deque[float]] = {}
         self.flights: dict[Flight, asyncio.Future[None] | None] = {}
-        """Attempts in flight, in the order in which they began, each with its `overdue`."""
+        """Attempts in flight, in the order in which they began, each with its `copy_wanted`."""
         self._answered = 0
         self.copies = 0
         """Second copies requested so far."""
 
     @contextlib.contextmanager
-    def flight(self, role: str, key: str, overdue: asyncio.Future[None] | None) -> Iterator[Flight]:
-        """Context of one attempt; `overdue` is resolved when a second copy is wanted (None: never)."""
+    def flight(self, role: str, key: str, copy_wanted: asyncio.Future[None] | None) -> Iterator[Flight]:
+        """Context of one attempt; `copy_wanted` is resolved when a second copy should be sent (None: never)."""
         flight = Flight(role, key)
-        self.flights[flight] = overdue
+        self.flights[flight] = copy_wanted
         try:
             yield flight
         finally:
@@ -77,9 +77,9 @@ class HedgeTimer:
     def check(self, now: float) -> None:
         """Marks overdue attempts, oldest first, as far as the share of second copies allows."""
         limits_s = {role: self.overdue_after_s(role) for role in self._latencies}
-        for flight, overdue in self.flights.items():
+        for flight, copy_wanted in self.flights.items():
             if self.copies >= _FREE_COPIES + self._share * self._answered:
                 return
-            if overdue and not overdue.done() and now - flight.began > limits_s.get(flight.role, float("inf")):
-                overdue.set_result(None)
+            if copy_wanted and not copy_wanted.done() and now - flight.began > limits_s.get(flight.role, float("inf")):
+                copy_wanted.set_result(None)
                 self.copies += 1

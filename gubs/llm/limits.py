@@ -63,9 +63,9 @@ class TokenBucket:
 class Pace:
     """How fast an endpoint may be asked once it says that this is too fast (429); no limit before.
 
-    All calls share it: after refusals that are more than chance, they wait together and go on as fast as requests were
-    taken before; then faster by the second, until the next refusals. Single ones do not matter, since a slower pace for
-    each would hold up a crowd.
+    All calls share it: after refusals that are more than chance, they wait together and continue as fast as requests
+    were taken before; then faster every second, until the next refusals. Single ones do not matter, since a slower pace
+    for each would hold up a crowd.
     """
 
     def __init__(self, settings: RetrySettings, clock: Callable[[], float] = time.monotonic):

@@ -36,8 +36,8 @@ class Probes:
                 del self._ahead[kind]
             passed.set()
 
-    def known(self, kind: Hashable) -> bool:
-        """Whether no turn need be waited for."""
+    def is_known(self, kind: Hashable) -> bool:
+        """Whether the endpoint is known to take this kind, so that its calls need not wait for a turn."""
         return kind in self._known
 
     def _take(self, kind: Hashable) -> None:

@@ -32,7 +32,7 @@ def read_keys(endpoints: dict[str, EndpointSettings]) -> dict[str, SecretStr]:
 
 
 class Redactor:
-    """Replaces keys in texts. Keys of fewer than eight characters (`EMPTY`) are no secrets and stay."""
+    """Replaces keys in texts. Keys of fewer than eight characters (`EMPTY`) are not secrets and stay."""
 
     def __init__(self, secrets: Iterable[SecretStr]):
         forms: set[str] = set()

@@ -100,7 +100,7 @@ class Refusals:
         self._times = 0
 
     def refused(self, fault: AttemptError, in_flight: int) -> bool:
-        """Counts a refusal; whether as many in a row were equal, but for numbers, that no request will be taken.
+        """Counts a refusal; returns whether so many in a row were equal, apart from numbers, that none will be taken.
 
         With many calls in flight, refusals come long before answers: then more of them are needed.
         """

@@ -61,11 +61,13 @@ class RoleSettings(Section):
     temperature: float | None = Field(None, ge=0, le=2)
     """None = the endpoint's default; some reasoning models refuse any other."""
     top_p: float | None = Field(None, gt=0, le=1)
+    """Sample only from the most probable tokens up to this total probability; None = the endpoint's default."""
     max_tokens: int = Field(1024, ge=1)
     """Output tokens per call, reasoning included."""
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """The endpoint's name for it."""
     seed: int | None = None
+    """Seed that the endpoint samples with, if it supports one; None = none is sent."""
     reasks: int = Field(1, ge=0, le=3)
     """How often an unusable answer is sent back with the error."""
     extra: dict[str, object] = Field(default_factory=dict)
@@ -103,6 +105,7 @@ class RetrySettings(Section):
     if it responds (5xx), that many different calls must have failed, so that a few prompts it cannot take stop
     nothing."""
     down_failures: int = Field(8, ge=1)
+    """Failures in a row before an endpoint can count as down; see `down_after_s`."""
     drain_s: float = Field(120.0, ge=0)
     """How long calls in flight may take to finish when the stage stops, on Ctrl-C for example."""
 
@@ -138,9 +141,11 @@ class EmbeddedSettings(Section):
     max_model_len: int = Field(4096, ge=256)
     """Longest prompt and answer together, in tokens (the model supports 8,192)."""
     kv_cache_gb: int = Field(1, ge=1)
+    """Memory of the server's key-value cache, in GiB."""
     threads: int = Field(0, ge=0)
     """CPU threads; 0 = all of the machine."""
     start_timeout_s: float = Field(300.0, gt=0)
+    """Longest time until the server has a CPU, has loaded its model and answers."""
     timeout_s: float = Field(1800.0, gt=0)
     """Longest time for one attempt; the server is slow and calls queue."""
 

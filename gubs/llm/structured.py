@@ -98,9 +98,9 @@ def read(request: LLMRequest, text: str, finish_reason: str = "", reasoning: str
     try:
         return _value(request, text)
     except Exception as e:  # noqa: BLE001 - a parser must not end the run for one answer
-        known = isinstance(e, ValueError)
+        expected = isinstance(e, ValueError)
         cause = str(getattr(e, "cause", "") or "unusable")
-        raise UnusableError(cause, str(e) if known else f"it cannot be read ({type(e).__name__})") from None
+        raise UnusableError(cause, str(e) if expected else f"it cannot be read ({type(e).__name__})") from None
 
 
 def reask(messages: tuple[Message, ...], answer: str, error: str) -> tuple[Message, ...]:

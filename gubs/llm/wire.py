@@ -34,7 +34,7 @@ _FINISH_REASONS = {"max_tokens": "length", "max_output_tokens": "length", "safet
 """Other names of OpenAI's values."""
 _LONGEST_MESSAGE = 600
 _LONGEST_BODY = 4 << 20
-"""Bytes; texts of a thousand pages are no answers."""
+"""Bytes; texts of a thousand pages are not answers."""
 _SHOWN_BYTES = 80
 
 Advice = Literal["retry", "wait", "give_up", "stop"]
@@ -103,7 +103,7 @@ def read_response(status: int, headers: Mapping[str, str], content: bytes, *, sp
     if status >= 400:
         raise _status_fault(status, headers, _server_error(content))
     if len(content) > _LONGEST_BODY:
-        raise _unreadable(headers, content, f"{len(content):,} bytes are no answer")
+        raise _unreadable(headers, content, f"{len(content):,} bytes are not an answer")
     try:
         body = json.loads(content)
         choices = body.get("choices")

@@ -32,9 +32,11 @@ def test_all_batches_of_a_stage_count_together():
     contract.check(answers(ok=19, empty=1))
     contract.check(answers(ok=0, empty=1))
     assert contract.missing == {"matcher": {"empty": 2}}
-    said = broken(contract, answers(no_verdict=1))
-    assert "3 of 22 answers of the matcher are missing (empty 2, no_verdict 1), for example m/1: because empty" in said
-    assert "the same command resumes" in said
+    message = broken(contract, answers(no_verdict=1))
+    assert (
+        "3 of 22 answers of the matcher are missing (empty 2, no_verdict 1), for example m/1: because empty" in message
+    )
+    assert "the same command resumes" in message
 
 
 def test_roles_do_not_make_up_for_each_other():
@@ -55,12 +57,12 @@ def test_what_the_endpoint_does_not_answer_has_a_share_of_its_own(cause):
 def test_what_the_endpoint_does_not_take_is_refused_again_and_the_message_says_so(cause):
     Contract(ContractSettings()).check(answers(ok=99, **{cause: 1}))
     for replaced in (False, True):  # the evidence replaces bad answers; that nothing is taken is no such thing
-        said = broken(
+        message = broken(
             Contract(ContractSettings(), replaced=replaced, advice={cause: "take less"}), answers(ok=9, **{cause: 1})
         )
-        assert f"what is refused ({cause}) will be refused again; take less" in said
-        assert "resumes" not in said
-        assert "llm.contract.unusable=0.01" in said
+        assert f"what is refused ({cause}) will be refused again; take less" in message
+        assert "resumes" not in message
+        assert "llm.contract.unusable=0.01" in message
 
 
 def test_bad_answers_that_are_replaced_are_counted_only():

@@ -364,10 +364,10 @@ def test_ctrl_c_lets_calls_in_flight_finish_so_that_none_is_paid_twice(server, s
         assert time.monotonic() < deadline, "the driver makes no calls"
         time.sleep(0.05)
     os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
-    said = driver.communicate(timeout=60)[1]
-    assert driver.returncode == 130, said
-    assert re.search(r"calls in flight may finish for 120 s", said)
-    assert "the same command resumes" in said
+    printed = driver.communicate(timeout=60)[1]
+    assert driver.returncode == 130, printed
+    assert re.search(r"calls in flight may finish for 120 s", printed)
+    assert "the same command resumes" in printed
     sent = server.stats()["total"]
     kept = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
     assert len([e for e in kept if not e["failure"]]) == sent < 160
