@@ -177,7 +177,7 @@ def _lengths(n: int, mean: float, spread: float, rng: np.random.Generator) -> In
 
 
 def _hazard(users: Users, videos: Videos, viewers: Ints) -> Floats:
-    """About what share users skip: for listed tags that are no interests, long videos, wrong moments."""
+    """Roughly what share users skip: for listed tags that are not interests, long videos, wrong moments."""
     listed = users.listed[viewers]
     liked = np.take_along_axis(users.interests[viewers], np.maximum(listed, 0), axis=1)
     mismatched = ((listed >= 0) & ~liked).sum(axis=1) / np.maximum(1, (listed >= 0).sum(axis=1))

@@ -25,14 +25,16 @@ class NoiseSettings(Section):
 
 
 class SyntheticSettings(Section):
-    """The simulated video app, before filters. Preset `paper` has more, so that the paper's numbers are left:
+    """The simulated video app, before filters. Preset `paper` starts with more, so that the paper's numbers are left:
     15,000 users (8,000 + 7,000), 25,000 videos, 933 K interactions.
     """
 
     users: int = Field(15000, ge=8)
+    """Number of users (paper: 15,000 after filters)."""
     sequential_share: float = Field(8 / 15, ge=0, le=1)
     """Share of users with the sequential task; the others see pages (paper: 8,000 of 15,000)."""
     videos: int = Field(25000, ge=8)
+    """Number of videos (paper: 25,000 after filters)."""
     popularity: float = Field(0.9, ge=0, le=3)
     """How unequal videos are: standard deviation of the logarithm of their popularity."""
     views_per_user: float = Field(40.0, gt=4)
@@ -72,5 +74,6 @@ class RenderSettings(Section):
     size: int = Field(112, ge=32, le=1024, multiple_of=2)
     """Width and height in pixels."""
     fps: int = Field(4, ge=1, le=60)
+    """Frames per second."""
     max_seconds: float = Field(20.0, gt=0)
     """Longer videos are cut to this length; their duration in the tables stays the same."""

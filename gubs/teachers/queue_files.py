@@ -80,8 +80,8 @@ def read_answers(run: Run, file: Path, annotator: str = "") -> tuple[list[HumanA
         annotator: who answered, for rows that name nobody.
 
     Raises:
-        InputError: the file cannot be read, or a row has an item that is not in the queue, an answer that is no option,
-            a malformed time, or no annotator; the message lists such rows, and nothing is imported.
+        InputError: the file cannot be read, or a row has an item that is not in the queue, an answer that is not an
+            option, a malformed time, or no annotator; the message lists such rows, and nothing is imported.
     """
     queued = set(run.artifact(reasons.STAGE).table("queue")["interaction_id"].to_pylist())
     now = datetime.now(UTC).isoformat(timespec="seconds")

@@ -111,7 +111,7 @@ def make(job: StageJob, teachers: TeacherSettings, llm: LLMSettings, seed: int) 
     ifvr, truth = IFVR(job.run), true_causes(job.run)
     skips = open_skips(ifvr, teachers, seed, tastes=job.reads(PROFILES))
     with annotator(job.run, llm) as opened:
-        _find_reasons(skips, teachers, Known(truth, true_mechanisms(job.run)), opened.ask)
+        _find_reasons(skips, teachers, SimulatedCauses(truth, true_mechanisms(job.run)), opened.ask)
     rows = [_label_row(s, s.sound) for s in skips if s.sound]
     rules, unknown = rule_labels(ifvr, meant_only=teachers.test_labels == "meant")
     with job.writing() as out:
@@ -130,7 +130,7 @@ def make(job: StageJob, teachers: TeacherSettings, llm: LLMSettings, seed: int) 
 
 
 @dataclass(frozen=True)
-class Known:
+class SimulatedCauses:
     """What the simulation knows about skips, by interaction id; both empty for other sources."""
 
     causes: Mapping[str, str]
@@ -153,13 +153,13 @@ class Known:
         return Option(self.causes[item]), UNMEANT
 
 
-def _find_reasons(skips: list[Skip], teachers: TeacherSettings, known: Known, ask: Ask) -> None:
+def _find_reasons(skips: list[Skip], teachers: TeacherSettings, truth: SimulatedCauses, ask: Ask) -> None:
     """Gives the skips their reasons: those that the simulation knows, if they are wanted, else the teacher's."""
     ways = {str(Split.TRAIN): teachers.train_labels, str(Split.TEST): teachers.test_labels}
     unlabelled = []
     for skip in skips:
-        if found := known.label(skip, ways[skip.case.split]):
-            option, skip.author = found
+        if true_label := truth.label(skip, ways[skip.case.split]):
+            option, skip.author = true_label
             skip.attempts.append(Attempt(option.value, "", valid=True))
         else:
             unlabelled.append(skip)

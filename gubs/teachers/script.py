@@ -144,7 +144,7 @@ def dislike(case: Case, mistakes: float = 0.0, seen: str = "", *, digest: bool =
 
 
 def watched(case: Case, seen: str = "", *, digest: bool = False) -> tuple[str, Option]:
-    """Chain of thought for a target that was no fast skip; `seen` and `digest` as in `dislike`."""
+    """Chain of thought for a target that was not a fast skip; `seen` and `digest` as in `dislike`."""
     return _explained(case, seen, Option.A, digest=digest)
 
 

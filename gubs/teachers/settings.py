@@ -22,14 +22,14 @@ class TeacherSettings(Section):
     train_labels: Literal["teacher", "truth", "naive"] = "teacher"
     """Where the reasons of training users' skips come from: the teacher (`author`) or, on simulated sources, the true
     causes. `naive`: the true causes, but of skips that nobody meant (accidents, exits, interruptions) what their fields
-    suggest, as a reader of the log would have it who takes every skip for meant."""
+    suggest: how somebody reads the log who takes every skip for intended."""
     test_labels: Literal["teacher", "truth", "meant"] = "teacher"
     """The same for test users. `meant`: the true causes; what ended by an accident, exit or interruption is not judged
     at all."""
     sft_dislikes: int = Field(0, ge=0)
     """Explicit dislikes of training users that become SFT examples, drawn at random; 0 = all (paper: 50 K)."""
     sft_watched: float = Field(0, ge=0, le=10)
-    """Targets of training users that were no fast skip and become SFT examples of option A, per dislike that becomes
+    """Targets of training users that were not fast skips and become SFT examples of option A, per dislike that becomes
     one; drawn at random, by the scripted teacher only (paper: none). A small model forgets an option that no example
     has, and GRPO cannot reinforce an answer that is never sampled."""
     sft_views: int = Field(0, ge=0)

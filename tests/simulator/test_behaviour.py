@@ -205,15 +205,15 @@ print(json.dumps({
 def test_preset_paper_leaves_the_papers_data_set():
     """Sizes (A.4), and the first row of Table 2: person and total play rate, finish rate, rate above 30 %, clicks."""
     done = subprocess.run([sys.executable, "-c", PAPER_SCALE], capture_output=True, text=True, check=True, timeout=180)
-    found = json.loads(done.stdout)
-    assert found["size"] == [pytest.approx(n, rel=0.02) for n in (15_000, 8_000, 25_000, 320_000, 613_000)]
-    assert found["rates"] == [pytest.approx(rate, abs=1.0) for rate in (46.5, 48.3, 17.1, 76.3, 21.4)]
-    assert found["rates"][1] - found["rates"][0] > 1.0, "who has more views watches more"
-    assert (found["records per user"], found["views per video"]) == (10, 10), "commonest: 10 to 20"
-    assert found["length"][0] in (10, 20)
-    assert found["length"][1] > 0.4
-    assert found["seconds"] < 180
-    assert found["gib"] < 6
+    figures = json.loads(done.stdout)
+    assert figures["size"] == [pytest.approx(n, rel=0.02) for n in (15_000, 8_000, 25_000, 320_000, 613_000)]
+    assert figures["rates"] == [pytest.approx(rate, abs=1.0) for rate in (46.5, 48.3, 17.1, 76.3, 21.4)]
+    assert figures["rates"][1] - figures["rates"][0] > 1.0, "who has more views watches more"
+    assert (figures["records per user"], figures["views per video"]) == (10, 10), "commonest: 10 to 20"
+    assert figures["length"][0] in (10, 20)
+    assert figures["length"][1] > 0.4
+    assert figures["seconds"] < 180
+    assert figures["gib"] < 6
 
 
 def test_accidents_and_exits_change_only_the_views_that_they_hit():

@@ -49,8 +49,8 @@ def hand_made(
     run = Run(folder)
     defaults = {"task": "sequential", "split": "train", "role": "history", "user_id": "u1"}
     rows = [{**defaults, "timestamp": 1000 * i, **row} for i, row in enumerate(interactions)]
-    known = users or {}
-    people = [{"user_id": u, **known.get(u, {"age": 30, "tags": ["pets"]})} for u in _names(rows, "user_id")]
+    given = users or {}
+    people = [{"user_id": u, **given.get(u, {"age": 30, "tags": ["pets"]})} for u in _names(rows, "user_id")]
     films = [
         {"video_id": v, **videos.get(v, {"title": f"Title {v}", "duration_s": 20.0, "tags": [f"topic {v}"]})}
         for v in _names(rows, "video_id")
@@ -108,16 +108,16 @@ def prompt_of(request: LLMRequest) -> str:
     return request.messages[-1]["content"]
 
 
-def _answer(request: LLMRequest, said: Any) -> Answer:
-    text = said if isinstance(said, str) else json.dumps(said)
+def _answer(request: LLMRequest, reply: Any) -> Answer:
+    text = reply if isinstance(reply, str) else json.dumps(reply)
     value, failure, error = None, "", ""
     try:
         value = read(request, text)
     except UnusableError as e:
         failure, error = e.cause, str(e)
     rest = {"finish_reason": "stop", "tokens_in": 1, "tokens_out": 1, "latency_s": 0.0, "attempts": 1, "calls": 1}
-    said_by = {"role": request.role, "label": request.label, "key": "", "reasoning": "", "price": 0.0}
-    return Answer(text=text, value=value, failure=failure, error=error, metadata=request.metadata, **said_by, **rest)
+    origin = {"role": request.role, "label": request.label, "key": "", "reasoning": "", "price": 0.0}
+    return Answer(text=text, value=value, failure=failure, error=error, metadata=request.metadata, **origin, **rest)
 
 
 def _table(rows: list[dict[str, Any]], name: str) -> pa.Table:

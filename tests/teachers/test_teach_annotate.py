@@ -93,7 +93,7 @@ def test_spreadsheets_semicolons(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("interaction_id,answer\ns9,A\n", "line 2: interaction_id 's9' is not in the queue"),
         ("interaction_id,answer\ns0,A\n", "'s0' is not in the queue"),
@@ -103,10 +103,10 @@ def test_spreadsheets_semicolons(run, tmp_path):
         ("id,answer\ns1,A\n", "lacks the column interaction_id"),
     ],
 )
-def test_wrong_files_are_refused_as_a_whole(run, tmp_path, text, said):
+def test_wrong_files_are_refused_as_a_whole(run, tmp_path, text, message):
     file = tmp_path / "a.csv"
     file.write_text(text + "".join("s1,B\n" for _ in range(2)))
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         read_answers(run, file, "Ann")
 
 
@@ -131,8 +131,8 @@ def test_a_person_may_change_an_answer_and_ties_stay_open(run):
     earlier = "2025-05-02T10:00:00+00:00"
     artifact = add_answers(run, RECORDED, [answer("s2", "C", time=later), answer("s1", "D", time=earlier)])
     assert artifact.manifest.info["tied"] == []
-    found = {r["interaction_id"]: r["option"] for r in all_labels(run).to_pylist() if r["label_source"] == "human"}
-    assert found == {"s1": "B", "s2": "C"}, "the later answer counts, not the later import"
+    options = {r["interaction_id"]: r["option"] for r in all_labels(run).to_pylist() if r["label_source"] == "human"}
+    assert options == {"s1": "B", "s2": "C"}, "the later answer counts, not the later import"
     assert artifact.table("answers").num_rows == 3
 
 
@@ -195,11 +195,11 @@ def test_agreement_of_three():
         "3": {"Ann": "D", "Bo": "D"},
         "4": {"Cy": "B"},
     }
-    found = agreement(votes)
-    assert found["annotators"] == {"Ann": 3, "Bo": 3, "Cy": 3}
-    assert [p["items"] for p in found["pairs"]] == [3, 2, 2]
-    assert found["pairs"][0]["kappa"] == 1.0
-    assert found["fleiss"]["items"] == 2
+    result = agreement(votes)
+    assert result["annotators"] == {"Ann": 3, "Bo": 3, "Cy": 3}
+    assert [p["items"] for p in result["pairs"]] == [3, 2, 2]
+    assert result["pairs"][0]["kappa"] == 1.0
+    assert result["fleiss"]["items"] == 2
     assert agreement({"1": {"Ann": "B"}}) == {
         "annotators": {"Ann": 1},
         "items": 1,
@@ -233,8 +233,8 @@ def test_review_can_be_left_and_taken_up_again(run):
     assert "1 of 3: s1" in screen.getvalue()
     assert session(run, "C", "D") == (2, 0), "what was skipped comes again, what was answered does not"
     assert session(run) == (0, 0)
-    found = {r["interaction_id"]: r["option"] for r in all_labels(run).to_pylist() if r["label_source"] == "human"}
-    assert found == {"s1": "B", "s2": "C", "s3": "D"}
+    options = {r["interaction_id"]: r["option"] for r in all_labels(run).to_pylist() if r["label_source"] == "human"}
+    assert options == {"s1": "B", "s2": "C", "s3": "D"}
 
 
 def test_review_of_a_second_person_gives_agreement(run):

@@ -208,10 +208,10 @@ def test_estimates_are_of_the_requests_that_are_made(tmp_path, on):
         make_answered(stage, run, settings, answer, log)
     made = {r.label: r.messages for r in log}
     estimated = [*sft.requests(run, settings.teachers, 0), *reasons.requests(run, settings.teachers, 0)]
-    known = [r for r in estimated if not r.label.startswith("verdict")]  # a verdict's prompt has the rationale
-    assert (len(estimated), len(known)) == (5, 3)
+    first_asked = [r for r in estimated if not r.label.startswith("verdict")]  # a verdict's prompt has the rationale
+    assert (len(estimated), len(first_asked)) == (5, 3)
     assert all(r.label in made for r in estimated)
-    assert all(made[r.label] == r.messages for r in known)
+    assert all(made[r.label] == r.messages for r in first_asked)
 
 
 def test_without_its_profiles_a_stage_that_wants_them_is_not_made(tmp_path):

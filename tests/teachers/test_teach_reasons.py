@@ -86,7 +86,7 @@ def test_number_of_rounds_is_a_setting(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("step", "said", "cause", "attempts"),
+    ("step", "bad_answer", "cause", "attempts"),
     [
         ("label1", "The user was bored.", "not_json", 0),
         ("label1", {"rationale": "r", "option": "A"}, "schema", 0),
@@ -95,9 +95,9 @@ def test_number_of_rounds_is_a_setting(tmp_path):
         ("label2", "", "empty", 1),
     ],
 )
-def test_unusable_answers_go_to_the_queue_by_cause(tmp_path, step, said, cause, attempts):
+def test_unusable_answers_go_to_the_queue_by_cause(tmp_path, step, bad_answer, cause, attempts):
     def reply(request):
-        return said if request.label.startswith(step) else verdicts("no", "no", "no")(request)
+        return bad_answer if request.label.startswith(step) else verdicts("no", "no", "no")(request)
 
     skips = skips_of(world(tmp_path / "run"))
     label(skips, scripted(reply), SETTINGS)
@@ -125,8 +125,8 @@ def test_rules(tmp_path):
         ],
     )
     table, unknown = rule_labels(IFVR(run))
-    found = dict(zip(table["interaction_id"].to_pylist(), table["option"].to_pylist(), strict=True))
-    assert found == {"watched": "A", "test": "A", "yes": "A", "no": "B", "liked": "A", "disliked": "B"}
+    options = dict(zip(table["interaction_id"].to_pylist(), table["option"].to_pylist(), strict=True))
+    assert options == {"watched": "A", "test": "A", "yes": "A", "no": "B", "liked": "A", "disliked": "B"}
     assert unknown == 2, "unknown and so so"
     assert set(table["label_source"].to_pylist()) == {"rule"}
 
@@ -209,13 +209,13 @@ def test_hostile_titles_tags_and_rationales_stay_in_their_field(tmp_path, tags):
 
 def test_score():
     truth = {"1": "B", "2": "B", "3": "C", "4": "D"}
-    found = score({"1": "B", "2": "C", "3": "C", "9": "D"}, truth)
-    assert found["judged"] == 3
-    assert found["unknown"] == 1
-    assert found["accuracy"] == pytest.approx(2 / 3)
-    assert found["most_frequent"] == pytest.approx(2 / 3)
-    assert found["confusion"] == {"B": {"B": 1, "C": 1}, "C": {"C": 1}}
-    assert found["per_cause"] == {"B": {"n": 2, "accuracy": 0.5}, "C": {"n": 1, "accuracy": 1.0}}
+    result = score({"1": "B", "2": "C", "3": "C", "9": "D"}, truth)
+    assert result["judged"] == 3
+    assert result["unknown"] == 1
+    assert result["accuracy"] == pytest.approx(2 / 3)
+    assert result["most_frequent"] == pytest.approx(2 / 3)
+    assert result["confusion"] == {"B": {"B": 1, "C": 1}, "C": {"C": 1}}
+    assert result["per_cause"] == {"B": {"n": 2, "accuracy": 0.5}, "C": {"n": 1, "accuracy": 1.0}}
     assert score({"9": "D"}, truth) is None
     assert score({}, {}) is None
 
@@ -301,8 +301,8 @@ def mechanisms(run: Run) -> dict[str, tuple[str, str]]:
 
 def test_a_naive_reader_takes_every_skip_for_meant(simulated, tmp_path):
     """Training labels: true causes, but what the fields suggest where nobody meant the skip. Test labels stay true."""
-    found, truth = labelled(simulated, tmp_path, train_labels="naive", test_labels="truth"), mechanisms(simulated)
-    skips = {i: r for i, r in found.items() if i in truth and r["label_source"] != "rule"}
+    labels, truth = labelled(simulated, tmp_path, train_labels="naive", test_labels="truth"), mechanisms(simulated)
+    skips = {i: r for i, r in labels.items() if i in truth and r["label_source"] != "rule"}
     unmeant = {i for i in skips if truth[i][0] in ("accident", "exit", "interruption")}
     train = {i for i in skips if skips[i]["split"] == "train"}
     assert unmeant & train
@@ -313,14 +313,14 @@ def test_a_naive_reader_takes_every_skip_for_meant(simulated, tmp_path):
 
 
 def test_only_what_test_users_meant_is_judged(simulated, tmp_path):
-    found, truth = labelled(simulated, tmp_path, train_labels="truth", test_labels="meant"), mechanisms(simulated)
+    labels, truth = labelled(simulated, tmp_path, train_labels="truth", test_labels="meant"), mechanisms(simulated)
     log = {r["interaction_id"]: r for r in IFVR(simulated).targets(Task.SEQUENTIAL).to_pylist()}
-    for item, row in found.items():
+    for item, row in labels.items():
         if item not in log:
             continue
         ended = truth[item][0] in ("accident", "exit", "interruption") if item in truth else log[item]["exited_app"]
         assert (row["label_source"] == "unmeant") is (row["split"] == "test" and bool(ended)), item
-    assert {"unmeant", "truth", "rule"} == {r["label_source"] for r in found.values()}
+    assert {"unmeant", "truth", "rule"} == {r["label_source"] for r in labels.values()}
 
 
 def test_what_the_simulation_knows_is_asked_of_no_teacher(simulated):

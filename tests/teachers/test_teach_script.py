@@ -44,8 +44,8 @@ def seen(title: str, seconds: float, play_rate: float) -> View:
 )
 def test_words_decide_the_cause(words, option):
     """Whatever the fields say: here the topic does not fit and the video is long."""
-    think, found = script.dislike(a_case(words, tags=("news",), seconds=900.0))
-    assert found == option
+    think, cause = script.dislike(a_case(words, tags=("news",), seconds=900.0))
+    assert cause == option
     assert think.endswith({"B": "puts off.", "C": "missed.", "D": "user's moment."}[option])
 
 
@@ -63,14 +63,14 @@ def test_every_reason_of_the_simulated_app_is_understood():
     wanted = {"mismatch": "C", "repetition": "C", "too_long": "D", "no_intent": "D", "accident": "D"}
     for key, reasons in _REASONS.items():
         for reason in reasons:
-            found = script.read_words(reason.format(topic="pets"))
+            reading = script.read_words(reason.format(topic="pets"))
             option = None if key == "vague" else Option(wanted.get(key, "B"))
-            assert (found[0] if found else None) == option, (key, reason)
+            assert (reading[0] if reading else None) == option, (key, reason)
 
 
 def test_facts_are_what_the_fields_say():
-    found = script.facts(Person(PETS, ()), Video("v", "Cats", 20.0, tags=["travel"]))
-    assert found.sentences() == 'Topic "travel". Likes "pets", "travel". It fits. Length 20 s, short.'
+    facts = script.facts(Person(PETS, ()), Video("v", "Cats", 20.0, tags=["travel"]))
+    assert facts.sentences() == 'Topic "travel". Likes "pets", "travel". It fits. Length 20 s, short.'
     first = script.facts(Person(PETS, ()), Video("v", "Cats", 20.0, tags=["news", "pets"]))
     assert first.sentences().startswith('Topic "pets". Likes "pets". It fits.'), "interests up to the topic"
     other = script.facts(Person(PETS, ()), Video("v", "Cats", 20.0, tags=["news"]))
@@ -97,8 +97,8 @@ def test_patience_comes_from_what_the_user_watched_on():
 
 @pytest.mark.parametrize(("clicked", "option"), [(True, Option.A), (False, Option.B)])
 def test_clicks_follow_the_log(clicked, option):
-    think, found = script.click(a_case(task="click", clicked=clicked, disliked=None))
-    assert found == option
+    think, answer = script.click(a_case(task="click", clicked=clicked, disliked=None))
+    assert answer == option
     assert ("does not attract" in think) is (option == Option.B)
 
 
@@ -133,17 +133,17 @@ def test_what_it_says_is_a_well_formed_answer():
 
 
 def test_every_sentence_is_known_to_the_tokenizer():
-    known = " ".join(script.texts())
+    texts = " ".join(script.texts())
     for words in ("clickbait", "disgusting", "vulgar", "seen before", "boring", "too long", "not now"):
         conclusion = script.dislike(a_case(words))[0].rsplit(". ", 1)[-1]
-        assert conclusion in known
+        assert conclusion in texts
 
 
 def settings(truth: bool = False) -> Settings:
     base = synthetic_settings()
     labels = "truth" if truth else "teacher"
-    known = {"train_labels": labels, "test_labels": labels, "script_flaws": truth}
-    teachers = {"author": "script", "sft_click_users": 20, "profiles": False, **known}
+    labelling = {"train_labels": labels, "test_labels": labels, "script_flaws": truth}
+    teachers = {"author": "script", "sft_click_users": 20, "profiles": False, **labelling}
     return base.model_copy(update={"teachers": base.teachers.model_copy(update=teachers)})
 
 
@@ -167,13 +167,13 @@ def truths(run: Run) -> dict[str, str]:
 
 def test_the_stages_need_no_language_model(simulated, tmp_path, no_llm):
     run = copy_run(simulated, tmp_path / "run")
-    found = stages(run, settings(truth=True))
-    assert {(r["task"], r["label_source"]) for r in found["examples"]} == {("sequential", "script"), ("click", "rule")}
-    assert {r["split"] for r in found["examples"]} == {"train"}
+    tables = stages(run, settings(truth=True))
+    assert {(r["task"], r["label_source"]) for r in tables["examples"]} == {("sequential", "script"), ("click", "rule")}
+    assert {r["split"] for r in tables["examples"]} == {"train"}
     options = TASK_OPTIONS[Task.SEQUENTIAL]
-    assert all(read_answer(r["response"], options, finished=True).ok for r in found["examples"])
+    assert all(read_answer(r["response"], options, finished=True).ok for r in tables["examples"])
     causes = truths(run)
-    told = [r for r in found["labels"] if r["label_source"] == "truth"]
+    told = [r for r in tables["labels"] if r["label_source"] == "truth"]
     assert told
     assert all(r["option"] == causes[r["interaction_id"]] for r in told)
     assert run.artifact("labels").table("queue").num_rows == 0
@@ -182,9 +182,9 @@ def test_the_stages_need_no_language_model(simulated, tmp_path, no_llm):
 def test_without_truth_labels_are_the_scripts_and_not_all_true(simulated, tmp_path, no_llm):
     """A teacher that is always right would have looked."""
     run = copy_run(simulated, tmp_path / "run")
-    found = stages(run, settings())
+    tables = stages(run, settings())
     causes = truths(run)
-    told = [r for r in found["labels"] if r["label_source"] in ("script", "guess")]
+    told = [r for r in tables["labels"] if r["label_source"] in ("script", "guess")]
     right = sum(r["option"] == causes[r["interaction_id"]] for r in told)
     assert 0.2 * len(told) < right < len(told)
 
@@ -208,9 +208,9 @@ def test_a_source_without_truth_is_labelled_by_the_script(tmp_path, no_llm):
         v9={"title": "News", "duration_s": 20.0, "tags": ["news"]},
     )
     labels = make_stage("labels", run, with_teachers(author="script", train_labels="truth", test_labels="truth"))
-    found = {r["interaction_id"]: (r["option"], r["label_source"]) for r in labels.table("labels").to_pylist()}
-    assert found["t1"] == ("C", "guess"), "nobody said why: the fields only suggest it"
-    assert found["t2"] == ("A", "rule")
+    by_id = {r["interaction_id"]: (r["option"], r["label_source"]) for r in labels.table("labels").to_pylist()}
+    assert by_id["t1"] == ("C", "guess"), "nobody said why: the fields only suggest it"
+    assert by_id["t2"] == ("A", "rule")
 
 
 def test_with_a_digest_the_thought_ends_with_it_and_decides_nothing():

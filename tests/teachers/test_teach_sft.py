@@ -100,9 +100,9 @@ def test_where_dislikes_are_few_skips_and_watched_targets_become_examples(tmp_pa
     settings = {"author": "script", "sft_views": 6, "script_digest": True}
     cases = cases_of(run, TeacherSettings(**settings))
     assert [c.target.interaction_id[0] for c in cases] == ["d", *"sss", *"www"]
-    found = stage(run, thought, **settings).table("examples").to_pylist()
-    assert [r["gold"] == "A" for r in found] == [False] * 4 + [True] * 3
-    assert all("Skips seldom, 20 to 40 s seldom" in r["think"] for r in found), found
+    examples = stage(run, thought, **settings).table("examples").to_pylist()
+    assert [r["gold"] == "A" for r in examples] == [False] * 4 + [True] * 3
+    assert all("Skips seldom, 20 to 40 s seldom" in r["think"] for r in examples), examples
     with pytest.raises(SettingsError, match=r"sft_views is for teachers\.author=script only"):
         load_settings("paper", ["teachers.sft_views=2"])
 
