@@ -24,8 +24,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from gubs import prompts
 from gubs.artifacts import Artifact, JsonObject, Run
-from gubs.errors import ArtifactError
+from gubs.errors import ArtifactError, PlatformError
 from gubs.evaluate.held_out import DecisionRule
 from gubs.prompts.people import Person, Taste, View
 from gubs.records import GroupProfile, Task, User, Video
@@ -92,7 +93,7 @@ class Bundle:
             uri: its folder, a path or any URI that fsspec knows.
 
         Raises:
-            ArtifactError: there is no finished filter.
+            ArtifactError: there is no finished filter, or it is of another version of gubs or its prompts.
         """
         root, _, name = uri.rstrip("/").rpartition("/")
         self.artifact: Artifact = Run(root or ".").artifact(name)
@@ -105,6 +106,7 @@ class Bundle:
             raise ArtifactError(
                 f"{uri}/{CONFIG} is of another version of gubs ({e.errors()[0]['msg']}): run `gubs filter --force`"
             ) from None
+        _check_prompts(uri, self.config.prompts)
         self._users = _Rows(self.artifact.table("users"), "user_id")
         self._videos = _Rows(self.artifact.table("videos"), "video_id")
         self._views = _Rows(self.artifact.table("views"), "user_id")
@@ -169,13 +171,29 @@ class Bundle:
         """The group of a person it does not know: that of the nearest typical user whose threshold is reached."""
         if self._placement is None:
             return None
-        (found,) = self._placement.place([person.with_tags])
-        return found[0] if found else None
+        (place,) = self._placement.place([person.with_tags])
+        return place[0] if place else None
 
     @cached_property
     def _placement(self) -> Placement | None:
         """As the UGM left it; None without groups."""
-        return Placement.read(self.artifact) if CENTRES in self.artifact.manifest.tables and self.groups else None
+        if CENTRES not in self.artifact.manifest.tables or not self.groups:
+            return None
+        try:
+            return Placement.read(self.artifact)
+        except (OSError, ValueError, PlatformError) as e:  # of a sentence encoder, which lies elsewhere
+            text = str(e).strip().partition("\n")[0]
+            raise ArtifactError(
+                f"{self.artifact.uri}: what places users in groups cannot be loaded on this machine: {text}"
+            ) from None
+
+    def load(self) -> None:
+        """Reads now what the first request would wait for: the list of pictures, the groups, and what places users.
+
+        Raises:
+            ArtifactError: some of it is not there.
+        """
+        _ = self.pictures, self.groups, self._placement
 
     def local_policy(self) -> Path:
         """Folder of the policy on this machine; copied once per version if the filter is elsewhere."""
@@ -192,6 +210,19 @@ class Bundle:
                 except OSError:  # another replica of this machine was faster
                     shutil.rmtree(Path(folder, "policy"), ignore_errors=True)
         return cache
+
+
+def _check_prompts(uri: str, asked: Mapping[str, str]) -> None:
+    """Raises `ArtifactError` if the policy was trained with other prompts than it would be asked with here."""
+    try:
+        changed = [name for name, now in prompts.hashes(asked).items() if now != asked[name]]
+    except FileNotFoundError as e:
+        changed = [str(e.filename)]
+    if changed:
+        raise ArtifactError(
+            f"{uri} was made with other prompts ({', '.join(changed)} changed): serve it with the version of gubs that "
+            "made it, or run `gubs filter` again"
+        )
 
 
 class _Rows:
@@ -218,11 +249,12 @@ def write_config(path: str, config: FilterConfig, fs: object) -> None:
 
 
 def content_of(policy: Path, config: FilterConfig, tables: Mapping[str, str]) -> str:
-    """Identity of a filter: its policy's weights, what it was told, and its tables."""
+    """Identity of a filter: its policy with tokenizer and processor, what it was told, and its tables."""
     digest = hashlib.sha256()
     digest.update(config.model_dump_json().encode())
     digest.update(json.dumps(dict(sorted(tables.items()))).encode())
-    for file in sorted(policy.glob("*.safetensors")):
+    for file in sorted(p for p in policy.rglob("*") if p.is_file()):
+        digest.update(str(file.relative_to(policy)).encode())
         with file.open("rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:16]

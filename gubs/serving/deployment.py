@@ -7,22 +7,30 @@ nothing. The only module that imports Serve.
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import ipaddress
-import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RaySystemError,
+    WorkerCrashedError,
+)
 from ray.serve.context import _set_request_context
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
@@ -32,9 +40,10 @@ from gubs.artifacts import JsonObject
 from gubs.serving.bundle import Bundle
 from gubs.serving.engine import EngineDiedError, FilterEngine
 from gubs.serving.filter import Decision, Mode
-from gubs.serving.keys import ApiKey, KeyRing, read_keys
+from gubs.serving.keys import ApiKey, KeyFile
 from gubs.serving.metrics import Metrics
-from gubs.serving.responses import NDJSON, Lines, RefusedError, as_ready, problem_of, wants_lines
+from gubs.serving.ready import Readiness
+from gubs.serving.responses import NDJSON, Bugs, Lines, RefusedError, as_ready, log_bug, wants_lines
 from gubs.serving.schemas import (
     Candidate,
     ErrorBody,
@@ -52,12 +61,12 @@ from gubs.serving.schemas import (
     User,
     UserRef,
 )
-from gubs.serving.service import FilterService, RequestError, merged, pick, total
+from gubs.serving.service import Decided, FilterService, RequestError, merged, pick, total
 from gubs.serving.settings import ServingSettings
 from gubs.serving.shadow import ShadowLog
 from gubs.ufm.inputs import Prompt
 
-T = TypeVar("T", bound=BaseModel)
+T = TypeVar("T", FilterRequest, ExplainRequest)
 R = TypeVar("R")
 ENGINE, INGRESS = "engine", "ingress"
 """Names of the deployments; the ingress's application has the same name."""
@@ -70,6 +79,11 @@ ROUTER = {
 after milliseconds; with the router's own pauses, it would idle for half a second.
 """
 _CANARY_S = 30.0
+"""Within so many seconds an engine has to answer some question, perhaps behind all others that it has."""
+_QUIET_S = 10.0
+"""An engine that answered a question within so many seconds is healthy without being asked."""
+_LOST = (RayActorError, LocalRayletDiedError, NodeDiedError, ObjectLostError, RaySystemError, WorkerCrashedError)
+"""A replica, or its node, is gone."""
 _STATUS = {
     "unknown_user": 404,
     "unknown_group": 404,
@@ -79,16 +93,37 @@ _STATUS = {
     "overloaded": 429,
     "unavailable": 503,
     "timeout": 504,
+    "internal": 500,
 }
 _ASSETS = {"html": "text/html; charset=utf-8", "js": "text/javascript", "css": "text/css"}
 _CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_log = logging.getLogger("ray.serve")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 413, 422, 429, 500, 503, 504)
 }
+
+
+def _answering(method: Callable[..., Awaitable[R]]) -> Callable[..., Awaitable[R | RequestError]]:
+    """A method of a replica whose errors are returned: Ray would add a trace to a raised one, and Serve would log its
+    message, which may be about a user. If the engine is dead, the replica ends at once: Serve replaces it, and the
+    ingress asks another.
+    """
+
+    @functools.wraps(method)
+    async def answered(*arguments: Any) -> R | RequestError:
+        try:
+            return await method(*arguments)
+        except RequestError as e:
+            return e
+        except EngineDiedError:
+            os._exit(1)
+        except Exception as e:  # noqa: BLE001 - whatever it is
+            log_bug(e)
+            return RequestError("internal", "the service failed")
+
+    return answered
 
 
 @serve.deployment(name=ENGINE)
@@ -98,28 +133,26 @@ class EngineReplica:
     async def __init__(self, uri: str, settings: JsonObject):  # type: ignore[misc]  # Serve awaits it
         """Loads the filter, and answers one question before it counts as ready."""
         self._bundle = await asyncio.to_thread(Bundle, uri)
+        await asyncio.to_thread(self._bundle.load)
         serving = ServingSettings(**settings)
         self._engine = FilterEngine(self._bundle, serving)
         self._service = FilterService(self._bundle, self._engine, serving)
-        await asyncio.to_thread(lambda: self._bundle.pictures)  # reads a table
-        await self.check_health()
+        await self._ask_canary()
 
-    async def decide(
-        self, request: FilterRequest, mode: Mode, salt: str = ""
-    ) -> tuple[list[Result], Usage, float] | RequestError:
-        """See `FilterService.decide`. A request's own error is returned: Ray would add a trace to a raised one."""
-        return await self._surviving(self._service.decide(request, mode, salt))
+    @_answering
+    async def decide(self, request: FilterRequest, mode: Mode, salt: str = "") -> Decided:
+        """See `FilterService.decide`."""
+        return await self._service.decide(request, mode, salt)
 
-    async def explain(self, request: ExplainRequest, salt: str = "") -> dict[str, object] | RequestError:
+    @_answering
+    async def explain(self, request: ExplainRequest, salt: str = "") -> dict[str, object]:
         """See `FilterService.explain`."""
-        return await self._surviving(self._service.explain(request, salt))
+        return await self._service.explain(request, salt)
 
-    def user(self, user_id: str) -> User | RequestError:
+    @_answering
+    async def user(self, user_id: str) -> User:
         """See `FilterService.user`."""
-        try:
-            return self._service.user(user_id)
-        except RequestError as e:
-            return e
+        return self._service.user(user_id)
 
     def groups(self) -> list[Group]:
         """See `FilterService.groups`."""
@@ -133,20 +166,30 @@ class EngineReplica:
         """See `FilterService.examples`."""
         return self._service.examples(count)
 
-    async def check_health(self) -> None:
-        """Asks the engine for one token."""
-        await self._surviving(self._engine.check())
-        async with asyncio.timeout(_CANARY_S):
-            await self._surviving(self._engine.ask(self._bundle.config.tasks[0], Mode.SCORE, [Prompt("ok")]))
+    async def ready(self) -> None:
+        """Returns once it is known that the engine answers; see `check_health`."""
+        await self.check_health()
 
-    async def _surviving(self, work: Awaitable[R]) -> R | RequestError:
-        """Ends the replica at once if its engine is dead: Serve replaces it, and the ingress asks another."""
+    async def check_health(self) -> None:
+        """Looks whether the engine answers: a busy one does so by itself, only a quiet one is asked.
+
+        Raises:
+            TimeoutError: for `_CANARY_S` it answered nothing at all.
+        """
         try:
-            return await work
-        except RequestError as e:
-            return e
+            await self._engine.check()
+            if self._engine.quiet_s >= _QUIET_S:
+                await self._ask_canary()
         except EngineDiedError:
             os._exit(1)
+        except TimeoutError:
+            if self._engine.quiet_s >= _CANARY_S:  # else it answered others, before whom the question has to wait
+                raise
+
+    async def _ask_canary(self) -> None:
+        """Asks the engine for one token."""
+        async with asyncio.timeout(_CANARY_S):
+            await self._engine.ask(self._bundle.config.tasks[0], Mode.SCORE, [Prompt("ok")])
 
     def __del__(self) -> None:
         """Ends the engine's process and the decoders."""
@@ -191,6 +234,7 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 app = FastAPI(title="gubs filter", version="1", docs_url=None, redoc_url=None)
+app.add_middleware(Bugs)
 
 
 @app.exception_handler(RefusedError)
@@ -209,14 +253,6 @@ async def _not_served(_: Request, error: HTTPException) -> Response:
     """No such page, or not with this method."""
     code, text = ("not_found", "there is no such page") if error.status_code == 404 else ("refused", "not served here")
     return RefusedError(error.status_code, code, text).response()
-
-
-@app.exception_handler(Exception)
-async def _failed(_: Request, error: Exception) -> Response:
-    """A bug: the client gets a code, the log gets the trace."""
-    _log.error("request failed", exc_info=error)
-    problem = problem_of(error)
-    return RefusedError(500, problem.code, problem.message, retryable=problem.retryable).response()
 
 
 # Serve pickles the app's routes when it decorates the ingress: what they call must be defined before it.
@@ -251,23 +287,31 @@ class _Part:
     threshold: float
     results: list[Result]
     usage: Usage
+    seconds: Mapping[str, float]
+    """By phase: `queue` (until a replica has it, and the way there), and those of `Decided`."""
 
 
 def _all_kept(asked: FilterRequest) -> _Part:
     results = [Result(index=i, id=c.id, decision=Decision.KEEP) for i, c in enumerate(asked.candidates)]
-    return _Part("", ModelName(name="none", version="none"), 1.0, results, Usage())
+    return _Part("", ModelName(name="none", version="none"), 1.0, results, Usage(), {})
 
 
 def _summary(asked: FilterRequest, mode: Mode, parts: Sequence[_Part], began: float) -> JsonObject:
-    """The fields of a `FilterSummary`."""
+    """The fields of a `FilterSummary`. Parts are decided side by side: the longest counts."""
+    phases = {phase: max(p.seconds[phase] for p in parts) for phase in parts[0].seconds}
     return {
-        "request_id": _request_id(asked),
+        "request_id": asked.request_id,
         "model": parts[0].model,
         "mode": mode,
         "threshold": parts[0].threshold,
         "usage": total([p.usage for p in parts]),
-        "timing_ms": {"total": round((time.perf_counter() - began) * 1e3, 1)},
+        "timing_ms": _timing(began, phases),
     }
+
+
+def _timing(began: float, phases: Mapping[str, float] | None = None) -> dict[str, float]:
+    seconds = {"total": time.perf_counter() - began, **(phases or {})}
+    return {phase: round(value * 1e3, 1) for phase, value in seconds.items()}
 
 
 @dataclass
@@ -291,8 +335,13 @@ def _point(key: str) -> float:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
 
 
-def _request_id(asked: FilterRequest | ExplainRequest) -> str:
-    return asked.request_id or uuid.uuid4().hex
+def _names_this_machine(host: str) -> bool:
+    """Whether a Host header does. A page from elsewhere, whose name leads here, has its own name in the header."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 @serve.deployment(name=INGRESS)
@@ -308,11 +357,11 @@ class Ingress:
             versions: application of each version -> share of the requests, until `reconfigure` is called.
         """
         self._settings = ServingSettings(**settings)
-        self._keys = None if self._settings.insecure else self._ring()
+        self._keys = None if self._settings.insecure else self._key_file()
         self._metrics = Metrics()
         self._log = ShadowLog(self._settings.log_dir, self._settings.log_every_s) if self._settings.log_dir else None
         self._handles: dict[str, DeploymentHandle] = {}
-        self._names: dict[str, ModelName] = {}
+        self._ready = Readiness(self._ask_whether_ready)
         self._background: set[asyncio.Task[None]] = set()
         self.reconfigure({"versions": versions or {}})
 
@@ -320,6 +369,10 @@ class Ingress:
         """New weights: {"versions": {application: weight}, "shadow": [applications]}."""
         self._weights: Mapping[str, float] = dict(config.get("versions") or {})
         self._shadow: list[str] = list(config.get("shadow") or [])
+        gone = self._handles.keys() - {*self._weights, *self._shadow}
+        self._handles = {name: handle for name, handle in self._handles.items() if name not in gone}
+        self._metrics.forget(gone)
+        self._ready.forget()
 
     def __del__(self) -> None:
         """Writes what is left of the log. Serve calls it before it ends a replica in order, when no request is left.
@@ -359,9 +412,7 @@ class Ingress:
             version = self._pick(_user_key(asked))
             async with self._deadline(asked.timeout_ms):
                 fields = await self._call(version, "explain", asked, _salt(key), session=_user_key(asked))
-            name = await self._name(version)
-        timing = {"total": round((time.perf_counter() - began) * 1e3, 1)}
-        return ExplainResponse(request_id=_request_id(asked), model=name, timing_ms=timing, **fields)
+        return ExplainResponse(request_id=asked.request_id, timing_ms=_timing(began), **fields)
 
     @app.get("/v1/groups", response_model=list[Group], responses=_ERRORS)
     async def groups(self, request: Request) -> list[Group]:
@@ -394,7 +445,8 @@ class Ingress:
     async def status(self, request: Request) -> JsonObject:
         """Recent figures of this ingress replica, and the engine replicas of each version."""
         self._looking(request)
-        applications = (await asyncio.to_thread(serve.status)).applications
+        async with self._deadline(None):
+            applications = (await asyncio.to_thread(serve.status)).applications
         replicas = {
             name: sum(n for state, n in application.deployments[ENGINE].replica_states.items() if state == "RUNNING")
             for name, application in applications.items()
@@ -419,10 +471,10 @@ class Ingress:
 
     @app.get("/readyz", responses=_ERRORS)
     async def readyz(self) -> dict[str, str]:
-        """An engine answers."""
-        if self._weights:
-            async with self._deadline(5000):
-                await self._call(self._pick("ready"), "about")
+        """A version is there, and its engine answers, or is only busy."""
+        if not self._weights:
+            raise RefusedError(503, "unavailable", "no version is deployed", retryable=True, retry_after=5)
+        await self._ready.check()
         return {"status": "ready"}
 
     @app.get("/metrics")
@@ -471,18 +523,26 @@ class Ingress:
             yield _all_kept(asked)
             return
 
-        async def chunk(start: int) -> tuple[list[Result], Usage, float]:
+        async def chunk(start: int) -> _Part:
             some = asked.model_copy(update={"candidates": asked.candidates[start : start + size]})
-            results, usage, threshold = await self._call(version, "decide", some, mode, salt, session=session)
-            numbered = [r.model_copy(update={"index": start + r.index}) for r in results] if start else results
-            return numbered, usage, threshold
+            return await self._part(version, some, mode, salt, start)
 
         with self._metrics.waiting(len(asked.candidates)):
             async with self._deadline(asked.timeout_ms):
                 calls = as_ready(chunk(start) for start in range(0, len(asked.candidates), size))
                 async with contextlib.aclosing(calls) as chunks:
-                    async for results, usage, threshold in chunks:
-                        yield _Part(version, await self._name(version), threshold, results, usage)
+                    async for part in chunks:
+                        self._metrics.model(version, part.model)
+                        self._metrics.phases(mode, part.seconds)
+                        yield part
+
+    async def _part(self, version: str, some: FilterRequest, mode: Mode, salt: str, start: int) -> _Part:
+        """A version's decisions about some of a request's candidates, which begin at `start`."""
+        began = time.perf_counter()
+        it: Decided = await self._call(version, "decide", some, mode, salt, session=_user_key(some))
+        queue = max(0.0, time.perf_counter() - began - sum(it.seconds.values()))
+        numbered = [r.model_copy(update={"index": start + r.index}) for r in it.results] if start else it.results
+        return _Part(version, it.model, it.threshold, numbered, it.usage, {"queue": queue, **it.seconds})
 
     def _note(self, asked: FilterRequest, mode: Mode, part: _Part, results: Sequence[Result]) -> None:
         """Counts and logs decisions that are about to be answered."""
@@ -495,15 +555,18 @@ class Ingress:
     async def _shadowed(self, version: str, asked: FilterRequest, mode: Mode, salt: str) -> None:
         """Asks a version whose decisions only go to the log."""
         size = self._settings.chunk
-        chunks = []
+        chunks: list[Decided] = []
         async with self._deadline(None):
             for i in range(0, len(asked.candidates), size):
                 part = asked.model_copy(update={"candidates": asked.candidates[i : i + size]})
                 chunks.append(await self._call(version, "decide", part, mode, salt, session=_user_key(asked)))
-        results, _ = merged(chunks)
         if self._log:
-            name = await self._name(version)
-            self._log.add(version, name.version, asked, mode, chunks[0][2], results, acted=False)
+            first = chunks[0]
+            self._log.add(version, first.model.version, asked, mode, first.threshold, merged(chunks), acted=False)
+
+    async def _ask_whether_ready(self) -> None:
+        async with self._deadline(5000):
+            await self._call(self._pick("ready"), "ready")
 
     async def _call(self, version: str, method: str, *arguments: Any, session: str = "") -> Any:
         """One call of a version; asked of another replica once more if the first one dies.
@@ -522,12 +585,14 @@ class Ingress:
                 raise RefusedError(
                     429, "overloaded", "too many requests are waiting", retryable=True, retry_after=1
                 ) from None
-            except (RayActorError, DeploymentUnavailableError, RequestCancelledError) as e:
+            except (*_LOST, DeploymentUnavailableError, RequestCancelledError) as e:
                 if attempt == 2 or isinstance(e, RequestCancelledError):
                     raise RefusedError(503, "unavailable", "no engine answers", retryable=True, retry_after=5) from None
             else:
                 if isinstance(answer, RequestError):
                     raise RefusedError(_STATUS.get(answer.code, 400), answer.code, str(answer))
+                if session:
+                    self._ready.answered()
                 return answer
         raise AssertionError
 
@@ -580,7 +645,8 @@ class Ingress:
         itself, whatever host it was asked by.
         """
         if self._keys is None:
-            if not (request.client and ipaddress.ip_address(request.client.host).is_loopback):
+            near = request.client and ipaddress.ip_address(request.client.host).is_loopback
+            if not (near and _names_this_machine(request.headers.get("host", ""))):
                 raise RefusedError(403, "forbidden", "this service has no keys, so it answers its own machine only")
             return None
         key = self._keys.find(request.headers.get("authorization"))
@@ -588,8 +654,8 @@ class Ingress:
             raise RefusedError(401, "unauthorized", "send a valid key: Authorization: Bearer KEY")
         return key
 
-    def _ring(self) -> KeyRing:
-        return KeyRing(read_keys(self._settings.keys_file), replicas=self._settings.ingress_replicas)
+    def _key_file(self) -> KeyFile:
+        return KeyFile(self._settings.keys_file, replicas=self._settings.ingress_replicas)
 
     def _looking(self, request: Request) -> None:
         """Admits a request without candidates. It counts as one: each asks a replica, or the controller."""
@@ -600,19 +666,22 @@ class Ingress:
             raise RefusedError(429, "rate_limited", "this key's rate is used up", retryable=True, retry_after=wait)
 
     async def _read(self, request: Request, model: type[T]) -> T:
-        """The request's body, read up to the limit and checked. Errors name the field, never the value."""
+        """The request's body, read up to the limit and checked; it has an id from now on. Errors name the field, never
+        the value.
+        """
         limit = int(self._settings.limits.body_mb * 2**20)
-        body = b""
+        body = bytearray()
         async for block in request.stream():
             body += block
             if len(body) > limit:
                 raise RefusedError(413, "too_large", f"the body is larger than {limit:,} bytes")
         try:
-            return model.model_validate_json(body)
+            asked = model.model_validate_json(bytes(body))
         except ValidationError as e:
             problems = e.errors(include_input=False, include_url=False, include_context=False)
             text = _named([dict(p) for p in problems])
             raise RefusedError(422, "invalid_request", text or "the body is no valid request") from None
+        return asked.model_copy(update={"request_id": asked.request_id or uuid.uuid4().hex})
 
     def _check_size(self, user: UserRef, candidates: Sequence[Candidate]) -> None:
         """Refuses what is larger than the service's own limits; those of the API are in `schemas`."""
@@ -632,12 +701,6 @@ class Ingress:
         except ValueError:
             raise RefusedError(503, "unavailable", "no version is active", retryable=True, retry_after=5) from None
 
-    async def _name(self, version: str) -> ModelName:
-        if version not in self._names:
-            about = await self._call(version, "about")
-            self._names[version] = ModelName(name=about["name"], version=about["version"])
-        return self._names[version]
-
     async def _info(self, version: str) -> ModelInfo:
         async with self._deadline(None):
             about = dict(await self._call(version, "about"))
@@ -647,6 +710,7 @@ class Ingress:
     def _later(self, work: Coroutine[None, None, None]) -> None:
         """Runs in the background; at most as much as a request's worth per ingress."""
         if len(self._background) >= self._settings.max_queued:
+            self._metrics.error("shadow_dropped")
             work.close()
             return
 

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import time
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     _Rendered = tuple[EngineInput, SamplingParams]
 
 
+_INSECURE = "VLLM_ALLOW_INSECURE_SERIALIZATION"
+"""With it vLLM runs what its messages contain."""
 _RESENDS = 3
 """How often a question is sent again whose pictures the engine does not have."""
 
@@ -77,6 +80,7 @@ class FilterEngine:
         # The asynchronous engine has a process of its own in any case. Without the variable that says otherwise, vLLM
         # would start one more for it on a CPU, for the model.
         os.environ.update(environment(self._shape.rollout))
+        os.environ.pop(_INSECURE, None)
         with quick_imports():
             import torch
             from vllm import AsyncEngineArgs
@@ -91,6 +95,7 @@ class FilterEngine:
         )
         self._thoughts, self._version = bundle.config.thoughts, bundle.version
         self._name, self._numbers = uuid.uuid4().hex[:8], itertools.count()
+        self._answered = time.monotonic()
         self._rendering = ThreadPoolExecutor(1, "render")
         """One thread: vLLM's renderer has a cache that is for one alone."""
         self._forget_in_order()
@@ -188,12 +193,18 @@ class FilterEngine:
         async for output in self._llm.generate(prompt, parameters, f"{self._name}-{next(self._numbers)}"):
             last = output
         assert last is not None
+        self._answered = time.monotonic()
         return last
 
     @property
     def running(self) -> int:
         """Questions that the engine has and has not answered yet."""
         return self._llm.get_num_unfinished_requests()
+
+    @property
+    def quiet_s(self) -> float:
+        """Seconds since it answered a question, or since its start."""
+        return time.monotonic() - self._answered
 
     async def check(self) -> None:
         """Looks whether the engine lives.

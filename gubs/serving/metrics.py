@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import prometheus_client as prometheus
 from ray.util import metrics as ray_metrics
 
 from gubs.artifacts import JsonObject
-from gubs.serving.schemas import Result
+from gubs.serving.schemas import ModelName, Result
 
 _RECENT_S, _STEP_S, _MOST_RECENT = 300, 5, 20_000
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -34,9 +34,9 @@ class _Twin:
         (self._local.labels(*values) if values else self._local).observe(value)
         self._ray.observe(value, tags=dict(zip(self._tags, values, strict=True)))
 
-    def set(self, value: float) -> None:
-        self._local.set(value)
-        self._ray.set(value)
+    def set(self, value: float, *values: str) -> None:
+        (self._local.labels(*values) if values else self._local).set(value)
+        self._ray.set(value, tags=dict(zip(self._tags, values, strict=True)))
 
 
 class Recent:
@@ -75,18 +75,41 @@ class Metrics:
         self._requests = _Twin("Counter", "gubs_filter_requests", "Requests", ("code", "mode"), registry)
         self._candidates = _Twin("Counter", "gubs_filter_candidates", "Candidates", ("decision", "option"), registry)
         self._errors = _Twin("Counter", "gubs_filter_errors", "Errors", ("code",), registry)
-        self._seconds = _Twin("Histogram", "gubs_filter_seconds", "Seconds per request", ("mode",), registry)
+        self._seconds = _Twin(
+            "Histogram", "gubs_filter_seconds", "Seconds of requests and of their parts", ("mode", "phase"), registry
+        )
         self._queued = _Twin("Gauge", "gubs_filter_queue_candidates", "Candidates in work", (), registry)
         self._mass = _Twin(
             "Histogram", "gubs_filter_label_mass", "Least probability of all options in a request", (), registry
         )
+        self._info = _Twin("Gauge", "gubs_filter_model_info", "1: decides now", ("app", "name", "version"), registry)
+        self._models: dict[str, ModelName] = {}
         self._waiting = 0
 
     def request(self, code: str, mode: str, seconds: float) -> None:
         """Counts a request that ended."""
         self._requests.inc(code, str(mode))
-        self._seconds.observe(seconds, str(mode))
+        self._seconds.observe(seconds, str(mode), "total")
         self.recent.add(seconds, ok=code == "200")
+
+    def phases(self, mode: str, seconds: Mapping[str, float]) -> None:
+        """Counts where the time of a part of a request went."""
+        for phase, value in seconds.items():
+            self._seconds.observe(value, str(mode), phase)
+
+    def model(self, app: str, model: ModelName) -> None:
+        """Notes which filter decided in an application."""
+        before = self._models.get(app)
+        if before != model:
+            self.forget([app])
+            self._models[app] = model
+            self._info.set(1, app, model.name, model.version)
+
+    def forget(self, apps: Collection[str]) -> None:
+        """Applications that decide nothing any more."""
+        for app in set(apps) & self._models.keys():
+            model = self._models.pop(app)
+            self._info.set(0, app, model.name, model.version)
 
     def error(self, code: str) -> None:
         """Counts an error of a request or a candidate."""

@@ -4,6 +4,7 @@ A file is fetched with limits on place, size and time, and decoded in the bounde
 only ever gets arrays of pixels.
 """
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -12,11 +13,11 @@ import ipaddress
 import queue
 import socket
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import SplitResult, urlsplit
+from typing import IO, TYPE_CHECKING
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import numpy as np
 
@@ -26,16 +27,29 @@ from gubs.video.clips import ByteCache, Clip
 from gubs.video.decoded import USABLE, DecodeOptions
 from gubs.video.decoder_process import DecoderProcess
 
+if TYPE_CHECKING:
+    from httpx import Response
+
 _CACHE_BYTES = 256 << 20
-_BLOCK = 1 << 16
 DECODERS = 2
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_SCAN = b"\xff\xda"
+_MOST_SCANS = 20
+"""Scans of a JPEG. Encoders write at most a dozen; each may cost as much as all pixels, and take only 12 bytes."""
+_MOST_RATIO = 200
+"""Longer side by shorter side; Qwen's processor refuses more, and a whole chunk with it."""
+_MOST_ENCODED = 4
+"""How often a path may be percent-encoded on top of itself."""
 
 
 class PictureError(GubsError):
     """A candidate's pictures cannot be had; its message may be shown to the client."""
 
     exit_code = 3
+
+    def __init__(self, message: str, *, retryable: bool = False):
+        super().__init__(message)
+        self.retryable = retryable
 
 
 class Places:
@@ -76,7 +90,7 @@ class Places:
             PictureError: no prefix allows it, or its name leads to a private address.
         """
         parts = _parts(uri)
-        if parts.username or parts.password or not parts.hostname or ".." in parts.path or "%" in parts.netloc:
+        if parts.username or parts.password or not parts.hostname or "%" in parts.netloc or not _is_plain(parts.path):
             raise PictureError("this place is not allowed")
         if not any(_below(parts, root) for root in self._urls):
             raise PictureError("this place is not allowed")
@@ -99,6 +113,22 @@ def _parts(uri: str) -> SplitResult:
     except ValueError:
         raise PictureError("this place is not allowed") from None
     return parts
+
+
+def _is_plain(path: str) -> bool:
+    """Whether a path leads nowhere else when the server decodes it, perhaps more than once: it has no `..`, and no
+    slash, backslash or control character behind percent signs.
+    """
+    for _ in range(_MOST_ENCODED):
+        decoded = unquote(path)
+        if ".." in decoded or "\\" in decoded or decoded.count("/") != path.count("/"):
+            return False
+        if any(ord(c) < 32 for c in decoded):
+            return False
+        if decoded == path:
+            return True
+        path = decoded
+    return False
 
 
 def _below(parts: SplitResult, root: SplitResult) -> bool:
@@ -182,35 +212,44 @@ class Pictures:
             yield path
             return
         with tempfile.NamedTemporaryFile(suffix=Path(urlsplit(uri).path).suffix[:8]) as copy:
-            for block in self._download(uri):
-                copy.write(block)
+            asyncio.run(self._download(uri, copy))  # in a thread without a loop
             copy.flush()
             yield Path(copy.name)
 
-    def _download(self, uri: str) -> Iterator[bytes]:
-        """Blocks of a URL; connects to the address that was checked, and follows no redirect."""
+    async def _download(self, uri: str, copy: IO[bytes]) -> None:
+        """Copies what is at a URL; connects to the address that was checked, and follows no redirect. The time limit is
+        for all of it, header included: a server may send a byte now and then for days.
+        """
         import httpx
 
         host, _ = self._places.address(uri)
         parts = urlsplit(uri)
-        limit, deadline, size = self._limits.fetch_mb * 2**20, time.monotonic() + self._limits.fetch_s, 0
-        target = httpx.URL(uri).copy_with(host=host)
+        headers = {"Host": parts.netloc, "Accept-Encoding": "identity"}
         try:
-            with httpx.Client(timeout=self._limits.fetch_s, follow_redirects=False, trust_env=False) as client:
-                request = client.build_request(
-                    "GET", target, headers={"Host": parts.netloc}, extensions={"sni_hostname": parts.hostname}
-                )
-                response = client.send(request, stream=True)
-                if response.status_code != 200:
-                    raise PictureError(f"the file's server answered {response.status_code}")
-                for block in response.iter_bytes(_BLOCK):
-                    size += len(block)
-                    if size > limit or time.monotonic() > deadline:
-                        raise PictureError("the file is too large, or takes too long")
-                    yield block
-                response.close()
-        except httpx.HTTPError:
+            target = httpx.URL(uri).copy_with(host=host)
+            async with (
+                asyncio.timeout(self._limits.fetch_s),
+                httpx.AsyncClient(timeout=self._limits.fetch_s, follow_redirects=False, trust_env=False) as client,
+                client.stream("GET", target, headers=headers, extensions={"sni_hostname": parts.hostname}) as response,
+            ):
+                await self._copy(response, copy)
+        except TimeoutError:
+            raise PictureError("the file takes too long", retryable=True) from None
+        except (httpx.HTTPError, httpx.InvalidURL):
             raise PictureError("the file cannot be fetched") from None
+
+    async def _copy(self, response: "Response", copy: IO[bytes]) -> None:
+        """Copies an answer as it is sent: compressed, a small one could become any size."""
+        if response.status_code != 200:
+            raise PictureError(f"the file's server answered {response.status_code}")
+        if response.headers.get("content-encoding", "identity").lower() != "identity":
+            raise PictureError("the file's server compresses it")
+        size = 0
+        async for block in response.aiter_raw():
+            size += len(block)
+            if size > self._limits.fetch_mb * 2**20:
+                raise PictureError("the file is too large")
+            copy.write(block)
 
     def _from_jpegs(self, key: str, data: Sequence[bytes], cover: bool) -> Clip:
         try:
@@ -222,6 +261,19 @@ class Pictures:
         if len(pictures) % 2:  # the model merges pairs of frames
             pictures = np.concatenate([pictures, pictures[-1:]])
         return Clip(key, pictures, len(pictures) / 2.0)
+
+
+def fitting(clip: Clip | None) -> Clip | None:
+    """The clip, if the model takes pictures of its shape.
+
+    Raises:
+        PictureError: it does not.
+    """
+    if clip is not None:
+        _, height, width, _ = clip.frames.shape
+        if max(height, width) > _MOST_RATIO * min(height, width):
+            raise PictureError(f"one side of its pictures is more than {_MOST_RATIO} times the other")
+    return clip
 
 
 def _key(files: Sequence[bytes]) -> str:
@@ -244,6 +296,8 @@ def _resized(jpegs: Sequence[bytes], options: DecodeOptions, most: int) -> "np.n
 
     images = []
     for jpeg in jpegs:
+        if jpeg.count(_SCAN) > _MOST_SCANS:  # pixels cannot look like this marker
+            raise ValueError("too many scans")
         with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
             if image.width * image.height > most:
                 raise ValueError("too many pixels")

@@ -2,13 +2,17 @@
 
 import asyncio
 import logging
+import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from gubs.serving.schemas import ErrorBody, FilterLine, Problem
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 R = TypeVar("R")
 NDJSON = "application/x-ndjson"
@@ -30,10 +34,44 @@ class RefusedError(Exception):
 
 
 def problem_of(error: BaseException) -> Problem:
-    """What a client is told of an error: of a bug only that there is one."""
+    """What a client is told of an error: of a bug only that there is one, which asking again will not mend."""
     if isinstance(error, RefusedError):
         return error.problem
-    return Problem(code="internal", message="the service failed", retryable=True)
+    return Problem(code="internal", message="the service failed")
+
+
+def log_bug(error: BaseException) -> None:
+    """Logs what kind of error happened where, and not its message: it may repeat what a client sent."""
+    told: BaseException | None = error
+    while told:
+        places = (f"{f.filename}:{f.lineno} in {f.name}" for f in traceback.extract_tb(told.__traceback__))
+        _log.error("request failed: %s\n  %s", type(told).__name__, "\n  ".join(places))
+        told = told.__cause__ or told.__context__
+
+
+class Bugs:
+    """ASGI middleware: a bug is answered with its code. If it went further, Serve would log its message."""
+
+    def __init__(self, app: "ASGIApp"):
+        self._app = app
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        """Handles a request as ASGI wants it."""
+        begun = False
+
+        async def noting(message: "Message") -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except Exception as e:  # noqa: BLE001 - whatever it is
+            log_bug(e)
+            if begun:
+                raise RuntimeError("an answer broke off") from None
+            problem = problem_of(e)
+            await RefusedError(500, problem.code, problem.message).response()(scope, receive, send)
 
 
 def wants_lines(request: Request) -> bool:
@@ -99,5 +137,5 @@ class Lines(StreamingResponse):
         await asyncio.wait([self._work])
         if error := self._work.exception():
             if not isinstance(error, RefusedError):
-                _log.error("request failed", exc_info=error)
+                log_bug(error)
             yield FilterLine(error=problem_of(error)).line()

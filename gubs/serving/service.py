@@ -6,9 +6,10 @@ Knows neither Serve nor HTTP. The engine is anything with `FilterEngine.ask`.
 import asyncio
 import base64
 import functools
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from gubs.errors import ArtifactError, GubsError
@@ -20,12 +21,25 @@ from gubs.serving import schemas
 from gubs.serving.bundle import Bundle
 from gubs.serving.engine import Answer
 from gubs.serving.filter import Decision, Mode, judge
-from gubs.serving.pictures import DECODERS, PictureError, Pictures
-from gubs.serving.schemas import Candidate, ExplainRequest, FilterRequest, Perspective, Problem, Result, Usage, UserRef
+from gubs.serving.pictures import DECODERS, PictureError, Pictures, fitting
+from gubs.serving.schemas import (
+    Candidate,
+    ExplainRequest,
+    FilterRequest,
+    ModelName,
+    Perspective,
+    Problem,
+    Result,
+    Usage,
+    UserRef,
+)
 from gubs.serving.settings import ServingSettings
 from gubs.ufm.inputs import Prompt
 from gubs.ufm.prompting import PromptBuilder
 from gubs.video.clips import Clip
+
+_PICTURES_SHARE = 0.5
+"""Of a request's time, how much its pictures may take; the rest is for the engine."""
 
 
 class RequestError(GubsError):
@@ -48,6 +62,20 @@ class Asker(Protocol):
         """See `FilterEngine.ask`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """Decisions about some candidates."""
+
+    results: list[Result]
+    """In the candidates' order."""
+    usage: Usage
+    threshold: float
+    model: ModelName
+    """Who decided."""
+    seconds: dict[str, float]
+    """By phase: `pictures` (with people and prompts), `engine`."""
+
+
 class FilterService:
     """Answers requests with one filter."""
 
@@ -56,11 +84,13 @@ class FilterService:
         config = bundle.config
         self._prompts = PromptBuilder(config.inputs, config.pictures)
         self._pictures = Pictures(settings.fetch_roots, settings.limits, config.frames) if config.frames else None
-        # threads of their own: a slow place that files come from must not keep stored frames waiting
+        # threads of their own: neither a slow place that files come from nor frames that take long to decode may keep
+        # stored frames waiting
         self._fetching = ThreadPoolExecutor(DECODERS, "fetch")
+        self._decoding = ThreadPoolExecutor(DECODERS, "decode")
 
-    async def decide(self, request: FilterRequest, mode: Mode, salt: str = "") -> tuple[list[Result], Usage, float]:
-        """Decisions about the candidates, in their order; usage; the threshold.
+    async def decide(self, request: FilterRequest, mode: Mode, salt: str = "") -> Decided:
+        """Decisions about the candidates.
 
         Args:
             request: the user and the candidates.
@@ -70,30 +100,41 @@ class FilterService:
         Raises:
             RequestError: the task, the mode or the user is unknown to this filter.
         """
+        began = time.perf_counter()
         rule = self._rule(request.task, mode)
         threshold = rule.threshold.value if request.threshold is None else request.threshold
         person = self._person(request.user, request.task)
-        group = self._group_of(request.user, person)
-        clips = await asyncio.gather(*(self._clip(c, request.task) for c in request.candidates))
-        prompts: list[Prompt | PictureError] = [
-            clip
-            if isinstance(clip, PictureError)
-            else self._prompts.about_user(request.task, person, self._video(candidate), clip)
-            for candidate, clip in zip(request.candidates, clips, strict=True)
-        ]
-        asked = [p for p in prompts if isinstance(p, Prompt)]
-        answered = await self.engine.ask(request.task, mode, asked, salt)
-        answers, usage = iter(answered), _used(answered)
-        results = []
+        group = await self._group_of(request.user, person)
+        prompts = await self._questions(request, person)
+        asked = time.perf_counter()
+        answered = await self.engine.ask(request.task, mode, [p for p in prompts if isinstance(p, Prompt)], salt)
+        seconds = {"pictures": asked - began, "engine": time.perf_counter() - asked}
+        answers, results = iter(answered), []
         for index, (candidate, prompt) in enumerate(zip(request.candidates, prompts, strict=True)):
             if isinstance(prompt, PictureError):
-                results.append(_kept(index, candidate.id, "pictures", str(prompt)))
+                results.append(_kept(index, candidate.id, "pictures", str(prompt), retryable=prompt.retryable))
                 continue
             answer = next(answers)
             result = _result(index, candidate.id, request.task, rule, threshold, answer, explain=request.explain)
             result.group_id = group
             results.append(result)
-        return results, usage, threshold
+        return Decided(results, _used(answered), threshold, self.model, seconds)
+
+    @property
+    def model(self) -> ModelName:
+        """The filter and its version."""
+        return ModelName(name=self.bundle.config.name, version=self.bundle.version)
+
+    async def _questions(self, request: FilterRequest, person: Person) -> list[Prompt | PictureError]:
+        """What is asked about each candidate, or why it cannot be."""
+        until = self._pictures_until(request.timeout_ms)
+        clips = await asyncio.gather(*(self._clip(c, request.task, until) for c in request.candidates))
+        return [
+            clip
+            if isinstance(clip, PictureError)
+            else self._prompts.about_user(request.task, person, self._video(candidate), clip)
+            for candidate, clip in zip(request.candidates, clips, strict=True)
+        ]
 
     async def explain(self, request: ExplainRequest, salt: str = "") -> dict[str, object]:
         """The answers with the user's own, a similar user's, a group's and no profile; the fields of a response.
@@ -108,8 +149,8 @@ class FilterService:
         task, candidate = request.task, request.candidate
         rule = self._rule(task, Mode.REASON)
         own = self._person(request.user, task)
-        group_id = self._group_of(request.user, own)
-        clip = await self._clip(candidate, task)
+        group_id = await self._group_of(request.user, own)
+        clip = await self._clip(candidate, task, self._pictures_until(request.timeout_ms))
         if isinstance(clip, PictureError):
             raise RequestError("pictures", str(clip))
         video, limit = self._video(candidate), self.bundle.config.inputs.max_text
@@ -128,6 +169,7 @@ class FilterService:
             result = _result(0, candidate.id, task, rule, rule.threshold.value, answer, explain=True)
             perspectives.append(Perspective.model_validate({"whose": whose, "profile": text, "result": result}))
         return {
+            "model": self.model,
             "title": video.title,
             "frames": await asyncio.to_thread(_as_jpegs, clip),
             "history": own.latest(self.bundle.config.inputs.history_items).views(limit),
@@ -175,7 +217,8 @@ class FilterService:
 
     def close(self) -> None:
         """Ends the decoder processes."""
-        self._fetching.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._fetching, self._decoding):
+            threads.shutdown(wait=False, cancel_futures=True)
         if self._pictures:
             self._pictures.close()
 
@@ -214,9 +257,9 @@ class FilterService:
         duration = candidate.duration_s if candidate.duration_s is not None else known.duration_s if known else None
         return Video(candidate.id, title, duration, tags=list(candidate.tags) or list(known.tags if known else ()))
 
-    def _group_of(self, user: UserRef, person: Person) -> str | None:
+    async def _group_of(self, user: UserRef, person: Person) -> str | None:
         groups = self.bundle.groups_of(user.id) if user.id is not None else []
-        return groups[0] if groups else self.bundle.place(person)
+        return groups[0] if groups else await asyncio.to_thread(self.bundle.place, person)
 
     def _similar_to(self, user: UserRef, group_id: str | None, task: Task) -> Person | None:
         """The most similar other member of the group."""
@@ -228,33 +271,43 @@ class FilterService:
         )
         return next((p for p in others if p), None)
 
-    async def _clip(self, candidate: Candidate, task: Task) -> Clip | PictureError | None:
-        """The candidate's pictures; None if the filter shows none."""
+    def _pictures_until(self, timeout_ms: int | None) -> float:
+        """When the pictures of a request that begins now have to be there; time of the event loop."""
+        seconds = min(self.settings.timeout_s, (timeout_ms or 10**9) / 1e3)
+        return asyncio.get_running_loop().time() + _PICTURES_SHARE * seconds
+
+    async def _clip(self, candidate: Candidate, task: Task, until: float) -> Clip | PictureError | None:
+        """The candidate's pictures; None if the filter shows none. What goes wrong is this candidate's error: it is
+        kept, and the others are judged.
+        """
         if self._pictures is None or not self.bundle.config.inputs.vision:
             return None
         try:
-            return await self._found(candidate, cover=task == Task.CLICK)
+            async with asyncio.timeout_at(until):
+                return fitting(await self._shown(candidate, self._pictures, cover=task == Task.CLICK))
         except PictureError as e:
             return e
-        except ArtifactError:  # of the frame store: this candidate is kept, the others are judged
+        except TimeoutError:
+            return PictureError("its pictures take too long", retryable=True)
+        except ArtifactError:  # of the frame store
             return PictureError("its stored frames cannot be read")
 
-    async def _found(self, candidate: Candidate, *, cover: bool) -> Clip | None:
-        assert self._pictures
-        if not candidate.frames and (kept := self.bundle.pictures.in_memory(candidate.id, cover=cover)):
+    async def _shown(self, candidate: Candidate, pictures: Pictures, *, cover: bool) -> Clip | None:
+        """The pictures that came with the request, or are stored, or can be fetched."""
+        loop = asyncio.get_running_loop()
+        if candidate.frames:
+            sent = functools.partial(pictures.sent, candidate.frames, cover=cover)
+            return await loop.run_in_executor(self._decoding, sent)
+        if kept := self.bundle.pictures.in_memory(candidate.id, cover=cover):
             return kept  # without a thread, which takes longer than this
-        clip = await asyncio.to_thread(self._at_hand, candidate, cover=cover)
+        clip = await asyncio.to_thread(self._stored, candidate.id, cover=cover)
         if clip is None and candidate.uri:
-            fetch = functools.partial(self._pictures.fetched, candidate.uri, cover=cover)
-            clip = await asyncio.get_running_loop().run_in_executor(self._fetching, fetch)
+            fetch = functools.partial(pictures.fetched, candidate.uri, cover=cover)
+            clip = await loop.run_in_executor(self._fetching, fetch)
         return clip
 
-    def _at_hand(self, candidate: Candidate, *, cover: bool) -> Clip | None:
-        """The pictures that came with the request, or are stored."""
-        assert self._pictures
-        if candidate.frames:
-            return self._pictures.sent(candidate.frames, cover=cover)
-        return self.bundle.pictures.cover(candidate.id) if cover else self.bundle.pictures.clip(candidate.id)
+    def _stored(self, video_id: str, *, cover: bool) -> Clip | None:
+        return self.bundle.pictures.cover(video_id) if cover else self.bundle.pictures.clip(video_id)
 
 
 def _result(
@@ -285,8 +338,9 @@ def _cause(answer: Answer) -> tuple[str, str]:
     return "unreadable", "the model named no option"
 
 
-def _kept(index: int, name: str, code: str, message: str) -> Result:
-    return Result(index=index, id=name, decision=Decision.KEEP, error=Problem(code=code, message=message))
+def _kept(index: int, name: str, code: str, message: str, *, retryable: bool = False) -> Result:
+    problem = Problem(code=code, message=message, retryable=retryable)
+    return Result(index=index, id=name, decision=Decision.KEEP, error=problem)
 
 
 def _used(answers: Sequence[Answer]) -> Usage:
@@ -301,10 +355,10 @@ def _as_jpegs(clip: Clip | None) -> list[str]:
     return [base64.b64encode(jpeg).decode() for jpeg in clip.jpegs()] if clip else []
 
 
-def merged(chunks: Sequence[tuple[list[Result], Usage, float]]) -> tuple[list[Result], Usage]:
+def merged(chunks: Sequence[Decided]) -> list[Result]:
     """The results of a request that was split, numbered through."""
-    results = [r for part, _, _ in chunks for r in part]
-    return [r.model_copy(update={"index": i}) for i, r in enumerate(results)], total([u for _, u, _ in chunks])
+    results = [r for chunk in chunks for r in chunk.results]
+    return [r.model_copy(update={"index": i}) for i, r in enumerate(results)]
 
 
 def total(usages: Sequence[Usage]) -> Usage:

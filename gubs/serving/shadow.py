@@ -1,10 +1,12 @@
 """The log of decisions, of versions that act and of versions in shadow: Parquet files that evaluation reads."""
 
+import contextlib
 import logging
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import fsspec
@@ -35,7 +37,9 @@ SCHEMA = pa.schema(
 """One row per candidate and version. `user_id` is null for a user who was sent with the request."""
 
 _MOST_ROWS = 1_000_000
-"""Rows that wait while nothing can be written."""
+"""Rows that wait while nothing can be written; of more, the oldest are lost."""
+_Row = tuple[Any, ...]
+"""In the order of `SCHEMA`."""
 _log = logging.getLogger("ray.serve")
 
 
@@ -45,7 +49,9 @@ class ShadowLog:
     def __init__(self, folder: str, seconds: float):
         self._fs, self._folder = fsspec.core.url_to_fs(folder)
         self._fs.makedirs(self._folder, exist_ok=True)
-        self._rows: list[dict[str, Any]] = []
+        self._rows = deque[_Row](maxlen=_MOST_ROWS)
+        self._lost = 0
+        """Rows that were lost since somebody was told."""
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._seconds = seconds
         threading.Thread(target=self._flush_now_and_then, daemon=True, name="gubs-log").start()
@@ -62,61 +68,67 @@ class ShadowLog:
         acted: bool,
     ) -> None:
         """Adds the decisions about a request's candidates."""
-        common = {
-            "time_ms": int(time.time() * 1e3),
-            "request_id": request.request_id,
-            "user_id": request.user.id,
-            "task": str(request.task),
-            "mode": str(mode),
-            "app": app,
-            "version": version,
-            "acted": acted,
-            "threshold": threshold,
-        }
-        rows = [
-            common
-            | {
-                "video_id": r.id,
-                "decision": str(r.decision),
-                "option": str(r.option) if r.option else None,
-                "skip_probability": r.skip_probability,
-                "error": r.error.code if r.error else None,
-            }
-            for r in results
-        ]
+        asked = (int(time.time() * 1e3), request.request_id, request.user.id)
+        how = (str(request.task), str(mode), app, version, acted)
+        rows = [(*asked, r.id, *how, *_outcome(r, threshold)) for r in results]
         with self._lock:
-            self._rows += rows
-            if len(self._rows) > _MOST_ROWS:  # nothing could be written for long
-                _log.error("the log of decisions is full: %d rows are lost", len(self._rows) - _MOST_ROWS)
-                self._rows = self._rows[-_MOST_ROWS:]
+            self._put(self._rows, rows)
+
+    def _put(self, rows: deque[_Row], more: Iterable[_Row]) -> None:
+        """Adds rows; counts those that go for lack of room."""
+        before = len(rows)
+        more = list(more)
+        rows.extend(more)
+        self._lost += before + len(more) - len(rows)
 
     def flush(self) -> None:
         """Writes what has been collected; returns when all of it is written, also by another thread."""
         with self._writing:
             with self._lock:
-                rows, self._rows = self._rows, []
+                rows, self._rows = self._rows, deque(maxlen=_MOST_ROWS)
             if not rows:
                 return
             try:
                 self._write(rows)
             except BaseException:
                 with self._lock:
-                    self._rows = rows + self._rows
+                    self._put(rows, self._rows)
+                    self._rows = rows
                 raise
 
-    def _write(self, rows: list[dict[str, Any]]) -> None:
+    def _write(self, rows: Iterable[_Row]) -> None:
         name = f"{self._folder}/decisions-{int(time.time() * 1e3):013d}-{uuid.uuid4().hex[:6]}"
-        with self._fs.open(f"{name}.tmp", "wb") as f:
-            pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), f, compression="zstd")
-        self._fs.mv(f"{name}.tmp", f"{name}.parquet")
+        columns = [pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), SCHEMA, strict=True)]
+        try:
+            with self._fs.open(f"{name}.tmp", "wb") as f:
+                pq.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), f, compression="zstd")
+            self._fs.mv(f"{name}.tmp", f"{name}.parquet")
+        except BaseException:
+            with contextlib.suppress(Exception):  # it may not be there, and what failed before is told
+                self._fs.rm(f"{name}.tmp")
+            raise
 
     def _flush_now_and_then(self) -> None:
         while True:
             time.sleep(self._seconds)
             try:
                 self.flush()
-            except (OSError, pa.ArrowException):
+            except Exception:  # noqa: BLE001 - each kind of storage has errors of its own, and this thread must go on
                 _log.exception("the log of decisions cannot be written; it is tried again")
+            self._tell_lost()
+
+    def _tell_lost(self) -> None:
+        with self._lock:
+            lost, self._lost = self._lost, 0
+        if lost:
+            _log.error("the log of decisions was full: %d rows are lost", lost)
+
+
+def _outcome(result: Result, threshold: float) -> _Row:
+    """From column `decision` on."""
+    error = result.error.code if result.error else None
+    option = str(result.option) if result.option else None
+    return str(result.decision), option, result.skip_probability, threshold, error
 
 
 def read_log(folder: str) -> pa.Table:

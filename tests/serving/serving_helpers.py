@@ -24,6 +24,7 @@ from gubs.ugm.stage import MEMBERSHIPS
 from gubs.video.frame_store import FrameStore
 
 DEADLY = "This title ends the engine"
+BUG = "This title meets a bug"
 _LINE = Curve((-9.0, 9.0), (-9.0, 9.0))
 RULE = DecisionRule(Calibration("none", _LINE, {}, 0.2, 0.2, 0.25, (), 100), Threshold(0.5, 0.7, 0.6, 0.2, 100), 0.8)
 """Decides by the engine's own probabilities."""
@@ -131,6 +132,7 @@ class RuleEngine:
         self.salts: set[str] = set()
         self.running = 0
         self.finished = 0
+        self.quiet_s = 0.0
 
     async def ask(self, task: Task, mode: Mode, prompts: Sequence[Prompt], salt: str = "") -> list[Answer]:
         self.salts.add(salt)
@@ -139,6 +141,8 @@ class RuleEngine:
     async def _ask(self, task: Task, mode: Mode, prompt: Prompt) -> Answer:
         if DEADLY in prompt.text:
             raise EngineDiedError("as if its process had ended")
+        if BUG in prompt.text:
+            raise KeyError(prompt.text)
         self.asked.append(prompt)
         self.running += 1
         try:

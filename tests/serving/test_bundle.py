@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 from serving_helpers import make_filter
 
+from gubs import prompts
 from gubs.artifacts import Run
+from gubs.errors import ArtifactError
 from gubs.records import Task
-from gubs.serving.bundle import Bundle
+from gubs.serving.bundle import CONFIG, Bundle, content_of, write_config
 from gubs.ufm.checkpoint import POLICY
+from gubs.ugm.placement import Placement
 
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256))}
 
@@ -89,3 +92,41 @@ def test_of_two_replicas_that_copy_one_is_first(elsewhere, monkeypatch):
     monkeypatch.setattr(fs, "get", overtaken)
     assert bundle.local_policy() == first[0]
     assert files_in(first[0]) == FILES
+
+
+def test_a_filter_is_not_served_with_other_prompts(elsewhere, monkeypatch):
+    """A replica with newer templates would ask in words that the policy was not trained with."""
+    bundle = elsewhere()
+    config = bundle.config.model_copy(update={"prompts": prompts.hashes(["ufm/brief_user", prompts.OPTIONS])})
+    path = bundle.artifact.run.path("filter", CONFIG)
+    write_config(path, config, bundle.artifact.run.fs)
+    assert Bundle(bundle.artifact.uri).config.prompts == config.prompts
+    for changed in ({"ufm/brief_user": "another hash"}, {"ufm/no_such_template": "gone"}):
+        write_config(path, config.model_copy(update={"prompts": config.prompts | changed}), bundle.artifact.run.fs)
+        with pytest.raises(ArtifactError, match=f"{next(iter(changed))}.* changed"):
+            Bundle(bundle.artifact.uri)
+
+
+def test_a_replica_that_lacks_the_encoder_says_so_when_it_starts(elsewhere, monkeypatch):
+    """Otherwise the first stranger's request, and each after it, would fail."""
+    bundle = elsewhere()
+    bundle.load()
+
+    def lacking(_):
+        raise OSError("no file named model.safetensors found in /models/minilm\nand more")
+
+    other = Bundle(bundle.artifact.uri)
+    monkeypatch.setattr(Placement, "read", lacking)
+    with pytest.raises(ArtifactError, match=r"places users in groups cannot be loaded.*/models/minilm$"):
+        other.load()
+    assert bundle.place(bundle.person("u0", Task.CLICK)) == "g00", "what was loaded stays"
+
+
+def test_filters_that_read_or_write_otherwise_have_other_versions(tmp_path, elsewhere):
+    config, versions = elsewhere().config, []
+    for name, content in (("model.safetensors", "w"), ("tokenizer.json", "a"), ("tokenizer.json", "b")):
+        (tmp_path / "policy").mkdir(exist_ok=True)
+        (tmp_path / "policy" / name).write_text(content)
+        versions.append(content_of(tmp_path / "policy", config, {"users": "1"}))
+    assert len(set(versions)) == 3
+    assert content_of(tmp_path / "policy", config, {"users": "1"}) == versions[-1]

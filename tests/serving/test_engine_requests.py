@@ -1,6 +1,7 @@
 """What the engines of the service and of the batch job are asked: their seeds follow from the question's content."""
 
 import asyncio
+import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from gubs.serving.settings import ServingSettings
 from gubs.ufm.inputs import Prompt
 from gubs.ufm.prompting import PromptBuilder
 from gubs.ufm.rollout import Response
+from gubs.ufm.settings import RolloutSettings
 from gubs.video.clips import Clip
 
 THOUGHTS = 3
@@ -90,7 +92,7 @@ def asking(version="v", thoughts=THOUGHTS):
     """The service's engine around a stand-in of vLLM's."""
     it = engine.FilterEngine.__new__(engine.FilterEngine)
     it.__dict__ |= {"inputs": Spelled(), "labels": dict.fromkeys(Task, LABELS), "_llm": Llm(), "_shape": None}
-    it.__dict__["_rendering"] = ThreadPoolExecutor(1)
+    it.__dict__ |= {"_rendering": ThreadPoolExecutor(1), "_answered": 0.0}
     it.__dict__ |= {"_thoughts": thoughts, "_version": version, "_name": "x", "_numbers": iter(range(10**6))}
     return it
 
@@ -125,6 +127,29 @@ def test_a_request_without_questions_asks_nothing(no_vllm):
     it.inputs.fits = lambda _: False
     assert [a.too_long for a in asyncio.run(it.ask(Task.SEQUENTIAL, Mode.SCORE, [Prompt("long")]))] == [True]
     assert it._llm.asked == []
+
+
+def test_an_engine_that_answers_is_not_quiet(no_vllm):
+    it = asking()
+    assert it.quiet_s > 60
+    asyncio.run(it.ask(Task.SEQUENTIAL, Mode.REASON, [Prompt("one")]))
+    assert it.quiet_s < 60
+
+
+def test_an_engine_runs_nothing_that_messages_contain(monkeypatch):
+    """Whatever the cluster's environment says."""
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    monkeypatch.setattr(engine, "engine_shape", lambda *_: SimpleNamespace(rollout=RolloutSettings()))
+
+    def importing():
+        raise InterruptedError
+
+    monkeypatch.setattr(engine, "quick_imports", importing)
+    for name in engine.environment(RolloutSettings()):
+        monkeypatch.setenv(name, "restored later")
+    with pytest.raises(InterruptedError):
+        engine.FilterEngine(None, None)
+    assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in os.environ
 
 
 FILM = Clip("film", np.zeros((2, 28, 28, 3), np.uint8))

@@ -1,12 +1,13 @@
 """API keys: found by their hash only, each within its rate."""
 
 import json
+import os
 import stat
 
 import pytest
 
 from gubs.errors import SettingsError
-from gubs.serving.keys import KeyRing, add_key, read_keys
+from gubs.serving.keys import KeyFile, KeyRing, add_key, read_keys
 
 
 def test_a_key_is_stored_as_a_hash_only(tmp_path):
@@ -78,7 +79,48 @@ def test_ingress_replicas_share_a_keys_rate(tmp_path):
     assert [r.wait(shop, 20) for r in rings] == [0, 0, 0]
 
 
-def test_a_request_above_a_whole_minutes_rate_is_not_refused_for_ever(tmp_path):
-    key = add_key(tmp_path / "keys.json", "small", 10)
-    ring = KeyRing(read_keys(tmp_path / "keys.json"), clock=lambda: 0.0)
-    assert ring.wait(ring.find(f"Bearer {key}"), 100) == 0
+@pytest.mark.parametrize("size", [1, 7, 20, 100])
+def test_over_the_minutes_a_key_gets_its_rate_and_no_more(tmp_path, size):
+    """Also with requests above a whole minute's rate: they are not refused for ever, and paid for afterwards."""
+    key, now, minutes = add_key(tmp_path / "keys.json", "shop", 60), [0.0], 30
+    rings = [KeyRing(read_keys(tmp_path / "keys.json"), lambda: now[0], replicas=3) for _ in range(3)]
+    shop, admitted = rings[0].find(f"Bearer {key}"), 0
+    while now[0] < 60 * minutes:
+        admitted += size * sum(r.wait(shop, size) == 0 for r in rings)
+        now[0] += 1.0
+    most = 60 * minutes + 60 + 3 * size
+    """The rate, full buckets at the start, and the last request of each."""
+    assert 0.9 * 60 * minutes <= admitted <= most
+    assert all(r.wait(shop, size) <= 60 * size / 20 for r in rings), "as told, it may ask again"
+
+
+def test_the_file_of_the_keys_may_change(tmp_path):
+    """A key that was lost has to stop working while the service goes on."""
+    file, now = tmp_path / "keys.json", [0.0]
+    lost = add_key(file, "lost", 60)
+    ring = KeyFile(file, lambda: now[0])
+    assert ring.wait(ring.find(f"Bearer {lost}"), 60) == 0
+    new = add_key(file, "new", 60)
+    assert ring.find(f"Bearer {new}") is None, "it is looked at once a second"
+    now[0] += 1.0
+    assert ring.find(f"Bearer {new}").name == "new"
+    assert ring.wait(ring.find(f"Bearer {lost}"), 60) > 0, "its bucket is as empty as it was"
+    rows = [row for row in json.loads(file.read_text()) if row["name"] != "lost"]
+    file.write_text(json.dumps(rows))
+    now[0] += 1.0
+    assert ring.find(f"Bearer {lost}") is None
+    for broken in ("", "[]", None):
+        file.unlink() if broken is None else file.write_text(broken)
+        now[0] += 1.0
+        assert ring.find(f"Bearer {new}"), "an unreadable file locks nobody out"
+    file.write_text(json.dumps(rows))
+    os.utime(file, (1, 1))
+    now[0] += 1.0
+    assert ring.find(f"Bearer {new}")
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path):
+    file = tmp_path / "keys.json"
+    key = add_key(file, "shop", 60)
+    file.write_text(json.dumps([{**row, "admin": False} for row in json.loads(file.read_text())]))
+    assert KeyRing(read_keys(file)).find(f"Bearer {key}")

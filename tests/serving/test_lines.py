@@ -8,7 +8,8 @@ from fastapi import Request
 
 from gubs.serving.deployment import Ingress, RefusedError, app
 from gubs.serving.filter import Decision
-from gubs.serving.schemas import Result, Usage
+from gubs.serving.schemas import ModelName, Result, Usage
+from gubs.serving.service import Decided
 from gubs.serving.settings import ServingSettings
 from gubs.serving.shadow import read_log
 
@@ -26,8 +27,6 @@ def ingress(folder, after=ONE_BY_ONE, versions=(("app", 1.0),), raising=None):
     it.got, it.ended = 0, []
 
     async def call(version, method, *arguments, session=""):
-        if method == "about":
-            return {"name": "run", "version": "1"}
         first = arguments[0].candidates[0].id
         try:
             while it.got < after[first]:
@@ -37,7 +36,8 @@ def ingress(folder, after=ONE_BY_ONE, versions=(("app", 1.0),), raising=None):
         finally:
             it.ended.append(first)
         results = [Result(index=i, id=c.id, decision=Decision.KEEP) for i, c in enumerate(arguments[0].candidates)]
-        return results, Usage(prompt_tokens=10), 0.5
+        model, seconds = ModelName(name="run", version="1"), {"pictures": 0.0, "engine": 0.002}
+        return Decided(results, Usage(prompt_tokens=10), 0.5, model, seconds)
 
     it._call = call
     return it
@@ -47,7 +47,8 @@ def request_of(accept=NDJSON, body=ASKED):
     async def receive():
         return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
 
-    scope = {"type": "http", "headers": [(b"accept", accept)], "client": ("127.0.0.1", 1)}
+    headers = [(b"accept", accept), (b"host", b"localhost:8000")]
+    scope = {"type": "http", "headers": headers, "client": ("127.0.0.1", 1)}
     return Request(scope, receive)
 
 
@@ -97,7 +98,8 @@ def test_decisions_come_as_soon_as_their_chunk_is_ready(tmp_path):
     assert (done["request_id"], done["threshold"], done["mode"]) == ("r", 0.5, "reason")
     assert done["model"] == {"name": "run", "version": "1"}
     assert done["usage"]["prompt_tokens"] == 30
-    assert done["timing_ms"]["total"] > 0
+    assert set(done["timing_ms"]) == {"total", "queue", "pictures", "engine"}
+    assert done["timing_ms"]["total"] > done["timing_ms"]["engine"] == 2.0
     assert logged(it, tmp_path) == [f"v{i}" for i in range(6)]
     assert counted(it) == ['gubs_filter_requests_total{code="200",mode="reason"} 1.0']
 
@@ -131,18 +133,19 @@ def test_without_an_active_version_all_is_kept_in_lines_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
+    ("error", "code", "retryable"),
     [
-        (RefusedError(429, "overloaded", "too many", retryable=True), "overloaded"),
-        (ZeroDivisionError("secret"), "internal"),
+        (RefusedError(429, "overloaded", "too many", retryable=True), "overloaded", True),
+        (ZeroDivisionError("secret"), "internal", False),
     ],
 )
-def test_an_error_after_some_lines_is_the_last_line(tmp_path, error, code):
+def test_an_error_after_some_lines_is_the_last_line(tmp_path, caplog, error, code, retryable):
     it = ingress(tmp_path, ONE_BY_ONE | {"v0": NEVER}, raising={"v4": error})
     status, _, lines = asyncio.run(sent(it, request_of()))
     assert (status, kinds(lines)) == (200, ["result", "result", "error"])
-    assert (lines[-1]["error"]["code"], lines[-1]["error"]["retryable"]) == (code, True)
-    assert "secret" not in json.dumps(lines)
+    assert (lines[-1]["error"]["code"], lines[-1]["error"]["retryable"]) == (code, retryable)
+    assert "secret" not in json.dumps(lines) + caplog.text
+    assert ("ZeroDivisionError" in caplog.text) == (code == "internal"), "where a bug is has to be told somewhere"
     assert sorted(it.ended) == sorted(ONE_BY_ONE), "the chunk that was still in work was dropped"
     assert logged(it, tmp_path) == ["v2", "v3"], "what was answered, and nothing else"
     (count,) = counted(it)
@@ -210,17 +213,21 @@ def test_a_client_that_leaves_before_the_first_line_frees_all(tmp_path):
     assert sorted(it.ended) == sorted(ONE_BY_ONE)
 
 
-def test_a_version_that_cannot_be_named_ends_its_other_chunks(tmp_path):
-    it = ingress(tmp_path, {"v2": 0, "v4": NEVER, "v0": NEVER})
+def test_a_request_without_an_id_has_the_same_in_answer_and_log(tmp_path):
+    asked = {name: value for name, value in ASKED.items() if name != "request_id"}
+    it = ingress(tmp_path)
+    _, _, lines = asyncio.run(sent(it, request_of(body=asked)))
+    it._log.flush()
+    ids = {row["request_id"] for row in read_log(str(tmp_path / "log")).to_pylist()}
+    assert ids == {lines[-1]["done"]["request_id"]}
 
-    async def nameless(_):
-        raise RefusedError(503, "unavailable", "no engine")
 
-    it._name = nameless
+def test_a_shadow_that_there_is_no_room_for_is_counted(tmp_path):
+    async def busy():
+        it = ingress(tmp_path)
+        it.reconfigure({"versions": {"app": 1.0}, "shadow": ["other"]})
+        it._settings = it._settings.model_copy(update={"max_queued": 0})
+        await sent(it, request_of())
+        return it._metrics.text().decode()
 
-    async def refused():
-        with pytest.raises(RefusedError):
-            await it.filter(request_of(b""))
-        return sorted(it.ended)
-
-    assert asyncio.run(refused()) == sorted(ONE_BY_ONE)
+    assert 'gubs_filter_errors_total{code="shadow_dropped"} 1.0' in asyncio.run(busy())

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -9,13 +10,14 @@ from serving_helpers import RuleEngine, make_filter
 
 from gubs.errors import ArtifactError
 from gubs.records import Option, Task
+from gubs.serving import shadow
 from gubs.serving.bundle import Bundle
 from gubs.serving.engine import Answer
 from gubs.serving.filter import Decision, Mode
 from gubs.serving.metrics import Metrics
 from gubs.serving.pictures import PictureError
 from gubs.serving.schemas import Candidate, ExplainRequest, FilterRequest, HistoryView, Profile, UserRef
-from gubs.serving.service import FilterService, RequestError, merged, pick
+from gubs.serving.service import FilterService, RequestError, merged, pick, total
 from gubs.serving.settings import ServingSettings
 from gubs.serving.shadow import ShadowLog, read_log
 from gubs.serving.stage import _refusal
@@ -38,8 +40,13 @@ def asked(*videos, user="u0", **more):
     )
 
 
-def decide(service, request, mode=Mode.REASON):
+def decided(service, request, mode=Mode.REASON):
     return asyncio.run(service.decide(request, mode))
+
+
+def decide(service, request, mode=Mode.REASON):
+    it = decided(service, request, mode)
+    return it.results, it.usage, it.threshold
 
 
 def test_decisions_come_in_the_order_of_the_candidates(service):
@@ -161,10 +168,17 @@ def test_anything_else_is_no_filter(tmp_path):
 
 
 def test_parts_of_a_request_are_numbered_through(service):
-    parts = [decide(service, asked("v1", "v2")), decide(service, asked("v3"))]
-    results, usage = merged(parts)
-    assert [(r.index, r.id) for r in results] == [(0, "v1"), (1, "v2"), (2, "v3")]
-    assert usage.prompt_tokens == 30
+    parts = [decided(service, asked("v1", "v2")), decided(service, asked("v3"))]
+    assert [(r.index, r.id) for r in merged(parts)] == [(0, "v1"), (1, "v2"), (2, "v3")]
+    assert total([p.usage for p in parts]).prompt_tokens == 30
+
+
+def test_who_decided_and_how_long_each_phase_took(service):
+    service.engine.seconds = 0.05
+    it = decided(service, asked("v1"))
+    assert (it.model.name, it.model.version) == ("run-cars", "version-filter")
+    assert set(it.seconds) == {"pictures", "engine"}
+    assert it.seconds["engine"] >= 0.05 > it.seconds["pictures"] > 0
 
 
 def test_versions_get_their_shares():
@@ -176,45 +190,75 @@ def test_versions_get_their_shares():
 
 
 def test_frames_that_cannot_be_read_are_one_candidates_error(service, monkeypatch):
-    def broken(candidate, *, cover):
-        if candidate.id == "v2":
+    def broken(video_id, *, cover):
+        if video_id == "v2":
             raise ArtifactError("the store lost it")
 
-    monkeypatch.setattr(service, "_at_hand", broken)
+    monkeypatch.setattr(service, "_stored", broken)
     service._pictures = type("Open", (), {"close": lambda _: None})()
     results, _, _ = decide(service, asked("v2", "v4"))
     assert [(r.decision, r.error and r.error.code) for r in results] == [("keep", "pictures"), ("drop", None)]
 
 
-def test_a_slow_place_keeps_no_stored_frames_waiting(service, monkeypatch):
-    """More files than there are threads to fetch, or to read stored frames, hang."""
-    gate, ended = threading.Event(), []
+class Slow:
+    """Pictures that come when the gate opens, at the latest after 20 s."""
 
-    class Slow:
-        def fetched(self, uri, *, cover):
-            gate.wait(20)
-            ended.append(uri)
-            raise PictureError("too slow")
+    def __init__(self):
+        self.gate, self.ended = threading.Event(), []
 
-        def close(self):
-            pass
+    def fetched(self, uri, *, cover):
+        self.gate.wait(20)
+        self.ended.append(uri)
+        raise PictureError("too slow")
 
+    def sent(self, frames, *, cover):
+        return self.fetched("sent", cover=cover)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def slow(service, monkeypatch):
     service._pictures = Slow()
-    monkeypatch.setattr(service, "_at_hand", lambda candidate, *, cover: None)
+    monkeypatch.setattr(service, "_stored", lambda video_id, *, cover: None)
+    yield service._pictures
+    service._pictures.gate.set()
+
+
+@pytest.mark.parametrize("where", [{"uri": "http://slow/"}, {"frames": ["x"]}])
+def test_slow_places_and_frames_keep_no_stored_frames_waiting(service, slow, where):
+    """More of them than there are threads to fetch, to decode, or to read stored frames."""
 
     async def both():
-        hanging = [Candidate(id=f"n{i}", title="x", uri="http://slow/") for i in range(40)]
-        slow = asyncio.ensure_future(
-            service.decide(FilterRequest(user=UserRef(id="u0"), candidates=hanging), Mode.SCORE)
-        )
+        hanging = asked(*(Candidate(id=f"n{i}", title="x", **where) for i in range(40)))
+        waiting = asyncio.ensure_future(service.decide(hanging, Mode.SCORE))
         await asyncio.sleep(0.2)
-        results, _, _ = await asyncio.wait_for(service.decide(asked("v2"), Mode.SCORE), 5)
-        assert not ended
-        gate.set()
-        await slow
-        return results
+        it = await asyncio.wait_for(service.decide(asked("v2"), Mode.SCORE), 5)
+        assert not slow.ended
+        slow.gate.set()
+        await waiting
+        return it.results
 
     assert [r.decision for r in asyncio.run(both())] == ["drop"]
+
+
+def test_pictures_that_do_not_come_are_their_candidates_error_within_the_deadline(service, slow):
+    """Three dead addresses on two threads would take all the time, and the other candidates would not be judged."""
+    dead = [Candidate(id=f"n{i}", title="x", uri="http://slow/") for i in range(3)]
+
+    async def in_time():
+        async with asyncio.timeout(2):
+            it = await service.decide(asked("v2", *dead, "v4", timeout_ms=2000), Mode.SCORE)
+        slow.gate.set()  # the loop waits for no thread of ours, but the process would
+        return it.results
+
+    results = asyncio.run(in_time())
+    assert [r.decision for r in results] == ["drop", "keep", "keep", "keep", "drop"]
+    assert {(r.error.code, r.error.retryable) for r in results[1:4]} == {("pictures", True)}
+    with pytest.raises(RequestError, match="too long"):
+        slow.gate.clear()
+        asyncio.run(service.explain(ExplainRequest(user=UserRef(id="u0"), candidate=dead[0], timeout_ms=200)))
 
 
 @pytest.mark.parametrize(
@@ -260,6 +304,69 @@ def test_a_log_that_cannot_be_written_keeps_its_rows(service, tmp_path, monkeypa
             log.flush()
     log.flush()
     assert read_log(str(tmp_path / "log")).num_rows == 2
+
+
+def add_to(log, results, *videos):
+    log.add("a", "1", asked(*videos, request_id=videos[0]), Mode.REASON, 0.5, results[: len(videos)], acted=True)
+
+
+def test_a_storage_that_fails_in_its_own_way_ends_no_log(service, tmp_path, monkeypatch, caplog):
+    """Libraries of object stores raise what they like; each failure leaves nothing behind."""
+    results, _, _ = decide(service, asked("v1", "v2"))
+
+    class HttpError(Exception):
+        pass
+
+    def fails(*_):
+        raise HttpError
+
+    log = ShadowLog(str(tmp_path / "log"), 0.05)
+    with monkeypatch.context() as m:
+        m.setattr(log._fs, "mv", fails)
+        add_to(log, results, "v1", "v2")
+        deadline = time.monotonic() + 10
+        while caplog.text.count("cannot be written") < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert len(list((tmp_path / "log").iterdir())) <= 1, "files of the failures before are left"
+    deadline = time.monotonic() + 10
+    while read_log(str(tmp_path / "log")).num_rows < 2:
+        assert time.monotonic() < deadline, "the thread is gone"
+        time.sleep(0.01)
+    assert [p.suffix for p in (tmp_path / "log").iterdir()] == [".parquet"]
+    row = read_log(str(tmp_path / "log")).to_pylist()[1]
+    assert row | {"time_ms": 0} == {
+        "time_ms": 0,
+        "request_id": "v1",
+        "user_id": "u0",
+        "video_id": "v2",
+        "task": "sequential",
+        "mode": "reason",
+        "app": "a",
+        "version": "1",
+        "acted": True,
+        "decision": "drop",
+        "option": "B",
+        "skip_probability": pytest.approx(0.9),
+        "threshold": 0.5,
+        "error": None,
+    }
+
+
+def test_a_full_log_loses_its_oldest_rows_and_tells_how_many(service, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(shadow, "_MOST_ROWS", 3)
+    log, rows = ShadowLog(str(tmp_path / "log"), 3600), decide(service, asked("v1", "v2"))[0]
+    with monkeypatch.context() as m:
+        m.setattr(log._fs, "open", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        for name in ("r1", "r2", "r3"):
+            add_to(log, rows, name, "x")
+            with pytest.raises(OSError, match="disk full"):
+                log.flush()
+    log.flush()
+    assert read_log(str(tmp_path / "log"))["request_id"].to_pylist() == ["r2", "r3", "r3"]
+    for _ in range(2):
+        log._tell_lost()
+    assert caplog.text.count("3 rows are lost") == 1
 
 
 def test_who_asks_for_the_log_to_be_written_gets_what_another_thread_writes_too(service, tmp_path, monkeypatch):
