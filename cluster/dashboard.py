@@ -37,8 +37,8 @@ def _rate(metric: str, by: str) -> str:
     return f"sum by ({by}) (rate({metric}[{_RATE}]))"
 
 
-def _quantile(q: float, metric: str, by: str) -> str:
-    return f"histogram_quantile({q:g}, {_rate(f'{metric}_bucket', f'{by}, le')})"
+def _quantile(q: float, metric: str, by: str, where: str = "") -> str:
+    return f"histogram_quantile({q:g}, {_rate(f'{metric}_bucket{where}', f'{by}, le')})"
 
 
 def _share(hits: str, queries: str, by: str) -> str:
@@ -126,8 +126,12 @@ FILTER = (
     Chart(
         "Latency",
         "s",
-        tuple(
-            (_quantile(q, "ray_gubs_filter_seconds", "mode"), f"{{{{mode}}}} p{100 * q:g}") for q in (0.5, 0.95, 0.99)
+        (
+            *(
+                (_quantile(q, "ray_gubs_filter_seconds", "mode", '{phase="total"}'), f"{{{{mode}}}} p{100 * q:g}")
+                for q in (0.5, 0.95, 0.99)
+            ),
+            (_quantile(0.95, "ray_gubs_filter_seconds", "phase", '{phase!="total"}'), "{{phase}} p95"),
         ),
     ),
     Chart(

@@ -443,14 +443,15 @@ def filter_table(
         InputError: see `gubs.serving.batch.filter_table`.
     """
     from gubs.ray_runtime import ray_session
-    from gubs.serving.batch import default_out, filter_table
+    from gubs.serving.batch import filter_table, outs
     from gubs.serving.filter import Mode
     from gubs.ufm.stage import use_gpu
 
+    folders = outs(tables, out)
     with ray_session(settings.ray):
         stages.make([stages.FILTER], run, settings, force=force)
-        for table in tables:
-            gpus, folder = use_gpu(settings.ufm.workers), out or default_out(table)
+        for table, folder in zip(tables, folders, strict=True):
+            gpus = use_gpu(settings.ufm.workers)
             engines = settings.ufm.workers.count if gpus else 1
             uri = run.artifact(stages.FILTER).uri
             counts = filter_table(uri, table, folder, task=task, mode=Mode(mode), engines=engines, gpus=gpus)

@@ -3,20 +3,23 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
-from gubs.errors import InputError
-from gubs.records import Task
+from gubs.errors import ArtifactError, InputError
+from gubs.prompts.people import Person
+from gubs.records import Task, Video
 from gubs.serving.bundle import Bundle
 from gubs.serving.filter import Decision, Mode, judge, thoughts_seed
+from gubs.serving.pictures import PictureError, fitting
 from gubs.ufm.labels import mean_options
 from gubs.ufm.prompting import PromptBuilder
 
 if TYPE_CHECKING:
-    pass
+    from gubs.ufm.rollout import Request
+    from gubs.video.clips import Clip
 
 _BATCH = 512
 _RESULTS = pa.schema(
@@ -55,35 +58,21 @@ class BatchFilter:
         self._labels = Labels.of(self._inputs, task)
         self._prompts = PromptBuilder(config.inputs, config.pictures)
         rollout, pictures = alone(config.rollout), config.pictures
-        shape = Shape(str(folder), config.model, config.inputs, rollout, pictures=pictures, largest=config.frames)
+        shown = config.inputs.vision and pictures
+        shape = Shape(str(folder), config.model, config.inputs, rollout, pictures=shown, largest=config.frames)
         self._engine = Engine(shape)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """The batch with the decisions. Ids are texts: a CSV reader makes numbers of `17`."""
-        from gubs.ufm.predict import Query, request_of
-
-        score = self._mode is Mode.SCORE
-        samples = 1 if score else self._bundle.config.thoughts
-        requests: dict[int, list[Any]] = {}
+        requests: dict[int, list[Request]] = {}
         rows: list[dict[str, object]] = []
         users, videos = (batch[c].cast(pa.string()).to_pylist() for c in ("user_id", "video_id"))
-        for i, (user, video) in enumerate(zip(users, videos, strict=True)):
-            person, known = self._bundle.person(user, self._task), self._bundle.video(video)
-            rows.append({"decision": str(Decision.KEEP), "error": None if person and known else "unknown"})
-            if person and known:
-                clip = (
-                    self._bundle.pictures.cover(video)
-                    if self._task == Task.CLICK
-                    else self._bundle.pictures.clip(video)
-                )
-                prompt = self._prompts.about_user(self._task, person, known, clip)
-                seed = thoughts_seed(self._bundle.version, self._task, prompt)
-                query = Query(i, prompt, seed, 1.0 if samples > 1 else 0.0, self._labels, score)
-                request = request_of(self._inputs, query)
-                if request is None:
-                    rows[i]["error"] = "too_long"
-                else:
-                    requests[i] = [replace(request, seed=seed + k) for k in range(samples)]  # as vLLM does for `n`
+        for i, (user_id, video_id) in enumerate(zip(users, videos, strict=True)):
+            person, video = self._bundle.person(user_id, self._task), self._bundle.video(video_id)
+            asked = self._asked(i, person, video) if person and video else "unknown"
+            rows.append({"decision": str(Decision.KEEP), "error": asked if isinstance(asked, str) else None})
+            if not isinstance(asked, str):
+                requests[i] = asked
         answers = iter(self._engine.generate([r for group in requests.values() for r in group]))
         for i, group in requests.items():
             rows[i] = self._row([next(answers) for _ in group])
@@ -91,6 +80,30 @@ class BatchFilter:
         for name in _RESULTS.names:
             batch = batch.append_column(name, added[name])
         return batch
+
+    def _asked(self, number: int, person: Person, video: Video) -> "list[Request] | str":
+        """What the engine is asked about a candidate, or the code of the error because of which it is kept."""
+        from gubs.ufm.predict import Query, request_of
+
+        score = self._mode is Mode.SCORE
+        samples = 1 if score else self._bundle.config.thoughts
+        try:
+            clip = self._clip(video.video_id)
+        except (ArtifactError, PictureError):
+            return "pictures"
+        prompt = self._prompts.about_user(self._task, person, video, clip)
+        seed = thoughts_seed(self._bundle.version, self._task, prompt)
+        query = Query(number, prompt, seed, 1.0 if samples > 1 else 0.0, self._labels, score)
+        request = request_of(self._inputs, query)
+        if request is None:
+            return "too_long"
+        return [replace(request, seed=seed + k) for k in range(samples)]  # as vLLM does for `n`
+
+    def _clip(self, video_id: str) -> "Clip | None":
+        if not self._bundle.config.inputs.vision:
+            return None
+        pictures = self._bundle.pictures
+        return fitting(pictures.cover(video_id) if self._task == Task.CLICK else pictures.clip(video_id))
 
     def _row(self, responses: Sequence[Any]) -> dict[str, object]:
         from gubs.ufm.predict import read_options
@@ -126,13 +139,14 @@ def filter_table(
         Rows by decision and by error.
 
     Raises:
-        InputError: the table lacks user_id or video_id.
+        InputError: the table lacks user_id or video_id, or lies where the decisions go.
     """
     import ray.data
     from ray.data import SaveMode
 
     from gubs.ray_runtime import quiet_ray_data
 
+    _check_apart(table, out)
     quiet_ray_data()
     reader = ray.data.read_csv if table.endswith(".csv") else ray.data.read_parquet
     dataset: ray.data.Dataset = reader(table)
@@ -156,7 +170,39 @@ def filter_table(
     return dict(counts)
 
 
-def default_out(table: str) -> str:
-    """Where the decisions about a table go: beside it."""
-    path = Path(table)
-    return str(path.with_name(f"{path.stem}.filtered"))
+def outs(tables: Sequence[str], out: str = "") -> list[str]:
+    """Where the decisions about each table go: beside it, or in `out`; with several tables, each in a folder there.
+
+    Raises:
+        InputError: two would go to the same folder.
+    """
+    if not out:
+        folders = [f"{_folder(table)}{_stem(table)}.filtered" for table in tables]
+    elif len(tables) == 1:
+        folders = [out]
+    else:
+        folders = [f"{out.rstrip('/')}/{_stem(table)}.filtered" for table in tables]
+    twice = [folder for folder, count in Counter(folders).items() if count > 1]
+    if twice:
+        raise InputError(f"the decisions about two tables would both go to {twice[0]}: filter one after the other")
+    return folders
+
+
+def _folder(table: str) -> str:
+    """With its last slash; a URI stays one."""
+    head, slash, _ = table.rstrip("/").rpartition("/")
+    return head + slash
+
+
+def _stem(table: str) -> str:
+    return PurePosixPath(table.rstrip("/").rpartition("/")[2]).stem
+
+
+def _check_apart(table: str, out: str) -> None:
+    """Raises `InputError` if writing would touch what is still being read: the folder is emptied first."""
+    import fsspec
+
+    (fs, here), (other, there) = (fsspec.core.url_to_fs(uri) for uri in (table, out))
+    read, written = (PurePosixPath(path) for path in (here, there))
+    if type(fs) is type(other) and (read.is_relative_to(written) or written.is_relative_to(read)):
+        raise InputError(f"{table} would be overwritten while it is read: give another --out than {out}")

@@ -7,7 +7,7 @@ with the versions' shares in its `user_config`. A new share restarts nothing.
 import copy
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from gubs.artifacts import JsonObject
@@ -18,6 +18,13 @@ from gubs.serving.settings import ServingSettings
 INGRESS = "ingress"
 _POLL_S = 1.0
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_LOGGING = {"enable_access_log": False}
+"""Paths may name users."""
+_OF_INGRESS = (
+    *("chunk", "mode", "timeout_s", "max_queued", "ingress_replicas", "keys_file", "insecure", "limits"),
+    *("log_dir", "log_every_s"),
+)
+"""Settings that the ingress of all versions reads."""
 
 
 def app_name(version: str) -> str:
@@ -31,6 +38,7 @@ def engine_app(uri: str, version: str, settings: ServingSettings, *, gpus: bool)
         "name": app_name(version),
         "route_prefix": None,
         "import_path": "gubs.serving.deployment:build_engine",
+        "logging_config": _LOGGING,
         "args": {"uri": uri, "settings": settings.model_dump(mode="json"), "gpus": gpus},
     }
 
@@ -41,6 +49,7 @@ def ingress_app(settings: ServingSettings, traffic: JsonObject) -> JsonObject:
         "name": INGRESS,
         "route_prefix": "/",
         "import_path": "gubs.serving.deployment:build_ingress",
+        "logging_config": _LOGGING,
         "args": {"settings": settings.model_dump(mode="json")},
         "deployments": [{"name": INGRESS, "user_config": traffic}],
     }
@@ -51,14 +60,15 @@ def serve_config(uri: str, version: str, settings: ServingSettings, *, gpus: boo
     traffic = {"versions": {app_name(version): 1.0}, "shadow": []}
     return {
         "proxy_location": "EveryNode",
-        "http_options": {
-            "host": "127.0.0.1" if settings.insecure else settings.host,
-            "port": settings.port,
-            "request_timeout_s": settings.timeout_s + 5,
-        },
-        "logging_config": {"enable_access_log": False},
+        "http_options": _http_options(settings),
+        "logging_config": _LOGGING,  # of the proxies; a version that is added later has its application's
         "applications": [engine_app(uri, version, settings, gpus=gpus), ingress_app(settings, traffic)],
     }
+
+
+def _http_options(settings: ServingSettings) -> JsonObject:
+    host = "127.0.0.1" if settings.insecure else settings.host
+    return {"host": host, "port": settings.port, "request_timeout_s": settings.timeout_s + 5}
 
 
 class Control:
@@ -129,23 +139,31 @@ class Control:
     def deploy(self, uri: str, version: str, settings: ServingSettings, *, gpus: bool) -> str:
         """Deploys a version: with all requests if it is the first, else with none, beside those that are there.
 
+        The ingress that is there keeps its settings, apart from those that are given: that differ from the defaults.
+
         Returns:
             The name of its application.
 
         Raises:
-            SettingsError: without keys, beside a service that other machines reach.
+            SettingsError: without keys, beside a service that other machines reach; or with an address or a time limit
+                that the running Serve does not have, and cannot change.
         """
         name, present = app_name(version), self.config()
         others = [a for a in present["applications"] if a["name"] not in (INGRESS, name)]
-        if not any(a["name"] == INGRESS for a in present["applications"]):
+        ingress = next((a for a in present["applications"] if a["name"] == INGRESS), None)
+        http = present.get("http_options") or {}
+        if ingress is None:
+            _check_http(http, settings, ServingSettings.model_fields)
             self.apply(serve_config(uri, version, settings, gpus=gpus))
             return name
-        host = (present.get("http_options") or {}).get("host", "")
-        if settings.insecure and host not in _LOOPBACK:
+        if settings.insecure and http.get("host", "") not in _LOOPBACK:
+            host = http.get("host", "")
             raise SettingsError(f"the service listens on {host}: without keys it may listen on this machine only")
+        _check_http(http, settings, _given(settings))
         traffic = _traffic(present)
         traffic["versions"].setdefault(name, 0.0 if others else 1.0)
-        applications = [*others, engine_app(uri, version, settings, gpus=gpus), ingress_app(settings, traffic)]
+        kept = _ingress_settings(ServingSettings(**ingress["args"].get("settings", {})), settings)
+        applications = [*others, engine_app(uri, version, settings, gpus=gpus), ingress_app(kept, traffic)]
         self.apply({**present, "applications": applications})
         return name
 
@@ -209,6 +227,38 @@ class Control:
         change(traffic)
         self.apply({**present, "applications": _with_traffic(present["applications"], traffic)})
         _say("", traffic)
+
+
+def _given(settings: ServingSettings) -> set[str]:
+    """Names of the settings that differ from the defaults."""
+    default = ServingSettings()
+    return {name for name in ServingSettings.model_fields if getattr(settings, name) != getattr(default, name)}
+
+
+def _check_http(running: Mapping[str, Any], settings: ServingSettings, given: Collection[str]) -> None:
+    """Raises `SettingsError` if given settings do not fit the options with which Serve runs: it would ignore them."""
+    wanted = _http_options(settings)
+    differ = {n: running[n] for n in ("host", "port") if n in given and n in running and running[n] != wanted[n]}
+    seconds = running.get("request_timeout_s")
+    if seconds and "timeout_s" in given and wanted["request_timeout_s"] > seconds:
+        differ["timeout_s"] = seconds - 5
+    if differ:
+        asked = ", ".join(f"serving.{n}={getattr(settings, n)}" for n in differ)
+        runs = ", ".join(f"{name} {value}" for name, value in differ.items())
+        raise SettingsError(f"{asked}: Serve runs with {runs}, which it keeps until `serve shutdown` ends it")
+
+
+def _ingress_settings(present: ServingSettings, settings: ServingSettings) -> ServingSettings:
+    """The settings of an ingress that is there, with those that are given; says what changes, and what does not."""
+    given = _given(settings) | {"insecure"}  # whether keys are asked for is never left as it was by silence
+    now = present.model_copy(update={name: getattr(settings, name) for name in given})
+    for name in _OF_INGRESS:
+        before, after = getattr(present, name), getattr(now, name)
+        if after != before:
+            say(f"[serve]  the ingress has serving.{name}={after} from now on, before {before}")
+        elif after != getattr(settings, name):
+            say(f"[serve]  the ingress keeps serving.{name}={after}")
+    return now
 
 
 def _say(what: str, traffic: JsonObject) -> None:

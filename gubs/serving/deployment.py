@@ -471,9 +471,8 @@ class Ingress:
 
     @app.get("/readyz", responses=_ERRORS)
     async def readyz(self) -> dict[str, str]:
-        """A version is there, and its engine answers, or is only busy."""
-        if not self._weights:
-            raise RefusedError(503, "unavailable", "no version is deployed", retryable=True, retry_after=5)
+        """A version gets requests, and its engine answers, or is only busy."""
+        self._pick("ready")
         await self._ready.check()
         return {"status": "ready"}
 
@@ -540,6 +539,7 @@ class Ingress:
         """A version's decisions about some of a request's candidates, which begin at `start`."""
         began = time.perf_counter()
         it: Decided = await self._call(version, "decide", some, mode, salt, session=_user_key(some))
+        self._ready.answered()
         queue = max(0.0, time.perf_counter() - began - sum(it.seconds.values()))
         numbered = [r.model_copy(update={"index": start + r.index}) for r in it.results] if start else it.results
         return _Part(version, it.model, it.threshold, numbered, it.usage, {"queue": queue, **it.seconds})
@@ -591,8 +591,6 @@ class Ingress:
             else:
                 if isinstance(answer, RequestError):
                     raise RefusedError(_STATUS.get(answer.code, 400), answer.code, str(answer))
-                if session:
-                    self._ready.answered()
                 return answer
         raise AssertionError
 
@@ -703,8 +701,7 @@ class Ingress:
 
     async def _info(self, version: str) -> ModelInfo:
         async with self._deadline(None):
-            about = dict(await self._call(version, "about"))
-        about.pop("running", None)
+            about = await self._call(version, "about")
         return ModelInfo(app=version, weight=self._weights.get(version, 0.0), shadow=version in self._shadow, **about)
 
     def _later(self, work: Coroutine[None, None, None]) -> None:

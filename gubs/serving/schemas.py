@@ -241,3 +241,5 @@ class ModelInfo(BaseModel):
     users: int
     videos: int
     groups: int
+    running: int = 0
+    """Questions in work at the replica that answered."""

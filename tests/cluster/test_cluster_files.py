@@ -486,6 +486,21 @@ def test_served_requests_need_a_key(text, host):
     assert not settings.insecure
 
 
+ANSWERS_PER_SECOND = 22.9
+"""Of a 7B on one GPU; docs/measurements.md."""
+THOUGHTS = 4
+
+
+@every_serve_config
+def test_what_a_service_admits_it_answers_in_time(text, host):
+    """More would be told after its deadline that there was no time for it, instead of at once."""
+    settings = serving_of(yaml.safe_load(text))
+    replicas = settings.min_replicas
+    chunks = settings.max_ongoing * replicas + settings.max_queued * settings.ingress_replicas
+    assert chunks * settings.chunk * THOUGHTS <= settings.timeout_s * ANSWERS_PER_SECOND * replicas
+    assert settings.ongoing < settings.max_ongoing, "replicas are added before others are refused"
+
+
 def test_the_service_has_its_keys_and_gpus():
     config = yaml.safe_load(RAY_SERVICE["spec"]["serveConfigV2"])
     settings, spec = serving_of(config), CLUSTERS["RayService"]

@@ -110,6 +110,7 @@ def test_groups_figures_and_the_api_page(page):
     page.get_by_role("link", name="Live").click()
     playwright.expect(page.get_by_role("row", name=re.compile("^filter-a"))).to_be_visible()
     playwright.expect(page.locator("#figures")).to_contain_text("Median")
+    playwright.expect(page.get_by_text("of the ingress replica that answered")).to_be_visible()
     accessible(page)
     page.get_by_role("link", name="API").click()
     playwright.expect(page.get_by_role("heading", name="POST /v1/filter")).to_be_visible()

@@ -1,6 +1,7 @@
 """What the engines of the service and of the batch job are asked: their seeds follow from the question's content."""
 
 import asyncio
+import io
 import os
 import sys
 import threading
@@ -10,8 +11,10 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 from serving_helpers import make_filter
 
+from gubs.errors import InputError
 from gubs.records import Task
 from gubs.serving import batch, engine
 from gubs.serving.bundle import Bundle
@@ -24,6 +27,8 @@ from gubs.ufm.prompting import PromptBuilder
 from gubs.ufm.rollout import Response
 from gubs.ufm.settings import RolloutSettings
 from gubs.video.clips import Clip
+from gubs.video.decoded import Decoded, DecodeOptions, Verdict
+from gubs.video.frame_store import FrameStore
 
 THOUGHTS = 3
 
@@ -195,20 +200,99 @@ def test_prompts_of_two_keys_share_no_cache(no_vllm):
     assert [prompt.get("cache_salt") for prompt, _ in it._llm.asked] == ["a", "b", None], "vLLM refuses an empty one"
 
 
-def test_batch_and_service_draw_the_same_thoughts(no_vllm, tmp_path):
-    bundle = Bundle(make_filter(tmp_path))
-    bundle.config = bundle.config.model_copy(update={"thoughts": THOUGHTS})
-    online, table = asking(bundle.version), batch.BatchFilter.__new__(batch.BatchFilter)
-    request = FilterRequest(user=UserRef(id="u0"), candidates=[Candidate(id="v1"), Candidate(id="v2")])
-    asyncio.run(FilterService(bundle, online, ServingSettings()).decide(request, Mode.REASON))
-    offline = []
+def tabled(bundle, offline):
+    """The batch job's actor around a stand-in of vLLM's; `offline` gets what that is asked."""
+    table = batch.BatchFilter.__new__(batch.BatchFilter)
 
     def generate(requests):
         offline.extend(requests)
         return [Response((), (), 0)] * len(requests)
 
     table.__dict__ |= {"_bundle": bundle, "_task": Task.SEQUENTIAL, "_mode": Mode.REASON, "_labels": LABELS}
-    table.__dict__ |= {"_inputs": Spelled(), "_prompts": PromptBuilder(bundle.config.inputs, pictures=False)}
+    table.__dict__ |= {"_inputs": Spelled(), "_prompts": PromptBuilder(bundle.config.inputs, bundle.config.pictures)}
     table.__dict__ |= {"_engine": SimpleNamespace(generate=generate)}
-    table(pa.table({"user_id": ["u0", "u0"], "video_id": ["v1", "v2"]}))
+    return table
+
+
+def test_batch_and_service_draw_the_same_thoughts(no_vllm, tmp_path):
+    bundle, offline = Bundle(make_filter(tmp_path)), []
+    bundle.config = bundle.config.model_copy(update={"thoughts": THOUGHTS})
+    online = asking(bundle.version)
+    request = FilterRequest(user=UserRef(id="u0"), candidates=[Candidate(id="v1"), Candidate(id="v2")])
+    asyncio.run(FilterService(bundle, online, ServingSettings()).decide(request, Mode.REASON))
+    tabled(bundle, offline)(pa.table({"user_id": ["u0", "u0"], "video_id": ["v1", "v2"]}))
     assert [r.seed for r in offline] == [seed + k for seed in seeds(online) for k in range(THOUGHTS)]
+
+
+@pytest.fixture
+def filmed(tmp_path):
+    """A filter with the frames of v1; those of v2 are lost, those of v3 are too long for the model."""
+    store = FrameStore(str(tmp_path / "store"), DecodeOptions(max_pixels=300 * 28 * 28))
+
+    def jpeg(width):
+        buffer = io.BytesIO()
+        Image.fromarray(np.zeros((28, width, 3), np.uint8)).save(buffer, "JPEG")
+        return buffer.getvalue()
+
+    for name, width in (("v1", 56), ("v3", 28 * 256)):
+        frames = [jpeg(width)] * 2
+        decoded = Decoded(Verdict.OK, frames=frames, cover=frames[0], times_s=[0.0, 1.0], duration_s=2.0)
+        store.write_part(name, [(f"hash-of-{name}", decoded)])
+    hashes = {name: f"hash-of-{name}" for name in ("v1", "v2", "v3")}
+    return Bundle(make_filter(tmp_path / "run", frames=hashes, store=store))
+
+
+@pytest.mark.parametrize("vision", [True, False])
+def test_batch_and_service_show_the_same_pictures_and_keep_what_has_none(no_vllm, filmed, vision):
+    """A lost frame ended the whole job; with `vision` off the service shows none, and the job did."""
+    inputs = filmed.config.inputs.model_copy(update={"vision": vision})
+    filmed.config = filmed.config.model_copy(update={"inputs": inputs})
+    offline, online, videos = [], asking(filmed.version), ["v1", "v2", "v3", "v4"]
+    table = tabled(filmed, offline)(pa.table({"user_id": ["u0"] * 4, "video_id": videos}))
+    request = FilterRequest(user=UserRef(id="u0"), candidates=[Candidate(id=v) for v in videos])
+    served = asyncio.run(FilterService(filmed, online, ServingSettings()).decide(request, Mode.REASON)).results
+    assert table["error"].to_pylist() == [r.error and r.error.code for r in served]
+    lost = ["pictures" if vision else "unreadable"] * 2
+    assert table["error"].to_pylist() == ["unreadable", *lost, "unreadable"]
+    assert [r.seed for r in offline] == seeds(online), "a prompt with other pictures has another seed"
+
+
+@pytest.mark.parametrize(
+    ("tables", "out", "folders"),
+    [
+        (["s3://bucket/c.parquet"], "", ["s3://bucket/c.filtered"]),
+        (["/data/c.parquet", "d/e.csv"], "", ["/data/c.filtered", "d/e.filtered"]),
+        (["c.csv"], "", ["c.filtered"]),
+        (["/data/folder/"], "", ["/data/folder.filtered"]),
+        (["/data/c.parquet"], "/out", ["/out"]),
+        (["a/c.parquet", "b/d.parquet"], "s3://b/out/", ["s3://b/out/c.filtered", "s3://b/out/d.filtered"]),
+    ],
+)
+def test_where_decisions_go(tables, out, folders):
+    assert batch.outs(tables, out) == folders
+
+
+@pytest.mark.parametrize("tables", [["a/c.parquet", "b/c.csv"], ["c.csv", "c.parquet"]])
+def test_two_tables_do_not_overwrite_each_others_decisions(tables):
+    with pytest.raises(InputError, match=r"c.filtered"):
+        batch.outs(tables, "out" if "/" in tables[0] else "")
+
+
+@pytest.mark.parametrize(
+    ("table", "out", "apart"),
+    [
+        ("/data", "/data", False),
+        ("/data/c.parquet", "/data/", False),
+        ("/data", "/data/out", False),
+        ("/data/c.parquet", "/data/c.filtered", True),
+        ("/data", "/data.filtered", True),
+        ("memory://data", "/data", True),
+    ],
+)
+def test_a_table_is_not_overwritten_while_it_is_read(table, out, apart):
+    check = batch._check_apart
+    if apart:
+        check(table, out)
+    else:
+        with pytest.raises(InputError, match="give another --out"):
+            check(table, out)

@@ -176,6 +176,8 @@ def test_a_service_without_an_engine_is_not_ready(tmp_path, versions):
         raise RefusedError(503, "unavailable", "this version is not deployed", retryable=True)
 
     ingress._call = nobody
+    if not any(versions.values()):
+        ingress._ready.answered()  # before the last version went
     with pytest.raises(RefusedError) as e:
         asyncio.run(ingress.readyz())
     assert (e.value.status, e.value.problem.code, e.value.problem.retryable) == (503, "unavailable", True)

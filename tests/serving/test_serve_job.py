@@ -157,6 +157,9 @@ def _is_not_upset_by_requests_that_end_early(client, run, url, key, user):
             answer = impatient.post("/v1/filter", json=body)
             assert answer.status_code == 200, answer.text
             assert not any(r["error"] for r in answer.json()["results"])
+            impatient.post("/v1/filter", json={**body, "mode": "reason", "timeout_ms": WINDOW[-1]})
+    # whoever has left, or was told that it takes too long, keeps the engine from nothing
+    wait_for(lambda: [m.running for m in client.models()] == [0], 20, "the engine to drop what nobody waits for")
 
 
 def _keeps_keys_apart(client, url, other, user, video):
