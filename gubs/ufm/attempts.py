@@ -15,7 +15,7 @@ _FINAL = (SettingsError, InputError, ArtifactError)
 
 
 def cause_of(error: BaseException) -> GubsError | None:
-    """The error of ours that ended a worker, out of what Ray wraps it in; None if it was no error of ours. Of several
+    """The error of ours that ended a worker, out of what Ray wraps it in; None if it was not one of ours. Of several
     workers' errors one of settings or data, if there is one: others may follow from it.
     """
     failures = getattr(error, "worker_failures", None) or {}

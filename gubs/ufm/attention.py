@@ -147,9 +147,9 @@ class Windows:
         """Windows by their ends, (windows + 1,) from 0. The tower gives all layers one tensor, which keeps them."""
         import torch
 
-        known: Windows | None = getattr(ends, "_gubs_windows", None)
-        if known:
-            return known
+        cached: Windows | None = getattr(ends, "_gubs_windows", None)
+        if cached:
+            return cached
         places = ends.tolist()
         by_length: dict[int, list[int]] = {}
         for begin, end in itertools.pairwise(places):

@@ -61,7 +61,7 @@ class Marker:
 class Checkpoints:
     """The checkpoints of one run. All ranks use it; what only one may do, rank 0 does."""
 
-    def __init__(self, folder: str, recipe: Mapping[str, str], keep: int, rank: int = 0, world: int = 1):
+    def __init__(self, folder: str, recipe: Mapping[str, str], keep: int, rank: int = 0, world_size: int = 1):
         """Opens the folder.
 
         Args:
@@ -69,9 +69,10 @@ class Checkpoints:
             recipe: see `Marker`.
             keep: how many of the newest to keep, besides the best.
             rank: of this process.
-            world: number of processes.
+            world_size: number of processes.
         """
-        self.folder, self.recipe, self.keep, self.rank, self.world = Path(folder), dict(recipe), keep, rank, world
+        self.folder, self.recipe, self.keep = Path(folder), dict(recipe), keep
+        self.rank, self.world_size = rank, world_size
         self._unfinished: _Unfinished | None = None
 
     def latest(self) -> Marker | None:
@@ -97,9 +98,9 @@ class Checkpoints:
                     f"{place} was trained with another {name} ({marker.recipe.get(name)}, now {mark}): "
                     "give the earlier settings, use another --run, or --force to start over"
                 )
-        if marker.world != self.world:
+        if marker.world != self.world_size:
             raise ArtifactError(
-                f"{place} was written by {marker.world} workers and cannot be resumed with {self.world}: "
+                f"{place} was written by {marker.world} workers and cannot be resumed with {self.world_size}: "
                 f"set ufm.workers.count={marker.world}"
             )
         return marker
@@ -154,7 +155,7 @@ class Checkpoints:
 
         def publish() -> None:
             if self.rank == 0:
-                self._publish(staged, place, Marker(step, self.world, self.recipe, score, _sizes(staged)))
+                self._publish(staged, place, Marker(step, self.world_size, self.recipe, score, _sizes(staged)))
 
         for part in (files.result, publish):
             self._do(part, step, agree)

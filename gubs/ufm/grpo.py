@@ -103,8 +103,8 @@ class GRPOWorker(TrainWorker):
 
     def _take_plan(self, step: int) -> StepPlan:
         """The plan of a step, made during the previous step; starts making the next one."""
-        plan = self._next.result() if self._next else self.planner.plan(step, self.rank, self.world)
-        self._next = self._ahead.submit(self.planner.plan, step + 1, self.rank, self.world)
+        plan = self._next.result() if self._next else self.planner.plan(step, self.rank, self.world_size)
+        self._next = self._ahead.submit(self.planner.plan, step + 1, self.rank, self.world_size)
         return plan
 
     def _answer(self, plan: StepPlan, step: int) -> dict[str, float]:

@@ -23,7 +23,7 @@ _CLOSE = {"float32": 1e-3, "bfloat16": 2e-2}
 """How far two passes over the same tokens may be apart: rounding depends on the layout."""
 _SAME = {"float32": 1e-3, "bfloat16": 0.01}
 """How far the policy may be from the reference before it was trained. GPUs need not compute both with the same kernels:
-0.0011 was seen of a 7B with random weights in bfloat16, on an H200."""
+0.0011 was measured for a 7B with random weights in bfloat16, on an H200."""
 _MISMATCH = {"float32": 1.02, "bfloat16": 1.12}
 """Bounds of the mean of exp|log p(engine) - log p(trainer)|. It grows with rounding, which in bfloat16 takes an unsure
 model (mean log p -4.5, `small` before SFT) to 1.06 already; wrong positions take it to 1.7."""
@@ -39,7 +39,7 @@ class HealthError(SharedError):
 
 
 def bounds(step: int, dtype: str) -> list[tuple[str, float, float]]:
-    """Figure, least and most at the first step of an attempt; at step 0 the policy is still the reference."""
+    """Figure, lower and upper bound at the first step of an attempt; at step 0 the policy is still the reference."""
     close = _CLOSE[dtype]
     first = [("ratio", 1 - close, 1 + close), ("kl_old", -close, close), *_every_step(dtype)]
     return [*first, ("kl", -_SAME[dtype], _SAME[dtype])] if step == 0 else first

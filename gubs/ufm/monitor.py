@@ -2,7 +2,7 @@
 
 Figures go to `metrics.jsonl` in the run (read by the terminal's progress display), to TensorBoard and other trackers,
 to Ray's metrics (dashboard, Prometheus) and to `ray.train.report`. A watchdog ends a process whose phase takes too
-long and names the phase: nothing waits for ever, and Ray Train restarts the workers from the last checkpoint.
+long and names the phase: nothing waits forever, and Ray Train restarts the workers from the last checkpoint.
 """
 
 import contextlib

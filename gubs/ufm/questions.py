@@ -48,7 +48,7 @@ class Item:
     play_rate: float | None = None
     clicked: bool | None = None
     reasons_known: bool = True
-    """False: of none of the skips that it is trained or judged with is the reason known, only that they are skips."""
+    """False: the skips that it is trained or judged with are only known to be skips; the reason is unknown for all."""
 
     @property
     def outcome(self) -> str:

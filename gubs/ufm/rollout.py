@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gubs.errors import PlatformError
 from gubs.quick_imports import quick_imports
@@ -21,7 +21,9 @@ from gubs.video.decoded import DecodeOptions
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
     from torch import Tensor, nn
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
+    from vllm.logprobs import Logprob
+    from vllm.v1.worker.gpu_worker import Worker
 
     from gubs.ufm.sync import Pack
 
@@ -176,7 +178,7 @@ class Engine:
         answers: list[tuple[int, Response]] = []
         engine = self._llm.llm_engine
         while len(answers) < least and engine.has_unfinished_requests():
-            done: list[Any] = [o for o in engine.step() if o.finished]
+            done = [o for o in cast("list[RequestOutput]", engine.step()) if o.finished]
             for output in done:
                 number, labels = self._queued.pop(output.request_id)
                 answers.append((number, read_output(output.outputs[0], labels, self.version)))
@@ -243,7 +245,7 @@ class Engine:
 
 
 def sampling(request: Request, shape: Shape, choices: Sequence[str] | None = None) -> "SamplingParams":
-    """VLLM's parameters of a request. Within one engine either all requests have labels or none: in a batch with both,
+    """A request's parameters for vLLM. Within one engine either all requests have labels or none: in a batch with both,
     vLLM gives no log-probabilities to the others.
     """
     from vllm import SamplingParams
@@ -266,11 +268,12 @@ def sampling(request: Request, shape: Shape, choices: Sequence[str] | None = Non
     )
 
 
-def read_output(output: Any, labels: Sequence[int], version: int = 0) -> Response:
-    """A response from vLLM's `CompletionOutput`."""
+def read_output(output: "CompletionOutput", labels: Sequence[int], version: int = 0) -> Response:
+    """A response from vLLM's output."""
     ids = tuple(output.token_ids)
-    logprobs = tuple(step[token].logprob for token, step in zip(ids, output.logprobs, strict=True))
-    of_labels = tuple(tuple(step[label].logprob for label in labels) for step in output.logprobs) if labels else ()
+    steps = cast("Sequence[Mapping[int, Logprob]]", output.logprobs)  # every request asks for them: see `sampling`
+    logprobs = tuple(step[token].logprob for token, step in zip(ids, steps, strict=True))
+    of_labels = tuple(tuple(step[label].logprob for label in labels) for step in steps) if labels else ()
     return Response(ids, logprobs, version, of_labels)
 
 
@@ -353,7 +356,7 @@ def _clip_limits(shape: Shape) -> dict[str, Any]:
     return {"video": {"count": 1, "num_frames": shape.largest.count, **sides}, "image": {"count": 1, **sides}}
 
 
-def _reload(worker: Any, weights: "list[tuple[str, Tensor]]") -> list[str]:
+def _reload(worker: "Worker", weights: "list[tuple[str, Tensor]]") -> list[str]:
     """Runs in vLLM's worker. vLLM keeps a tied head apart: without a new one it would keep a stale one."""
     names = {name for name, _ in weights}
     missing = _not_given(worker.model_runner.get_model(), names)

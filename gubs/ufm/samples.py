@@ -165,14 +165,14 @@ class Planner:
         self._samplers = {t: self._sampler(t) for t in self.tasks}
         self._peers = {t: Peers.of(questions, t, self._items[t], settings, seed) for t in self.tasks}
 
-    def plan(self, step: int, rank: int = 0, world: int = 1) -> StepPlan:
+    def plan(self, step: int, rank: int = 0, world_size: int = 1) -> StepPlan:
         """One worker's samples of a step; steps take the tasks in turn, each as often as it is named."""
         task, turn = self._turn(step)
         sampler = self._samplers[task]
         picked = sampler.batch(turn)
         figures = {**sampler.figures(turn), "resampled": float(sum(sampler.resampled(turn).values()))}
         plan = StepPlan(task, turn, len(picked), [], figures=figures)
-        for slot in range(rank, len(picked), world):
+        for slot in range(rank, len(picked), world_size):
             item = self._items[task][picked[slot]]
             prompts, sampled = self._prompts(item, step, slot)
             plan.without_peer += (sampled.similar is None) + (sampled.group is None)

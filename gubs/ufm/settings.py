@@ -88,17 +88,19 @@ class OptimizerSettings(Section):
     """AdamW."""
 
     learning_rate: float = Field(1e-5, gt=0)
-    """Peak (paper: 1e-5)."""
+    """Peak learning rate (paper: 1e-5)."""
     weight_decay: float = Field(0.01, ge=0)
-    """(paper: 0.01)"""
+    """AdamW's weight decay (paper: 0.01)."""
     warmup_steps: int = Field(0, ge=0)
-    """Linear from 0."""
+    """Steps in which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """After the warm-up; cosine and linear fall to 0 at the last step."""
+    """Learning rate after the warm-up; cosine and linear fall to 0 at the last step."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this norm."""
     beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's decay of the running mean of gradients."""
     beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW's decay of the running mean of squared gradients."""
     max_bad_steps: int = Field(3, ge=1)
     """Steps in a row with a loss or gradient that is not a number before the run stops; each is skipped and counted."""
 
@@ -134,7 +136,7 @@ class CheckpointSettings(Section):
     keep: int = Field(2, ge=1)
     """How many of the newest checkpoints to keep, besides the best."""
     background: bool = False
-    """Write them while training goes on, from a copy in host memory."""
+    """Write them while training continues, from a copy in host memory."""
     timeout_s: float = Field(3600.0, gt=0)
     """Longest time that writing or loading one, or the policy, may take; beyond it the attempt ends."""
 
@@ -143,7 +145,7 @@ class SFTSettings(Section):
     """Supervised fine-tuning on the teacher's examples."""
 
     epochs: int = Field(1, ge=1)
-    """(paper: 1)"""
+    """Passes over the examples (paper: 1)."""
     min_steps: int = Field(0, ge=0)
     """Least number of optimiser steps: few examples are repeated for more epochs; 0 = no minimum."""
     batch: int = Field(16, ge=1)
@@ -180,7 +182,7 @@ class RolloutSettings(Section):
     """Share of the GPU's memory for the engine while it is awake; its CUDA context and graphs come on top. Serving has
     a share of its own (`serving.gpu_memory`)."""
     kv_cache_gb: float = Field(1.0, gt=0)
-    """Key-value cache on a CPU."""
+    """Size of the key-value cache on a CPU, in GiB."""
     max_num_seqs: int = Field(64, ge=1)
     """Most answers generated at the same time."""
     sleep: bool = True
@@ -188,7 +190,7 @@ class RolloutSettings(Section):
     enforce_eager: bool = False
     """Use no CUDA graphs (never used on a CPU)."""
     model_runner: Literal["auto", "v1", "v2"] = "auto"
-    """VLLM's code that runs the model. auto = vLLM's choice: v2 on GPUs, v1 on CPUs."""
+    """Which vLLM model runner to use. auto = vLLM's choice: v2 on GPUs, v1 on CPUs."""
 
 
 class GRPOSettings(Section):
@@ -202,8 +204,8 @@ class GRPOSettings(Section):
     """Group-aware: S and G samples besides T. False = plain GRPO, all from the user's own prompt (paper, Table 7)."""
     profiles: Literal["own", "oracle", "shuffled"] = "own"
     """Whose groups: `own`, those of the stage `ugm`; `oracle`, the archetypes of a simulated app with all that is true
-    of them; `shuffled`, `ugm`'s members, each group with the profile of another: what a profile says then means
-    nothing."""
+    of them; `shuffled`, `ugm`'s members, but each group with the profile of another one, which then says nothing about
+    it."""
     similar: Literal["group", "random"] = "group"
     """Who the similar user is: another member of the user's groups, or anybody."""
     similar_gold: Literal["target", "own"] = "target"
@@ -213,7 +215,7 @@ class GRPOSettings(Section):
     """Share of a record's answers that say the opposite of its label about skip or not, from which the label is taken
     for wrong: the record then gives no advantage in that step. 0 = every label is trusted."""
     steps: int = Field(200, ge=1)
-    """Optimiser steps of the task that `tasks` names most often (paper: 200); the others have theirs in proportion."""
+    """Optimiser steps of the task that `tasks` names most often (paper: 200); other tasks get steps in proportion."""
     prompts: int = Field(4, ge=1)
     """Training records per step, over all workers, balanced over gold options (paper: 4)."""
     user_samples: int = Field(4, ge=1)
@@ -258,9 +260,9 @@ class UFMSettings(Section):
     """The User Feedback Modeler."""
 
     seed: int = Field(0, ge=0)
-    """Of trainings that differ in nothing but chance, the number of this one: it moves the order of examples and
-    records, the choice of similar users, and the sampled answers. Data, held-out users and evaluation follow the run's
-    `seed` alone."""
+    """Number of this training among those that differ only by chance: it changes the order of examples and records, the
+    choice of similar users, and the sampled answers. Data, held-out users and evaluation follow the run's `seed`
+    alone."""
     held_out: float = Field(0.15, gt=0, lt=1)
     """Share of the training users whose targets are not trained on: calibration, thresholds and the quality of `score`
     are measured on them."""

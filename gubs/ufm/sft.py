@@ -93,7 +93,7 @@ class SFTWorker(TrainWorker):
         with self.phases("train"):
             update, tokens = self._update(examples, step)
         self.skipped(step, update.skipped, [{"ids": e.prompt.ids, "answers": e.answers} for e in examples])
-        dropped = self.sft.batch // self.world - len(examples)
+        dropped = self.sft.batch // self.world_size - len(examples)
         return {
             **reduce_sums({"tokens/train": tokens, "dropped_too_long": dropped}, self.device),
             "loss": update.sums["loss"],
@@ -142,7 +142,7 @@ class SFTWorker(TrainWorker):
 
     def _rows(self) -> Iterator[list[JsonObject]]:
         """Rows of one batch after the other."""
-        size, count = self.sft.batch // self.world, 0
+        size, count = self.sft.batch // self.world_size, 0
         for batch in self._shard.iter_batches(batch_size=size, batch_format="pyarrow", prefetch_batches=2):
             count += 1
             yield batch.to_pylist()

@@ -216,7 +216,7 @@ def check_checkpoint(job: Job, keep: int) -> None:
     Raises:
         ArtifactError: the newest checkpoint is damaged or of another model, other data or other settings.
     """
-    Checkpoints(job.checkpoints, job.recipe, keep, world=job.ufm.workers.count).latest()
+    Checkpoints(job.checkpoints, job.recipe, keep, world_size=job.ufm.workers.count).latest()
 
 
 def _tasks(questions: Questions, wanted: Sequence[Task], held_out: HeldOut) -> tuple[Task, ...]:
@@ -240,8 +240,8 @@ def _tasks(questions: Questions, wanted: Sequence[Task], held_out: HeldOut) -> t
 
 
 def _outcome_only(items: Mapping[Task, Sequence[Item]]) -> list[str]:
-    """The tasks in which only the outcome is known, of no skip the reason."""
-    return [str(task) for task, mine in items.items() if not all(i.reasons_known for i in mine)]
+    """The tasks in which only the outcome is known, and the reason for no skip."""
+    return [str(task) for task, task_items in items.items() if not all(i.reasons_known for i in task_items)]
 
 
 def _options(what: str, counts: Mapping[tuple[str, str], int]) -> str:

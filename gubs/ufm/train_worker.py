@@ -86,9 +86,9 @@ class TrainWorker:
 
         self.job, self.steps, self.ufm = job, steps, job.ufm
         self._checkpoint = checkpoint
-        self.rank, self.world, local_world = _ranks()
+        self.rank, self.world_size, local_world_size = _ranks()
         self.device = _device()
-        self.threads = cpu_threads(local_world, self.ufm.workers.threads)
+        self.threads = cpu_threads(local_world_size, self.ufm.workers.threads)
         if self.device.type == "cpu":
             torch.set_num_threads(self.threads)
         torch.manual_seed(job.training_seed)
@@ -107,7 +107,7 @@ class TrainWorker:
             import deepspeed  # noqa: F401
             from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration  # noqa: F401
         self.inputs = Inputs(job.start, self.ufm.inputs)
-        self.checkpoints = Checkpoints(job.checkpoints, job.recipe, checkpoint.keep, self.rank, self.world)
+        self.checkpoints = Checkpoints(job.checkpoints, job.recipe, checkpoint.keep, self.rank, self.world_size)
         self.monitor = Monitor(self.folder, job.stage, self.ufm.grpo.trackers, job.settings, self.rank)
         self._bad = 0
         self._ended = 0.0

@@ -19,6 +19,7 @@ from gubs.ufm.settings import ModelSettings, OptimizerSettings
 
 if TYPE_CHECKING:
     import torch
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
     from torch import Tensor
     from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 
@@ -69,7 +70,7 @@ class Trainer:
 
         _disable_compiled_collectives()
         self.settings, self.steps, self.device, self.vision = optimizer, steps, device, vision
-        self.world = dist.get_world_size()
+        self.world_size = dist.get_world_size()
         model.model.visual.requires_grad_(vision)
         trained = [p for p in model.parameters() if p.requires_grad]
         gpu = device.type == "cuda"
@@ -77,7 +78,7 @@ class Trainer:
             model=model.to(device),  # type: ignore[arg-type]  # transformers' annotation lacks `self`
             model_parameters=trained,
             optimizer=_adamw(trained, optimizer, gpu),
-            config=_config(model_settings, optimizer, self.world, gpu, sum(p.numel() for p in trained)),
+            config=_config(model_settings, optimizer, self.world_size, gpu, sum(p.numel() for p in trained)),
             dist_init_required=False,
         )
         # a script that puts weights together from the checkpoint; ours has them as a policy
@@ -107,7 +108,7 @@ class Trainer:
         for number, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
             loss, sums = loss_of(self.logprobs(batch.to(self.device)), number)
-            self.engine.backward(loss * self.world)
+            self.engine.backward(loss * self.world_size)
             for name, value in {**sums, "loss": loss}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach().double()
         self.engine.step()
@@ -121,7 +122,7 @@ class Trainer:
 
         Args:
             folder: where the files go; all ranks share it.
-            copy: copy everything to host memory, so that it may be written while training goes on.
+            copy: copy everything to host memory, so that it may be written while training continues.
 
         Returns:
             What writes this rank's files.
@@ -147,10 +148,10 @@ class Trainer:
 
 class _Collector:
     """In place of DeepSpeed's checkpoint writer: keeps what would be written, without the weights. Written later, an
-    error of the disk cannot keep one rank from DeepSpeed's barriers, where the others would wait for ever.
+    error of the disk cannot keep one rank from DeepSpeed's barriers, where the others would wait forever.
     """
 
-    def __init__(self, writer: Any, keep: Callable[[Any], Any]):
+    def __init__(self, writer: "CheckpointEngine", keep: Callable[[Any], Any]):
         self._writer, self._keep = writer, keep
         self._files: dict[str, Any] = {}
 
@@ -293,7 +294,7 @@ def _adamw(parameters: "Sequence[Tensor]", settings: OptimizerSettings, gpu: boo
 
 
 def _config(
-    model: ModelSettings, optimizer: OptimizerSettings, world: int, gpu: bool, parameters: int
+    model: ModelSettings, optimizer: OptimizerSettings, world_size: int, gpu: bool, parameters: int
 ) -> dict[str, Any]:
     """DeepSpeed's settings. Its buckets take their full size even for the smallest model, so they are limited. On a GPU
     gradients of micro-batches are added up in float32, whose buffer is then also the one that AdamW reads.
@@ -301,7 +302,7 @@ def _config(
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "train_batch_size": world,
+        "train_batch_size": world_size,
         "gradient_clipping": optimizer.max_grad_norm,
         "bf16": {"enabled": model.dtype == "bfloat16"},
         "zero_optimization": {

@@ -95,5 +95,5 @@ def _tasks(log: pa.Table) -> list[Task]:
 
 def _measure(log: pa.Table) -> str:
     """What the log knows of a task's views."""
-    known = {digest.LIKES: "rating", digest.CLICKS: "clicked", digest.SKIPS: "play_rate"}
-    return next((name for name, column in known.items() if log[column].null_count < log.num_rows), digest.SKIPS)
+    columns = {digest.LIKES: "rating", digest.CLICKS: "clicked", digest.SKIPS: "play_rate"}
+    return next((name for name, column in columns.items() if log[column].null_count < log.num_rows), digest.SKIPS)

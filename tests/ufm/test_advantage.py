@@ -213,10 +213,10 @@ def test_repaired_rules_never_reorder_answers(batch, name):
     raw, roles, ids = batch
     got = advantages(raw, roles, ids, rule(name, 1e-4), right=raw == 3).values
     for g in set(ids.tolist()):
-        mine, values = raw[ids == g], got[ids == g]
-        if len(set(mine.tolist())) == 1:
+        own, values = raw[ids == g], got[ids == g]
+        if len(set(own.tolist())) == 1:
             assert (values == 0).all()
-        pushed_up, pushed_down = mine[values > 1e-9], mine[values < -1e-9]
+        pushed_up, pushed_down = own[values > 1e-9], own[values < -1e-9]
         assert not len(pushed_up) or not len(pushed_down) or pushed_up.min() > pushed_down.max()
 
 

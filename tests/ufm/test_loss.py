@@ -52,9 +52,9 @@ def split(ranks, micro):
     """The step's rows, dealt to ranks and cut into micro-batches of unlike sizes."""
     parts = []
     for rank in range(ranks):
-        mine = torch.arange(len(LENGTHS))[rank::ranks]
-        edges = [0, *[1 + 2 * i for i in range(micro - 1)], len(mine)]
-        parts.append([mine[a:b] for a, b in itertools.pairwise(edges)])
+        own = torch.arange(len(LENGTHS))[rank::ranks]
+        edges = [0, *[1 + 2 * i for i in range(micro - 1)], len(own)]
+        parts.append([own[a:b] for a, b in itertools.pairwise(edges)])
     return parts
 
 
@@ -64,9 +64,9 @@ def train_once(ranks, micro, level, naive=False):
     whole = Denominators.of(b["mask"])
     totals = [torch.zeros_like(p) for p in net.parameters()]
     value, sums = 0.0, {}
-    for mine in split(ranks, micro):
+    for rank_rows in split(ranks, micro):
         net.zero_grad()
-        for index in mine:
+        for index in rank_rows:
             part = rows(b, index)
             denominators = Denominators.of(part["mask"]) if naive else whole
             loss, s = loss_of(net, part, denominators, level)

@@ -160,10 +160,10 @@ def test_shuffled_profiles_are_each_of_another_group(count):
     """Wrong here: a group keeps its own profile, or two show the same one, and "shuffled" says something after all."""
     names = [f"g{i}" for i in range(count)]
     for seed in range(20):
-        found = shuffled(names, seed)
-        assert sorted(found) == sorted(found.values()) == sorted(names)
-        assert all(a != b for a, b in found.items())
-        assert found == shuffled(names[::-1], seed)
+        shown = shuffled(names, seed)
+        assert sorted(shown) == sorted(shown.values()) == sorted(names)
+        assert all(a != b for a, b in shown.items())
+        assert shown == shuffled(names[::-1], seed)
     assert len({tuple(shuffled(names, s).items()) for s in range(20)}) > 1
     assert shuffled(["g"], 0) == {"g": "g"}
     assert shuffled([], 0) == {}

@@ -35,9 +35,9 @@ from gubs.ufm.checkpoint import SharedError
 def test_only_what_may_go_better_next_time_is_tried_again(error, again):
     policy = RetryLostWorkers(FailureConfig(max_failures=2))
     lost = {0: PlatformError("no answer from the other worker"), 1: error}
-    found = [policy.make_decision(WorkerGroupError("failed", lost)) for _ in range(3)]
+    decisions = [policy.make_decision(WorkerGroupError("failed", lost)) for _ in range(3)]
     retry, end = FailureDecision.RETRY, FailureDecision.RAISE
-    assert found == ([retry, retry, end] if again else [end, end, end])
+    assert decisions == ([retry, retry, end] if again else [end, end, end])
 
 
 def _loop(config):
@@ -75,7 +75,7 @@ def test_a_training_outlives_its_worker_and_ends_at_once_on_bad_data(ray_local, 
 def test_actors_with_nothing_to_do_are_left_out(tmp_path, monkeypatch, dashboard, datasets):
     monkeypatch.setattr(attempts, "has_dashboard", lambda: bool(dashboard))
     trainer = RayTrainer(_loop, run_config=RunConfig(storage_path=str(tmp_path)), datasets=datasets)
-    found = {type(c) for c in trainer._create_default_callbacks()}
-    assert (PlacementGroupCleanerCallback in found) == bool(dashboard)
-    assert (DatasetsCallback in found) == bool(datasets)
-    assert found > {AcceleratorSetupCallback, BackendSetupCallback}, "all others stay"
+    kinds = {type(c) for c in trainer._create_default_callbacks()}
+    assert (PlacementGroupCleanerCallback in kinds) == bool(dashboard)
+    assert (DatasetsCallback in kinds) == bool(datasets)
+    assert kinds > {AcceleratorSetupCallback, BackendSetupCallback}, "all others stay"

@@ -55,12 +55,12 @@ def test_answers_behind_a_prompt_see_what_a_mask_would_let_them_see(rows, paddin
     assert ours.shape == theirs.shape
     assert torch.allclose(ours * used, theirs * used)
     weights = torch.randn(ours.shape, generator=draw, dtype=torch.float64) * used
-    for mine, plain in zip(
+    for own, plain in zip(
         torch.autograd.grad((ours * weights).sum(), (query, key, value)),
         torch.autograd.grad((theirs * weights).sum(), (query, key, value)),
         strict=True,
     ):
-        assert torch.allclose(mine, plain)
+        assert torch.allclose(own, plain)
 
 
 def test_a_gpu_gets_the_mask_by_name():
@@ -96,12 +96,12 @@ def test_the_tower_is_that_of_transformers(tiny, side):
     grid = torch.tensor([[2, side, side], [1, 4, 8]])
     width = 3 * 2 * config.vision_config.patch_size**2
     pixels = torch.randn(int(grid.prod(1).sum()), width)
-    found = []
+    results = []
     for model in (plain, ours):
         made = torch.cat(list(model.model.get_video_features(pixels, grid).pooler_output))
         (made * torch.linspace(-1, 1, made.numel()).view_as(made)).sum().backward()
-        found.append((made, {n: p.grad for n, p in model.model.visual.named_parameters()}))
-    (wanted, gradients), (made, ours_gradients) = found
+        results.append((made, {n: p.grad for n, p in model.model.visual.named_parameters()}))
+    (wanted, gradients), (made, ours_gradients) = results
     assert torch.allclose(made, wanted, atol=1e-5)
     for name, gradient in gradients.items():
         assert torch.allclose(ours_gradients[name], gradient, atol=1e-3 * float(gradient.abs().max() + 1e-3)), name

@@ -35,8 +35,8 @@ def save(text: str = "weights") -> Callable[[Path], None]:
     return put
 
 
-def opened(folder: Path, keep: int = 2, world: int = 1, **recipe: str) -> Checkpoints:
-    return Checkpoints(str(folder), {**RECIPE, **recipe}, keep, world=world)
+def opened(folder: Path, keep: int = 2, world_size: int = 1, **recipe: str) -> Checkpoints:
+    return Checkpoints(str(folder), {**RECIPE, **recipe}, keep, world_size=world_size)
 
 
 def full(*_: object, **__: object) -> None:
@@ -48,29 +48,29 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_newest_are_kept_and_the_best(tmp_path):
-    found = opened(tmp_path)
+    checkpoints = opened(tmp_path)
     for step, score in ((2, 0.1), (4, 0.9), (6, 0.3), (8, 0.2)):
-        found.write(step, save(str(step)), score=score)
-    assert found.steps() == [4, 6, 8]
-    assert found.best() == 4
-    assert found.latest().step == 8
-    assert (found.place(8) / "state" / "optimizer.pt").read_text() == "8"
+        checkpoints.write(step, save(str(step)), score=score)
+    assert checkpoints.steps() == [4, 6, 8]
+    assert checkpoints.best() == 4
+    assert checkpoints.latest().step == 8
+    assert (checkpoints.place(8) / "state" / "optimizer.pt").read_text() == "8"
 
 
 def test_a_better_one_replaces_the_best(tmp_path):
-    found = opened(tmp_path, keep=1)
+    checkpoints = opened(tmp_path, keep=1)
     for step, score in ((1, 0.5), (2, 0.1), (3, 0.8), (4, 0.2)):
-        found.write(step, save(), score=score)
-    assert (found.best(), found.steps()) == (3, [3, 4])
+        checkpoints.write(step, save(), score=score)
+    assert (checkpoints.best(), checkpoints.steps()) == (3, [3, 4])
 
 
 def test_the_best_is_known_whenever_the_run_was_killed(tmp_path, monkeypatch):
     """A kill right after the marker must neither lose the best one nor leave anything that stops the next attempt."""
-    found = opened(tmp_path, keep=1)
-    found.write(2, save(), score=0.9)
+    checkpoints = opened(tmp_path, keep=1)
+    checkpoints.write(2, save(), score=0.9)
     monkeypatch.setattr(Checkpoints, "_prune", full)
     with pytest.raises(ArtifactError):
-        found.write(4, save(), score=0.95)
+        checkpoints.write(4, save(), score=0.95)
     monkeypatch.undo()
     again = opened(tmp_path, keep=1)
     assert again.best() == again.latest().step == 4
@@ -80,12 +80,12 @@ def test_the_best_is_known_whenever_the_run_was_killed(tmp_path, monkeypatch):
 
 def test_killed_while_an_old_one_is_removed(tmp_path, monkeypatch):
     """What is left of it must not count as a checkpoint, the best one least of all."""
-    found = opened(tmp_path, keep=1)
-    found.write(2, save(), score=0.5)
+    checkpoints = opened(tmp_path, keep=1)
+    checkpoints.write(2, save(), score=0.5)
     old, remove = tmp_path / "step-000002", checkpoint.shutil.rmtree
     monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda p, **how: full() if p == old else remove(p, **how))
     with pytest.raises(ArtifactError):
-        found.write(4, save(), score=0.9)
+        checkpoints.write(4, save(), score=0.9)
     monkeypatch.undo()
     assert (tmp_path / "step-000002" / "rng-0.pt").exists()
     assert opened(tmp_path, keep=1).steps() == [4]
@@ -97,18 +97,18 @@ def test_no_folder_is_no_checkpoint(tmp_path):
 
 def test_what_a_kill_left_behind_is_no_checkpoint(tmp_path):
     """A kill can come at any moment: while files are written, after the rename, while the marker is written."""
-    found = opened(tmp_path)
-    found.write(2, save())
+    checkpoints = opened(tmp_path)
+    checkpoints.write(2, save())
     shutil.copytree(tmp_path / "step-000002", tmp_path / "step-000004.tmp")
     shutil.copytree(tmp_path / "step-000002", tmp_path / "step-000006", ignore=shutil.ignore_patterns(MARKER))
     (tmp_path / "step-000006" / "checkpoint.tmp").write_text('{"step": 6, "wor')
-    assert found.steps() == [2]
-    assert found.latest().step == 2
-    found.write(4, save("again"))
+    assert checkpoints.steps() == [2]
+    assert checkpoints.latest().step == 2
+    checkpoints.write(4, save("again"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000004"], "its disk space comes back"
-    found.write(6, save("again"))
-    assert found.steps() == [4, 6]
-    assert found.latest().step == 6
+    checkpoints.write(6, save("again"))
+    assert checkpoints.steps() == [4, 6]
+    assert checkpoints.latest().step == 6
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -126,11 +126,11 @@ def save(folder): (folder / "a").write_text("new")
 checkpoint.Checkpoints({str(tmp_path)!r}, {RECIPE!r}, 2).write(4, save)
 """
     assert subprocess.run(["python", "-c", code], env=_env(), timeout=60).returncode == 9
-    found = opened(tmp_path)
-    assert found.latest().step == 2
-    assert (found.place(2) / "state" / "optimizer.pt").read_text() == "old"
-    found.write(4, save("new"))
-    assert found.latest().step == 4
+    checkpoints = opened(tmp_path)
+    assert checkpoints.latest().step == 2
+    assert (checkpoints.place(2) / "state" / "optimizer.pt").read_text() == "old"
+    checkpoints.write(4, save("new"))
+    assert checkpoints.latest().step == 4
 
 
 def _env() -> dict[str, str]:
@@ -142,12 +142,12 @@ def _env() -> dict[str, str]:
 @pytest.mark.parametrize("harm", ["missing", "truncated"])
 def test_a_damaged_file_is_named(tmp_path, harm):
     """Half an optimiser state must not be loaded, nor the whole run start over in silence."""
-    found = opened(tmp_path)
-    found.write(2, save())
+    checkpoints = opened(tmp_path)
+    checkpoints.write(2, save())
     path = tmp_path / "step-000002" / "state" / "optimizer.pt"
     path.unlink() if harm == "missing" else path.write_text("we")
     with pytest.raises(ArtifactError, match=r"step-000002 is damaged: state/optimizer.pt .*remove that folder"):
-        found.latest()
+        checkpoints.latest()
 
 
 @pytest.mark.parametrize("what", ["model", "data", "settings"])
@@ -161,9 +161,9 @@ def test_another_recipe_is_refused(tmp_path, what):
 
 def test_another_number_of_workers_is_refused(tmp_path):
     """ZeRO's optimiser state is dealt to the ranks: with another number it would be read wrongly."""
-    opened(tmp_path, world=2).write(2, save())
+    opened(tmp_path, world_size=2).write(2, save())
     with pytest.raises(ArtifactError, match=r"written by 2 workers .* set ufm.workers.count=2"):
-        opened(tmp_path, world=1).latest()
+        opened(tmp_path, world_size=1).latest()
 
 
 def test_ranks_write_into_one_folder_and_the_marker_comes_after_all_of_them(tmp_path):
@@ -176,8 +176,8 @@ def test_ranks_write_into_one_folder_and_the_marker_comes_after_all_of_them(tmp_
             (folder / f"rng-{number}.pt").write_text("x" * (number + 1))
 
         try:
-            found = Checkpoints(str(tmp_path), RECIPE, 2, number, 2)
-            found.write(2, put, agree=agree(number))
+            checkpoints = Checkpoints(str(tmp_path), RECIPE, 2, number, 2)
+            checkpoints.write(2, put, agree=agree(number))
         except BaseException as e:  # noqa: BLE001 - shown by the test
             errors.append(e)
 
@@ -190,9 +190,9 @@ def test_ranks_write_into_one_folder_and_the_marker_comes_after_all_of_them(tmp_
     assert marker["world"] == 2
 
 
-def everywhere(world: int) -> Callable[[int], Callable[[str], str]]:
+def everywhere(world_size: int) -> Callable[[int], Callable[[str], str]]:
     """`Agree` for ranks that are threads."""
-    barrier, problems = threading.Barrier(world, timeout=30), [""] * world
+    barrier, problems = threading.Barrier(world_size, timeout=30), [""] * world_size
 
     def of(rank: int) -> Callable[[str], str]:
         def agree(problem: str) -> str:
@@ -232,20 +232,20 @@ def test_when_one_rank_fails_all_do_and_none_waits(tmp_path, harm):
 
 @pytest.mark.parametrize("where", ["_flush", "_write_through"])
 def test_a_full_disk_leaves_the_earlier_ones_whole(tmp_path, monkeypatch, where):
-    found = opened(tmp_path, keep=1)
-    found.write(2, save("old"), score=1.0)
+    checkpoints = opened(tmp_path, keep=1)
+    checkpoints.write(2, save("old"), score=1.0)
     monkeypatch.setattr(checkpoint, where, full)
     with pytest.raises(
         ArtifactError, match=r"cannot write .*step-000004: .*No space left.*earlier checkpoints are intact"
     ):
-        found.write(4, save("new"), score=2.0)
+        checkpoints.write(4, save("new"), score=2.0)
     monkeypatch.undo()
-    assert found.latest().step == 2
-    assert (found.place(2) / "state" / "optimizer.pt").read_text() == "old"
-    assert found.best() == 2
+    assert checkpoints.latest().step == 2
+    assert (checkpoints.place(2) / "state" / "optimizer.pt").read_text() == "old"
+    assert checkpoints.best() == 2
     assert [p.name for p in tmp_path.iterdir()] == ["step-000002"], "what was written in vain keeps the disk full"
-    found.write(4, save("new"))
-    assert found.steps() == [2, 4]
+    checkpoints.write(4, save("new"))
+    assert checkpoints.steps() == [2, 4]
 
 
 @pytest.fixture
@@ -258,8 +258,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("kind", ["torch", "safetensors"])
 def test_a_disk_that_is_really_full(small_disk, kind):
     """torch and safetensors have errors of their own for a full disk: they must not pass for a bug in training."""
-    found = opened(small_disk)
-    found.write(2, save("old"))
+    checkpoints = opened(small_disk)
+    checkpoints.write(2, save("old"))
 
     def put(folder: Path) -> None:
         big = {"w": torch.zeros(4 << 20)}
@@ -271,11 +271,11 @@ def test_a_disk_that_is_really_full(small_disk, kind):
             safetensors.torch.save_file(big, folder / "model.safetensors")
 
     with pytest.raises(ArtifactError, match=r"cannot write .*step-000004.*earlier checkpoints are intact"):
-        found.write(4, put)
-    assert found.latest().step == 2
+        checkpoints.write(4, put)
+    assert checkpoints.latest().step == 2
     assert not list(small_disk.glob("*.tmp")), "what was written in vain keeps the disk full"
-    found.write(4, save("fits"))
-    assert found.latest().step == 4
+    checkpoints.write(4, save("fits"))
+    assert checkpoints.latest().step == 4
 
 
 def test_a_bug_while_saving_is_not_called_a_full_disk(tmp_path):
@@ -344,39 +344,39 @@ def gated(gate: threading.Event, text: str = "slow") -> Callable[[Path], Callabl
 
 def test_what_is_written_in_the_background_counts_when_it_is_whole(tmp_path):
     """A 7B's checkpoint takes minutes; the steps go on meanwhile, and a kill leaves the earlier one in force."""
-    found, gate = opened(tmp_path), threading.Event()
-    found.write(2, save("old"))
-    found.begin(4, gated(gate), score=0.5)
-    assert (found.writing, found.written) == (True, False)
-    assert found.latest().step == opened(tmp_path).latest().step == 2
+    checkpoints, gate = opened(tmp_path), threading.Event()
+    checkpoints.write(2, save("old"))
+    checkpoints.begin(4, gated(gate), score=0.5)
+    assert (checkpoints.writing, checkpoints.written) == (True, False)
+    assert checkpoints.latest().step == opened(tmp_path).latest().step == 2
     gate.set()
-    found.finish()
-    assert not found.writing
+    checkpoints.finish()
+    assert not checkpoints.writing
     marker = opened(tmp_path).latest()
     assert (marker.step, marker.score) == (4, 0.5)
     assert marker.files == {"rng-0.pt": 3, "optimizer.pt": 4}
-    found.finish()  # nothing to do
+    checkpoints.finish()  # nothing to do
 
 
 def test_the_next_one_waits_for_the_one_before(tmp_path):
-    found, gate = opened(tmp_path), threading.Event()
-    found.begin(2, gated(gate, "first"))
+    checkpoints, gate = opened(tmp_path), threading.Event()
+    checkpoints.begin(2, gated(gate, "first"))
     threading.Timer(0.1, gate.set).start()
-    found.begin(4, gated(gate, "second"))
-    found.finish()
-    assert found.steps() == [2, 4]
-    assert (found.place(2) / "optimizer.pt").read_text() == "first"
+    checkpoints.begin(4, gated(gate, "second"))
+    checkpoints.finish()
+    assert checkpoints.steps() == [2, 4]
+    assert (checkpoints.place(2) / "optimizer.pt").read_text() == "first"
 
 
 def test_a_disk_that_fills_up_in_the_background_is_told_at_the_end(tmp_path):
-    found = opened(tmp_path)
-    found.write(2, save("old"))
-    found.begin(4, lambda folder: full)
+    checkpoints = opened(tmp_path)
+    checkpoints.write(2, save("old"))
+    checkpoints.begin(4, lambda folder: full)
     with pytest.raises(
         SharedError, match=r"cannot write .*step-000004: .*No space left.*earlier checkpoints are intact"
     ):
-        found.finish()
-    assert not found.writing
+        checkpoints.finish()
+    assert not checkpoints.writing
     assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
 
 

@@ -35,8 +35,8 @@ def by_processor(inputs: Inputs, prompt: Prompt) -> dict:
         frames = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
         pictures = {"images": [frames[0]], "size": size}
         if clip.kind == "video":
-            known = {"total_num_frames": len(frames), "fps": len(frames) / clip.seconds, "duration": clip.seconds}
-            pictures = {"videos": [frames], "size": size, "do_sample_frames": False, "video_metadata": [known]}
+            metadata = {"total_num_frames": len(frames), "fps": len(frames) / clip.seconds, "duration": clip.seconds}
+            pictures = {"videos": [frames], "size": size, "do_sample_frames": False, "video_metadata": [metadata]}
     chat = inputs.processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )

@@ -107,12 +107,12 @@ def test_a_title_comes_with_another_length_each_time(some):
     for prompt, _ in some:
         title, length = json.loads(prompt.text.rsplit("Video:", 1)[1].split("\n")[0]).values()
         lengths.setdefault(title, set()).add(length)
-    assert sum(len(found) > 1 for found in lengths.values()) > 0.8 * len(lengths)
+    assert sum(len(lengths_of) > 1 for lengths_of in lengths.values()) > 0.8 * len(lengths)
 
 
 def test_half_of_the_lengths_are_known_from_the_history(some):
     """Each length's word comes up: with invented lengths alone, most would be unknown."""
-    named = Counter(found[1] for p, _ in some if (found := re.search(r" s(?: and more)? (\w+), such tags", p.text)))
+    named = Counter(match[1] for p, _ in some if (match := re.search(r" s(?: and more)? (\w+), such tags", p.text)))
     assert 0.1 < named["unknown"] / named.total() < 0.6
     assert set(RATES) <= set(named)
 
@@ -128,12 +128,12 @@ def test_common_sense_names_what_speaks_and_leaves_open_which_of_several_counts(
             option = read_answer(answer, tuple(Option), finished=True).option
             by_facts.setdefault(speaks, Counter())[str(option)] += 1
     assert len(by_facts) >= 6
-    named = [(sum(said[o] for o in speaks or "A"), said.total()) for speaks, said in by_facts.items()]
+    named = [(sum(answers[o] for o in speaks or "A"), answers.total()) for speaks, answers in by_facts.items()]
     assert 0.85 < sum(n for n, _ in named) / sum(total for _, total in named) < 1.0
-    for speaks, said in by_facts.items():
+    for speaks, answers in by_facts.items():
         likely = set(speaks or "A")
-        assert said.most_common(1)[0][0] in likely, (speaks, said)
-        assert said.total() < 20 or likely <= set(said), (speaks, said)
+        assert answers.most_common(1)[0][0] in likely, (speaks, answers)
+        assert answers.total() < 20 or likely <= set(answers), (speaks, answers)
 
 
 def long(prompt: str, seconds: int) -> bool:

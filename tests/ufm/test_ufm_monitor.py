@@ -13,9 +13,9 @@ from gubs.ufm.train_worker import TrainWorker
 def scalars(folder, tag):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = EventAccumulator(str(folder / "tensorboard"))
-    found.Reload()
-    return [(e.step, pytest.approx(e.value)) for e in found.Scalars(tag)]
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(e.step, pytest.approx(e.value)) for e in events.Scalars(tag)]
 
 
 def monitor(folder, rank=0, trackers=("tensorboard",)):
@@ -119,7 +119,7 @@ def test_ray_train_hears_of_every_step_after_the_files_and_before_the_checkpoint
     shell.monitor = SimpleNamespace(report=lambda step, figures: heard.append(("files", step)))
     shell._resume, shell._timed, shell._save_final = lambda: 0, lambda step: {"reward": float(step)}, lambda: None
     shell._maybe_checkpoint = lambda step, _: heard.append(("checkpoint", step))
-    found = shell.run()
-    assert (found["steps"], set(found["after_last_step"])) == (2, {"report"})
+    result = shell.run()
+    assert (result["steps"], set(result["after_last_step"])) == (2, {"report"})
     told = [[("files", s), ("ray", {"step": s, "reward": float(s)}), ("checkpoint", s)] for s in range(2)]
     assert heard == told[0] + told[1]

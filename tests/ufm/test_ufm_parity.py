@@ -123,12 +123,12 @@ def ask(
     return ray.get(engine.generate.remote(asked, **how), timeout=100)
 
 
-def gaps(model: Any, inputs: Inputs, encoded: list[Encoded], said: list[Response]) -> list[float]:
+def gaps(model: Any, inputs: Inputs, encoded: list[Encoded], responses: list[Response]) -> list[float]:
     """Largest difference of a token's log-probability between engine and trainer, by sequence."""
     with torch.no_grad():
-        batch = inputs.collate([(e, r.ids) for e, r in zip(encoded, said, strict=True)])
-        ours = logprobs(model, batch.to(DEVICE), vision=True).cpu().split([len(r.ids) for r in said])
-    return [float((o - torch.tensor(r.logprobs)).abs().max()) for o, r in zip(ours, said, strict=True)]
+        batch = inputs.collate([(e, r.ids) for e, r in zip(encoded, responses, strict=True)])
+        ours = logprobs(model, batch.to(DEVICE), vision=True).cpu().split([len(r.ids) for r in responses])
+    return [float((o - torch.tensor(r.logprobs)).abs().max()) for o, r in zip(ours, responses, strict=True)]
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -153,10 +153,10 @@ def test_the_engine_computes_with_our_positions(engine, inputs, name):
 def test_log_probabilities_agree(engine, inputs, model):
     """All kinds in one batch of the trainer: else the ratio of policy and rollout is noise from the first step on."""
     encoded = [inputs.encode(p) for p in PROMPTS.values()]
-    said = ask(engine, inputs, encoded)
-    assert all(len(r.ids) == 24 or r.ids[-1] == inputs.end for r in said)
-    found = dict(zip(PROMPTS, gaps(model, inputs, encoded, said), strict=True))
-    assert max(found.values()) < CLOSE, found
+    responses = ask(engine, inputs, encoded)
+    assert all(len(r.ids) == 24 or r.ids[-1] == inputs.end for r in responses)
+    largest = dict(zip(PROMPTS, gaps(model, inputs, encoded, responses), strict=True))
+    assert max(largest.values()) < CLOSE, largest
 
 
 @pytest.mark.parametrize("name", ["image", "video"])
@@ -164,27 +164,27 @@ def test_other_pictures_would_show(engine, inputs, model, name):
     """If they did not, the test above would say nothing about pictures."""
     seen = inputs.encode(PROMPTS[name])
     other = inputs.encode(type(PROMPTS[name])(PROMPTS[name].text, make_clip(99, len(PROMPTS[name].clip.frames))))
-    said = ask(engine, inputs, [seen])
-    assert gaps(model, inputs, [seen], said)[0] < CLOSE
-    assert gaps(model, inputs, [other], said)[0] > APART
+    responses = ask(engine, inputs, [seen])
+    assert gaps(model, inputs, [seen], responses)[0] < CLOSE
+    assert gaps(model, inputs, [other], responses)[0] > APART
 
 
 def test_transformers_own_positions_would_show(engine, inputs, model):
     """Positions matter to this model, so the test above tells that they are the engine's."""
     encoded = inputs.encode(PROMPTS["long wide video"])
-    said = ask(engine, inputs, [encoded])
-    batch = inputs.collate([(encoded, said[0].ids)])
+    responses = ask(engine, inputs, [encoded])
+    batch = inputs.collate([(encoded, responses[0].ids)])
     batch.positions = torch.arange(batch.ids.shape[1]).expand(3, 1, -1).clone()
     with torch.no_grad():
         ours = logprobs(model, batch.to(DEVICE), vision=True).cpu()
-    assert float((ours - torch.tensor(said[0].logprobs)).abs().max()) > APART
+    assert float((ours - torch.tensor(responses[0].logprobs)).abs().max()) > APART
 
 
 def test_health_at_step_0(engine, inputs, model):
     """Before any update the policy is the reference, the ratio is 1 and the engine samples from the policy."""
     encoded = [inputs.encode(p) for p in PROMPTS.values()]
-    said = ask(engine, inputs, encoded, seed=50)
-    batch = inputs.collate([(e, r.ids) for e, r in zip(encoded, said, strict=True)])
+    responses = ask(engine, inputs, encoded, seed=50)
+    batch = inputs.collate([(e, r.ids) for e, r in zip(encoded, responses, strict=True)])
     dense = lambda flat: torch.zeros(batch.response.shape).masked_scatter(batch.response, flat)  # noqa: E731
     with torch.no_grad():
         ours = dense(logprobs(model, batch.to(DEVICE), vision=True).cpu())
@@ -193,11 +193,11 @@ def test_health_at_step_0(engine, inputs, model):
         ours,
         None,
         reference,
-        torch.ones(len(said)),
+        torch.ones(len(responses)),
         batch.response,
         denominators=Denominators.of(batch.response),
         beta=0.04,
-        rollout_logp=dense(torch.tensor([p for r in said for p in r.logprobs])),
+        rollout_logp=dense(torch.tensor([p for r in responses for p in r.logprobs])),
     )
     tokens = float(sums["tokens"])
     assert float(sums["ratio"]) / tokens == 1.0
@@ -220,19 +220,19 @@ def test_more_seeded_samples_than_are_read_at_once(engine, inputs):
     """A prompt read in parts would rewind its generator, which a CPU's cannot: prompts wait until they fit."""
     encoded = [inputs.encode(text_prompt(f"{LONG * 4}{i}")) for i in range(24)]
     assert sum(len(e.ids) for e in encoded) > 4096
-    said = ask(engine, inputs, encoded, seed=5)
-    assert [r.ids for r in said] == [r.ids for r in ask(engine, inputs, encoded, seed=5)]
+    responses = ask(engine, inputs, encoded, seed=5)
+    assert [r.ids for r in responses] == [r.ids for r in ask(engine, inputs, encoded, seed=5)]
 
 
 def test_greedy_takes_the_likeliest_token(engine, inputs, model):
     encoded = inputs.encode(PROMPTS["video"])
-    said = ask(engine, inputs, [encoded, encoded], temperature=0.0)
-    assert said[0].ids == said[1].ids
+    responses = ask(engine, inputs, [encoded, encoded], temperature=0.0)
+    assert responses[0].ids == responses[1].ids
     from gubs.ufm.policy import response_logits
 
     with torch.no_grad():
-        likeliest = response_logits(model, inputs.collate([(encoded, said[0].ids)]).to(DEVICE)).argmax(-1)
-    assert likeliest.tolist() == list(said[0].ids)
+        likeliest = response_logits(model, inputs.collate([(encoded, responses[0].ids)]).to(DEVICE)).argmax(-1)
+    assert likeliest.tolist() == list(responses[0].ids)
 
 
 def test_equal_prompts_are_read_once(engine, inputs):
@@ -249,9 +249,9 @@ def test_equal_prompts_are_read_once(engine, inputs):
 
 def test_a_guided_answer_is_one_of_the_choices(engine, inputs):
     choices = ["It fits.", "It is long.", "B"]  # short enough if written letter by letter
-    said = ask(engine, inputs, [inputs.encode(PROMPTS["video"])] * 4, choices=choices)
-    assert {inputs.text(r.ids)[0] for r in said} <= set(choices)
-    assert all(inputs.text(r.ids)[1] for r in said)
+    responses = ask(engine, inputs, [inputs.encode(PROMPTS["video"])] * 4, choices=choices)
+    assert {inputs.text(r.ids)[0] for r in responses} <= set(choices)
+    assert all(inputs.text(r.ids)[1] for r in responses)
 
 
 def test_a_sync_brings_the_engine_the_trainers_weights(engine, inputs, model):
@@ -263,8 +263,8 @@ def test_a_sync_brings_the_engine_the_trainers_weights(engine, inputs, model):
     assert max(gaps(model, inputs, encoded, old)) > APART
     assert sync.push(model) == old[0].version + 1
     new = ask(engine, inputs, encoded, seed=3)
-    found = dict(zip(PROMPTS, gaps(model, inputs, encoded, new), strict=True))
-    assert max(found.values()) < CLOSE, found
+    largest = dict(zip(PROMPTS, gaps(model, inputs, encoded, new), strict=True))
+    assert max(largest.values()) < CLOSE, largest
     assert {r.version for r in new} == {old[0].version + 1}
 
 
@@ -311,27 +311,27 @@ def test_in_bfloat16_engine_and_trainer_agree_as_the_health_figures_want(tiny, i
         sync = WeightSync(model, handle, 60.0)
         for seed in (1, 2):
             sync.push(model)
-            said = ask(handle, inputs, encoded, seed)
-            assert _illnesses(model, inputs, encoded, said) == []
-            assert _illnesses(model, inputs, encoded, said, positions=False) == ["mismatch", "drift"]
-            assert _illnesses(_moved(model, seed), inputs, encoded, said) == ["mismatch", "drift"]
+            responses = ask(handle, inputs, encoded, seed)
+            assert _illnesses(model, inputs, encoded, responses) == []
+            assert _illnesses(model, inputs, encoded, responses, positions=False) == ["mismatch", "drift"]
+            assert _illnesses(_moved(model, seed), inputs, encoded, responses) == ["mismatch", "drift"]
     finally:
         ray.kill(handle)
 
 
 def _illnesses(
-    model: Any, inputs: Inputs, encoded: list[Encoded], said: list[Response], positions: bool = True
+    model: Any, inputs: Inputs, encoded: list[Encoded], responses: list[Response], positions: bool = True
 ) -> list[str]:
     """The health figures of the engine that are out of bounds; without positions, the trainer counts tokens."""
-    batch = inputs.collate([(e, r.ids) for e, r in zip(encoded, said, strict=True)])
+    batch = inputs.collate([(e, r.ids) for e, r in zip(encoded, responses, strict=True)])
     if not positions:
         batch.positions = torch.arange(batch.ids.shape[1]).expand(3, len(batch.ids), -1).clone()
     with torch.no_grad():
         ours = logprobs(model, batch.to(DEVICE), vision=True).float().cpu()
-    theirs = torch.tensor([p for r in said for p in r.logprobs])
-    found = {"mismatch": float((ours - theirs).abs().exp().mean()), "drift": float(k3(theirs, ours).mean())}
+    theirs = torch.tensor([p for r in responses for p in r.logprobs])
+    figures = {"mismatch": float((ours - theirs).abs().exp().mean()), "drift": float(k3(theirs, ours).mean())}
     limits = {name: (low, high) for name, low, high in bounds(0, "bfloat16")}
-    return [n for n, v in found.items() if not limits[n][0] <= v <= limits[n][1]]
+    return [n for n, v in figures.items() if not limits[n][0] <= v <= limits[n][1]]
 
 
 def test_a_forgotten_head_is_told(engine, model):

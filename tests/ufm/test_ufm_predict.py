@@ -118,11 +118,11 @@ def _no_thread_is_left() -> Iterator[None]:
     assert not encoders()
 
 
-def check(found: list[Prediction], count: int, too_long: Iterable[int] = ()) -> None:
+def check(predictions: list[Prediction], count: int, too_long: Iterable[int] = ()) -> None:
     """Every query has one prediction, with its own key and the answer to its own request."""
     long = set(too_long)
-    assert Counter(p.key for p in found) == Counter(("key", i) for i in range(count))
-    for p in found:
+    assert Counter(p.key for p in predictions) == Counter(("key", i) for i in range(count))
+    for p in predictions:
         _, i = p.key
         if i in long:
             assert p == Prediction(p.key, None)
@@ -299,14 +299,14 @@ def test_the_answers_are_those_that_the_engine_gives_by_itself(tiny, ray_local):
     prompts[5] = text_prompt("word " * 400)
     inputs = tiny_inputs(tiny, **settings)
     with Predictor(tiny, ufm) as predictor:
-        found = {p.key: p for p in predictor.stream(Query(i, p, seed=i) for i, p in enumerate(prompts))}
+        predictions = {p.key: p for p in predictor.stream(Query(i, p, seed=i) for i, p in enumerate(prompts))}
         fitting = [i for i in range(len(prompts)) if i != 5]
         asked = [Request(inputs.for_engine(inputs.encode(prompts[i])), i, 0.0) for i in fitting]
         wanted: list[Response] = ray.get(predictor._engines[0].generate.remote(asked), timeout=300)
-    assert sorted(found) == list(range(len(prompts)))
-    assert found[5] == Prediction(5, None)
-    assert [found[i].response.ids for i in fitting] == [r.ids for r in wanted]
-    assert [(found[i].text, found[i].finished) for i in fitting] == [inputs.text(r.ids) for r in wanted]
+    assert sorted(predictions) == list(range(len(prompts)))
+    assert predictions[5] == Prediction(5, None)
+    assert [predictions[i].response.ids for i in fitting] == [r.ids for r in wanted]
+    assert [(predictions[i].text, predictions[i].finished) for i in fitting] == [inputs.text(r.ids) for r in wanted]
     assert len({r.ids for r in wanted}) > 1, "all answers are alike: one could not tell them apart"
-    ours = [p for i in fitting for p in found[i].response.logprobs]
+    ours = [p for i in fitting for p in predictions[i].response.logprobs]
     assert ours == pytest.approx([p for r in wanted for p in r.logprobs], abs=1e-4)

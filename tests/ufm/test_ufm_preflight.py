@@ -43,7 +43,7 @@ def test_what_does_not_fit_the_gpus_makes_nothing(tmp_path, ray_local, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("there", "workers", "wanted", "found"),
+    ("there", "workers", "wanted", "uses_gpu"),
     [
         (0, 2, "auto", False),
         (2, 2, "auto", True),
@@ -54,15 +54,15 @@ def test_what_does_not_fit_the_gpus_makes_nothing(tmp_path, ray_local, monkeypat
         (4, 4, "no", False),
     ],
 )
-def test_workers_get_gpus_all_or_none(monkeypatch, there, workers, wanted, found):
+def test_workers_get_gpus_all_or_none(monkeypatch, there, workers, wanted, uses_gpu):
     """Half of them on GPUs would wait for the others; silently on CPUs, a paid GPU would idle."""
     monkeypatch.setattr(stage, "_gpus", lambda: there)
     settings = small_settings(f"ufm.workers.count={workers}", f"ufm.workers.gpu={wanted}")
-    if found is None:
+    if uses_gpu is None:
         with pytest.raises(PlatformError, match=rf"count={workers}, but the cluster has {there} GPUs.*gpu=no"):
             stage.use_gpu(settings.ufm.workers)
     else:
-        assert stage.use_gpu(settings.ufm.workers) is found
+        assert stage.use_gpu(settings.ufm.workers) is uses_gpu
 
 
 @pytest.fixture
@@ -95,10 +95,10 @@ def partial(run: Run, mark: str, force: bool) -> list[str]:
     settings = small_settings().model_dump(mode="json")
     job = StageJob(run, "grpo", "grpo", Recipe(settings={"mark": mark}), settings, force)
     with pytest.raises(KeyboardInterrupt), stage._training(job) as (_, folder):
-        found = sorted(p.name for p in (folder / "checkpoints").glob("*"))
+        kept = sorted(p.name for p in (folder / "checkpoints").glob("*"))
         (folder / "checkpoints" / "step-000002").mkdir(parents=True, exist_ok=True)
         raise KeyboardInterrupt
-    return found
+    return kept
 
 
 def test_a_forced_training_that_was_killed_is_resumed_by_the_same_command(tmp_path):

@@ -64,8 +64,8 @@ def about_person(questions: Questions, task: str, target: dict[str, Any], simila
     return questions.about_user(Task(task), similar, target["video_id"], before=target["timestamp"])
 
 
-def texts_of(found: dict[tuple[str, ...], Prompt]) -> dict[tuple[str, ...], tuple[str, str]]:
-    return {k: (p.text, p.clip.key if p.clip else "") for k, p in found.items()}
+def texts_of(prompts: dict[tuple[str, ...], Prompt]) -> dict[tuple[str, ...], tuple[str, str]]:
+    return {k: (p.text, p.clip.key if p.clip else "") for k, p in prompts.items()}
 
 
 def test_there_is_something_to_test(prompts, questions):
@@ -257,10 +257,10 @@ def test_a_step_asks_six_samples_a_record_with_seeds_of_their_own(ufm_run, ufm_s
     for plan in plans:
         assert len(plan.samples) == 4 * 6
         for group in range(4):
-            mine = [s for s in plan.samples if s.group == group]
-            assert [s.role for s in mine] == [SampleRole.T] * 4 + [SampleRole.S, SampleRole.G]
-            assert len({s.item.interaction_id for s in mine}) == 1
-            assert len({s.encoded.clip.key for s in mine}) == 1, "all six are about the same video"
+            samples = [s for s in plan.samples if s.group == group]
+            assert [s.role for s in samples] == [SampleRole.T] * 4 + [SampleRole.S, SampleRole.G]
+            assert len({s.item.interaction_id for s in samples}) == 1
+            assert len({s.encoded.clip.key for s in samples}) == 1, "all six are about the same video"
         golds = [s.item.gold for s in plan.samples if s.role == SampleRole.G]
         assert sorted(golds) == (list("ABCD") if plan.task == Task.SEQUENTIAL else list("AABB"))
         seeds |= {s.seed for s in plan.samples}
@@ -290,26 +290,26 @@ def test_people_get_to_read_every_task_and_every_option(ufm_run, ufm_settings, t
     """Of each second step of a task, one answer a role about one record, another one each time."""
     made = planner(ufm_run, ufm_settings, tiny)
     seen = [(p.task, p.turn, excerpt(p, 2)) for p in map(made.plan, range(16))]
-    assert [(t, n) for t, n, found in seen if found] == [(t, n) for n in (0, 2, 4, 6) for t in Task]
-    for task, _, found in seen:
-        assert not found or [s.role for s in found] == list(SampleRole)
-        assert len({s.group for s in found}) <= 1
-        assert all(s.to_json()["task"] == task and s.to_json()["prompt"] == s.prompt != "" for s in found)
-    golds = {(t, str(s.item.gold)) for t, _, found in seen for s in found}
+    assert [(t, n) for t, n, excerpted in seen if excerpted] == [(t, n) for n in (0, 2, 4, 6) for t in Task]
+    for task, _, excerpted in seen:
+        assert not excerpted or [s.role for s in excerpted] == list(SampleRole)
+        assert len({s.group for s in excerpted}) <= 1
+        assert all(s.to_json()["task"] == task and s.to_json()["prompt"] == s.prompt != "" for s in excerpted)
+    golds = {(t, str(s.item.gold)) for t, _, excerpted in seen for s in excerpted}
     assert golds == {(t, str(o)) for t in Task for o in TASK_OPTIONS[t]}
     assert not excerpt(made.plan(0), 0)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_with_several_workers_the_one_that_has_the_record_shows_it(ufm_run, ufm_settings, tiny, world):
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_with_several_workers_the_one_that_has_the_record_shows_it(ufm_run, ufm_settings, tiny, world_size):
     """Whatever the number of workers, people read the same; one that only heard of its own records would always show
     the same option."""
     made = planner(ufm_run, ufm_settings, tiny)
     for step in range(16):
-        (*found,) = filter(None, (excerpt(made.plan(step, rank, world), 2) for rank in range(world)))
+        (*excerpts,) = filter(None, (excerpt(made.plan(step, rank, world_size), 2) for rank in range(world_size)))
         alone = excerpt(made.plan(step), 2)
-        assert len(found) == bool(alone)
-        assert [s.to_json() for s in (found[0] if found else [])] == [s.to_json() for s in alone]
+        assert len(excerpts) == bool(alone)
+        assert [s.to_json() for s in (excerpts[0] if excerpts else [])] == [s.to_json() for s in alone]
 
 
 def test_requests_of_one_prompt_share_it(ufm_run, ufm_settings, tiny):
@@ -371,8 +371,8 @@ def test_no_text_from_outside_brings_in_a_mark_or_a_token(ufm_run, ufm_settings,
         for task in Task:
             item = ask.items(task, Split.TRAIN)[0]
             group = ask.memberships[item.user_id][0]
-            found = [ask.about_user(task, item.user_id, item.video_id), ask.about_group(task, group, item.video_id)]
-            for prompt in found:
+            asked = [ask.about_user(task, item.user_id, item.video_id), ask.about_group(task, group, item.video_id)]
+            for prompt in asked:
                 assert prompt.text.count(VISION_MARK) == 1
                 encoded = inputs.encode(prompt)
                 assert sum(i in pads for i in encoded.engine_ids) == 1
@@ -391,10 +391,10 @@ def test_a_run_without_labels_or_groups(ufm_run, ufm_settings, tiny, tmp_path):
     plan = planner(copy, ufm_settings, tiny).plan(0)
     assert plan.without_peer == 2 * 4
     for group in range(4):
-        mine = [s for s in plan.samples if s.group == group]
-        assert [s.role for s in mine] == [SampleRole.T] * 4 + [SampleRole.S, SampleRole.G]
-        assert len({s.prompt for s in mine}) == 1, "the user's own prompt"
-        assert len({s.seed for s in mine}) == 6
+        samples = [s for s in plan.samples if s.group == group]
+        assert [s.role for s in samples] == [SampleRole.T] * 4 + [SampleRole.S, SampleRole.G]
+        assert len({s.prompt for s in samples}) == 1, "the user's own prompt"
+        assert len({s.seed for s in samples}) == 6
     shutil.rmtree(tmp_path / "run" / "labels")
     with pytest.raises(ArtifactError, match="labels"):
         ask.items(Task.CLICK, Split.TRAIN)
@@ -440,15 +440,15 @@ def test_a_skip_whose_reason_nobody_knows_is_judged_and_never_trained_on(ufm_run
 def test_a_guessed_reason_is_none_and_without_any_other_only_the_outcome_counts(ufm_run, ufm_settings):
     """Real logs say that a video was skipped; the scripted teacher's guess must not become a gold option."""
     ask = Questions(ufm_run, ufm_settings.ufm.inputs)
-    known = ask.outcomes(Task.SEQUENTIAL, Split.TRAIN)
-    assert known == ask.items(Task.SEQUENTIAL, Split.TRAIN)
-    assert all(i.reasons_known for i in known)
+    explained = ask.outcomes(Task.SEQUENTIAL, Split.TRAIN)
+    assert explained == ask.items(Task.SEQUENTIAL, Split.TRAIN)
+    assert all(i.reasons_known for i in explained)
     ask.__dict__["_golds"] = {k: (o, "guess" if s == "truth" else s) for k, (o, s) in ask._golds.items()}
     assert {i.gold for i in ask.items(Task.SEQUENTIAL, Split.TRAIN)} == {Option.A}
-    found = ask.outcomes(Task.SEQUENTIAL, Split.TRAIN)
-    assert [i.interaction_id for i in found] == [i.interaction_id for i in known]
-    assert {i.outcome for i in found} == {"A", "skip"}
-    assert not any(i.reasons_known for i in found)
+    guessed = ask.outcomes(Task.SEQUENTIAL, Split.TRAIN)
+    assert [i.interaction_id for i in guessed] == [i.interaction_id for i in explained]
+    assert {i.outcome for i in guessed} == {"A", "skip"}
+    assert not any(i.reasons_known for i in guessed)
     assert all(i.reasons_known for i in ask.outcomes(Task.CLICK, Split.TRAIN)), "the log knows all of a click"
 
 

@@ -62,10 +62,10 @@ def test_a_reference_on_a_gpu_computes_what_it_does_on_a_cpu(tiny, monkeypatch):
     plain, moved = Reference(load(tiny, MODEL), CPU), Reference(load(tiny, MODEL), torch.device("cuda"))
     assert plain._offload is None
     moved._offload._device = CPU
-    found = []
+    outputs = []
     for frozen in (plain, moved, moved):
         with frozen as policy, torch.no_grad():
-            found.append(logprobs(policy, batch, vision=True))
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[1], found[2]), "the second time too"
+            outputs.append(logprobs(policy, batch, vision=True))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[1], outputs[2]), "the second time too"
     assert len(released) == 2

@@ -103,10 +103,10 @@ class Job:
 
     def kill(self, title: str) -> int:
         """Ends the one process with this title, at once."""
-        (found,) = below(self.process, title)
-        found.send_signal(signal.SIGKILL)
-        found.wait(20)
-        return found.pid
+        (process,) = below(self.process, title)
+        process.send_signal(signal.SIGKILL)
+        process.wait(20)
+        return process.pid
 
     def end(self) -> list[str]:
         """Ends the driver, at once. Gives the titles of workers that outlive it for long; ends all that is left."""
@@ -153,9 +153,9 @@ def test_killed_part_by_part_the_weights_are_those_of_the_undisturbed_run(ready,
     finally:
         job.end()
     broken = Path(ready.path("broken"))
-    wanted, found = weights(whole), weights(broken)
-    assert list(wanted) == [f"step-{s:06d}" for s in range(2, STEPS + 1, 2)] == list(found)
-    assert [n for n in wanted if found[n] != wanted[n]] == []
+    wanted, after_kills = weights(whole), weights(broken)
+    assert list(wanted) == [f"step-{s:06d}" for s in range(2, STEPS + 1, 2)] == list(after_kills)
+    assert [n for n in wanted if after_kills[n] != wanted[n]] == []
     model = "policy/model.safetensors"
     assert (broken / model).read_bytes() == (whole / model).read_bytes() == wanted[f"step-{STEPS:06d}"]
     _same_figures(ready)
@@ -199,9 +199,9 @@ def test_the_undisturbed_run_learned_something_to_lose(ready, whole):
     rows = ready.artifact("whole").table("steps").to_pylist()
     assert any(0 < row["frac_zero_variance"] < 1 or row["frac_zero_variance"] == 0 for row in rows)
     assert len({row["reward"] for row in rows}) > 2
-    found = weights(whole)
+    files = weights(whole)
     start_of = Path(ready.path("sft_model", "policy", "model.safetensors")).read_bytes()
-    assert len({*found.values(), start_of}) == len(found) + 1
+    assert len({*files.values(), start_of}) == len(files) + 1
     first = rows[0]
     assert first["health/ratio"] == 1.0
     assert first["health/kl"] == first["health/kl_old"] == 0.0

@@ -116,9 +116,9 @@ def test_an_engine_that_has_slept_answers_only_with_new_weights():
 @pytest.mark.parametrize(("runner", "value"), [("auto", None), ("v1", "0"), ("v2", "1")])
 def test_the_code_that_runs_the_model_can_be_chosen(runner, value):
     """GPUs have v2 by default, and all that runs on CPUs has v1."""
-    found = environment(RolloutSettings(model_runner=runner))
-    assert found.get("VLLM_USE_V2_MODEL_RUNNER") == value
-    assert set(found) >= set(ENVIRONMENT)
+    variables = environment(RolloutSettings(model_runner=runner))
+    assert variables.get("VLLM_USE_V2_MODEL_RUNNER") == value
+    assert set(variables) >= set(ENVIRONMENT)
 
 
 def test_memory_is_set_aside_for_clips_of_the_stored_size_only():
@@ -222,9 +222,9 @@ def test_every_argument_is_one_that_vllm_knows(cpu):
     (package,) = importlib.util.find_spec("vllm").submodule_search_locations
     tree = ast.parse((Path(package) / "engine" / "arg_utils.py").read_text())
     (fields,) = (n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == "EngineArgs")
-    known = {n.target.id for n in fields.body if isinstance(n, ast.AnnAssign)}
-    assert len(known) > 50
-    assert set(given) <= known
+    arguments = {n.target.id for n in fields.body if isinstance(n, ast.AnnAssign)}
+    assert len(arguments) > 50
+    assert set(given) <= arguments
     assert given["enforce_eager"] is cpu
     assert ("enable_sleep_mode" in given) is not cpu
 
@@ -263,8 +263,8 @@ def test_each_workers_engine_gets_the_workers_own_gpu():
     command = [sys.executable, "-c", TWO_GPUS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=380, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert sorted(ids for ids, *_ in found) == [["0"], ["1"]]
-    for (own,), node, (visible, at), trainers in found:
+    engines = json.loads(done.stdout.strip().splitlines()[-1])
+    assert sorted(ids for ids, *_ in engines) == [["0"], ["1"]]
+    for (own,), node, (visible, at), trainers in engines:
         assert visible == own == trainers
         assert at == node

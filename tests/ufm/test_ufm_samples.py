@@ -39,8 +39,8 @@ def figures(settings: GRPOSettings) -> dict[str, float]:
     """Of two workers with a group each."""
     sums: dict[str, float] = {}
     for plan, responses in (plan_of(0, FIRST, dropped=2), plan_of(1, SECOND, alone=1)):
-        found = assign_rewards(plan.samples, responses, lambda ids: TEXTS[ids[0]], settings)
-        for name, value in answer_sums(plan, found).items():
+        result = assign_rewards(plan.samples, responses, lambda ids: TEXTS[ids[0]], settings)
+        for name, value in answer_sums(plan, result).items():
             sums[name] = sums.get(name, 0.0) + value
     return answer_figures(sums)
 
@@ -94,10 +94,10 @@ def test_rewards_can_be_switched_off():
 
 def test_alike_groups_are_counted():
     plan, responses = plan_of(0, {"T": (1, 1, 1, 1), "S": (1,), "G": (1,)})
-    found = assign_rewards(
+    result = assign_rewards(
         plan.samples, responses, lambda ids: TEXTS[ids[0]], GRPOSettings(advantage={"rule": "weighted"})
     )
-    assert answer_figures(answer_sums(plan, found))["frac_zero_variance"] == 1
+    assert answer_figures(answer_sums(plan, result))["frac_zero_variance"] == 1
     assert {s.advantage for s in plan.samples} == {0.0}
 
 
@@ -120,9 +120,9 @@ def test_a_doubted_record_gives_no_advantage_and_is_counted():
     for doubt, dropped in ((0.0, False), (0.6, True), (0.7, False)):
         plan, responses = plan_of(0, answers)
         settings = GRPOSettings(advantage={"rule": "weighted"}, doubt=doubt)
-        found = assign_rewards(plan.samples, responses, lambda ids: TEXTS[ids[0]], settings)
+        result = assign_rewards(plan.samples, responses, lambda ids: TEXTS[ids[0]], settings)
         assert any(s.advantage for s in plan.samples) is not dropped
-        assert answer_figures(answer_sums(plan, found))["frac_doubted"] == float(dropped)
+        assert answer_figures(answer_sums(plan, result))["frac_doubted"] == float(dropped)
 
 
 def test_answers_without_an_option_doubt_nothing():

@@ -126,8 +126,8 @@ def test_workers_that_find_no_place_are_waited_for_so_long_and_no_longer(ufm_run
     run = changed_copy(ufm_run, tmp_path / "run", settings)
     with pytest.raises(PlatformError, match=r"4 workers could not start in time.*`ray status`"):
         make_stage("grpo", run, settings)
-    said = [line.strip() for line in capsys.readouterr().err.splitlines()]
-    assert any(text.startswith("4 workers wait for 4 CPU (") for text in said)
+    printed = [line.strip() for line in capsys.readouterr().err.splitlines()]
+    assert any(text.startswith("4 workers wait for 4 CPU (") for text in printed)
 
 
 @pytest.mark.parametrize("train", ["sft_model", "grpo"])

@@ -38,7 +38,7 @@ def test_what_is_expected_passes():
 
 
 @pytest.mark.parametrize(
-    ("names", "found", "says"),
+    ("names", "sent", "says"),
     [
         (["a"], {"a": EXPECTED["a"]}, "b is missing"),
         (["a", "b", "a"], EXPECTED, "a is sent twice"),
@@ -49,10 +49,10 @@ def test_what_is_expected_passes():
     ],
     ids=["missing", "twice", "unexpected", "shape", "dtype", "several"],
 )
-def test_other_weights_are_refused_by_name(names, found, says):
+def test_other_weights_are_refused_by_name(names, sent, says):
     """An engine that took them would sample from a model that nobody trains, without an error."""
     with pytest.raises(SyncError, match=says):
-        check(EXPECTED, names, found)
+        check(EXPECTED, names, sent)
 
 
 def test_a_push_of_other_weights_leaves_the_engine_alone(model):
@@ -150,9 +150,9 @@ def test_a_weight_is_found_in_its_storage_whatever_its_form(dtype):
     whole = rebuild(*arguments)
     assert whole.nbytes == flat.nbytes
     for place in pack.places:
-        found = place.within(whole)
-        assert torch.equal(found, weights[place.name])
-        assert (found.dtype, found.stride()) == (dtype, weights[place.name].stride())
+        weight = place.within(whole)
+        assert torch.equal(weight, weights[place.name])
+        assert (weight.dtype, weight.stride()) == (dtype, weights[place.name].stride())
 
 
 def test_a_handle_is_opened_on_the_receivers_own_device(monkeypatch):

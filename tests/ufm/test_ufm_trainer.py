@@ -29,10 +29,10 @@ from gubs.ufm.trainer import _adamw, _config, check_allocator, learning_rate, lo
 pytestmark = pytest.mark.timeout(240)
 
 
-def run_ranks(world: int, folder: Path, checkpoint: Path) -> list[dict[str, Any]]:
+def run_ranks(world_size: int, folder: Path, checkpoint: Path) -> list[dict[str, Any]]:
     """What each rank found; every process is ended at the deadline."""
     script = Path(__file__).with_name("trainer_ranks.py")
-    outs = [folder / f"{world}-{rank}.pt" for rank in range(world)]
+    outs = [folder / f"{world_size}-{rank}.pt" for rank in range(world_size)]
     logs = [out.with_suffix(".log").open("w") for out in outs]
     processes = [
         subprocess.Popen(
@@ -40,8 +40,8 @@ def run_ranks(world: int, folder: Path, checkpoint: Path) -> list[dict[str, Any]
                 sys.executable,
                 str(script),
                 str(rank),
-                str(world),
-                str(folder / f"meet-{world}"),
+                str(world_size),
+                str(folder / f"meet-{world_size}"),
                 str(out),
                 str(checkpoint),
             ],
@@ -65,15 +65,15 @@ def run_ranks(world: int, folder: Path, checkpoint: Path) -> list[dict[str, Any]
 def ranks(tmp_path_factory, tiny) -> dict[int, list[dict[str, Any]]]:
     """Results by number of ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    return {world: run_ranks(world, folder, tiny) for world in (1, 2)}
+    return {world_size: run_ranks(world_size, folder, tiny) for world_size in (1, 2)}
 
 
 def test_a_full_disk_while_deepspeed_saves_is_told_by_its_rank_and_holds_up_none(ranks):
-    for world, found in ranks.items():
-        said = [f["full disk"]["said"] for f in found]
-        assert "No space left" in said[-1]
-        assert not any(said[:-1])
-        assert found[0]["full disk"]["files"] >= world
+    for world_size, results in ranks.items():
+        messages = [f["full disk"]["message"] for f in results]
+        assert "No space left" in messages[-1]
+        assert not any(messages[:-1])
+        assert results[0]["full disk"]["files"] >= world_size
 
 
 def plain(
@@ -117,14 +117,14 @@ def test_answers_in_one_row_are_worth_what_they_are_alone(tiny):
     model, inputs = load(tiny, MODEL, train=True), tiny_inputs(tiny)
     seen, text = inputs.encode(video_prompt("a")), inputs.encode(text_prompt())
     answers = [(seen, (5, 6, 7)), (text, (9,)), (seen, (8, 9)), (seen, ()), (text, (10, 11, 12, 13)), (seen, (14,))]
-    found = []
+    results = []
     for share in (False, True):
         model.zero_grad()
         batch = inputs.collate(answers, share=share)
         logp = logprobs(model, batch, vision=True)
         (logp * torch.linspace(-1, 1, len(logp))).sum().backward()
-        found.append((batch, logp.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}))
-    (alone, logp, grads), (together, shared_logp, shared_grads) = found
+        results.append((batch, logp.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}))
+    (alone, logp, grads), (together, shared_logp, shared_grads) = results
     assert together.tokens < 0.5 * alone.tokens
     assert torch.allclose(logp, shared_logp, atol=1e-5)
     assert apart(shared_grads, grads) < 1e-4
@@ -135,36 +135,36 @@ def expected(tiny) -> dict[str, tuple[dict[str, torch.Tensor], float]]:
     return {level: plain(tiny, level) for level in ("sequence", "token")}
 
 
-def apart(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+def apart(grads: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
     """Distance of all gradients together, relative to their size."""
-    assert set(found) == set(wanted)
-    difference = sum(float((found[n] - g).double().pow(2).sum()) for n, g in wanted.items())
+    assert set(grads) == set(wanted)
+    difference = sum(float((grads[n] - g).double().pow(2).sum()) for n, g in wanted.items())
     return (difference / sum(float(g.double().pow(2).sum()) for g in wanted.values())) ** 0.5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("case", ["k1", "k2", "k3", "token", "recomputed"])
-def test_any_cut_gives_the_gradients_of_one_batch(ranks, expected, world, case):
+def test_any_cut_gives_the_gradients_of_one_batch(ranks, expected, world_size, case):
     """Micro-batches and ranks must not weigh samples: with 2 ranks, one has the pictures and the other only text."""
     grads, loss = expected["token" if case == "token" else "sequence"]
-    for found in ranks[world]:
-        assert apart(found[case]["grads"], grads) < 1e-4
-        assert found[case]["sums"]["loss"] == pytest.approx(loss, rel=1e-4)
-        assert found[case]["norm"] == pytest.approx(
+    for result in ranks[world_size]:
+        assert apart(result[case]["grads"], grads) < 1e-4
+        assert result[case]["sums"]["loss"] == pytest.approx(loss, rel=1e-4)
+        assert result[case]["norm"] == pytest.approx(
             sum(float(g.double().pow(2).sum()) for g in grads.values()) ** 0.5, rel=1e-4
         )
-        assert found[case]["sums"]["tokens"] == 3 + 11 + 24 + 1 + 17 + 6
+        assert result[case]["sums"]["tokens"] == 3 + 11 + 24 + 1 + 17 + 6
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_second_update_is_measured_against_the_policy_before_the_first(ranks, tiny, world):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_second_update_is_measured_against_the_policy_before_the_first(ranks, tiny, world_size):
     """On any number of ranks and micro-batches; without the clip, or against the present policy, it is another one."""
     wanted, loss = plain(tiny, now=ranks[1][0]["twice"]["between"], clip=CLIP)
     unclipped, _ = plain(tiny, now=ranks[1][0]["twice"]["between"])
-    for found in ranks[world]:
-        twice = found["twice"]
+    for result in ranks[world_size]:
+        twice = result["twice"]
         assert twice["first"]["clipped"] == 0 < twice["sums"]["clipped"] < twice["sums"]["tokens"]
         assert twice["sums"]["kl_old"] > 1e-4
         assert twice["sums"]["loss"] == pytest.approx(loss, rel=1e-3)
@@ -172,27 +172,27 @@ def test_a_second_update_is_measured_against_the_policy_before_the_first(ranks, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-def test_in_bfloat16_the_gradients_are_about_the_same(ranks, expected, world):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_in_bfloat16_the_gradients_are_about_the_same(ranks, expected, world_size):
     """As far as eight bits go; the policy's weights keep the type."""
-    for found in ranks[world]:
-        assert apart(found["bfloat16"]["grads"], expected["sequence"][0]) < 0.1
-        assert {w.dtype for w in found["bfloat16"]["weights"].values()} == {torch.bfloat16}
-        assert found["bfloat16"]["sums"]["loss"] == pytest.approx(expected["sequence"][1], rel=0.05)
+    for result in ranks[world_size]:
+        assert apart(result["bfloat16"]["grads"], expected["sequence"][0]) < 0.1
+        assert {w.dtype for w in result["bfloat16"]["weights"].values()} == {torch.bfloat16}
+        assert result["bfloat16"]["sums"]["loss"] == pytest.approx(expected["sequence"][1], rel=0.05)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-def test_with_the_settings_of_a_gpu_two_steps_go_as_they_should(ranks, expected, world):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_with_the_settings_of_a_gpu_two_steps_go_as_they_should(ranks, expected, world_size):
     """Sums in float32 are nearer to the whole batch's gradient than those in bfloat16, and all ranks agree."""
-    for found in (f["as on a GPU"] for f in ranks[world]):
-        assert (found["accumulated"], found["fused"]) == ("torch.float32", True)
-        assert apart(found["grads"], expected["sequence"][0]) < 0.1
-        assert found["second"] is False
-        first, second = ranks[world][0]["as on a GPU"]["weights"], ranks[world][0]["as on a GPU"]["after"]
-        assert all(torch.equal(w, second[n]) for n, w in found["after"].items())
+    for result in (f["as on a GPU"] for f in ranks[world_size]):
+        assert (result["accumulated"], result["fused"]) == ("torch.float32", True)
+        assert apart(result["grads"], expected["sequence"][0]) < 0.1
+        assert result["second"] is False
+        first, second = ranks[world_size][0]["as on a GPU"]["weights"], ranks[world_size][0]["as on a GPU"]["after"]
+        assert all(torch.equal(w, second[n]) for n, w in result["after"].items())
         assert any(not torch.equal(w, second[n]) for n, w in first.items()), "the second step moved on"
-        assert all(bool(w.isfinite().all()) for w in found["after"].values())
+        assert all(bool(w.isfinite().all()) for w in result["after"].values())
 
 
 @pytest.mark.parametrize("gpu", [True, False])
@@ -212,14 +212,14 @@ def test_memory_that_cannot_be_shared_with_the_engine_is_refused(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_any_cut_gives_the_same_weights(ranks, world, k):
+def test_any_cut_gives_the_same_weights(ranks, world_size, k):
     """After the optimiser step, on every rank. (Adam's first step is the gradient's sign: where a gradient is all but
     zero, rounding decides it; a wrong denominator would not show here at all, hence the test above.)"""
     wanted = ranks[1][0]["k1"]["weights"]
-    for found in ranks[world]:
-        far = sum(int(((found[f"k{k}"]["weights"][n] - w).abs() > 1e-4).sum()) for n, w in wanted.items())
+    for result in ranks[world_size]:
+        far = sum(int(((result[f"k{k}"]["weights"][n] - w).abs() > 1e-4).sum()) for n, w in wanted.items())
         assert far < 0.001 * sum(w.numel() for w in wanted.values())
 
 
@@ -233,44 +233,44 @@ def test_ranks_have_the_same_weights_bit_for_bit(ranks):
 @pytest.mark.slow
 def test_a_rank_without_any_sample_neither_hangs_nor_counts(ranks, expected):
     """All samples on rank 0, in several micro-batches; rank 1 keeps step with empty ones."""
-    for found in (*ranks[1], *ranks[2]):
-        assert found["uneven"]["batches"] > 1
-        assert apart(found["uneven"]["grads"], expected["sequence"][0]) < 1e-4
-        assert found["uneven"]["health"] == {
+    for result in (*ranks[1], *ranks[2]):
+        assert result["uneven"]["batches"] > 1
+        assert apart(result["uneven"]["grads"], expected["sequence"][0]) < 1e-4
+        assert result["uneven"]["health"] == {
             "health/ratio": pytest.approx(1.0, abs=1e-4),
             "health/kl_old": pytest.approx(0.0, abs=1e-4),
         }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-def test_the_mean_of_micro_batch_means_is_wrong(ranks, expected, world):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_mean_of_micro_batch_means_is_wrong(ranks, expected, world_size):
     """Parts of 2, 2, 1 and 1 samples (on 2 ranks 2 and 1 each): their means weigh the single ones double. If this
     passed for right, the tests above could not tell anything."""
-    assert apart(ranks[world][0]["naive"]["grads"], expected["sequence"][0]) > 0.05
+    assert apart(ranks[world_size][0]["naive"]["grads"], expected["sequence"][0]) > 0.05
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-def test_what_is_not_a_number_is_skipped_on_all_ranks(ranks, world):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_is_not_a_number_is_skipped_on_all_ranks(ranks, world_size):
     """NaN in one micro-batch of one rank: no rank may step, and the next step is a clean one."""
-    for found in ranks[world]:
-        assert found["nan"]["skipped"] == [True, True, False]
-        assert found["nan"]["norms"][0] != found["nan"]["norms"][0], "the log says nan"
-        assert found["nan"]["unchanged"]
-        assert found["nan"]["recovered"]
+    for result in ranks[world_size]:
+        assert result["nan"]["skipped"] == [True, True, False]
+        assert result["nan"]["norms"][0] != result["nan"]["norms"][0], "the log says nan"
+        assert result["nan"]["unchanged"]
+        assert result["nan"]["recovered"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("case", ["resumed", "resumed from a copy"])
-def test_a_trainer_continues_from_what_was_saved_bit_for_bit(ranks, world, case):
+def test_a_trainer_continues_from_what_was_saved_bit_for_bit(ranks, world_size, case):
     """Weights come from the policy alone: a second copy of them is 16 GB of a 7B's checkpoint."""
-    for found in (f[case] for f in ranks[world]):
-        assert found["equal"]
-        assert found["moved"]
+    for result in (f[case] for f in ranks[world_size]):
+        assert result["equal"]
+        assert result["moved"]
         parameters = sum(w.numel() for n, w in ranks[1][0]["k1"]["weights"].items() if n != "lm_head.weight")
-        assert found["saved"] < 1.05 * 12 * parameters, "masters and Adam's two moments, in float32"
+        assert result["saved"] < 1.05 * 12 * parameters, "masters and Adam's two moments, in float32"
 
 
 def rates(steps: int = 10, **settings: Any) -> list[float]:
@@ -325,7 +325,7 @@ def test_workers_that_see_different_checkpoints_do_not_start(tmp_path, monkeypat
     worker.folder, worker.rank, worker.device = tmp_path, 0, torch.device("cpu")
     worker.checkpoints = type("C", (), {"latest": lambda self: None})()
     worker.job = type("J", (), {"checkpoints": "/scratch/checkpoints"})()
-    monkeypatch.setattr("gubs.ufm.train_worker.reduce_max", lambda mine, _: max(mine, 50))  # another rank has step 50
+    monkeypatch.setattr("gubs.ufm.train_worker.reduce_max", lambda own, _: max(own, 50))  # another rank has step 50
     with pytest.raises(SharedError, match="/scratch/checkpoints is not shared"):
         worker._resume()
 
@@ -377,5 +377,5 @@ def test_a_thread_beside_the_training_has_no_team_and_leaves_the_trainers_alone(
 
 def test_a_step_whose_prompts_were_all_too_long_moves_no_weight(ranks):
     """Adam would move on by its momentum, and decay the weights."""
-    for found in ranks.values():
-        assert all(f["silent"] == {"equal": True, "skipped": False} for f in found)
+    for results in ranks.values():
+        assert all(f["silent"] == {"equal": True, "skipped": False} for f in results)

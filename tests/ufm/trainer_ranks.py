@@ -56,8 +56,8 @@ def six_samples(inputs: Inputs) -> list[Sample]:
     samples = []
     for k, (prompt, length) in enumerate(zip(prompts, LENGTHS, strict=True)):
         ids = tuple(int(i) for i in rng.integers(300, len(inputs.tokenizer), length))
-        said = Response(ids, tuple(float(x) for x in rng.normal(-7.5, 0.3, length)), 0)
-        sample = Sample(0, SampleRole.T, k, item, inputs.encode(prompt), 0, response=said)
+        response = Response(ids, tuple(float(x) for x in rng.normal(-7.5, 0.3, length)), 0)
+        sample = Sample(0, SampleRole.T, k, item, inputs.encode(prompt), 0, response=response)
         sample.advantage = float(rng.normal())
         samples.append(sample)
     return samples
@@ -116,10 +116,10 @@ def references(shell: GRPOWorker, batches: list[tuple[Any, Any]]) -> list[Any]:
 def split(k: int, level: str = "sequence", **model: Any) -> Callable[..., dict[str, Any]]:
     """One step, this rank's share of the samples in k micro-batches, of a model with other settings."""
 
-    def scenario(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
+    def scenario(checkpoint: str, reference: Any, rank: int, world_size: int) -> dict[str, Any]:
         shell = worker(checkpoint, reference, MODEL.model_copy(update=model), level=level)
-        mine = np.array_split(np.arange(6), world)[rank]
-        samples = [six_samples(shell.inputs)[i] for i in mine]
+        own = np.array_split(np.arange(6), world_size)[rank]
+        samples = [six_samples(shell.inputs)[i] for i in own]
         batches = micro(shell, samples, k)
         update = shell._update(batches, references(shell, batches), [], 0, first=True)
         return result(shell, update)
@@ -127,15 +127,15 @@ def split(k: int, level: str = "sequence", **model: Any) -> Callable[..., dict[s
     return scenario
 
 
-def as_on_a_gpu(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
+def as_on_a_gpu(checkpoint: str, reference: Any, rank: int, world_size: int) -> dict[str, Any]:
     """Two steps in bfloat16 with the settings of a GPU: gradients added up in float32, AdamW fused. (Its moments are
     made by the first step and used by the second.) Only the overlap of collectives is a matter of streams."""
     import gubs.ufm.trainer as module
 
     adamw, config = module._adamw, module._config
 
-    def gpu_config(model: Any, optimizer: Any, world: int, gpu: bool, parameters: int) -> dict[str, Any]:
-        made = config(model, optimizer, world, True, parameters)
+    def gpu_config(model: Any, optimizer: Any, world_size: int, gpu: bool, parameters: int) -> dict[str, Any]:
+        made = config(model, optimizer, world_size, True, parameters)
         return {**made, "zero_optimization": {**made["zero_optimization"], "overlap_comm": False}}
 
     module._adamw, module._config = lambda p, s, gpu: adamw(p, s, True), gpu_config
@@ -143,8 +143,8 @@ def as_on_a_gpu(checkpoint: str, reference: Any, rank: int, world: int) -> dict[
         shell = worker(checkpoint, reference, MODEL.model_copy(update={"dtype": "bfloat16"}))
     finally:
         module._adamw, module._config = adamw, config
-    mine = np.array_split(np.arange(6), world)[rank]
-    batches = micro(shell, [six_samples(shell.inputs)[i] for i in mine], 3 if world == 1 else 2)
+    own = np.array_split(np.arange(6), world_size)[rank]
+    batches = micro(shell, [six_samples(shell.inputs)[i] for i in own], 3 if world_size == 1 else 2)
     refs = references(shell, batches)
     first = result(shell, shell._update(batches, refs, [], 0, first=True))
     second = shell._update(batches, refs, [], 1, first=True)
@@ -158,11 +158,11 @@ def as_on_a_gpu(checkpoint: str, reference: Any, rank: int, world: int) -> dict[
     }
 
 
-def twice(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
+def twice(checkpoint: str, reference: Any, rank: int, world_size: int) -> dict[str, Any]:
     """Two updates on one batch: the second is measured against the policy before the first, and clipped."""
     shell = worker(checkpoint, reference, clip=CLIP)
-    mine = np.array_split(np.arange(6), world)[rank]
-    batches, old = micro(shell, [six_samples(shell.inputs)[i] for i in mine], 2), []
+    own = np.array_split(np.arange(6), world_size)[rank]
+    batches, old = micro(shell, [six_samples(shell.inputs)[i] for i in own], 2), []
     refs = references(shell, batches)
     first = shell._update(batches, refs, old, 0, first=True)
     between, moment = weights(shell), moments(shell.trainer.model)
@@ -171,7 +171,7 @@ def twice(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, A
     return {"first": first.sums, "sums": second.sums, "between": between, "grads": grads}
 
 
-def uneven(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
+def uneven(checkpoint: str, reference: Any, rank: int, world_size: int) -> dict[str, Any]:
     """Dealt by tokens, as in a real step: ranks find different numbers of micro-batches (two against none)."""
     shell = worker(checkpoint, reference, micro_tokens=200)
     samples = six_samples(shell.inputs) if rank == 0 else []
@@ -181,11 +181,11 @@ def uneven(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, 
     return result(shell, update, batches=len(batches), health=shell._compared(batches, old, again))
 
 
-def naive(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
+def naive(checkpoint: str, reference: Any, rank: int, world_size: int) -> dict[str, Any]:
     """Each micro-batch divided by its own number of samples, and the mean taken: what must not be done."""
     shell = worker(checkpoint, reference)
-    mine = np.array_split(np.arange(6), world)[rank]
-    batches = micro(shell, [six_samples(shell.inputs)[i] for i in mine], 4 // world)
+    indices = np.array_split(np.arange(6), world_size)[rank]
+    batches = micro(shell, [six_samples(shell.inputs)[i] for i in indices], 4 // world_size)
     refs, old = references(shell, batches), []
     import gubs.ufm.grpo as module
 
@@ -204,7 +204,7 @@ def naive(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, A
         def update(given: Any, loss_of: Any, step: int) -> Any:
             def own(logp: Any, number: int) -> Any:
                 loss, sums = loss_of(logp, number)
-                return loss / real.of(next(parts)).samples / len(given) / world, sums
+                return loss / real.of(next(parts)).samples / len(given) / world_size, sums
 
             return update_of(given, own, step)
 
@@ -214,16 +214,16 @@ def naive(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, A
         module.Denominators = real
 
 
-def not_a_number(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
+def not_a_number(checkpoint: str, reference: Any, rank: int, world_size: int) -> dict[str, Any]:
     """NaN in one micro-batch of the last rank only; then the same step without it."""
     shell = worker(checkpoint, reference)
     before = weights(shell)
-    mine = np.array_split(np.arange(6), world)[rank]
-    batches = micro(shell, [six_samples(shell.inputs)[i] for i in mine], 2)
+    own = np.array_split(np.arange(6), world_size)[rank]
+    batches = micro(shell, [six_samples(shell.inputs)[i] for i in own], 2)
 
     def loss_of(bad: float) -> Any:
         def loss(logp: Any, number: int) -> Any:
-            return -logp.sum() * (bad if rank == world - 1 and number == 1 else 1.0), {}
+            return -logp.sum() * (bad if rank == world_size - 1 and number == 1 else 1.0), {}
 
         return loss
 
@@ -243,14 +243,14 @@ def not_a_number(checkpoint: str, reference: Any, rank: int, world: int) -> dict
     }
 
 
-def resumed(checkpoint: str, reference: Any, rank: int, world: int, copy: bool = False) -> dict[str, Any]:
+def resumed(checkpoint: str, reference: Any, rank: int, world_size: int, copy: bool = False) -> dict[str, Any]:
     """Three steps, against one step, saved, loaded into another trainer, and two more; with `copy`, it is written while
     training goes on."""
-    folder = Path(sys.argv[4]).parent / f"state-{world}-{copy}"
-    mine = np.array_split(np.arange(6), world)[rank]
+    folder = Path(sys.argv[4]).parent / f"state-{world_size}-{copy}"
+    own = np.array_split(np.arange(6), world_size)[rank]
 
     def steps(shell: GRPOWorker, numbers: range) -> None:
-        batches = micro(shell, [six_samples(shell.inputs)[i] for i in mine], 2)
+        batches = micro(shell, [six_samples(shell.inputs)[i] for i in own], 2)
         for number in numbers:
             shell._update(batches, references(shell, batches), [], number, first=True)
 
@@ -274,15 +274,15 @@ def resumed(checkpoint: str, reference: Any, rank: int, world: int, copy: bool =
     return {"equal": equal, "moved": moved, "saved": saved}
 
 
-def full_disk(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
+def full_disk(checkpoint: str, reference: Any, rank: int, world_size: int) -> dict[str, Any]:
     """The last rank's disk is full in the middle of DeepSpeed's own saving, and then no longer."""
-    folder = Path(sys.argv[4]).parent / f"full-{world}"
+    folder = Path(sys.argv[4]).parent / f"full-{world_size}"
     shell = worker(checkpoint, reference)
     writer, saved = shell.trainer.engine.checkpoint_engine, []
     real = writer.save
 
     def save(*args: Any, **named: Any) -> None:
-        if rank == world - 1 and not saved:
+        if rank == world_size - 1 and not saved:
             saved.append(1)
             raise OSError(28, "No space left on device")
         real(*args, **named)
@@ -290,16 +290,16 @@ def full_disk(checkpoint: str, reference: Any, rank: int, world: int) -> dict[st
     writer.save = save
     try:
         shell.trainer.save(folder)()
-        said = ""
+        message = ""
     except OSError as e:
-        said = str(e)
+        message = str(e)
     torch.distributed.barrier()
     shell.trainer.save(folder)()  # would wait for ever if a rank had missed one of DeepSpeed's barriers
     torch.distributed.barrier()
-    return {"said": said, "files": len(list(folder.rglob("*.pt")))}
+    return {"message": message, "files": len(list(folder.rglob("*.pt")))}
 
 
-def silent(checkpoint: str, reference: Any, rank: int, world: int) -> dict[str, Any]:
+def silent(checkpoint: str, reference: Any, rank: int, world_size: int) -> dict[str, Any]:
     """A step with answers, and one without any on any rank."""
     shell = worker(checkpoint, reference)
     batches = micro(shell, six_samples(shell.inputs), 2)
@@ -330,19 +330,19 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def main(rank: int, world: int, rendezvous: str, out: str, checkpoint: str) -> None:
+def main(rank: int, world_size: int, rendezvous: str, out: str, checkpoint: str) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=timedelta(seconds=40)
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timedelta(seconds=40)
     )
     torch.manual_seed(1)
     reference = load(checkpoint, MODEL)
     with torch.no_grad():
         for p in reference.parameters():
             p.add_(0.01 * torch.randn_like(p))
-    found = {name: scenario(checkpoint, reference, rank, world) for name, scenario in SCENARIOS.items()}
-    torch.save(found, out)
+    results = {name: scenario(checkpoint, reference, rank, world_size) for name, scenario in SCENARIOS.items()}
+    torch.save(results, out)
 
 
 if __name__ == "__main__":
