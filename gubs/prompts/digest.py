@@ -49,12 +49,12 @@ class Tally:
     @classmethod
     def of(cls, history: Iterable["View"]) -> "Tally":
         """Counts the views that went as the latest one is measured; others are left out."""
-        known = [(view.video, found) for view in history if (found := _outcome(view))]
-        if not known:
+        measured = [(view.video, outcome) for view in history if (outcome := _outcome(view))]
+        if not measured:
             return cls()
-        measure = known[-1][1][0]
+        measure = measured[-1][1][0]
         views, hits = Counter[_Key](), Counter[_Key]()
-        outcomes = [(video, hit) for video, (name, hit) in known if name == measure]
+        outcomes = [(video, hit) for video, (name, hit) in measured if name == measure]
         for video, hit in outcomes:
             for key in _groups(video):
                 views[key] += 1
@@ -102,8 +102,8 @@ def words() -> list[str]:
 def _groups(video: Video) -> list[_Key]:
     """The groups that a video belongs to."""
     keys = [] if video.duration_s is None else [("length", length_class(video.duration_s))]
-    if found := _YEAR.search(video.title or ""):
-        keys.append(("time", f"{found[1]}0s"))
+    if year := _YEAR.search(video.title or ""):
+        keys.append(("time", f"{year[1]}0s"))
     return keys + [("tag", tag) for tag in video.tags]
 
 

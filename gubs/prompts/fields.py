@@ -14,7 +14,7 @@ from collections.abc import Mapping
 _LOOKALIKES = str.maketrans({"<": "‹", ">": "›", "`": "'", "{": "(", "}": ")"})
 _QUIET = str.maketrans({"<": "‹", ">": "›"})
 _READ = 4
-"""Times its limit is read of a text: more than invisible characters take up in any honest one."""
+"""How many times its limit is read of a text: more than invisible characters take up in any honest text."""
 PICTURES = "\N{OBJECT REPLACEMENT CHARACTER}"
 """Our prompts put it where pictures belong; texts from outside may not contain it."""
 _MARKER = re.compile(r"\[(/?[A-Z][A-Z_]{2,30})\]")

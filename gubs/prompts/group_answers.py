@@ -44,7 +44,7 @@ class Category:
 
 def find_categories(text: str) -> list[Category]:
     """All categories that a text has, well-formed as a whole or not. Reads line by line, in linear time."""
-    found: list[Category] = []
+    categories: list[Category] = []
     name, features, part = "", [""], ""
     for line in filter(str.strip, text[:_LONGEST_ANSWER].splitlines()):
         if rest := _labelled(line, _CATEGORY_LABEL):
@@ -54,11 +54,11 @@ def find_categories(text: str) -> list[Category]:
         elif (rest := _labelled(line, _TYPICAL_LABEL)) is not None:
             user = _USER.match(rest.strip(_EMPHASIS))
             if user and _line(name) and _line(" ".join(features)):
-                found.append(Category(_line(name), _line(" ".join(features)), int(user[1])))
+                categories.append(Category(_line(name), _line(" ".join(features)), int(user[1])))
             name, features, part = "", [], ""
         elif part == "features":
             features.append(line)
-    return found
+    return categories
 
 
 def parse_categories(text: str, groups: int, users: int) -> list[Category]:
@@ -102,12 +102,12 @@ def parse_verdict(text: str) -> Verdict:
     lines = [line for line in _unfenced(text[:_LONGEST_ANSWER]).splitlines() if line.strip()]
     verdicts: dict[bool, tuple[int, str]] = {}
     for number, line in enumerate(lines):
-        if (said := _labelled(line, _VERDICT_LABEL)) is not None and (verdict := _yes_or_no(said)) is not None:
-            verdicts.setdefault(verdict, (number, said))
+        if (rest := _labelled(line, _VERDICT_LABEL)) is not None and (verdict := _yes_or_no(rest)) is not None:
+            verdicts.setdefault(verdict, (number, rest))
     if len(verdicts) != 1:
         raise AnswerError("no_verdict", 'it must begin with "Match or not: Yes" or "Match or not: No"')
-    ((matched, (number, said)),) = verdicts.items()
-    return Verdict(matched, _reason(said, lines[number + 1 :]))
+    ((matched, (number, rest)),) = verdicts.items()
+    return Verdict(matched, _reason(rest, lines[number + 1 :]))
 
 
 def parse_profile(text: str) -> str:
@@ -175,18 +175,18 @@ def _labelled(line: str, label: re.Pattern[str]) -> str | None:
     return rest[1:].strip(_EMPHASIS) if rest[:1] and rest[0] in _COLONS else None
 
 
-def _yes_or_no(said: str) -> bool | None:
+def _yes_or_no(text: str) -> bool | None:
     """The verdict at the start of a text; None for neither, or for both (`Yes/No`)."""
-    word = re.match(r"[A-Za-z]+|[\u4e00-\u9fff]+", said)
-    if not word or _OTHER.match(said[word.end() :].lstrip(_EMPHASIS)):
+    word = re.match(r"[A-Za-z]+|[\u4e00-\u9fff]+", text)
+    if not word or _OTHER.match(text[word.end() :].lstrip(_EMPHASIS)):
         return None
-    said = word[0].casefold()
-    return True if said in _YES else False if said in _NO else None
+    text = word[0].casefold()
+    return True if text in _YES else False if text in _NO else None
 
 
-def _reason(said: str, following: list[str]) -> str:
+def _reason(text: str, following: list[str]) -> str:
     """The reason: behind the verdict on its line, or in the lines that follow."""
-    rest = re.sub(r"^(?:[A-Za-z]+|[\u4e00-\u9fff]+)", "", said).lstrip(_VERDICT_END)
+    rest = re.sub(r"^(?:[A-Za-z]+|[\u4e00-\u9fff]+)", "", text).lstrip(_VERDICT_END)
     texts = [rest, *following] if rest.strip() else following
     if not texts:
         return ""

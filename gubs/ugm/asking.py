@@ -11,7 +11,7 @@ from gubs.llm.structured import reask
 from gubs.ugm.settings import Author
 
 UNUSABLE = "unusable"
-"""Cause of a missing answer: the model's text, which the client could read, cannot stand."""
+"""Cause of a missing answer: the client could read the model's text, but it cannot be used."""
 _APART = 1000
 """Between the samples of two re-asks of a request; those between are for fresh samples of the request."""
 _ADVICE = {
@@ -29,7 +29,7 @@ class Check:
     faults: Callable[[int, str], Sequence[str]]
     """What is wrong with it; it goes back to the model."""
     spoilt: Callable[[int, str], str]
-    """Why it cannot stand at all; empty if it can, since its faults are repaired or shown."""
+    """Why it cannot be used at all; empty if it can, since its faults are repaired or shown."""
 
     def rank(self, place: int, text: str) -> tuple[bool, int]:
         """The lower, the better."""
@@ -61,7 +61,7 @@ class Interview:
         sent back as often as the role's `reasks` allow.
 
         What is spoilt in the end is a missing answer (cause `unusable`). To the client, it was an answer, which the
-        journal gives for ever: a later run asks for another sample, unless the evidence stands in its place.
+        journal gives forever: a later run asks for another sample, unless the evidence stands in its place.
 
         Args:
             requests: the requests.

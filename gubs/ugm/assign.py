@@ -50,8 +50,8 @@ def assign_table(run: Run, source: str, target: str = "") -> tuple[str, int, int
     with fsspec.open(target, "wb") as file, pq.ParquetWriter(file, ASSIGNED, compression="zstd") as writer:
         for users in _users(source):
             rows = []
-            for user, found in zip(users, placement.place(users), strict=True):
-                group, similarity = found or (None, None)
+            for user, membership in zip(users, placement.place(users), strict=True):
+                group, similarity = membership or (None, None)
                 name = names[group] if group else None
                 rows.append({"user_id": user.user_id, "group_id": group, "name": name, "similarity": similarity})
             writer.write_table(pa.Table.from_pylist(rows, schema=ASSIGNED))

@@ -21,7 +21,7 @@ _FEW_VIEWS = 5
 _MOST = 4
 """Items in a line."""
 _WORD_GAP = 0.1
-"""How far the dislikes of titles with a word must be above everybody's: of hundreds of words some are so by chance."""
+"""How far the dislikes of titles with a word must be above everybody's: among hundreds of words, some are by chance."""
 COMPLAINT_WORDS = {
     "clickbait": "titles that promise more than the video shows",
     "unpleasant": "unpleasant pictures",
@@ -111,18 +111,18 @@ def _lines(findings: Findings) -> Iterable[str]:
 
 
 def _triggers(findings: Findings) -> str:
-    said = [
+    complaints = [
         f"{COMPLAINT_WORDS[f.item]} ({number(f, f.value)} of views, all users {number(f, f.overall)})"
         for f in in_section(findings, "complaint", lambda f: f.above and f.item != "mismatch")
     ]
     words = in_section(findings, "word", lambda f: f.low > f.overall + _WORD_GAP)[:_MOST]
-    return "; ".join([*said, *([f"titles with {', '.join(f.item for f in words)}"] if words else [])])
+    return "; ".join([*complaints, *([f"titles with {', '.join(f.item for f in words)}"] if words else [])])
 
 
 def best_length(findings: Findings) -> Finding | None:
     """The length that is played longest, if it is longer than another by more than chance."""
-    known = in_section(findings, "length", lambda f: f.n >= _FEW_VIEWS)
-    return known[0] if known and known[-1].value < known[0].low else None
+    lengths = in_section(findings, "length", lambda f: f.n >= _FEW_VIEWS)
+    return lengths[0] if lengths and lengths[-1].value < lengths[0].low else None
 
 
 def _lengths(findings: Findings) -> str:
@@ -174,8 +174,8 @@ def _person(item: str) -> str:
 
 def _with_numbers(findings: Findings, section: str, items: Sequence[str]) -> str:
     by_item = {f.item: f for f in findings if f.section == section}
-    found = [by_item[i] for i in items if i in by_item][:_MOST]
-    return _list(found)
+    chosen = [by_item[i] for i in items if i in by_item][:_MOST]
+    return _list(chosen)
 
 
 def _list(findings: Iterable[Finding]) -> str:

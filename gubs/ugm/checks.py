@@ -40,7 +40,7 @@ _TO_READER = re.compile(
     rf"|i|i'(?:ve|ll|d)|thanks|thank you)\b[^.!?\n]{{0,80}}{_YOURS}",
     re.I | re.M,
 )
-"""Talk to somebody about what is his; people and videos may have `your name` in them."""
+"""Talk to the reader about what is theirs; people's and videos' texts may have `your name` in them."""
 _QUOTED = re.compile(r"\"[^\"\n]*\"|“[^”\n]*”|«[^»\n]*»|「[^」\n]*」")
 """Titles, for example, which say what they like."""
 _POSITIVE = re.compile(
@@ -64,7 +64,7 @@ _SENTENCE = re.compile(r"(?<=[.!?;。！？；])\s+|\n+")
 _COPIED = 9
 """So many words in a row are not repeated by chance ..."""
 _COPY = 0.3
-"""... and a text of which this share is so repeated is no answer; a heading may be."""
+"""... and a text of which this share is so repeated is not an answer; a heading may be."""
 _CIRCLES = 0.5
 """Share of different runs of four words below which a text goes round in circles."""
 _ROUNDING = 0.02
@@ -127,7 +127,7 @@ def fault_of(text: str, instructions: str = "") -> str:
 
 
 def fault_of_name(name: str, evidence: Evidence, others: Iterable[str]) -> str:
-    """Why a name cannot stand; empty if it can."""
+    """Why a name cannot be used; empty if it can."""
     if fault := fault_of(name):
         return fault
     if name.casefold() in {o.casefold() for o in others}:
@@ -140,12 +140,12 @@ def fault_of_name(name: str, evidence: Evidence, others: Iterable[str]) -> str:
 
 def unsupported(text: str, evidence: Evidence) -> dict[str, str]:
     """Sentences that claim what the evidence contradicts, with the reason; in their order."""
-    found = {}
+    claims = {}
     for sentence in sentences(text):
         why = next((w for check in _CHECKS if (w := check(sentence, evidence))), "")
         if why:
-            found[sentence] = why
-    return found
+            claims[sentence] = why
+    return claims
 
 
 def without(text: str, claims: Mapping[str, str]) -> str:
@@ -158,10 +158,10 @@ def complete(text: str, evidence: Evidence) -> bool:
     """Whether a profile says at least half of what most members share, half of what they skip most, and a length, as
     far as the evidence has any.
     """
-    said = set(evidence.mentioned(text))
+    mentioned = set(evidence.mentioned(text))
     shared = [f.item for f in evidence.findings if f.section == "interest" and f.value >= _SHARED]
     skipped = skips(evidence.findings)[:3]
-    halves = all(2 * len(said & set(items)) >= len(items) for items in (shared, skipped))
+    halves = all(2 * len(mentioned & set(items)) >= len(items) for items in (shared, skipped))
     return halves and (best_length(evidence.findings) is None or bool(_LENGTH.search(text)))
 
 
@@ -209,19 +209,19 @@ def _complaints(sentence: str, evidence: Evidence) -> str:
 
 def _lengths(sentence: str, evidence: Evidence) -> str:
     """A length that is praised although others suit better, or blamed although it is played longest."""
-    known = {f.item: f for f in evidence.findings if f.section == "length"}
+    played = {f.item: f for f in evidence.findings if f.section == "length"}
     skipped = {f.item: f for f in evidence.findings if f.section == "skipped by length"}
     claim = _claim(sentence)
-    if len(known) < 2 or not claim:
+    if len(played) < 2 or not claim:
         return ""
     best = best_length(evidence.findings)
     for m in _LENGTH.finditer(sentence):
-        classes = [c for c in _classes(m) if c in known]
+        classes = [c for c in _classes(m) if c in played]
         if claim == "skips" and best and classes == [best.item]:
             return f"videos of {best.item} are played longest"
         if claim == "likes" and classes and all(c in skipped and skipped[c].value > _SHARED for c in classes):
             return f"most videos of {classes[0]} are skipped"
-        if best and "best" in sentence and classes and all(known[c].value < best.low for c in classes):
+        if best and "best" in sentence and classes and all(played[c].value < best.low for c in classes):
             return f"videos of {best.item} are played longer"
     return ""
 
@@ -263,9 +263,9 @@ def _unites(topic: str, evidence: Evidence) -> bool:
 
 def _copied(text: str, instructions: str) -> str:
     """A run of words that a text has from our instructions, if it has much from them."""
-    said, given = _runs(text), set(_runs(instructions))
-    found = [run for run in said if run in given]
-    return " ".join(found[0]) if len(found) > _COPY * len(said) else ""
+    runs, given = _runs(text), set(_runs(instructions))
+    copied = [run for run in runs if run in given]
+    return " ".join(copied[0]) if len(copied) > _COPY * len(runs) else ""
 
 
 def _runs(text: str) -> list[tuple[str, ...]]:

@@ -58,7 +58,7 @@ _EMPTY = Cluster(np.zeros(0, np.int64), np.zeros(0, np.float32))
 def profile_words(user: User, mode: Mode = "both") -> list[str]:
     """The known fields of a user's profile as words, which TF-IDF compares.
 
-    Each word names its field, so that a city called "Cooking" is no interest; ages become decades.
+    Each word names its field, so that a city called "Cooking" is not an interest; ages become decades.
     """
     interest = [f"tag={t.casefold()}" for t in user.tags]
     facts = {"gender": user.gender, "occupation": user.occupation, **user.other}
@@ -129,7 +129,7 @@ class TfidfEncoder:
     """
 
     def __init__(self, mode: Mode = "both", idf: dict[str, float] | None = None, users: int = 0):
-        """`idf` and `users`: what an earlier fit has found."""
+        """`idf` and `users`: the result of an earlier fit."""
         self.mode, self.idf, self.users = mode, dict(idf or {}), users
         self._index = {word: i for i, word in enumerate(self.idf)}
 

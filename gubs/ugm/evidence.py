@@ -74,13 +74,13 @@ class Counts:
         """About the items of which the members have records, those farthest from everybody's first."""
         n, total, squares = (_sums(m, members) for m in (self.n, self.total, self.squares))
         all_n, all_total, _ = (_sums(m, None) for m in (self.n, self.total, self.squares))
-        found = []
+        ranked = []
         for i in np.flatnonzero(n >= min(_FEWEST, max(len(members), 1))):
             value, overall = total[i] / n[i], all_total[i] / all_n[i]
             low, high = interval(total[i], n[i], None if self.squares is None else squares[i])
             finding = Finding(self.section, self.items[i], value, overall, low, high, int(n[i]))
-            found.append((-abs(value - overall) / (high - low + 1e-9), finding))
-        return [f for _, f in sorted(found, key=lambda pair: (pair[0], pair[1].item))[:_KEPT]]
+            ranked.append((-abs(value - overall) / (high - low + 1e-9), finding))
+        return [f for _, f in sorted(ranked, key=lambda pair: (pair[0], pair[1].item))[:_KEPT]]
 
     def rates(self, members: Ints | None, weight: float = 0.0, prior: Floats | None = None) -> Floats:
         """Value of each item for these users (None: all), as if `weight` further records had the value `prior`."""
@@ -186,7 +186,7 @@ def interval(total: float, n: float, squares: float | None = None) -> tuple[floa
         return 0.0, 1.0
     mean = total / n
     if squares is not None:
-        half = _Z * float(np.sqrt(max(squares / n - mean**2, 0.0) / n)) + 0.5 / n  # equal values are no certainty
+        half = _Z * float(np.sqrt(max(squares / n - mean**2, 0.0) / n)) + 0.5 / n  # equal values are not certain
         return mean - half, mean + half
     centre = (mean + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z * float(np.sqrt(mean * (1 - mean) / n + _Z**2 / (4 * n**2))) / (1 + _Z**2 / n)
@@ -202,8 +202,8 @@ def in_words(findings: Iterable[Finding], limit: int = 5) -> list[str]:
         if f.above or f.below:
             by_section.setdefault(f.section, []).append(f)
     lines = []
-    for section, found in by_section.items():
-        items = "; ".join(f"{f.item} {number(f, f.value)} (all users {number(f, f.overall)})" for f in found[:limit])
+    for section, rows in by_section.items():
+        items = "; ".join(f"{f.item} {number(f, f.value)} (all users {number(f, f.overall)})" for f in rows[:limit])
         lines.append(f"{section} ({SECTIONS[section]}): {items}")
     return lines
 
@@ -229,12 +229,12 @@ def _people_counts(users: Sequence[User]) -> list[Counts]:
     items = _common(tag for _, tag in interest)
     with_tags = np.array([i for i, listed in enumerate(tags) if listed], np.int64)
     facts = [person_items(u) for u in users]
-    known = sorted({(name, value) for f in facts for name, value in f.items()})
+    all_facts = sorted({(name, value) for f in facts for name, value in f.items()})
     pairs = [(i, f"{name}: {value}") for i, f in enumerate(facts) for name, value in f.items()]
-    asked = [(i, f"{name}: {value}") for i, f in enumerate(facts) for name, value in known if name in f]
+    asked = [(i, f"{name}: {value}") for i, f in enumerate(facts) for name, value in all_facts if name in f]
     return [
         _counts("interest", _crossed(with_tags, items), interest, items, len(users)),
-        _counts("person", asked, pairs, [f"{name}: {value}" for name, value in known], len(users)),
+        _counts("person", asked, pairs, [f"{name}: {value}" for name, value in all_facts], len(users)),
     ]
 
 
@@ -273,13 +273,13 @@ def _dislike_counts(
     wanted = set(items)
     pairs = [(i, w) for i, v in enumerate(shown) for w in titles[v.video_id] & wanted]
     rows, names = np.array([i for i, _ in pairs], np.int64), [w for _, w in pairs]
-    said = [complaint_of(r) for r in remarks]
+    kinds = [complaint_of(r) for r in remarks]
     views = np.flatnonzero(~np.isnan(disliked))
-    asked = [(int(users[i]), name) for i in views for name in COMPLAINTS] if any(said) else []
-    found = [(int(users[i]), name) for i in views if (name := said[i])]
+    asked = [(int(users[i]), name) for i in views for name in COMPLAINTS] if any(kinds) else []
+    hits = [(int(users[i]), name) for i in views if (name := kinds[i])]
     return [
         _outcome("word", users, rows, names, disliked, items, size),
-        _counts("complaint", asked, found, list(COMPLAINTS) if any(said) else [], size),
+        _counts("complaint", asked, hits, list(COMPLAINTS) if any(kinds) else [], size),
     ]
 
 
@@ -296,9 +296,9 @@ def _activity_counts(users: Ints, column: Mapping[str, Floats], size: int) -> li
     n = [sparse.csr_matrix(np.ones((size, 1)))]
     total = [sparse.csr_matrix(each[:, None])]
     for name in items[1:]:
-        known = ~np.isnan(outcomes[name])
-        n.append(_per_user(users[known], np.ones(int(known.sum())), size))
-        total.append(_per_user(users[known], outcomes[name][known], size))
+        has_value = ~np.isnan(outcomes[name])
+        n.append(_per_user(users[has_value], np.ones(int(has_value.sum())), size))
+        total.append(_per_user(users[has_value], outcomes[name][has_value], size))
     squares = [sparse.csr_matrix((each**2)[:, None]), *total[1:]]  # shares: 0 and 1 are their own squares
     return [Counts("activity", items, *(sparse.hstack(m).tocsr() for m in (n, total, squares)))]
 
@@ -321,10 +321,10 @@ def _outcome(
     """Counts of a value per item; `rows` are the records of each of `names`. Records without the value do not count."""
     place = {item: i for i, item in enumerate(items)}
     columns = np.array([place.get(name, -1) for name in names], np.int64)
-    known = (columns >= 0) & ~np.isnan(values[rows]) if len(rows) else np.zeros(0, bool)
-    if not known.any():
+    counted = (columns >= 0) & ~np.isnan(values[rows]) if len(rows) else np.zeros(0, bool)
+    if not counted.any():
         return Counts(section, [], *(sparse.csr_matrix((size, 0)),) * 2)
-    at, what = (users[rows[known]], columns[known]), values[rows[known]]
+    at, what = (users[rows[counted]], columns[counted]), values[rows[counted]]
 
     def matrix(data: Floats) -> sparse.csr_matrix:
         return sparse.csr_matrix((data, at), (size, len(items)))
@@ -333,7 +333,7 @@ def _outcome(
 
 
 def _counts(
-    section: str, asked: Sequence[tuple[int, str]], found: Sequence[tuple[int, str]], items: list[str], size: int
+    section: str, asked: Sequence[tuple[int, str]], hits: Sequence[tuple[int, str]], items: list[str], size: int
 ) -> Counts:
     """Counts of pairs (user, item)."""
     place = {item: i for i, item in enumerate(items)}
@@ -343,7 +343,7 @@ def _counts(
         rows, columns = np.array(kept, np.int64).reshape(-1, 2).T
         return sparse.csr_matrix((np.ones(len(kept)), (rows, columns)), (size, len(items)))
 
-    return Counts(section, items, matrix(asked), matrix(found))
+    return Counts(section, items, matrix(asked), matrix(hits))
 
 
 def _crossed(users: Ints, items: Sequence[str]) -> list[tuple[int, str]]:
@@ -364,8 +364,8 @@ def _booleans(column: pa.ChunkedArray) -> Floats:
     return np.array([np.nan if v is None else float(v) for v in column.to_pylist()])
 
 
-def _flag(condition: npt.NDArray[np.bool_], known: Floats) -> Floats:
-    return np.where(np.isnan(known), np.nan, condition)
+def _flag(condition: npt.NDArray[np.bool_], values: Floats) -> Floats:
+    return np.where(np.isnan(values), np.nan, condition)
 
 
 def _sums(matrix: sparse.csr_matrix | None, members: Ints | None) -> Floats:

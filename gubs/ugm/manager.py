@@ -148,14 +148,14 @@ def _summarize(work: Phases, users: Sequence[User], encoder: Encoder, seed: int)
     vectors = encoder.encode(users)
     evident, best = apart(users, k, encoder, seed)
     given = [s.typical for s in sketches]
-    said = coverage(vectors, given) if given else 0.0
-    if said >= _GOOD_COVERAGE * best:
+    own_coverage = coverage(vectors, given) if given else 0.0
+    if own_coverage >= _GOOD_COVERAGE * best:
         return sketches, report
     typical, how = evident, "replaced"
     if given:
         moved, covered = apart(users, k, encoder, seed, given)
         typical, how = (moved, "moved") if covered >= _GOOD_COVERAGE * best else (evident, "replaced")
-        report["repairs"].append({"typical_users": how, "coverage": {"said": said, "best": best}})
+        report["repairs"].append({"typical_users": how, "coverage": {"said": own_coverage, "best": best}})
     kept = {s.typical: s for s in sketches}
     return [kept.get(i) or around(i, work.people) for i in typical], report
 
@@ -210,7 +210,7 @@ def _twin(clusters: Sequence[Cluster]) -> int | None:
 
 
 def _named(groups: Sequence[Group], work: Phases) -> list[Group]:
-    """The names that stand: the summarizer's where they hold, or (`both`, `evidence`) the evidence's."""
+    """The final names: the summarizer's where they hold, or (`both`, `evidence`) the evidence's."""
     named: list[Group] = []
     for group in groups:
         names = [g.sketch.name for g in named]

@@ -47,8 +47,8 @@ class Placement:
 
     def place(self, users: Iterable[User]) -> Iterator[tuple[str, float] | None]:
         """Group and similarity of each user, or None; reads any number of users in blocks."""
-        for found in place(users, self.encoder, self.centres, self.thresholds):
-            yield (self.group_ids[found[0]], found[1]) if found else None
+        for placed in place(users, self.encoder, self.centres, self.thresholds):
+            yield (self.group_ids[placed[0]], placed[1]) if placed else None
 
     def tables(self) -> dict[str, pa.Table]:
         """As the tables of an artifact."""

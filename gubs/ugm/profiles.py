@@ -1,4 +1,4 @@
-"""Profiles of groups: what the LLM is asked, and what of its text stands."""
+"""Profiles of groups: what the LLM is asked, and how much of its text is kept."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ from gubs.ugm.summarize import MOST_CHARS, MOST_CHOICES
 
 _PROFILE_FRAME_TOKENS = 600
 _SHOWN_TEXT = 200
-"""Characters of a text that cannot stand."""
+"""Characters shown of a text that cannot be used."""
 
 
 def write_profiles(groups: Sequence[Group], work: Phases, *, final: bool) -> list[Group]:
@@ -79,8 +79,8 @@ def _corrected_profile(text: str, evidence: Evidence) -> tuple[str, str]:
         return own, "evidence"
     if len(text) >= len(own):
         return text, "llm"
-    said = {line.partition(":")[0].casefold() for line in text.splitlines()}
-    added = [line for line in own.splitlines() if line.partition(":")[0].casefold() not in said]
+    headings = {line.partition(":")[0].casefold() for line in text.splitlines()}
+    added = [line for line in own.splitlines() if line.partition(":")[0].casefold() not in headings]
     return "\n".join([text, *added]), "both" if added else "llm"
 
 

@@ -58,9 +58,9 @@ class _Skips:
 
     def score(self, video: Video) -> float:
         """How likely a view of the video is a fast skip, up to a constant."""
-        known = [self.topics[t.casefold()] for t in video.tags if t.casefold() in self.topics]
+        rates = [self.topics[t.casefold()] for t in video.tags if t.casefold() in self.topics]
         length = self.lengths.get(length_of(video) or "", self.overall)
-        return (sum(known) / len(known) if known else self.overall) + length
+        return (sum(rates) / len(rates) if rates else self.overall) + length
 
 
 def skips(

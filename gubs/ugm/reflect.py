@@ -31,21 +31,21 @@ def reflect(groups: Sequence[Group], work: Phases) -> list[Group]:
     members: dict[int, list[GroupMember]] = defaultdict(list)
     for (i, member), answer in zip(pairs, answers, strict=True):
         # Of a member whose call failed, nobody said Yes and nobody said No.
-        said = replace(
+        verdict = replace(
             member,
             matched=answer.value.matched if answer.ok else None,
             reason=answer.value.reason if answer.ok else f"no verdict ({answer.failure})",
         )
-        members[i].append(_corrected(said, by_records[i][member.user_id]) if i in by_records else said)
+        members[i].append(_corrected(verdict, by_records[i][member.user_id]) if i in by_records else verdict)
     return _judged(groups, members, work.settings.min_matched)
 
 
-def _corrected(said: GroupMember, records: tuple[GroupMember, float]) -> GroupMember:
+def _corrected(verdict: GroupMember, records: tuple[GroupMember, float]) -> GroupMember:
     """The matcher's verdict, or that of the records where there is none or where they speak clearly against it."""
     judged, value = records
-    if said.matched == judged.matched or (said.matched is not None and abs(value) < _CLEAR):
-        return said
-    return replace(judged, reason=f"{judged.reason}; the matcher: {said.reason}")
+    if verdict.matched == judged.matched or (verdict.matched is not None and abs(value) < _CLEAR):
+        return verdict
+    return replace(judged, reason=f"{judged.reason}; the matcher: {verdict.reason}")
 
 
 def _judged(groups: Sequence[Group], members: Mapping[int, list[GroupMember]], min_matched: int) -> list[Group]:
@@ -60,10 +60,10 @@ def _by_records(group: Group, work: Phases) -> dict[str, tuple[GroupMember, floa
     """Verdicts without a model, with the log odds, by user: a member matches unless everybody's records explain its own
     clearly better than the group's.
     """
-    found = odds(work.records, [m.user_id for m in group.members])
+    log_odds = odds(work.records, [m.user_id for m in group.members])
     judged = {}
     for member in group.members:
-        value = found[member.user_id]
+        value = log_odds[member.user_id]
         whose = "the group's" if value > _AGAINST else "everybody's"
         reason = f"{whose} records explain the member's better (log odds {value:+.1f})"
         judged[member.user_id] = replace(member, matched=value > _AGAINST, reason=reason), value

@@ -45,7 +45,7 @@ class UGMSettings(Section):
     """Latest views of a user in a prompt; 0 = all."""
     until: str = ""
     """Groups are made from records before this time (ISO 8601, UTC by default); empty = from the whole history. Set it
-    to make the groups that could have been made then."""
+    to make the groups that could have been made at that time."""
     max_text: int = Field(200, ge=20)
     """Longest title, tag or other single field in a prompt, in characters."""
     bert_model: str = ""

@@ -31,7 +31,7 @@ Membership = tuple[str, str, float, str]
 _BLOCK = 50_000
 """Users without tags whose histories are read at once."""
 _HELD_OUT = 300
-"""Members by whom it is measured what a group's skips say."""
+"""Members on whom it is measured what a group's skips say."""
 
 MEMBERSHIPS = pa.schema(
     [
@@ -104,7 +104,7 @@ def _summary(report: JsonObject, memberships: int) -> str:
 
 
 def _why_dropped(report: JsonObject) -> str:
-    """How many groups have no profile for what reason."""
+    """How many groups have no profile, by reason."""
     causes = Counter(DROPPED.get(cause, f"an answer is missing ({cause})") for cause in report["dropped"].values())
     return "; ".join(f"{n} group{'s' if n > 1 else ''}: {why}" for why, n in causes.items())
 
@@ -180,14 +180,14 @@ def _placed_others(ifvr: IFVR, placement: Placement, grouped: set[str], *, taste
     placed: list[Membership] = []
 
     def place(users: Sequence[User]) -> None:
-        for user, found in zip(users, placement.place(users), strict=True):
-            if found:
-                placed.append((user.user_id, *found, "assigned"))
+        for user, group in zip(users, placement.place(users), strict=True):
+            if group:
+                placed.append((user.user_id, *group, "assigned"))
 
     for batch in ifvr.user_batches():
         others = [u for u in batch if u.user_id not in grouped]
-        known = [Person(u, (), written.get(u.user_id)) for u in others if u.tags or u.user_id in written]
-        place([p.with_tags for p in known])
+        tagged = [Person(u, (), written.get(u.user_id)) for u in others if u.tags or u.user_id in written]
+        place([p.with_tags for p in tagged])
         bare += [u.user_id for u in others if not u.tags and u.user_id not in written]
     for start in range(0, len(bare), _BLOCK):
         place([p.with_tags for p in ifvr.people(bare[start : start + _BLOCK]).values()])

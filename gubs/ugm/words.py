@@ -22,10 +22,10 @@ def words(text: str) -> list[str]:
     Text without spaces (Chinese, Japanese, Thai, ...) has no words that can be seen: there, every two neighbouring
     characters count as a word, and so does a character that stands alone.
     """
-    found: list[str] = []
+    terms: list[str] = []
     for run in _RUN.findall(text.casefold()):
         rest = _SPACELESS.sub(" ", run)
-        found += [w for w in rest.split() if len(w) > 1 and w not in _STOP_WORDS]
+        terms += [w for w in rest.split() if len(w) > 1 and w not in _STOP_WORDS]
         for part in _SPACELESS.findall(run):
-            found += [part[i : i + 2] for i in range(len(part) - 1)] or [part]
-    return found
+            terms += [part[i : i + 2] for i in range(len(part) - 1)] or [part]
+    return terms

@@ -8,10 +8,10 @@ the first.
 PyAV decodes H.264, the most common codec, after one pass that scans the packets and keeps them in memory; it skips what
 no requested frame depends on (whole groups before a clean keyframe, and pictures to which no other refers). decord
 decodes other codecs if it can be trusted: it seeks to a keyframe and counts frames from there, so it silently returns
-wrong frames if a keyframe is no clean entry point (open groups of pictures, intra refresh) or if packets have no times
-(MPEG-TS and PS). The scan detects these; PyAV, which can check each frame's time, decodes them instead. If anything
-looks damaged, or packets have times of decoding only (B-frames in AVI), PyAV decodes the file again, strictly and from
-front to back: decoders give frames in the order in which they are shown, whatever their times say.
+wrong frames if a keyframe is not a clean entry point (open groups of pictures, intra refresh) or if packets have no
+times (MPEG-TS and PS). The scan detects these; PyAV, which can check each frame's time, decodes them instead. If
+anything looks damaged, or packets have times of decoding only (B-frames in AVI), PyAV decodes the file again, strictly
+and from front to back: decoders give frames in the order in which they are shown, whatever their times say.
 """
 
 import io
@@ -455,7 +455,9 @@ def _orientation(frame: VideoFrame) -> _Turn | None:
     """
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV knows not all types of side data, such as EXIF, and refuses them all if there is another
+    except (
+        ValueError
+    ):  # PyAV does not know all types of side data, such as EXIF, and refuses them all if there is another
         return _TURNS.get(frame.rotation % 360)
     if matrix is None:
         return None

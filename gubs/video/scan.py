@@ -36,7 +36,7 @@ _PLAYLISTS_AND_TEXT = {
 _ALLOWED_FORMATS = ",".join(sorted(av.formats_available - _PLAYLISTS_AND_TEXT))
 _ENCRYPTED_TAGS = {"encv", "drmi", "drms", "drmt"}
 _JPEG, _SEVERAL, _HEADERS = b"\xff\xd8", b"MPF\0", 1 << 16
-"""Begin of a JPEG; mark of a photo with more pictures behind the first (stereo, HDR); bytes in which it stands."""
+"""Start of a JPEG; mark of a photo with more pictures behind the first (stereo, HDR); bytes in which it stands."""
 _STILL_BRANDS = {b"avif", b"heic", b"heix", b"heim", b"heis", b"mif1"}
 _PICTURE_FORMATS = {"gif", "apng", "mjpeg", "ico"}
 """Formats of animations whose files hold a picture if they have a single frame."""
@@ -284,7 +284,7 @@ def _note_shortfall(scan: Scan, file: BinaryIO, container: InputContainer, strea
     present = len(scan.pts) + scan.hidden
     whole = is_whole(file, scan.format)
     if scan.format == "avi" and whole:
-        scan.declared = present  # an empty chunk, which shows the frame before again, is no packet
+        scan.declared = present  # an empty chunk, which shows the frame before again, is not a packet
     if scan.declared:
         missing = scan.declared - present
         if missing > 0 and scan.damage is None and not _cut_short(container, stream):
@@ -306,8 +306,8 @@ def _end(
     order = np.argsort(pts)
     pts, durations = pts[order], durations[order]
     last = by_packet = int(pts[-1])
-    known = durations[:-1] > 0
-    ratio = np.median(durations[:-1][known] / np.maximum(np.diff(pts)[known], 1)) if known.any() else 1.0
+    positive = durations[:-1] > 0
+    ratio = np.median(durations[:-1][positive] / np.maximum(np.diff(pts)[positive], 1)) if positive.any() else 1.0
     if ratio >= 2:  # some writers give durations in another unit, and sum them up
         return None
     if ratio > 0.5:  # else they are a default that the frames do not keep

@@ -30,12 +30,12 @@ def test_what_holds_only_by_chance_is_not_said():
 
 
 def test_topics_and_facts_are_shown_as_they_are():
-    found = [
+    findings = [
         Finding("skipped", "upload: long import", 0.9, 0.2, 0.8, 0.95, 30),
         Finding("person", "city size: small town", 0.6, 0.3, 0.4, 0.8, 30),
         Finding("person", "zip code: 03060", 0.03, 0.001, 0.002, 0.1, 30),
     ]
-    profile = write_profile(found)
+    profile = write_profile(findings)
     assert "Skips: upload: long import 90%." in profile
     assert "Members: city size small town 60%." in profile
     assert "03060" not in profile, "few members, however rare elsewhere"

@@ -69,10 +69,10 @@ def test_texts_that_are(text):
     ],
 )
 def test_claims_that_do_not_hold(claim, why, evidence):
-    found = unsupported(f"They like cooking.\n{claim}", evidence)
-    assert list(found) == [claim]
-    assert why in found[claim]
-    assert without(f"They like cooking.\n{claim}", found) == "They like cooking."
+    claims = unsupported(f"They like cooking.\n{claim}", evidence)
+    assert list(claims) == [claim]
+    assert why in claims[claim]
+    assert without(f"They like cooking.\n{claim}", claims) == "They like cooking."
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ def test_claims_that_hold_or_cannot_be_checked(claim, evidence):
 
 
 def test_a_topic_is_a_whole_word(records):
-    found = records.findings([f"u{i}" for i in range(10)])
-    evidence = Evidence(found, ["car", "养生"])
+    findings = records.findings([f"u{i}" for i in range(10)])
+    evidence = Evidence(findings, ["car", "养生"])
     assert evidence.mentioned("They care for cards and like 养生茶.") == ["养生"]
 
 

@@ -70,9 +70,9 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 
 def test_a_members_own_records_decide_whether_they_fit(records):
     group = [f"u{i}" for i in range(10)] + ["u15"]
-    found = odds(records, group)
-    assert min(found[u] for u in group[:10]) > 0
-    assert found["u15"] < -1, "a fan among cooks"
+    log_odds = odds(records, group)
+    assert min(log_odds[u] for u in group[:10]) > 0
+    assert log_odds["u15"] < -1, "a fan among cooks"
     assert odds(records_of([Person(User(f"x{i}", tags=["a"])) for i in range(4)]), ["x0", "x1"]) == {"x0": 0, "x1": 0}
 
 
@@ -80,11 +80,11 @@ def test_sources_without_play_rates_or_titles_have_evidence_too():
     crowd = [Person(User(f"u{i}", tags=["Drama"])) for i in range(4)]
     film = {"f": Video("f", None, None, tags=["Drama"])}
     rows = [{"user_id": f"u{i}", "video_id": "f", "rating": 5.0, "liked": True} for i in range(4)]
-    found = {
+    values = {
         (f.section, f.item): f.value for f in read_records(crowd, log_of(*rows), film).findings(["u0", "u1", "u2"])
     }
-    assert found["liked", "drama"] == 1.0
-    assert not any(section in ("skipped", "length", "word") for section, _ in found)
+    assert values["liked", "drama"] == 1.0
+    assert not any(section in ("skipped", "length", "word") for section, _ in values)
 
 
 def test_lines_for_prompts_show_only_what_differs(records):

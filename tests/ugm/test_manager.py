@@ -393,9 +393,9 @@ def test_users_can_be_kept_to_one_group():
 def test_every_group_has_its_evidence():
     result, _ = run(author="llm")
     for g, topic in zip(result.groups, ("cooking", "football", "gaming"), strict=True):
-        found = {(f.section, f.item): f for f in g.evidence}
-        assert found["interest", topic].value == 1.0
-        assert ("skipped by length", "15-30 s") in found
+        by_item = {(f.section, f.item): f for f in g.evidence}
+        assert by_item["interest", topic].value == 1.0
+        assert ("skipped by length", "15-30 s") in by_item
 
 
 @pytest.mark.parametrize("method", ["tfidf", "kmeans"])

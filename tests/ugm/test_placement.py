@@ -74,8 +74,8 @@ def test_kmeans_and_sentences_are_placed_too(tmp_path):
     again = Placement.read(saved(place, tmp_path))
     members = [crowd[i] for i in clusters[1].members]
     assert all(
-        found == ("g01", pytest.approx(s))
-        for found, s in zip(again.place(members), clusters[1].similarity, strict=True)
+        placed == ("g01", pytest.approx(s))
+        for placed, s in zip(again.place(members), clusters[1].similarity, strict=True)
     )
 
 

@@ -87,12 +87,12 @@ def test_what_a_group_skips_says_more_than_what_everybody_skips(result, world):
     place = Placement(result.encoder, list(members_of(result)), result.centres, [0.3] * 5)
     held_out = {u.user_id: f[0] for u, f in zip(world.others, place.place(world.others), strict=True) if f}
     log = world.of(held_out)
-    found = skips(world.records, members_of(result), held_out, log, world.videos)
-    assert found["users"] > 50
-    assert found["group"] > found["everybody"] + 0.05
+    scores = skips(world.records, members_of(result), held_out, log, world.videos)
+    assert scores["users"] > 50
+    assert scores["group"] > scores["everybody"] + 0.05
     shuffled = dict(zip(held_out, np.random.default_rng(0).permutation(list(held_out.values())), strict=True))
     wrong = skips(world.records, members_of(result), shuffled, log, world.videos)
-    assert wrong["group"] < found["group"] - 0.05, "the right group's skips, not any group's"
+    assert wrong["group"] < scores["group"] - 0.05, "the right group's skips, not any group's"
 
 
 def test_sources_without_play_rates_have_no_such_figure(result, world):

@@ -177,9 +177,9 @@ NONSENSE = {"match": "", "text": "As an AI language model, I cannot know these u
 
 def test_profiles_that_are_not_about_the_group_do_not_stop_every_later_run(run, server, ray_local):
     server.configure(rules=[*RULES[:2], NONSENSE])
-    said = r"4 of 4 answers of the profiler are missing \(unusable 4\).*same command resumes.*ugm\.author=both"
+    message = r"4 of 4 answers of the profiler are missing \(unusable 4\).*same command resumes.*ugm\.author=both"
     for mode in ("record", "replay"):
-        with pytest.raises(IncompleteError, match=said):
+        with pytest.raises(IncompleteError, match=message):
             make_groups(run, load_settings("tiny", overrides(server, f"llm.mode={mode}")))
     server.configure(rules=RULES)
     made = make_groups(run, load_settings("tiny", overrides(server)))
@@ -193,15 +193,15 @@ def test_with_the_evidence_missing_answers_are_counted_on_the_last_line_and_the_
     silent = {**RULES[1], "text": "well..."}
     server.configure(rules=[{**moderated, "match": RULES[0]["match"]}, silent, NONSENSE])
     made = make_groups(run, load_settings("tiny", overrides(server, "ugm.author=both")))
-    said = made.manifest.summary
+    summary = made.manifest.summary
     for part in (
         r"1 of 1 answers of the summarizer are missing \(moderated 1\), and the evidence decides instead",
         r"(\d+) of \1 answers of the matcher are missing \(no_verdict \1\)",
         r"(\d+) of \1 answers of the profiler are missing \(unusable \1\)",
     ):
-        assert re.search(part, said), said
+        assert re.search(part, summary), summary
         assert re.search(part.partition(", and")[0], render(run))
-    assert "without a verdict" not in said + render(run)
+    assert "without a verdict" not in summary + render(run)
     assert "members are judged by their records" in render(run)
     assert made.manifest.info["kept"] == 4
 
@@ -259,8 +259,8 @@ def test_the_artifact_places_everybody_as_the_stage_did(by_evidence):
     run, _, _ = by_evidence
     ugm, made_from = run.artifact("ugm"), set(IFVR(run).ugm_users)
     people = [p for u, p in IFVR(run).people().items() if u not in made_from]
-    found = Placement.read(ugm).place([p.with_tags for p in people])
-    again = {p.user.user_id: f for p, f in zip(people, found, strict=True) if f}
+    placed = Placement.read(ugm).place([p.with_tags for p in people])
+    again = {p.user.user_id: f for p, f in zip(people, placed, strict=True) if f}
     table = ugm.table("memberships").to_pylist()
     assert again == {m["user_id"]: (m["group_id"], m["similarity"]) for m in table if m["how"] == "assigned"}
 

@@ -139,10 +139,10 @@ def cooks_and_fans() -> Records:
         tags = ["Cooking"] if cook else ["football"]
         crowd.append(Person(User(f"u{i}", 60 if cook else 20, "female" if cook else "male", tags=tags)))
         for video in VIDEOS:
-            mine = (video == "cook") if cook else (video != "cook")
+            fits = (video == "cook") if cook else (video != "cook")
             bad = cook and video == "bait"
             rows.append(
-                {"user_id": f"u{i}", "video_id": video, "play_rate": 0.95 if mine else 0.1, "disliked": bad}
+                {"user_id": f"u{i}", "video_id": video, "play_rate": 0.95 if fits else 0.1, "disliked": bad}
                 | {"dislike_reason": "Clickbait, nothing of the title is in it" if bad else None}
             )
     return read_records(crowd, log_of(*rows), VIDEOS)
