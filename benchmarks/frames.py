@@ -1,10 +1,10 @@
-"""Frame extraction against a plain decord loop: videos a second, share of the cores' worth, peak memory.
+"""Frame extraction against a plain decord loop: videos per second, share of what the cores can give, peak memory.
 
-Four measurements on the same files, the timed ones repeated in turn, for other work on the machine moves all of them:
+Four measurements on the same files, the timed ones repeated in turn, since other work on the machine affects all:
 (a) one process with a plain decord loop, the same frames at the same size as JPEG; (b) as many such processes as there
 are cores, at once, which is what the cores can give; (c) the frame stage with a fresh store, from the call to the
-table, with Ray running already; (d) the same from its first result on, without the start of its workers, which with few
-videos flatters: batches half done by then count in full. On a machine that others use too, look at CPU seconds a video
+table, with Ray running already; (d) the same from its first result on, without the start of its workers, which is
+flattering with few videos: batches half done by then count in full. On a shared machine, look at CPU seconds per video
 rather than at the clock. Memory is the summed RSS of this process and all below it (Ray's own included; shared pages
 count several times), and what is left in Ray's object store.
 
@@ -70,7 +70,7 @@ def make_videos(folder: Path, count: int) -> list[str]:
 
 
 def plain_loop(paths: Sequence[str], settings: FrameSettings, out: str) -> float:
-    """What a sensible person would write: open, pick, scale in decord, JPEG, a file a video. Returns CPU seconds."""
+    """What a sensible person would write: open, pick, scale in decord, one JPEG file per video. Returns CPU seconds."""
     import decord
     from PIL import Image
 
@@ -93,7 +93,7 @@ def plain_loop(paths: Sequence[str], settings: FrameSettings, out: str) -> float
 
 
 def plain_in(processes: int, paths: Sequence[str], settings: FrameSettings) -> tuple[float, float]:
-    """Videos a second of that many plain loops at once, once all are up, and CPU seconds a video."""
+    """Videos per second of that many plain loops at once, once all are up, and CPU seconds per video."""
     with tempfile.TemporaryDirectory() as out:
         shares = [(paths[i::processes], settings, out) for i in range(processes)]
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -162,7 +162,7 @@ def stage(paths: Sequence[str], settings: FrameSettings) -> dict[str, float]:
         seconds = time.perf_counter() - started
     shutil.rmtree(store)
     if summary.verdicts != {"ok": len(paths)}:
-        raise SystemExit(f"not all videos came out well: {summary.verdicts}")
+        raise SystemExit(f"not all videos were decoded: {summary.verdicts}")
     used = ray._private.internal_api.memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
     return {
         "videos_per_s": len(paths) / seconds,
@@ -211,7 +211,7 @@ def report(results: Sequence[Mapping[str, Any]], cores: int) -> None:
         steady = r["ratio_steady_to_plain_all"]
         print(f"  stage / plain in {cores} processes: {r['ratio_to_plain_all']:.2f} end to end, {steady:.2f} steady")
         cpu = f"plain {r['plain_all_cpu_s'] * 1e3:.0f} ms, stage {r['cpu_s_per_video'] * 1e3:.0f} ms"
-        print(f"  CPU a video: {cpu}, with the start of its workers and Ray's own; ratio {r['ratio_cpu']:.2f}")
+        print(f"  CPU per video: {cpu}, with the start of its workers and Ray's own; ratio {r['ratio_cpu']:.2f}")
         print(f"  peak memory {r['peak_rss_mb']:.0f} MiB RSS, object store {r['object_store_mb']:.1f} MiB")
 
 

@@ -36,7 +36,7 @@ COMMON = [
 ]
 PHASES = ("rollout", "reward", "reference", "train", "sync", "checkpoint", "waiting_for_data")
 SAMPLES = 6
-"""Completions a prompt."""
+"""Completions per prompt."""
 
 
 def main() -> None:
@@ -78,13 +78,13 @@ def compare(args: argparse.Namespace, size: str) -> dict[str, Any]:
     for _ in range(args.rounds):
         ours = measure(args, settings, f"{size}-{args.prompts}x{args.tokens}")
         alone.append(_worker("--offline-worker", spec, {})["tokens_per_second"])
-        found: dict[str, Any] = {"ours": ours, "vllm_offline_tokens_per_second": alone[-2:]}
-        found["rollout_to_offline"] = ours["rollout_tokens_per_second"] / statistics.fmean(alone[-2:])
+        figures: dict[str, Any] = {"ours": ours, "vllm_offline_tokens_per_second": alone[-2:]}
+        figures["rollout_to_offline"] = ours["rollout_tokens_per_second"] / statistics.fmean(alone[-2:])
         if args.trl:
-            found["trl"] = _worker("--trl-worker", spec, {"PYTHONPATH": str(args.trl)})
-            found["faster"] = found["trl"]["per_completion"] / ours["per_completion"]
-        rounds.append(found)
-        _print_round(size, found)
+            figures["trl"] = _worker("--trl-worker", spec, {"PYTHONPATH": str(args.trl)})
+            figures["faster"] = figures["trl"]["per_completion"] / ours["per_completion"]
+        rounds.append(figures)
+        _print_round(size, figures)
     names = ("rollout_to_offline", "faster") if args.trl else ("rollout_to_offline",)
     medians = {name: statistics.median(r[name] for r in rounds) for name in names}
     shown = ", ".join(f"{name} {value:.2f}" for name, value in medians.items())
@@ -92,23 +92,23 @@ def compare(args: argparse.Namespace, size: str) -> dict[str, Any]:
     return {"rounds": rounds, "median": medians}
 
 
-def _print_round(size: str, found: dict[str, Any]) -> None:
-    ours, trl = found["ours"], found.get("trl")
+def _print_round(size: str, result: dict[str, Any]) -> None:
+    ours, trl = result["ours"], result.get("trl")
     shares = ", ".join(f"{p} {100 * ours['share'][p]:.1f} %" for p in PHASES if ours["share"][p] > 0.001)
-    before, after = found["vllm_offline_tokens_per_second"]
+    before, after = result["vllm_offline_tokens_per_second"]
     print(f"{size}: {_cost(ours)}; {shares}")
     print(
-        f"{size}: rollout {ours['rollout_tokens_per_second']:.0f} tokens/s, {found['rollout_to_offline']:.2f} of vLLM "
+        f"{size}: rollout {ours['rollout_tokens_per_second']:.0f} tokens/s, {result['rollout_to_offline']:.2f} of vLLM "
         f"alone ({before:.0f} before, {after:.0f} after)"
     )
     print(f"{size}: {100 * ours['prefix_reuse']:.0f} % of prompt tokens from the prefix cache", flush=True)
     if trl:
-        print(f"{size}: TRL {trl['version']} {_cost(trl)}: ours is {found['faster']:.2f} x as fast", flush=True)
+        print(f"{size}: TRL {trl['version']} {_cost(trl)}: ours is {result['faster']:.2f} x as fast", flush=True)
 
 
-def _cost(found: dict[str, Any]) -> str:
-    each = f"{found['per_completion'] * 1e3:.1f} ms a completion of {found['tokens']:.1f} tokens"
-    return f"{found['step']:.2f} s a step, {each}"
+def _cost(figures: dict[str, Any]) -> str:
+    each = f"{figures['per_completion'] * 1e3:.1f} ms per completion of {figures['tokens']:.1f} tokens"
+    return f"{figures['step']:.2f} s per step, {each}"
 
 
 def pictures(args: argparse.Namespace) -> dict[str, Any]:
@@ -118,29 +118,27 @@ def pictures(args: argparse.Namespace) -> dict[str, Any]:
         "ufm.grpo.groups=true",
         "ufm.inputs.vision=true",
     ]
-    found = measure(args, settings, "tiny-pictures")
-    reuse = (
-        f"{100 * found['prefix_reuse']:.0f} % of prompt tokens, {100 * found['picture_reuse']:.0f} % of clips reused"
-    )
-    print(f"tiny, group-aware, with frames: {_cost(found)}; {reuse}", flush=True)
-    return found
+    row = measure(args, settings, "tiny-pictures")
+    reuse = f"{100 * row['prefix_reuse']:.0f} % of prompt tokens, {100 * row['picture_reuse']:.0f} % of clips reused"
+    print(f"tiny, group-aware, with frames: {_cost(row)}; {reuse}", flush=True)
+    return row
 
 
 def scaling(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Cost by batch, by response length, and by workers, at size tiny."""
     rows = []
-    cells = [(4, 64, 1), (8, 64, 1), (16, 64, 1), (8, 32, 1), (8, 128, 1), (8, 64, 2)]
-    for prompts, tokens, workers in cells:
+    sizes = [(4, 64, 1), (8, 64, 1), (16, 64, 1), (8, 32, 1), (8, 128, 1), (8, 64, 2)]
+    for prompts, tokens, workers in sizes:
         settings = [
             *_overrides("tiny", prompts, tokens, args.steps + 2),
             f"ufm.workers.count={workers}",
             "ufm.rollout.kv_cache_gb=0.25",
         ]
-        found = measure(args, settings, f"tiny-{prompts}x{tokens}-{workers}")
-        rows.append({"prompts": prompts, "tokens": tokens, "workers": workers, **found})
+        row = measure(args, settings, f"tiny-{prompts}x{tokens}-{workers}")
+        rows.append({"prompts": prompts, "tokens": tokens, "workers": workers, **row})
         print(
-            f"tiny: {prompts:>2} prompts x {SAMPLES}, {tokens:>3} tokens, {workers} worker(s): {found['step']:.2f} s a "
-            f"step, {found['per_completion'] * 1e3:.1f} ms a completion, sync {100 * found['share']['sync']:.1f} %",
+            f"tiny: {prompts:>2} prompts x {SAMPLES}, {tokens:>3} tokens, {workers} worker(s): {row['step']:.2f} s per "
+            f"step, {row['per_completion'] * 1e3:.1f} ms per completion, sync {100 * row['share']['sync']:.1f} %",
             flush=True,
         )
     return rows
@@ -175,7 +173,7 @@ def measure(args: argparse.Namespace, settings: list[str], name: str) -> dict[st
 
 
 def run_offline(spec: dict[str, Any]) -> None:
-    """VLLM alone, in this process: its own offline API with its own defaults, the same requests in one call a step."""
+    """Only vLLM, in this process: its offline API with its own defaults, the same requests in one call per step."""
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1")
     from vllm import LLM, SamplingParams
 
@@ -222,8 +220,8 @@ def run_trl(spec: dict[str, Any]) -> None:
     trainer.ref_model.to(getattr(torch, spec["dtype"]))  # it would load the reference in float32, which is slower
     trainer.train()
     step = statistics.median(b - a for a, b in list(itertools.pairwise(clock.ends))[2:])
-    found = {"step": step, "per_completion": step / (spec["prompts"] * SAMPLES), "micro": spec["micro"]}
-    print(json.dumps({**found, "tokens": statistics.fmean(reward.lengths), "version": trl.__version__}))
+    figures = {"step": step, "per_completion": step / (spec["prompts"] * SAMPLES), "micro": spec["micro"]}
+    print(json.dumps({**figures, "tokens": statistics.fmean(reward.lengths), "version": trl.__version__}))
 
 
 class _TRLReward:
@@ -250,7 +248,7 @@ class _TRLReward:
 
 
 def _trl_clock() -> Any:
-    """A callback whose `ends` are the times at which steps ended, the first one's beginning before them."""
+    """A callback whose `ends` are the start of the first step and the times at which steps ended."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -347,8 +345,8 @@ def _worker(flag: str, spec: Path, environment: dict[str, str]) -> dict[str, Any
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
     if done.returncode:
         raise SystemExit(f"{flag} failed:\n{done.stderr[-4000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
 
 
 def _overrides(size: str, prompts: int, tokens: int, steps: int) -> list[str]:

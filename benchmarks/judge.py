@@ -1,8 +1,8 @@
 """Does judging stream? 1,000 test users x 20 targets: memory while it grows, and a kill that costs no answer.
 
-`gubs judge base` answers about all targets of a simulated app's test users. It is killed at one blow, all its processes
-with it, and given again. Memory is the sum of PSS of all processes, every second, beside the number of answers that are
-stored by then. The policy was never trained: what it says is of no interest here.
+`gubs judge base` answers about all targets of a simulated app's test users. It is killed with all its processes, and
+run again. Memory is the sum of PSS of all processes, every second, beside the number of answers stored by then. The
+policy was never trained: what it answers does not matter here.
 
     python benchmarks/judge.py --work DIR --json out.json
 """
@@ -36,14 +36,14 @@ _LATE_VIEWS = 0.5
 
 @dataclass
 class Memory:
-    """What a command took while it ran."""
+    """Memory that a command took while it ran."""
 
     mib: list[float] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
-    """Stored by then; both lists go with each other."""
+    """Stored when `mib` was measured; as long as `mib`."""
 
     def peak(self, low: float, high: float) -> float:
-        """The highest memory while the answers were between two numbers, in MiB; 0 if it was not looked at."""
+        """The highest memory while the answers were between two numbers, in MiB; 0 if none was measured."""
         return max((m for m, n in zip(self.mib, self.answers, strict=True) if low <= n < high), default=0.0)
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of the run")
     parser.add_argument("--users", type=int, default=1000, help="test users")
-    parser.add_argument("--targets", type=int, default=20, help="of each, about")
+    parser.add_argument("--targets", type=int, default=20, help="targets per test user, about")
     parser.add_argument("--killed-at", type=float, default=0.4, help="share of the answers")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -68,10 +68,10 @@ def main() -> None:
     ]
     run = Run(args.work / "run")
     make(["frames", "labels"], run, load_settings("tiny", settings))
-    found = measured(run, settings, args.killed_at)
-    print(json.dumps(found, indent=1))
+    figures = measured(run, settings, args.killed_at)
+    print(json.dumps(figures, indent=1))
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+        args.json.write_text(json.dumps(figures, indent=1))
 
 
 def measured(run: Run, settings: list[str], killed_at: float) -> dict[str, Any]:
@@ -80,11 +80,11 @@ def measured(run: Run, settings: list[str], killed_at: float) -> dict[str, Any]:
     targets = ifvr.targets(Task.SEQUENTIAL, [Split.TEST]).num_rows
     began = time.monotonic()
     first, stored, _ = attempt(run, settings, int(killed_at * 2 * targets))
-    second, _, said = attempt(run, settings)
+    second, _, output = attempt(run, settings)
     seconds = time.monotonic() - began
-    words = re.search(r"([\d,]+) answers, ([\d,]+) of them from an earlier attempt", said)
+    words = re.search(r"([\d,]+) answers, ([\d,]+) of them from an earlier attempt", output)
     if not words:
-        raise SystemExit(f"the second attempt did not go on where the first was killed:\n{said[-3000:]}")
+        raise SystemExit(f"the second attempt did not resume where the first was killed:\n{output[-3000:]}")
     answers, earlier = (int(w.replace(",", "")) for w in words.groups())
     rows = run.artifact(STAGE).table("predictions").select(["interaction_id", "mode"]).to_pylist()
     asked = [r for r in rows if r["mode"] in ("greedy", "sampled")]
@@ -106,7 +106,7 @@ def measured(run: Run, settings: list[str], killed_at: float) -> dict[str, Any]:
 
 
 def attempt(run: Run, settings: list[str], until: int | None = None) -> tuple[Memory, int, str]:
-    """Runs the command, to its end or until so many answers are stored; its memory, the answers, and what it said."""
+    """Runs the command, to its end or until so many answers are stored; its memory, the answers, and its output."""
     command = [sys.executable, "-m", "gubs.cli", "judge", "base", "--run", run.uri, *settings]
     memory, log = Memory(), Path(run.uri).parent / "judge.log"
     with log.open("w") as out:

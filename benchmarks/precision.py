@@ -42,22 +42,22 @@ def main() -> None:
     model = ModelSettings(dtype=args.dtype, gradient_checkpointing=False)
     engine = Engine(Shape(str(folder), model, inputs.settings, RolloutSettings(kv_cache_gb=0.5)))
     encoded = [inputs.encode(_prompt(kind, k)) for k in range(args.prompts) for kind in SHAPES]
-    said = engine.generate([Request(inputs.for_engine(e), k) for k, e in enumerate(encoded)])
+    responses = engine.generate([Request(inputs.for_engine(e), k) for k, e in enumerate(encoded)])
     engine.sleep()
-    batch = inputs.collate([(e, r.ids) for e, r in zip(encoded, said, strict=True)])
-    theirs = torch.tensor([p for r in said for p in r.logprobs])
+    batch = inputs.collate([(e, r.ids) for e, r in zip(encoded, responses, strict=True)])
+    theirs = torch.tensor([p for r in responses for p in r.logprobs])
     ours, wide = _ours(folder, args.dtype, batch), _ours(folder, "float32", batch)
     batch.positions = torch.arange(batch.ids.shape[1]).expand(3, len(batch.ids), -1).clone()
-    found = {
+    results = {
         f"engine, trainer, {args.dtype}": _figures(theirs, ours),
         f"trainer, {args.dtype} and float32": _figures(ours, wide),
         "engine, trainer with wrong positions": _figures(theirs, _ours(folder, args.dtype, batch)),
     }
     print(f"{folder.name}: {len(theirs)} tokens, mean log-probability {float(wide.mean()):.2f}")
-    for name, figures in found.items():
+    for name, figures in results.items():
         print(f"{name:40}" + "".join(f"{k:>10} {v:8.4f}" for k, v in figures.items()))
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+        args.json.write_text(json.dumps(results, indent=1))
 
 
 def _figures(one: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
@@ -70,8 +70,8 @@ def _ours(folder: Path, dtype: Any, batch: Any) -> torch.Tensor:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = models.load(folder, ModelSettings(dtype=dtype, gradient_checkpointing=False))
     with torch.no_grad():
-        found: torch.Tensor = logprobs(model.to(device), batch.to(device), vision=True).float().cpu()
-    return found
+        values: torch.Tensor = logprobs(model.to(device), batch.to(device), vision=True).float().cpu()
+    return values
 
 
 def _prompt(kind: str, number: int) -> Prompt:

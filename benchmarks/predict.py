@@ -91,7 +91,7 @@ def _measure(work: Path, kind: str, count: int) -> dict[str, float]:
 
 
 class _Asked:
-    """The same targets over and over."""
+    """Asks about the same targets over and over."""
 
     def __init__(self, run: Run, settings: Settings):
         from gubs.ufm.questions import Questions

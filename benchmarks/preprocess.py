@@ -4,7 +4,7 @@ Beside it, the same work in DuckDB and in Polars (streaming), where these packag
 rates, noise criteria, minimum counts to the fixed point, histories and targets without divided pages, test users by a
 hash, sorted Parquet. All must keep equally many interactions. Every run is a process of its own; its memory is the sum
 of PSS of it and its children, every half second. The log is written before, a part per million rows, by time: each part
-has rows of all users. A run that fails is recorded with its last words, and the next one follows.
+has rows of all users. A run that fails is recorded with the end of its output, and the next one follows.
 
     python benchmarks/preprocess.py --work DIR --out out.json
     python benchmarks/preprocess.py --rows 1e7 --work DIR --engines gubs --nodes 1 2 --out nodes.json
@@ -159,8 +159,8 @@ SELECT *, (task = 'sequential' OR coalesce(clicked, false)) AS viewed FROM read_
 WHERE NOT (task = 'sequential' AND coalesce(play_rate < 0.3, false)) OR (
   prev_op_gap_s IS NOT NULL AND next_op_gap_s IS NOT NULL AND prev_op_gap_s + next_op_gap_s <= {MAX_GAP_S}
   AND NOT coalesce(exited_app, false))"""
-_VIDEOS = f"SELECT video_id FROM cells GROUP BY 1 HAVING count(*) FILTER (viewed) >= {MIN_VIEWS}"
-_USERS = f"SELECT user_id, task FROM cells WHERE task = 'click' GROUP BY ALL HAVING count(*) < {MIN_EXPOSURES}"
+_VIDEOS = f"SELECT video_id FROM remaining GROUP BY 1 HAVING count(*) FILTER (viewed) >= {MIN_VIEWS}"
+_USERS = f"SELECT user_id, task FROM remaining WHERE task = 'click' GROUP BY ALL HAVING count(*) < {MIN_EXPOSURES}"
 _BORDERS = f"""
 SELECT *, CASE WHEN task = 'sequential' THEN total // 2 ELSE CASE
   WHEN before > 0 AND (after IS NULL OR total - {CLICK_TARGETS} - before <= after - total + {CLICK_TARGETS}) THEN before
@@ -196,15 +196,17 @@ def run_duckdb(log: Path, out: Path) -> dict[str, float]:
     (out / "raw").mkdir()
     db.execute(f"COPY ({_RAW.format(log=log)}) TO '{out}/raw/part.parquet' (FORMAT parquet, COMPRESSION zstd)")
     db.execute(f"CREATE TABLE quiet AS {_NOISE.format(out=out)}")
-    db.execute("CREATE TABLE cells AS SELECT user_id, video_id, task, viewed FROM quiet")
+    db.execute("CREATE TABLE remaining AS SELECT user_id, video_id, task, viewed FROM quiet")
     before = -1
-    while (now := db.execute("SELECT count(*) FROM cells").fetchone()[0]) != before:
+    while (now := db.execute("SELECT count(*) FROM remaining").fetchone()[0]) != before:
         before = now
         db.execute(f"CREATE OR REPLACE TABLE videos AS {_VIDEOS}")
-        db.execute("CREATE OR REPLACE TABLE cells AS SELECT c.* FROM cells c SEMI JOIN videos USING (video_id)")
+        db.execute("CREATE OR REPLACE TABLE remaining AS SELECT c.* FROM remaining c SEMI JOIN videos USING (video_id)")
         db.execute(f"CREATE OR REPLACE TABLE rare AS {_USERS}")
-        db.execute("CREATE OR REPLACE TABLE cells AS SELECT c.* FROM cells c ANTI JOIN rare USING (user_id, task)")
-    db.execute("CREATE TABLE people AS SELECT DISTINCT user_id, task FROM cells")
+        db.execute(
+            "CREATE OR REPLACE TABLE remaining AS SELECT c.* FROM remaining c ANTI JOIN rare USING (user_id, task)"
+        )
+    db.execute("CREATE TABLE people AS SELECT DISTINCT user_id, task FROM remaining")
     db.execute(
         "CREATE VIEW kept AS SELECT q.* FROM quiet q SEMI JOIN videos USING (video_id) "
         "SEMI JOIN people USING (user_id, task)"
@@ -240,19 +242,19 @@ def run_polars(log: Path, out: Path) -> dict[str, float]:
     noise = ~skip | (gap & ~pl.col("exited_app").fill_null(value=False))
     kept = pl.scan_parquet(out / "raw.parquet").filter(noise)
     kept = kept.with_columns(viewed=sequential | pl.col("clicked").fill_null(value=False))
-    cells = kept.select("user_id", "video_id", "task", "viewed").collect(engine="streaming").lazy()
+    remaining = kept.select("user_id", "video_id", "task", "viewed").collect(engine="streaming").lazy()
     before, now = -1, -2
     while now != before:
         before = now
-        counts = cells.group_by("video_id").agg(pl.col("viewed").sum())
+        counts = remaining.group_by("video_id").agg(pl.col("viewed").sum())
         videos = counts.filter(pl.col("viewed") >= MIN_VIEWS).select("video_id").collect(engine="streaming")
-        cells = cells.join(videos.lazy(), on="video_id", how="semi")
-        counts = cells.filter(pl.col("task") == "click").group_by("user_id").len()
+        remaining = remaining.join(videos.lazy(), on="video_id", how="semi")
+        counts = remaining.filter(pl.col("task") == "click").group_by("user_id").len()
         users = counts.filter(pl.col("len") < MIN_EXPOSURES).select("user_id", task=pl.lit("click"))
-        cells = cells.join(users, on=me, how="anti").collect(engine="streaming").lazy()
+        remaining = remaining.join(users, on=me, how="anti").collect(engine="streaming").lazy()
         users = users.collect(engine="streaming")
-        now = cells.select(pl.len()).collect().item()
-    clickers = cells.filter(pl.col("task") == "click").select(me).unique().collect(engine="streaming")
+        now = remaining.select(pl.len()).collect().item()
+    clickers = remaining.filter(pl.col("task") == "click").select(me).unique().collect(engine="streaming")
     kept = kept.join(videos.lazy(), on="video_id", how="semi")
     kept = kept.filter(sequential | pl.col("user_id").is_in(clickers["user_id"].implode()))
     _polars_divided(kept).sink_parquet(out / "divided.parquet", compression="zstd", engine="streaming")
@@ -365,8 +367,8 @@ def watched(command: Sequence[str], errors: Path | None = None) -> tuple[str, di
         "peak_gib": round(memory.peak / 2**30, 2),
     }
     if process.returncode:
-        said = errors.read_text(errors="replace").strip().splitlines() if errors else []
-        figures |= {"failed": process.returncode} | ({"error": said[-1][:300]} if said else {})
+        error_lines = errors.read_text(errors="replace").strip().splitlines() if errors else []
+        figures |= {"failed": process.returncode} | ({"error": error_lines[-1][:300]} if error_lines else {})
     return printed, figures
 
 

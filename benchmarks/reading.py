@@ -61,13 +61,13 @@ def main() -> None:
     model = ModelSettings(dtype="float32", gradient_checkpointing=False)
     engine = Engine(Shape(str(folder), model, inputs.settings, RolloutSettings(kv_cache_gb=0.5, max_num_seqs=96)))
     asked = questions(words, args.count)
-    found = {kind: read(engine, inputs, lessons) for kind, lessons in asked.items()}
+    results = {kind: read(engine, inputs, lessons) for kind, lessons in asked.items()}
     names = [*FACTS, "all facts", "form"]
     print(f"{'':10}" + "".join(f"{n:>11}" for n in names))
-    for kind, shares in found.items():
+    for kind, shares in results.items():
         print(f"{kind:10}" + "".join(f"{shares[n]:11.3f}" for n in names))
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+        args.json.write_text(json.dumps(results, indent=1))
 
 
 def questions(words: Vocabulary | None, count: int) -> dict[str, list[tuple[Prompt, str]]]:
@@ -99,16 +99,16 @@ def read(engine: Engine, inputs: Inputs, asked: list[tuple[Prompt, str]]) -> dic
     responses = engine.generate([Request(inputs.for_engine(e), seed=0, temperature=0.0) for e in encoded])
     right: dict[str, list[bool]] = {}
     for (_, wanted), response in zip(asked, responses, strict=True):
-        said, _ = inputs.text(response.ids)
-        same = {name: _fact(pattern, said) == _fact(pattern, wanted) for name, pattern in FACTS.items()}
-        for name, ok in {**same, "all facts": all(same.values()), "form": "</answer>" in said}.items():
+        answer, _ = inputs.text(response.ids)
+        same = {name: _fact(pattern, answer) == _fact(pattern, wanted) for name, pattern in FACTS.items()}
+        for name, ok in {**same, "all facts": all(same.values()), "form": "</answer>" in answer}.items():
             right.setdefault(name, []).append(ok)
     return {name: float(np.mean(oks)) for name, oks in right.items()}
 
 
 def _fact(pattern: str, answer: str) -> Any:
-    found = re.search(pattern, answer)
-    return found[1] if found else None
+    match = re.search(pattern, answer)
+    return match[1] if match else None
 
 
 if __name__ == "__main__":

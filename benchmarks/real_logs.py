@@ -45,7 +45,7 @@ def main() -> None:
     settings, run = load_settings(args.preset, args.settings), Run(args.run)
     make(["labels"], run, settings)
     questions = Questions(run, settings.ufm.inputs, tastes=False)
-    found = {}
+    results = {}
     with ray_session(settings.ray):
         for task in dict.fromkeys(settings.ufm.grpo.tasks):
             items = drawn(questions, task, args.users)
@@ -59,9 +59,9 @@ def main() -> None:
             )
             for name, figures in rows.items():
                 print(f"  {name:12}" + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
-            found[str(task)] = {"targets": len(items), "users": users, **rows}
+            results[str(task)] = {"targets": len(items), "users": users, **rows}
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+        args.json.write_text(json.dumps(results, indent=1))
 
 
 def drawn(questions: Questions, task: Task, count: int) -> list[Item]:
@@ -77,7 +77,7 @@ def ask(questions: Questions, items: list[Item], run: Run, policy: str, settings
     folder, began = policy_or_base(run, policy, settings.ufm), time.perf_counter()
     labels = Labels.of(Inputs(folder, settings.ufm.inputs), items[0].task)
     scores: list[float | None] = [None] * len(items)
-    said: Counter[str] = Counter()
+    best: Counter[str] = Counter()
     queries = (
         Query(n, questions.about_user(i.task, i.user_id, i.video_id), labels=labels) for n, i in enumerate(items)
     )
@@ -85,11 +85,11 @@ def ask(questions: Questions, items: list[Item], run: Run, policy: str, settings
         for prediction in predictor.stream(queries):
             if prediction.options:
                 scores[prediction.key] = prediction.options.skip
-                said[str(prediction.options.best)] += 1
+                best[str(prediction.options.best)] += 1
     read = [n for n, score in enumerate(scores) if score is not None]
     truth = [skipped(items[n]) for n in read]
     figures = ranked([scores[n] or 0.0 for n in read], truth)
-    answered = {f"says {option}": count / len(items) for option, count in sorted(said.items())}
+    answered = {f"says {option}": count / len(items) for option, count in sorted(best.items())}
     return {**figures, "unreadable": 1 - len(read) / len(items), **answered, "seconds": time.perf_counter() - began}
 
 
@@ -107,9 +107,9 @@ def regression(questions: Questions, task: Task, items: list[Item]) -> dict[str,
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    known = questions.items(task, Split.TRAIN, unexplained=True)
-    order = np.random.default_rng(73).permutation(len(known))[:_TRAINING]
-    training = [known[n] for n in order]
+    candidates = questions.items(task, Split.TRAIN, unexplained=True)
+    order = np.random.default_rng(73).permutation(len(candidates))[:_TRAINING]
+    training = [candidates[n] for n in order]
     model = make_pipeline(DictVectorizer(), LogisticRegression(C=0.3, max_iter=500, class_weight="balanced"))
     model.fit([shown(questions, i) for i in training], [*map(skipped, training)])
     return ranked(model.predict_proba([shown(questions, i) for i in items])[:, 1].tolist(), [*map(skipped, items)])

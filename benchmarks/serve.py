@@ -174,8 +174,8 @@ def _bodies(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     order = {user: rng.sample(videos, len(videos)) for user in users}
     for number in itertools.count(args.skip):
         turn, place = divmod(number, len(users))
-        mine = order[users[place]]
-        yield users[place], [mine[(turn * args.candidates + k) % len(mine)] for k in range(args.candidates)]
+        own_videos = order[users[place]]
+        yield users[place], [own_videos[(turn * args.candidates + k) % len(own_videos)] for k in range(args.candidates)]
 
 
 def offline(args: argparse.Namespace, mode: str) -> dict[str, Any]:
@@ -200,9 +200,9 @@ def offline(args: argparse.Namespace, mode: str) -> dict[str, Any]:
             person = bundle.person(user, Task.SEQUENTIAL)
             assert person
             for video in videos:
-                known = bundle.video(video)
-                assert known
-                prompt = builder.about_user(Task.SEQUENTIAL, person, known, bundle.pictures.clip(video))
+                record = bundle.video(video)
+                assert record
+                prompt = builder.about_user(Task.SEQUENTIAL, person, record, bundle.pictures.clip(video))
                 seed = thoughts_seed(bundle.version, Task.SEQUENTIAL, prompt)
                 request = request_of(inputs, Query(None, prompt, seed, heat, labels, score=mode == Mode.SCORE))
                 assert request

@@ -112,7 +112,7 @@ def report(name: str, result: dict[str, Any], max_ratio: float, max_cpu_ms: floa
     cpu = f"{result['cpu_ms_per_call']:.2f} ms" + (f" (target {max_cpu_ms})" if max_cpu_ms else "")
     print(
         f"{name}: {result['calls']} calls in {result['wall_s']:.1f} s; ideal {result['ideal_s']:.1f} s; "
-        f"ratio {result['ratio']:.3f} (target {max_ratio}); lost {result['lost']}; client CPU a call {cpu}\n"
+        f"ratio {result['ratio']:.3f} (target {max_ratio}); lost {result['lost']}; client CPU per call {cpu}\n"
         f"  phases {result['phases_s']} s, ideal {result['ideal_phases_s']} s; "
         f"retried {result['retried']}, second copies {result['second_copies']}; "
         f"start {result['start_s']:.1f} s and {result['start_cpu_s']:.1f} s CPU, not counted above"
@@ -145,7 +145,7 @@ def main() -> None:
     report("healthy endpoint", healthy, MAX_RATIO, MAX_CPU_MS)
     faulty = measure(args, FAULTS)
     report("with faults", faulty, MAX_RATIO_FAULTS, None)
-    print(f"the OpenAI client alone, here and now: {bare:.2f} ms CPU a call")
+    print(f"the OpenAI client alone, here and now: {bare:.2f} ms CPU per call")
     if args.json:
         args.json.write_text(
             json.dumps(

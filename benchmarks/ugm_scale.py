@@ -1,8 +1,8 @@
 """The UGM at scale: time and peak memory for 10 K, 100 K and 1 M users, of whom 1,000 make 50 groups.
 
-The whole stage without its calls (`ugm.author=evidence`): users and log are read from an artifact with 20 records a
-user, groups are made, checked and measured, everybody is placed, and the result is written. Each size runs in a process
-of its own, so that peak memory is its own; the data are made before.
+The whole stage without its calls (`ugm.author=evidence`): users and log are read from an artifact with 20 records per
+user, groups are made, checked and measured, everybody is placed, and the result is written. Each size runs in a
+process of its own, so that peak memory is its own; the data are made before.
 
     python benchmarks/ugm_scale.py --json out.json
 """
@@ -126,7 +126,7 @@ def _in_a_process(function: Any, *arguments: Any) -> Any:
 
 
 def main() -> None:
-    """Runs all sizes and prints a line each; fails if 1 M users take more than the bounds."""
+    """Runs all sizes and prints one line per size; fails if 1 M users take more than the bounds."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--users", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--json", type=Path)

@@ -64,7 +64,7 @@ def _torch() -> Finding:
 
     kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     remedy = (
-        "the driver is too old for it, or has no GPU to show: see `nvidia-smi`; torch 2.13 needs driver 580 or newer"
+        "the driver is too old for it, or finds no GPU: see `nvidia-smi`; torch 2.13 needs driver 580 or newer"
         if Path("/proc/driver/nvidia").exists()
         else "this machine has no GPU: install the CPU build of torch (README, 'Set-up')"
     )

@@ -19,7 +19,7 @@ _MIN_SHM_GIB = 8
 _MIN_CAPABILITY = (8, 0)
 _PINNED = _GIB
 _SLOW_COPY = 5e9
-"""Bytes a second; PCIe 3 with 16 lanes makes 12e9."""
+"""Bytes per second; PCIe 3 with 16 lanes reaches 12e9."""
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
@@ -165,7 +165,7 @@ def allocator() -> Finding:
 
 
 def _driver_cuda() -> tuple[int, int]:
-    """Version of CUDA that the driver is for, at most."""
+    """Latest version of CUDA that the driver supports."""
     version = ctypes.c_int()
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     return version.value // 1000, version.value % 1000 // 10
@@ -173,5 +173,5 @@ def _driver_cuda() -> tuple[int, int]:
 
 def _driver_version() -> str:
     text = _DRIVER_FILE.read_text() if _DRIVER_FILE.exists() else ""
-    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
-    return found.group() if found else "unknown version"
+    version = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
+    return version.group() if version else "unknown version"

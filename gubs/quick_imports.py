@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 _SKIPPED = ("sklearn", "scipy")
-"""What transformers and vLLM import for single functions that gubs never calls: of assisted generation, of losses of
-object detection, of audio. Both take them for optional."""
+"""What transformers and vLLM import for a few functions that gubs never calls (assisted generation, losses of object
+detection, audio). Both treat them as optional."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""SFT and GA-GRPO of the tiny model by the real stages, once on the GPUs and once on the CPU: losses beside each other.
+"""SFT and GA-GRPO of the tiny model by the real stages, once on the GPUs and once on the CPU: losses side by side.
 
     python benchmarks/gpu/end_to_end.py --run RUN --json end.jsonl
 
@@ -43,14 +43,14 @@ def main() -> None:
     losses: dict[str, list[float]] = {}
     for device in devices:
         for stage in ("sft_model", "grpo"):
-            with results.measure(f"{stage} on the {device}") as found:
+            with results.measure(f"{stage} on the {device}") as figures:
                 steps = train(args, stage, device)
                 losses[f"{stage} {device}"] = [s["loss"] for s in steps]
-                found |= {"steps": len(steps), "first": shown(steps[0]), "last": shown(steps[-1])}
+                figures |= {"steps": len(steps), "first": shown(steps[0]), "last": shown(steps[-1])}
     if "gpu" in devices:
-        with results.measure("SFT's losses, GPU against CPU") as found:
+        with results.measure("SFT's losses, GPU against CPU") as figures:
             pairs = zip(losses["sft_model gpu"], losses["sft_model cpu"], strict=True)
-            found["largest_difference"] = max(abs(a - b) for a, b in pairs)
+            figures["largest_difference"] = max(abs(a - b) for a, b in pairs)
 
 
 def train(args: argparse.Namespace, stage: str, device: str) -> list[dict[str, Any]]:

@@ -84,9 +84,9 @@ def compare(dtype: str, folder: Path, gpu: bool, results: Results) -> None:
     threads = max(1, (os.cpu_count() or 2) // 2)
     shape = Shape(str(folder), settings, inputs.settings, rollout, threads)
     handle, memory = start_rollout(shape, gpu_ids=("0",) if gpu else ()), GpuMemory()
-    with results.measure(f"{dtype}: engine starts") as found:
+    with results.measure(f"{dtype}: engine starts") as figures:
         ray.get(handle.ready.remote(), timeout=600)
-        found["peak_gib"] = memory.peak()
+        figures["peak_gib"] = memory.peak()
     encoded = [inputs.encode(p) for p in prompts()]
 
     def ask(seed: int) -> list[Any]:
@@ -94,24 +94,24 @@ def compare(dtype: str, folder: Path, gpu: bool, results: Results) -> None:
         answers: list[Any] = ray.get(handle.generate.remote(asked), timeout=300)
         return answers
 
-    gaps: Callable[[Any], dict[str, Any]] = lambda said: apart(model, inputs, encoded, said, dtype)  # noqa: E731
-    with results.measure(f"{dtype}: log-probabilities, engine against trainer") as found:
-        said = ask(0)
-        found |= gaps(said)
-    sync = WeightSync(model, handle, 300.0, version=said[0].version)
+    gaps: Callable[[Any], dict[str, Any]] = lambda responses: apart(model, inputs, encoded, responses, dtype)  # noqa: E731
+    with results.measure(f"{dtype}: log-probabilities, engine against trainer") as figures:
+        responses = ask(0)
+        figures |= gaps(responses)
+    sync = WeightSync(model, handle, 300.0, version=responses[0].version)
     for number, state in enumerate(("awake", "asleep", "asleep again")):
-        with results.measure(f"{dtype}: new weights into an engine {state}") as found:
+        with results.measure(f"{dtype}: new weights into an engine {state}") as figures:
             began = time.perf_counter()
             if number:
                 ray.get(handle.sleep.remote(), timeout=300)
-            found["sleep_s"] = time.perf_counter() - began
+            figures["sleep_s"] = time.perf_counter() - began
             memory.peak()
-            found["asleep_gib"] = memory.peak()
+            figures["asleep_gib"] = memory.peak()
             move(model, number)
             began = time.perf_counter()
             sync.push(model)
-            found["sync_s"] = time.perf_counter() - began
-            found |= gaps(ask(10 * number))
+            figures["sync_s"] = time.perf_counter() - began
+            figures |= gaps(ask(10 * number))
     ray.kill(handle)
 
 
@@ -127,7 +127,7 @@ def prompts() -> list[Any]:
     return made
 
 
-def apart(model: Any, inputs: Any, encoded: Sequence[Any], said: Sequence[Any], dtype: str) -> dict[str, Any]:
+def apart(model: Any, inputs: Any, encoded: Sequence[Any], responses: Sequence[Any], dtype: str) -> dict[str, Any]:
     """Mean of exp|gap| and KL over the answers' tokens, the largest gap, and what the health check says."""
     import torch
 
@@ -135,10 +135,10 @@ def apart(model: Any, inputs: Any, encoded: Sequence[Any], said: Sequence[Any], 
     from gubs.ufm.loss import k3
     from gubs.ufm.trainer import logprobs
 
-    batch = inputs.collate([(e, r.ids) for e, r in zip(encoded, said, strict=True)])
+    batch = inputs.collate([(e, r.ids) for e, r in zip(encoded, responses, strict=True)])
     with torch.no_grad():
         ours = logprobs(model, batch.to(model.device), vision=True).float().cpu()
-    theirs = torch.tensor([p for r in said for p in r.logprobs])
+    theirs = torch.tensor([p for r in responses for p in r.logprobs])
     gap = (ours - theirs).abs()
     figures = {"health/mismatch": float(gap.exp().mean()), "health/drift": float(k3(theirs, ours).mean())}
     return {**figures, "largest_gap": float(gap.max()), "out_of_bounds": alarm(figures, dtype) or "nothing"}

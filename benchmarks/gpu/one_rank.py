@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="see runs.py")
     parser.add_argument("--model", type=Path, required=True, help="see random_model.py")
-    parser.add_argument("--ranks", type=int, default=4, help="how many ranks the optimiser would be dealt to")
+    parser.add_argument("--ranks", type=int, default=4, help="number of ranks that would share the optimiser")
     parser.add_argument("--records", type=int, nargs="+", default=[1, 4], help="records of a step; each is measured")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of every answer")
     parser.add_argument("--steps", type=int, default=3, help="steps of each size; the first one does not count")
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def work(args: argparse.Namespace, gpu: bool) -> None:
-    """All measurements; each error is written down, and the rest goes on where it can."""
+    """All measurements; each error is written down, and the rest continues where it can."""
     import torch
 
     from gubs.ufm import grpo, rollout, train_worker
@@ -64,9 +64,9 @@ def work(args: argparse.Namespace, gpu: bool) -> None:
     results, memory = Results(args.json), GpuMemory() if gpu else None
     with tempfile.TemporaryDirectory() as folder:
         job, worker = _job(args, gpu, folder), None
-        with results.measure("start", ranks=args.ranks) as found:
+        with results.measure("start", ranks=args.ranks) as figures:
             worker = grpo.GRPOWorker(job)
-            found["phases_s"] = {name: round(s, 2) for name, s in worker.phases.take().items()}
+            figures["phases_s"] = {name: round(s, 2) for name, s in worker.phases.take().items()}
         if worker is None:
             return  # nothing can be measured without it
         peaks = watched(worker, memory)
@@ -75,15 +75,15 @@ def work(args: argparse.Namespace, gpu: bool) -> None:
         worker.begin(0)
         number = 0
         for records in args.records:
-            with results.measure(f"step of {records} record(s)", ranks=args.ranks) as found:
+            with results.measure(f"step of {records} record(s)", ranks=args.ranks) as figures:
                 steps = []
                 _resize(worker, records)
                 for _ in range(args.steps):
                     steps.append(worker._timed(number))
                     number += 1
-                found |= speeds(steps[1:] or steps, parameters, 1, peak_flops())
-                found["health"] = {k: v for k, v in steps[-1].items() if k.startswith("health/")}
-                found["peaks_gib"] = dict(peaks)
+                figures |= speeds(steps[1:] or steps, parameters, 1, peak_flops())
+                figures["health"] = {k: v for k, v in steps[-1].items() if k.startswith("health/")}
+                figures["peaks_gib"] = dict(peaks)
                 peaks.clear()
         if args.profile:
             with results.measure("profile", records=args.records[0]):
@@ -108,13 +108,13 @@ def _sleeps(worker: Any, results: Results) -> None:
 
     handle = worker.engine.handle
     for level in (1, 2):
-        with results.measure(f"sleep at level {level}") as found:
+        with results.measure(f"sleep at level {level}") as figures:
             for _ in range(3):
-                found["sleep_s"] = ray.get(handle.timed_sleep.remote(level), timeout=300)
+                figures["sleep_s"] = ray.get(handle.timed_sleep.remote(level), timeout=300)
                 began = time.perf_counter()
                 worker.engine.push(worker.trainer.model)
-                found["wake_and_sync_s"] = time.perf_counter() - began
-                found["wake_cache_s"] = ray.get(handle.timed_wake.remote(), timeout=300)
+                figures["wake_and_sync_s"] = time.perf_counter() - began
+                figures["wake_cache_s"] = ray.get(handle.timed_wake.remote(), timeout=300)
 
 
 def _job(args: argparse.Namespace, gpu: bool, folder: str) -> Any:

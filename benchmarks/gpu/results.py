@@ -26,9 +26,9 @@ class Results:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.add("machine", **machine())
 
-    def add(self, name: str, **found: Any) -> None:
+    def add(self, name: str, **figures: Any) -> None:
         """Writes a measurement; it is on the disk when this returns."""
-        line = json.dumps({"name": name, "at": round(time.time() - self._began, 1), **found}, default=str)
+        line = json.dumps({"name": name, "at": round(time.time() - self._began, 1), **figures}, default=str)
         with self.path.open("a") as f:
             f.write(line + "\n")
             f.flush()
@@ -40,14 +40,14 @@ class Results:
         """Writes what the block puts into the dict, and its seconds. An error is a result too: what follows is still
         measured.
         """
-        found: dict[str, Any] = dict(about)
+        figures: dict[str, Any] = dict(about)
         began = time.perf_counter()
         try:
-            yield found
+            yield figures
         except Exception as e:  # noqa: BLE001 - written down
             traceback.print_exc(file=sys.stderr)
-            found["error"] = f"{type(e).__name__}: {e}"[:1500]
-        self.add(name, ok="error" not in found, **found, seconds=round(time.perf_counter() - began, 3))
+            figures["error"] = f"{type(e).__name__}: {e}"[:1500]
+        self.add(name, ok="error" not in figures, **figures, seconds=round(time.perf_counter() - began, 3))
 
 
 class GpuMemory:

@@ -34,18 +34,18 @@ def main() -> None:
     results, memory = Results(args.json), GpuMemory()
     dtype = "bfloat16" if gpu else "float32"
     loaded = settings(f"ufm.model.path={args.model}", f"ufm.model.dtype={dtype}", *args.settings)
-    with results.measure("engine starts") as found:
+    with results.measure("engine starts") as figures:
         engine, reasons, scores, tokens = prepare(args, loaded)
-        found |= {"prompt_tokens": tokens, "peak_gib": memory.peak()}
+        figures |= {"prompt_tokens": tokens, "peak_gib": memory.peak()}
     engine.generate(reasons[:8])
     for name, requests, cached in (
         ("reason", reasons, False),
         ("score", scores, False),
         ("score, cached", scores, True),
     ):
-        with results.measure(name) as found:
-            found |= measure(engine, requests, cached)
-            found["peak_gib"] = memory.peak()
+        with results.measure(name) as figures:
+            figures |= measure(engine, requests, cached)
+            figures["peak_gib"] = memory.peak()
 
 
 def prepare(args: argparse.Namespace, loaded: Any) -> tuple[Any, list[Any], list[Any], float]:

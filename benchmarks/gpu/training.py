@@ -26,8 +26,8 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="key=value")
     args = parser.parse_args()
     results = Results(args.json)
-    with results.measure("training", gpus=args.gpus, model=args.model.name) as found:
-        found |= measure(args)
+    with results.measure("training", gpus=args.gpus, model=args.model.name) as figures:
+        figures |= measure(args)
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
