@@ -90,6 +90,7 @@ def test_settings_are_frozen_and_described():
         s.seed = 3
     described = {key: text for key, _, text in describe(s)}
     assert set(described) == set(keys(Settings))
+    assert [key for key, text in described.items() if not text.strip()] == [], "each setting says what it means"
     assert "paper" in described["filters.max_gap_s"]
 
 

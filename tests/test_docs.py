@@ -3,6 +3,7 @@
 `python tests/test_docs.py` writes the stage table of docs/architecture.md again.
 """
 
+import ast
 import os
 import re
 import shutil
@@ -174,12 +175,33 @@ def commands(group: typer.Typer) -> set[str]:
 
 @pytest.mark.parametrize("page", CURRENT, ids=lambda p: p.name)
 def test_commands_exist(page):
-    known = commands(app)
     named = {name for text in code(page) for name in re.findall(r"\bgubs ([a-z]+)\b", text)}
-    assert named - known - ({"topics"} if page == EXTENDING else set()) == set()
+    assert named - commands(app) - ({"topics"} if page == EXTENDING else set()) == set()
     make = {name for text in code(page) for name in re.findall(r"^(?:time )?make ([a-z]+)", text, re.MULTILINE)}
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert make - targets == set()
+
+
+def strings(file: Path) -> Iterator[str]:
+    """Every string literal of a module, docstrings and the parts of f-strings too."""
+    constants = (node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant))
+    return (value for value in constants if isinstance(value, str))
+
+
+_COMMAND = re.compile(r"`gubs ([a-z]+)(?: ([a-z]+)\b)?|\bgubs ([a-z]+)(?: ([a-z]+))? --")
+"""In prose a command is quoted or has an option; "what gubs makes" is none."""
+
+
+def test_commands_in_messages_exist():
+    """Remedies, docstrings and the registry name commands; one that was renamed would send a person nowhere."""
+    texts = [f"`{row.command}`" for row in STAGES]
+    modules = [file for file in (ROOT / "gubs").rglob("*.py") if "gubs " in file.read_text()]
+    texts += [text for file in modules for text in strings(file)]
+    named = {(m[1] or m[3], m[2] or m[4]) for text in texts for m in _COMMAND.finditer(text)}
+    assert len(named) > 20
+    groups = {g.name: commands(g.typer_instance) for g in app.registered_groups}
+    assert {command for command, _ in named} - commands(app) == set()
+    assert {(c, sub) for c, sub in named if sub and c in groups and sub not in groups[c]} == set()
 
 
 @pytest.mark.parametrize("page", CURRENT, ids=lambda p: p.name)
