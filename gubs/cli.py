@@ -440,8 +440,8 @@ class _ServeGroup(typer.core.TyperGroup):
     """`gubs serve --run R` is `gubs serve start --run R`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        known = args and (args[0] in self.commands or args[0] == "--help")
-        return super().parse_args(ctx, args if known else ["start", *args])
+        complete = args and (args[0] in self.commands or args[0] == "--help")
+        return super().parse_args(ctx, args if complete else ["start", *args])
 
 
 serve = typer.Typer(cls=_ServeGroup, help="Serve the filter over HTTP; without a command: start.")

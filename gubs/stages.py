@@ -98,8 +98,8 @@ def _annotated(s: Settings) -> bool:
 
 
 def _reasons_asked(s: Settings) -> bool:
-    known = "teacher" not in (s.teachers.train_labels, s.teachers.test_labels)
-    return _annotated(s) and not (known and _simulated(s))
+    causes_given = "teacher" not in (s.teachers.train_labels, s.teachers.test_labels)
+    return _annotated(s) and not (causes_given and _simulated(s))
 
 
 _TEACHERS = ("history_items", "max_text", "author")

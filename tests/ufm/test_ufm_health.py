@@ -1,6 +1,7 @@
 """The health checks of training can fail: what is wrong in one layout of a batch shows against another."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from ufm_helpers import text_prompt, tiny_inputs, video_prompt
 
 from gubs.ufm import health
 from gubs.ufm import inputs as inputs_module
+from gubs.ufm.grpo import GRPOWorker
 from gubs.ufm.health import HealthError
 from gubs.ufm.model import load
 from gubs.ufm.settings import ModelSettings
@@ -110,6 +112,17 @@ def test_rounding_of_half_precision_is_no_illness():
     health.check(HEALTHY | {"health/mismatch": 1.063, "health/drift": 0.0032, "health/ratio": 1.004}, 0, "bfloat16")
     with pytest.raises(HealthError, match=r"mismatch = 1.67, not 0 to 1.12; drift = 0.096"):
         health.check(HEALTHY | {"health/mismatch": 1.67, "health/drift": 0.096}, 0, "bfloat16")
+
+
+def test_a_step_has_the_alarm_among_its_figures_and_one_rank_says_it(capsys):
+    drifted = HEALTHY | {"health/drift": 0.05}
+    for rank, printed in ((0, 1), (1, 0)):
+        worker = object.__new__(GRPOWorker)
+        worker.rank, worker.ufm = rank, SimpleNamespace(model=SimpleNamespace(dtype="float32"))
+        assert worker._with_alarm(dict(HEALTHY), 3) == HEALTHY | {health.ALARM: 0.0}
+        assert worker._with_alarm(drifted, 4) == drifted | {health.ALARM: 1.0}
+        message = " ".join(capsys.readouterr().err.split())
+        assert message.count("step 4: engine and trainer drift apart: drift = 0.05") == printed
 
 
 def test_later_steps_raise_an_alarm_and_go_on():

@@ -1,6 +1,8 @@
 """What a training says and decides before it starts."""
 
 import json
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +10,8 @@ import pyarrow as pa
 import pytest
 from ufm_helpers import changed_copy, small_settings
 
+from gubs import stages
+from gubs.artifacts import Recipe, Run, StageJob
 from gubs.errors import ArtifactError, PlatformError
 from gubs.records import Option, Task
 from gubs.stages import make_stage
@@ -98,6 +102,28 @@ def test_the_log_says_what_was_measured_of_the_papers_rule(capsys):
     stage._say_rule(GRPOSettings(advantage={"rule": "paper"}, groups=False))
     stage._say_rule(GRPOSettings(advantage={"rule": "weighted"}))
     assert not capsys.readouterr().err
+
+
+def grpo_job(run: Run, steps: int, schedule: str = "constant") -> StageJob:
+    """A training of GA-GRPO with so many steps, before it begins."""
+    settings = small_settings(f"ufm.grpo.steps={steps}", f"ufm.grpo.optimizer.schedule={schedule}")
+    recipe = Recipe(settings=stages.settings_of(stages.stage("grpo", settings), settings))
+    return StageJob(run, "grpo", "grpo", recipe, settings.model_dump(mode="json"), False)
+
+
+def test_a_killed_training_may_be_given_more_steps_and_nothing_else(tmp_path):
+    """With a constant rate: the steps that were done are those of the longer training too."""
+    run, more_steps = Run(tmp_path / "run"), ("ufm.grpo.steps",)
+    with suppress(KeyboardInterrupt), stage._training(grpo_job(run, 10), more_steps) as (_, folder):
+        (folder / "checkpoints" / "step-000004").mkdir(parents=True)
+        raise KeyboardInterrupt
+    with stage._training(grpo_job(run, 20), more_steps) as (_, folder):
+        assert (folder / "checkpoints" / "step-000004").exists(), "it resumes"
+        shutil.copytree(folder, tmp_path / "kept")
+    shutil.copytree(tmp_path / "kept", tmp_path / "run" / "grpo.partial")
+    refused = pytest.raises(ArtifactError, match=r"unfinished training with other settings.*schedule=.*now")
+    with refused, stage._training(grpo_job(run, 20, "linear"), ()):
+        pass
 
 
 def test_trainings_of_a_world_differ_in_their_seed_alone():
