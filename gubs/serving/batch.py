@@ -163,6 +163,12 @@ def filter_table(
         num_cpus=0 if gpus else 1,
     )
     decided.write_parquet(out, mode=SaveMode.OVERWRITE)
+    return _counts(out)
+
+
+def _counts(out: str) -> dict[str, int]:
+    import ray.data
+
     counts: Counter[str] = Counter()
     for batch in ray.data.read_parquet(out, columns=["decision", "error"]).iter_batches(batch_format="pyarrow"):
         columns = cast("pa.Table", batch)

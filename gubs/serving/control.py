@@ -95,8 +95,8 @@ class Control:
         """The present config; one without applications if nothing is deployed."""
         details = self._client.get_serve_details()
         applications = [a["deployed_app_config"] for a in details.get("applications", {}).values()]
-        known = {k: details[k] for k in ("proxy_location", "http_options") if details.get(k)}
-        return {**known, "applications": [a for a in applications if a]}
+        options = {k: details[k] for k in ("proxy_location", "http_options") if details.get(k)}
+        return {**options, "applications": [a for a in applications if a]}
 
     def apply(self, config: JsonObject, timeout_s: float = 600.0) -> None:
         """Sets a config and waits until every application runs.

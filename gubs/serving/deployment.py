@@ -23,16 +23,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from ray import serve
-from ray.exceptions import (
-    LocalRayletDiedError,
-    NodeDiedError,
-    ObjectLostError,
-    RayActorError,
-    RaySystemError,
-    WorkerCrashedError,
-)
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.context import _set_request_context
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
+from ray.serve.exceptions import BackPressureError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from starlette.exceptions import HTTPException
 
@@ -82,8 +75,6 @@ _CANARY_S = 30.0
 """Within so many seconds an engine has to answer some question, perhaps behind all others that it has."""
 _QUIET_S = 10.0
 """An engine that answered a question within so many seconds is healthy without being asked."""
-_LOST = (RayActorError, LocalRayletDiedError, NodeDiedError, ObjectLostError, RaySystemError, WorkerCrashedError)
-"""A replica, or its node, is gone."""
 _STATUS = {
     "unknown_user": 404,
     "unknown_group": 404,
@@ -585,7 +576,9 @@ class Ingress:
                 raise RefusedError(
                     429, "overloaded", "too many requests are waiting", retryable=True, retry_after=1
                 ) from None
-            except (*_LOST, DeploymentUnavailableError, RequestCancelledError) as e:
+            except (RayError, RayServeException) as e:  # the replica is lost, or its node, or what it sent
+                if isinstance(e, RayTaskError) and not isinstance(e.cause, (RayError, RayServeException)):
+                    raise  # it lives, and has a bug
                 if attempt == 2 or isinstance(e, RequestCancelledError):
                     raise RefusedError(503, "unavailable", "no engine answers", retryable=True, retry_after=5) from None
             else:

@@ -246,16 +246,16 @@ class FilterService:
         return Person(record, tuple(self._view(v) for v in user.history))
 
     def _view(self, view: schemas.HistoryView) -> View:
-        known = self.bundle.video(view.id) if view.id else None
-        video = known or Video(view.id or "", view.title, view.duration_s, tags=list(view.tags))
+        stored = self.bundle.video(view.id) if view.id else None
+        video = stored or Video(view.id or "", view.title, view.duration_s, tags=list(view.tags))
         return View(video, play_rate=view.play_rate, clicked=view.clicked, rating=view.rating)
 
     def _video(self, candidate: Candidate) -> Video:
         """The known video, with what the request says about it; or an unknown one."""
-        known = self.bundle.video(candidate.id)
-        title = candidate.title if candidate.title is not None else known.title if known else None
-        duration = candidate.duration_s if candidate.duration_s is not None else known.duration_s if known else None
-        return Video(candidate.id, title, duration, tags=list(candidate.tags) or list(known.tags if known else ()))
+        stored = self.bundle.video(candidate.id)
+        title = candidate.title if candidate.title is not None else stored.title if stored else None
+        duration = candidate.duration_s if candidate.duration_s is not None else stored.duration_s if stored else None
+        return Video(candidate.id, title, duration, tags=list(candidate.tags) or list(stored.tags if stored else ()))
 
     async def _group_of(self, user: UserRef, person: Person) -> str | None:
         groups = self.bundle.groups_of(user.id) if user.id is not None else []

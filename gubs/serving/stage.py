@@ -160,12 +160,12 @@ def _decisions(
     items: Sequence[Item], options: _Options, settings: DecisionSettings
 ) -> dict[Task, dict[Mode, DecisionRule]]:
     """By task and mode; a task whose targets are all of one kind is left out."""
-    found: dict[Task, dict[Mode, DecisionRule]] = {}
+    rules: dict[Task, dict[Mode, DecisionRule]] = {}
     for task in Task:
         for mode, answers in options.items():
             if rule := decision_rule(items, answers, task, settings):
-                found.setdefault(task, {})[mode] = rule
-    return found
+                rules.setdefault(task, {})[mode] = rule
+    return rules
 
 
 def _refusal(decisions: dict[Task, dict[Mode, DecisionRule]], gap: float, distilled: bool) -> str:

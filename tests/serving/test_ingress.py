@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 from fastapi import Request
+from ray.exceptions import NodeDiedError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
 from gubs.serving import deployment, ready
 from gubs.serving.deployment import EngineReplica, Ingress, RefusedError, build_engine, build_ingress
@@ -181,6 +183,54 @@ def test_a_service_without_an_engine_is_not_ready(tmp_path, versions):
     with pytest.raises(RefusedError) as e:
         asyncio.run(ingress.readyz())
     assert (e.value.status, e.value.problem.code, e.value.problem.retryable) == (503, "unavailable", True)
+
+
+class Replica:
+    """A handle whose calls fail like this, one after the other."""
+
+    def __init__(self, *errors):
+        self.errors, self.calls = list(errors), 0
+
+    @property
+    def about(self):
+        async def failing():
+            self.calls += 1
+            if self.errors:
+                raise self.errors.pop(0)
+            return "answer"
+
+        return SimpleNamespace(remote=failing)
+
+
+LOST = NodeDiedError("its node is gone")
+CANCELLED = RequestCancelledError("r")
+BUG = RayTaskError("about", "trace", ValueError("user-17"))
+
+
+@pytest.mark.parametrize(
+    ("errors", "outcome", "calls"),
+    [
+        ([LOST], "answer", 2),
+        ([LOST, DeploymentUnavailableError("engine")], 503, 2),
+        ([RayTaskError("about", "trace", LOST).as_instanceof_cause()], "answer", 2),
+        ([CANCELLED], 503, 1),
+        ([BackPressureError(1, 1)], 429, 1),
+        ([BUG.as_instanceof_cause()], ValueError, 1),
+    ],
+)
+def test_what_a_lost_replica_had_is_asked_again_and_a_bug_is_not(tmp_path, errors, outcome, calls):
+    (ingress, _), replica = ingress_of(tmp_path, 60), Replica(*errors)
+    ingress._handle = lambda _: replica
+
+    async def outcome_of():
+        try:
+            return await ingress._call("filter-a", "about")
+        except RefusedError as e:
+            return e.status
+        except ValueError:
+            return ValueError
+
+    assert (asyncio.run(outcome_of()), replica.calls) == (outcome, calls)
 
 
 class Engine:
