@@ -1,6 +1,8 @@
 """SASRec learns an order that can be learned, sees no later item, and gets every item in training."""
 
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,11 +12,13 @@ from evaluate_helpers import feedback_of
 from gubs.errors import InputError
 from gubs.evaluate.baselines.collaborative import Popularity
 from gubs.evaluate.baselines.sasrec import (
+    Place,
     fit,
     from_bytes,
     model_class,
     next_scores,
     rows_of,
+    shares,
     to_bytes,
     training,
     windows,
@@ -45,6 +49,65 @@ def test_users_with_one_item_each_teach_nothing_and_break_nothing():
     assert np.isnan(loss)
     (scores,) = next_scores(model, [np.array([3])], TOY)
     assert np.isfinite(scores).all()
+
+
+UNEVEN = [np.arange(2 + (9 * (u % 2)) * (u % 5)) % 12 for u in range(23)]
+"""Users with 2 to 38 items: alone, workers with half of them each would take different numbers of batches."""
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+@pytest.mark.parametrize("rows", [0, 1, 4, 9, 33])
+def test_all_workers_take_equally_many_batches_and_every_row_counts_once(workers, rows):
+    """Wrong here: one worker waits for ever for a gradient that the others have no batch for."""
+    plans = [list(shares(rows, 4, Place(k, workers), np.random.default_rng(7))) for k in range(workers)]
+    assert {len(p) for p in plans} == {-(-rows // 4)}
+    counted = [row for p in plans for _, own, counts in p for row in own if counts]
+    assert sorted(counted) == list(range(rows))
+    assert all(len(own) > 0 for p in plans for _, own, _ in p), "a worker without a row would have no gradient"
+    for step in zip(*plans, strict=True):
+        assert len({tuple(whole) for whole, _, _ in step}) == 1, "all know the whole batch"
+
+
+class Averaged:
+    """In place of DDP, in threads: gradients are averaged over the workers, who wait for each other."""
+
+    def __init__(self, workers, start):
+        self._start, self._gradients = start, [None] * workers
+        self._barrier = threading.Barrier(workers, timeout=20)
+
+    def wrap(self, rank, model):
+        model.load_state_dict(self._start)  # threads share torch's seed
+        for parameter in model.parameters():
+            parameter.register_hook(lambda gradient: self._mean(rank, gradient))
+        return model
+
+    def _mean(self, rank, gradient):
+        self._gradients[rank] = gradient
+        self._barrier.wait()
+        mean = torch.stack(self._gradients).mean(dim=0)
+        self._barrier.wait()
+        return mean
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_several_workers_do_what_one_does(workers):
+    """Over users with very different numbers of items. Wrong here: a worker has another number of batches, and the
+    others wait in vain."""
+    settings = TOY.model_copy(update={"epochs": 3, "batch": 8})
+    torch.manual_seed(0)
+    start = model_class()(12, settings).state_dict()
+
+    def train(rank, group, workers):
+        place = Place(rank, workers, lambda model: group.wrap(rank, model))
+        *_, (model, _) = training(UNEVEN, 12, settings, 0, place)
+        return np.concatenate(list(next_scores(model, UNEVEN, settings)))
+
+    group = Averaged(workers, start)
+    with ThreadPoolExecutor(workers) as pool:
+        scores = list(pool.map(lambda rank: train(rank, group, workers), range(workers)))
+    alone = train(0, Averaged(1, start), 1)
+    assert np.ptp(alone) > 0.1
+    assert all(np.allclose(alone, other, atol=1e-4) for other in scores)
 
 
 def test_no_place_sees_a_later_item():

@@ -2,11 +2,13 @@
 
 Trained with the cross-entropy over all items instead of one sampled negative: on catalogues of this size that costs
 little and needs no sampler. Ray Train runs `train_worker` on one or more workers (DDP); a row is a window of a user's
-items.
+items. Every worker cuts all windows alike and takes its part of each batch: so all take equally many steps, as DDP
+needs, and several workers do what one does.
 """
 
 import io
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,8 @@ from gubs.evaluate.settings import SasrecSettings
 if TYPE_CHECKING:
     import torch
 
-Sequences = Sequence[npt.NDArray[np.int64]]
+Rows = npt.NDArray[np.int64]
+Sequences = Sequence[Rows]
 """A user's items in order, as numbers from 0."""
 _SCORED = 256
 """Users scored at once."""
@@ -86,57 +89,95 @@ def windows(sequences: Sequences, length: int, rng: np.random.Generator) -> npt.
 
 
 def train_worker(config: dict[str, Any]) -> bytes:
-    """One Ray Train worker: trains on its share of the users; returns the weights, which all workers share."""
+    """One Ray Train worker: trains on its part of every batch; returns the weights, which all workers share."""
     import ray
     import ray.train.torch
     from ray import train
 
     context = train.get_context()
-    share = ray.get(config["sequences"][0])[context.get_world_rank() :: context.get_world_size()]
-    *_, last = training(share, config["items"], config["settings"], config["seed"], ray.train.torch.prepare_model)
+    place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.prepare_model)
+    sequences = ray.get(config["sequences"][0])
+    *_, last = training(sequences, config["items"], config["settings"], config["seed"], place)
     return to_bytes(last[0])
 
 
+@dataclass(frozen=True)
+class Place:
+    """One worker among several."""
+
+    rank: int = 0
+    workers: int = 1
+    wrap: "Callable[[torch.nn.Module], torch.nn.Module]" = lambda model: model
+    """Makes the model one of several workers' models, whose gradients are averaged."""
+
+
+def shares(rows: int, batch: int, place: Place, rng: np.random.Generator) -> Iterator[tuple[Rows, Rows, bool]]:
+    """The rows of each batch, this worker's among them, and whether these count: all workers get equally many batches,
+    so a worker without a row in a batch gets one that does not count.
+
+    Args:
+        rows: of all workers together.
+        batch: rows of a step, of all workers together.
+        place: the worker.
+        rng: in the same state on every worker.
+    """
+    order = rng.permutation(rows)
+    for start in range(0, rows, batch):
+        whole = order[start : start + batch]
+        own = whole[place.rank :: place.workers]
+        yield (whole, own, True) if len(own) else (whole, whole[:1], False)
+
+
 def training(
-    sequences: Sequences,
-    items: int,
-    settings: SasrecSettings,
-    seed: int,
-    wrap: "Callable[[torch.nn.Module], torch.nn.Module]" = lambda m: m,
+    sequences: Sequences, items: int, settings: SasrecSettings, seed: int, place: Place | None = None
 ) -> "Iterator[tuple[torch.nn.Module, float]]":
     """Trains a model; yields it after every epoch with the mean loss. Without a sequence of two items it stays as it
     was drawn.
 
     Args:
-        sequences: of the training users.
+        sequences: of all training users, the same on every worker.
         items: size of the catalogue.
         settings: sizes and optimiser.
         seed: of weights, order and dropout.
-        wrap: makes the model one of several workers' models.
+        place: the worker; default: there is one.
     """
     import torch
 
+    place = place or Place()
     torch.manual_seed(seed)
     model: Any = model_class()(items, settings)
-    wrapped = wrap(model)
+    wrapped = place.wrap(model)
+    if place.rank:
+        torch.manual_seed(seed + place.rank)  # workers drop out other units of other rows
     optimizer = torch.optim.Adam(model.parameters(), settings.lr, betas=(0.9, 0.98))
     rng = np.random.default_rng(seed)
     for _ in range(settings.epochs):
         wrapped.train()
         losses, data = [], torch.from_numpy(windows(sequences, settings.length + 1, rng))
-        order = rng.permutation(len(data))
-        for start in range(0, len(order), settings.batch):
-            batch = data[order[start : start + settings.batch]]
-            batch = batch[:, _first(batch) :].to(next(model.parameters()).device)
+        for whole, own, counted in _batches(data, settings.batch, place, rng):
+            batch = own.to(next(model.parameters()).device)
             seen, following = batch[:, :-1], batch[:, 1:]
             wanted = (seen > 0) & (following > 0)
             logits = model.scores(wrapped(seen)[wanted])
-            loss = torch.nn.functional.cross_entropy(logits, following[wanted] - 1)
+            total = torch.nn.functional.cross_entropy(logits, following[wanted] - 1, reduction="sum")
+            # DDP averages over the workers; so the mean over all items of the batch is this part of it:
+            loss = total * (counted * place.workers / whole)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
         yield model, float(torch.stack(losses).mean()) if losses else float("nan")
+
+
+def _batches(
+    data: "torch.Tensor", batch: int, place: Place, rng: np.random.Generator
+) -> "Iterator[tuple[int, torch.Tensor, bool]]":
+    """Per step: how many items all workers predict, this worker's windows, and whether they count. What is padding in
+    all windows of all workers is cut off, since places are counted from there.
+    """
+    predicted = ((data[:, :-1] > 0) & (data[:, 1:] > 0)).sum(dim=1)
+    for rows, own, counted in shares(len(data), batch, place, rng):
+        yield int(predicted[rows].sum()), data[own][:, _first(data[rows]) :], counted
 
 
 def _first(batch: "torch.Tensor") -> int:
