@@ -21,6 +21,8 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 UNTIMED = -1
 """Time of a record whose time is unknown."""
+IN_ORDER = frozenset({"amazon", "microlens"})
+"""Kinds of source that have each user's records in the order of time, with times or without."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Feedback:
     """Known to have disliked it (2 stars and less)."""
     part: npt.NDArray[np.str_]
     """Part of the data (`train`, `valid`, `test`) if the source comes divided; else empty."""
+    ordered: bool = False
+    """Whether the source says that its log is in the order of time, where it has no times."""
     without_place: int = 0
     """Records that were set aside: they have no time, and other records of their user have one."""
 
@@ -83,13 +87,16 @@ class Feedback:
         return replace(self, **{name: getattr(self, name)[kept] for name in names})
 
 
-def from_tables(interactions: pa.Table, items: Sequence[str], parts: pa.Table | None = None) -> Feedback:
+def from_tables(
+    interactions: pa.Table, items: Sequence[str], parts: pa.Table | None = None, *, ordered: bool = False
+) -> Feedback:
     """Reads the records in which something was chosen (clicked).
 
     Args:
         interactions: schema `interactions`.
         items: ids of all items of the data set.
         parts: interaction_id and part, of a source that comes divided.
+        ordered: the log is in the order of time where it has no times.
     """
     columns = ["interaction_id", "user_id", "video_id", "timestamp", "rating", "liked", "disliked"]
     chosen = pc.fill_null(interactions["clicked"], False)
@@ -114,5 +121,6 @@ def from_tables(interactions: pa.Table, items: Sequence[str], parts: pa.Table | 
         liked=frame["liked"].eq(True).to_numpy(dtype=bool),
         disliked=frame["disliked"].eq(True).to_numpy(dtype=bool),
         part=frame["part"].to_numpy(dtype=str),
+        ordered=ordered,
         without_place=int(without_place.sum()),
     )

@@ -3,7 +3,8 @@
 Per user, some items that the user chose (positives) stand beside as many others (negatives), in an order drawn by the
 seed. Everything else that the user chose is the profile. The literature's setting, interacted against unseen, is won by
 popularity alone; so the protocols come side by side: unseen items drawn evenly, unseen items drawn by popularity, and
-liked against disliked; each with positives drawn at random, and with the last in time.
+liked against disliked; each with positives drawn at random, and with the last in time. Where candidates are the last of
+their kind, what a user did after the first of them is no part of the profile.
 
 Negatives are only items that somebody had chosen before the user's last record, where times are known. Otherwise "never
 seen before" would tell them apart.
@@ -38,7 +39,7 @@ class HeldOut(StrEnum):
 
     RANDOM = "random"
     LAST = "last in time"
-    """The last ones. Equal times keep the order of the log."""
+    """The last ones of each kind; the profile ends before the first of them. Equal times keep the order of the log."""
     PUBLISHED = "published parts"
     """Of a data set that comes divided: at random from the parts `valid` and `test`; only `train` is the profile."""
 
@@ -52,7 +53,7 @@ class Protocol:
     positives: int = 10
     negatives: int = 10
     least_profile: int = 10
-    """Users with fewer other records are left out: there is too little to know them by."""
+    """Users with a shorter profile are left out: there is too little to know them by."""
     available: bool = True
     """Negatives had been chosen by somebody before the user's last record; False = at any time, as the literature."""
 
@@ -81,14 +82,14 @@ class Candidates:
 
 
 def protocols_for(feedback: Feedback, each: int, least_profile: int, *, available: bool = True) -> list[Protocol]:
-    """Every protocol that the data allow: ratings are needed for liked and disliked, times for the last in time."""
+    """Every protocol that the data allow: ratings are needed for liked and disliked, an order in time for the last."""
     contrasts = [Contrast.UNSEEN, Contrast.POPULAR]
     if feedback.liked.any() and feedback.disliked.any():
         contrasts.append(Contrast.LIKED)
     if (feedback.part == "train").any():
         ways = [HeldOut.PUBLISHED]
     else:
-        ways = [HeldOut.RANDOM, HeldOut.LAST] if feedback.timed else [HeldOut.RANDOM]
+        ways = [HeldOut.RANDOM, HeldOut.LAST] if feedback.timed or feedback.ordered else [HeldOut.RANDOM]
     return [Protocol(c, h, each, each, least_profile, available) for h in ways for c in contrasts]
 
 
@@ -134,10 +135,15 @@ def draw(feedback: Feedback, protocol: Protocol, users: int, seed: int) -> Candi
 
 
 def training(feedback: Feedback, candidates: Candidates) -> Feedback:
-    """What every baseline may learn from: all records but the candidates themselves, or the published part `train`."""
+    """What every baseline may learn from: all records but the candidates themselves, or the published part `train`. If
+    the candidates are the last ones, the records of their users end before the first of them.
+    """
     if candidates.protocol.held_out is HeldOut.PUBLISHED:
         return feedback.without(feedback.part != "train")
-    return feedback.without(held_out(feedback, candidates))
+    held = held_out(feedback, candidates)
+    if candidates.protocol.held_out is HeldOut.LAST:
+        held |= np.arange(len(feedback)) >= _first_rows(feedback, held)[feedback.user]
+    return feedback.without(held)
 
 
 def held_out(feedback: Feedback, candidates: Candidates) -> Bools:
@@ -155,17 +161,18 @@ def prove(feedback: Feedback, candidates: Candidates) -> dict[str, Any]:
 
     Raises:
         InputError: a candidate is in a profile or twice in a list, a positive was not chosen, a negative was, a label
-            contradicts the rating, a record of the profile is later than a last one, or a list has another size.
+            contradicts the rating, a record of the profile or of a candidate's kind is later than a last candidate, a
+            profile is too short, or a list has another size.
     """
     p, n_items = candidates.protocol, len(feedback.items)
     pair, records = candidates.user * n_items + candidates.item, feedback.user * n_items + feedback.item
     rest = training(feedback, candidates)
-    known = np.isin(pair, records)
+    chosen = np.isin(pair, records)
     _refuse(len(np.unique(pair)) < len(pair), p, "an item is twice in a list")
     _refuse(bool(np.isin(pair, rest.user * n_items + rest.item).any()), p, "a candidate is in the profile")
-    _refuse(bool((candidates.positive & ~known).any()), p, "a positive was never chosen")
+    _refuse(bool((candidates.positive & ~chosen).any()), p, "a positive was never chosen")
     rated = p.contrast is Contrast.LIKED
-    _refuse(bool((~candidates.positive & known).any()) and not rated, p, "a negative was chosen")
+    _refuse(bool((~candidates.positive & chosen).any()) and not rated, p, "a negative was chosen")
     if rated:
         row = np.argsort(records)[np.searchsorted(np.sort(records), pair)]
         right = np.where(candidates.positive, feedback.liked[row], feedback.disliked[row])
@@ -174,10 +181,13 @@ def prove(feedback: Feedback, candidates: Candidates) -> dict[str, Any]:
     _refuse(bool((sizes != p.positives + p.negatives).any()), p, "a list has another size")
     _refuse(int(candidates.positive.sum()) != p.positives * len(users), p, "a list has another number of positives")
     tied = _check_time(feedback, rest, candidates) if p.held_out is HeldOut.LAST else 0
+    profile = np.diff(rest.starts)[users]
+    _refuse(int(profile.min()) < p.least_profile, p, f"a profile has fewer than {p.least_profile} records")
     support = np.bincount(rest.item, minlength=n_items)[candidates.item]
     return {
         "users": len(users),
         "candidates": len(candidates),
+        "profile_records": float(profile.mean()),
         "positives_nobody_else_chose": int((support[candidates.positive] == 0).sum()),
         "negatives_nobody_else_chose": int((support[~candidates.positive] == 0).sum()),
         "unknown_item_rule": float(((support > 0) == candidates.positive).mean()),
@@ -298,10 +308,32 @@ def _eligible(feedback: Feedback, protocol: Protocol) -> Bools:
 
     total = count(np.ones(len(feedback), bool))
     yes, no = _sources(feedback, protocol)
-    held = protocol.positives + (protocol.negatives if no is not None else 0)
-    profile = count(~yes) if protocol.held_out is HeldOut.PUBLISHED else total - held
+    if protocol.held_out is HeldOut.PUBLISHED:
+        profile = count(~yes)
+    elif protocol.held_out is HeldOut.LAST:
+        last = _last_of(feedback, yes, protocol.positives)
+        last |= _last_of(feedback, no, protocol.negatives) if no is not None else False
+        profile = _first_rows(feedback, last) - feedback.starts[:-1]
+    else:
+        profile = total - protocol.positives - (protocol.negatives if no is not None else 0)
     enough = (count(yes) >= protocol.positives) & (profile >= protocol.least_profile)
     return enough & (count(no) >= protocol.negatives if no is not None else len(feedback.items) > total)
+
+
+def _last_of(feedback: Feedback, mask: Bools, n: int) -> Bools:
+    """The last `n` records of each user among those in the mask, [N]."""
+    rows = np.flatnonzero(mask)
+    ends = np.searchsorted(feedback.user[rows], np.arange(len(feedback.users)), side="right")
+    last = np.zeros(len(feedback), bool)
+    last[rows[ends[feedback.user[rows]] - np.arange(len(rows)) <= n]] = True
+    return last
+
+
+def _first_rows(feedback: Feedback, mask: Bools) -> Ints:
+    """The first row of each user that is in the mask; one past the user's last where none is, [U]."""
+    first = feedback.starts[1:].copy()
+    np.minimum.at(first, feedback.user[mask], np.flatnonzero(mask))
+    return first
 
 
 def _rules(feedback: Feedback, protocol: Protocol) -> dict[str, str]:
@@ -317,29 +349,36 @@ def _rules(feedback: Feedback, protocol: Protocol) -> dict[str, str]:
         "negatives_drawn": drawn[protocol.contrast] + ("" if protocol.contrast is Contrast.LIKED else f"; {when}"),
         "ties": "equal times keep the order of the log",
         "masking": "a candidate is in no profile and in no training data",
+        "profile": "the user's records before the first candidate"
+        if protocol.held_out is HeldOut.LAST
+        else "the user's records that are no candidates",
         "order": "drawn by the seed per user; answers are joined by item id",
     }
 
 
 def _check_time(feedback: Feedback, rest: Feedback, candidates: Candidates) -> int:
-    """Users for whom the tie rule decides.
+    """Users for whom the order of equal times decides.
 
     Raises:
-        InputError: an interacted item of the profile is later than a candidate.
+        InputError: a record of the profile is later than a candidate, or one of a candidate's kind that is none is.
     """
-    n = len(feedback.items)
-    order = np.argsort(feedback.user * n + feedback.item)
-    pairs = (feedback.user * n + feedback.item)[order]
-    chosen = candidates.positive
-    rows = order[np.searchsorted(pairs, candidates.user[chosen] * n + candidates.item[chosen])]
-    first = np.full(len(feedback.users), np.iinfo(np.int64).max)
-    np.minimum.at(first, candidates.user[chosen], feedback.time[rows])
-    profile = rest.liked if candidates.protocol.contrast is Contrast.LIKED else np.ones(len(rest), bool)
-    last = np.full(len(feedback.users), -1)
-    np.maximum.at(last, rest.user[profile], rest.time[profile])
-    asked = np.unique(candidates.user)
-    _refuse(bool((last[asked] > first[asked]).any()), candidates.protocol, "the profile is later than a candidate")
-    return int((last[asked] == first[asked]).sum())
+    p, held = candidates.protocol, held_out(feedback, candidates)
+    records, place = feedback.user * len(feedback.items) + feedback.item, np.arange(len(feedback))
+    asked = np.isin(feedback.user, candidates.user)
+    kinds = zip(_sources(feedback, p), (candidates.positive, ~candidates.positive), strict=True)
+    for kind, which in kinds:
+        if kind is not None:
+            pairs = candidates.user[which] * len(feedback.items) + candidates.item[which]
+            first = _first_rows(feedback, np.isin(records, pairs))[feedback.user]
+            _refuse(
+                bool((kind & asked & ~held & (place > first)).any()), p, "one of its kind is later than a candidate"
+            )
+    first, users = _first_rows(feedback, held), np.unique(candidates.user)
+    late = records[place >= first[feedback.user]]
+    left = rest.user * len(feedback.items) + rest.item
+    _refuse(bool(np.isin(left, late).any()), p, "the profile is later than a candidate")
+    ended = rest.starts[1:][users] - 1
+    return int((rest.time[ended] == feedback.time[first[users]]).sum()) if feedback.timed else 0
 
 
 def _refuse(broken: bool, protocol: Protocol, what: str) -> None:

@@ -16,7 +16,7 @@ from gubs.artifacts import Artifact, StageJob
 from gubs.console import progress
 from gubs.errors import InputError
 from gubs.evaluate.baselines.choices import Answers, all_answers
-from gubs.evaluate.feedback import Bools, Feedback, from_tables
+from gubs.evaluate.feedback import IN_ORDER, Bools, Feedback, from_tables
 from gubs.evaluate.metrics import Metric, Predictions, choice_metrics
 from gubs.evaluate.protocols import (
     Candidates,
@@ -116,7 +116,9 @@ def make_public(job: StageJob, evaluate: EvalSettings, seed: int) -> str:
 def read_feedback(raw: Artifact) -> Feedback:
     """The choices of the artifact `raw`."""
     parts = raw.table("parts") if "parts" in raw.manifest.tables else None
-    return from_tables(raw.table("interactions"), raw.table("videos", ["video_id"])["video_id"].to_pylist(), parts)
+    items = raw.table("videos", ["video_id"])["video_id"].to_pylist()
+    ordered = raw.manifest.settings["source"]["kind"] in IN_ORDER
+    return from_tables(raw.table("interactions"), items, parts, ordered=ordered)
 
 
 def stored_protocols(manifest: Artifact) -> list[Protocol]:

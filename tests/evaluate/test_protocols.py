@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from evaluate_helpers import feedback_of
 
+from gubs import stages
+from gubs.artifacts import Run
+from gubs.config import load_settings
 from gubs.errors import InputError
 from gubs.evaluate.protocols import (
     Contrast,
@@ -14,11 +17,13 @@ from gubs.evaluate.protocols import (
     digest,
     draw,
     from_table,
+    held_out,
     protocols_for,
     prove,
     to_table,
     training,
 )
+from gubs.evaluate.public import read_feedback
 
 UNSEEN = Protocol(Contrast.UNSEEN, HeldOut.RANDOM, 3, 3, 2)
 LAST = replace(UNSEEN, held_out=HeldOut.LAST)
@@ -127,10 +132,73 @@ def test_a_published_division_is_kept():
     assert not train & set(zip(c.user.tolist(), c.item.tolist(), strict=True))
 
 
+LIKED_LAST = Protocol(Contrast.LIKED, HeldOut.LAST, 2, 2, 3)
+
+
+def test_dislikes_that_are_last_in_time_leave_an_earlier_profile_too():
+    """Ann disliked two films in the middle and liked the last two: what came between is later than a candidate."""
+    stars = [4, 3, 4, 2, 1, 3, 5, 4, 5, 4]
+    rows = [("ann", f"i{k}", 10 * k, float(s)) for k, s in enumerate(stars)]
+    rows += [("bob", f"i{k}", 10 * k, float(s)) for k, s in enumerate([1, 2, 5, 4, 3, 5, 4, 3])]  # nothing is earlier
+    feedback = feedback_of(rows)
+    c = draw(feedback, LIKED_LAST, 0, seed=0)
+    assert names(feedback, c) == {("ann", "i8", True), ("ann", "i9", True), ("ann", "i3", False), ("ann", "i4", False)}
+    rest = training(feedback, c)
+    own = [feedback.items[i] for i in rest.item[rest.rows_of(0)]]
+    assert own == ["i0", "i1", "i2"], "the profile ends before the first candidate of either kind"
+    assert c.facts["profile_records"] == 3
+    assert len(rest.item[rest.rows_of(1)]) == 8, "of users who are not asked all is known"
+
+
+def test_the_proof_refuses_dislikes_that_are_not_the_last():
+    stars = [1, 3, 4, 2, 2, 4, 5, 4]
+    feedback = feedback_of([("ann", f"i{k}", 10 * k, float(s)) for k, s in enumerate(stars)])
+    c = draw(feedback, replace(LIKED_LAST, negatives=2, least_profile=1), 0, seed=0)
+    early = replace(c, item=np.where(c.item == feedback.items.index("i4"), feedback.items.index("i0"), c.item))
+    with pytest.raises(InputError, match="one of its kind is later than a candidate"):
+        prove(feedback, early)
+    with pytest.raises(InputError, match="fewer than 5 records"):
+        prove(feedback, replace(c, protocol=replace(c.protocol, least_profile=5)))
+
+
+def test_the_proof_refuses_training_data_that_go_on_after_a_candidate(world, monkeypatch):
+    c = draw(world, replace(LIKED_LAST, least_profile=1), 0, seed=0)
+    monkeypatch.setattr("gubs.evaluate.protocols.training", lambda f, c: f.without(held_out(f, c)))
+    with pytest.raises(InputError, match="the profile is later than a candidate"):
+        prove(world, c)
+
+
+def test_a_log_in_the_order_of_time_needs_no_times_for_the_last():
+    """As reading sequences have it: the source says that the order is that of time."""
+    rows = [(f"u{u}", f"i{(7 * u + k) % 12:02}", None, None) for u in range(6) for k in range(8)]
+    ordered = replace(feedback_of(rows), ordered=True)
+    protocol = next(p for p in protocols_for(ordered, 2, 3) if p.held_out is HeldOut.LAST)
+    c = draw(ordered, protocol, 0, seed=0)
+    for user in range(6):
+        own = ordered.item[ordered.rows_of(user)]
+        assert sorted(c.item[(c.user == user) & c.positive]) == sorted(own[-2:])
+    assert c.facts["users_cut_inside_a_tie"] == 0
+
+
+def test_reading_sequences_say_that_they_are_in_order(tmp_path):
+    data = tmp_path / "books"
+    data.mkdir()
+    windows = ['1,"[5, 3, 9]",900547200', '1,"[3, 9, 2]",929923200', '2,"[9, 2]",949622400']
+    (data / "train.csv").write_text("\n".join(["user_id,item_ids,timestamp", *windows]) + "\n")
+    (data / "id2name4Rec.json").write_text('{"2": "B", "3": "C", "5": "E", "9": "I"}')
+    run = Run(tmp_path / "run")
+    stages.make(["raw"], run, load_settings("tiny", ["source.kind=amazon", f"source.path={data}"]))
+    feedback = read_feedback(run.artifact("raw"))
+    assert feedback.ordered
+    assert not feedback.timed
+    assert [feedback.items[i] for i in feedback.item[feedback.rows_of(0)]] == ["5", "3", "9", "2"]
+
+
 def test_what_data_lack_is_not_offered(world):
     assert len(protocols_for(world, 3, 2)) == 6
     untimed = replace(world, time=np.full(len(world), -1))
     assert {p.held_out for p in protocols_for(untimed, 3, 2)} == {HeldOut.RANDOM}
+    assert {p.held_out for p in protocols_for(replace(untimed, ordered=True), 3, 2)} == {HeldOut.RANDOM, HeldOut.LAST}
     unrated = replace(world, liked=np.zeros(len(world), bool))
     assert Contrast.LIKED not in {p.contrast for p in protocols_for(unrated, 3, 2)}
 
