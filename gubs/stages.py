@@ -308,7 +308,7 @@ STAGES: tuple[Stage, ...] = (
         sections=("ufm", "evaluate", "seed"),
         wanted=lambda _: False,
         resumable=True,
-        version=2,
+        version=3,
     ),
     Stage(
         "candidates",
@@ -369,6 +369,7 @@ STAGES: tuple[Stage, ...] = (
         settings=("seed", "evaluate.sasrec"),
         sections=("evaluate", "seed"),
         wanted=lambda _: False,
+        version=2,
     ),
     Stage(
         "sensitivity",
@@ -417,7 +418,7 @@ STAGES: tuple[Stage, ...] = (
         prompts=(*_UFM_PROMPTS, *_GROUP_PROMPTS),
         sections=("ufm", "evaluate", "serving", "frames", "seed"),
         wanted=lambda _: False,
-        version=4,
+        version=5,
     ),
 )
 """Every stage. Of two with one name, the one that is wanted under the settings counts."""

@@ -99,7 +99,7 @@ def fit(
     raw, truth = np.asarray(skip, float), np.asarray(skipped, bool)
     if truth.all() or not truth.any() or len(set(users)) < 2:
         raise ValueError("a calibration needs targets of several users, some skipped and some not")
-    crossed = {name: _crossed(method, raw, truth, users) for name, method in _METHODS.items()}
+    crossed = {name: cross_fitted(name, raw, truth, users) for name in _METHODS}
     scores = {name: _brier(values, truth) for name, values in crossed.items()}
     best = min(scores, key=lambda name: scores[name])
     return Calibration(
@@ -112,6 +112,24 @@ def fit(
         reliability=reliability(crossed[best], truth),
         n=len(truth),
     )
+
+
+def cross_fitted(method: str, skip: npt.ArrayLike, skipped: npt.ArrayLike, users: Sequence[str]) -> Floats:
+    """Calibrated P(skip) of each held-out target, each user by a fit without that user, [N].
+
+    Args:
+        method: as in `Calibration`.
+        skip: the policy's P(skip), [N].
+        skipped: what happened, [N].
+        users: whose targets they are, at least two.
+    """
+    from sklearn.model_selection import GroupKFold
+
+    raw, truth = np.asarray(skip, float), np.asarray(skipped, bool)
+    values = np.empty(len(raw))
+    for train, test in GroupKFold(min(_FOLDS, len(set(users)))).split(raw, truth, users):
+        values[test] = _METHODS[method](raw[train], truth[train])(raw[test])
+    return values
 
 
 def reliability(skip: Floats, skipped: Bools, bins: int = _BINS) -> tuple[Bin, ...]:
@@ -154,16 +172,6 @@ def _isotonic(raw: Floats, truth: Bools) -> Curve:
 
 
 _METHODS: dict[str, Callable[[Floats, Bools], Curve]] = {"none": _none, "platt": _platt, "isotonic": _isotonic}
-
-
-def _crossed(method: Callable[[Floats, Bools], Curve], raw: Floats, truth: Bools, users: Sequence[str]) -> Floats:
-    """P(skip) of each target by a fit to the other folds' users."""
-    from sklearn.model_selection import GroupKFold
-
-    values = np.empty(len(raw))
-    for train, test in GroupKFold(min(_FOLDS, len(set(users)))).split(raw, truth, users):
-        values[test] = method(raw[train], truth[train])(raw[test])
-    return values
 
 
 def _reason_factors(options: Sequence[OptionProbabilities], golds: Sequence[Option | None]) -> dict[str, float]:

@@ -5,11 +5,11 @@ of held-out users (`gubs.ufm.held_out`).
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gubs.evaluate.calibration import Calibration, fit
+from gubs.evaluate.calibration import Calibration, cross_fitted, fit
 from gubs.evaluate.settings import DecisionSettings
 from gubs.evaluate.thresholds import Threshold, auc, choose_threshold
 from gubs.records import Option, Split, Task
@@ -70,12 +70,51 @@ def decision_rule(
         task: of the decision.
         settings: the goal.
     """
-    known = [(i, o) for i, o in zip(items, options, strict=True) if i.task == task and o is not None]
-    truth = [skipped(i) for i, _ in known]
-    if len(set(truth)) < 2 or len({i.user_id for i, _ in known}) < 2:
+    read = [(i, o) for i, o in zip(items, options, strict=True) if i.task == task and o is not None]
+    chosen = [i for i, _ in read]
+    truth, users = [skipped(i) for i in chosen], [i.user_id for i in chosen]
+    return rule_from([o for _, o in read], truth, users, [i.gold for i in chosen], settings)
+
+
+def rule_from(
+    options: Sequence[OptionProbabilities],
+    truth: Sequence[bool],
+    users: Sequence[str],
+    golds: Sequence[Option | None],
+    settings: DecisionSettings,
+) -> DecisionRule | None:
+    """Calibration and threshold from held-out targets of one task; None if all are of one kind, or of one user.
+
+    Args:
+        options: the policy's probabilities of each target.
+        truth: whether it was skipped (not clicked).
+        users: whose targets they are.
+        golds: the gold options; None where unknown.
+        settings: the goal.
+    """
+    if len(set(truth)) < 2 or len(set(users)) < 2:
         return None
-    raw = [o.skip for _, o in known]
-    users, probabilities, golds = [i.user_id for i, _ in known], [o for _, o in known], [i.gold for i, _ in known]
-    calibration = fit(raw, truth, users, probabilities, golds)
-    threshold = choose_threshold(calibration.curve(raw).tolist(), truth, settings)
-    return DecisionRule(calibration, threshold, auc(raw, truth))
+    raw = [o.skip for o in options]
+    calibration = fit(raw, truth, users, options, golds)
+    return DecisionRule(calibration, _threshold(calibration, raw, truth, users, settings), auc(raw, truth))
+
+
+def _threshold(
+    calibration: Calibration,
+    raw: Sequence[float],
+    truth: Sequence[bool],
+    users: Sequence[str],
+    settings: DecisionSettings,
+) -> Threshold:
+    """The threshold that meets the goal on users that the calibration was not fitted on, and measured on these.
+
+    Fitted values follow the targets that they were fitted to, so on them alone a goal looks met that is not. A goal
+    with a bound has to be met by both: where few values occur, each fold moves them a little, and a threshold among
+    such neighbours would part what the filter cannot.
+    """
+    crossed = cross_fitted(calibration.method, raw, truth, users).tolist()
+    chosen = choose_threshold(crossed, truth, settings)
+    if settings.goal == "balanced":
+        return chosen
+    fitted = choose_threshold(calibration.curve(raw).tolist(), truth, settings)
+    return replace(chosen, value=max(chosen.value, fitted.value))

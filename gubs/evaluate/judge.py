@@ -25,7 +25,7 @@ from gubs.data.work import attempt_key
 from gubs.errors import ArtifactError
 from gubs.evaluate.answers import AnswerLog, OnProgress, Question
 from gubs.evaluate.calibration import best_answer
-from gubs.evaluate.held_out import DecisionRule, decision_rule, held_out_items, skipped
+from gubs.evaluate.held_out import DecisionRule, decision_rule, held_out_items, rule_from, skipped
 from gubs.evaluate.metrics import Predictions, table
 from gubs.evaluate.settings import DecisionSettings, EvalSettings
 from gubs.records import TASK_OPTIONS, Option, Split, Task
@@ -49,6 +49,9 @@ STAGE_PREFIX = "eval-"
 GREEDY, SAMPLED, CALIBRATED, FILTER = "greedy", "sampled", "calibrated", "filter"
 MODES = (GREEDY, SAMPLED, CALIBRATED, FILTER)
 MIXES = ("natural", "balanced")
+SAME_ANSWERS_SINCE = 2
+"""Version of the stage since which an evaluation has the same answers and calibration; later ones only choose another
+threshold (`decided_again`)."""
 
 PREDICTIONS = pa.schema(
     [
@@ -214,6 +217,37 @@ def predictions(items: Sequence[_Target], answers: Answers, rules: Rules, though
         for k, (target, row) in enumerate(zip(items, asked[GREEDY], strict=True))
     ]
     return [*asked[GREEDY], *asked[SAMPLED], *decided]
+
+
+def decided_again(rows: Sequence[Row], held_out: Sequence[Row], settings: DecisionSettings) -> list[Row]:
+    """The rows of an evaluation as the filter decides today, without asking the policy again.
+
+    What is dropped now and was not before has option B: which reason the policy would name was not stored, and its
+    reward is unknown.
+
+    Args:
+        rows: of `PREDICTIONS`.
+        held_out: of `HELD_OUT`, of the same evaluation.
+        settings: the goal.
+    """
+    rules = {task: rule for task in Task if (rule := _stored_rule(held_out, task, settings))}
+    return [_decided_at(r, rules[Task(r["task"])].threshold.value) if _has_rule(r, rules) else r for r in rows]
+
+
+def _has_rule(row: Row, rules: Rules) -> bool:
+    return row["mode"] == FILTER and row["skip"] is not None and Task(row["task"]) in rules
+
+
+def _decided_at(row: Row, threshold: float) -> Row:
+    dropped, before = row["skip"] >= threshold, row["predicted"] != Option.A
+    return row if dropped == before else row | {"predicted": str(Option.B if dropped else Option.A), "reward": None}
+
+
+def _stored_rule(held_out: Sequence[Row], task: Task, settings: DecisionSettings) -> DecisionRule | None:
+    read = [r for r in held_out if r["task"] == task and r["options"]]
+    options = [OptionProbabilities(dict(zip(TASK_OPTIONS[task], r["options"], strict=True)), 1.0) for r in read]
+    golds = [Option(r["gold"]) if r["gold"] else None for r in read]
+    return rule_from(options, [r["skipped"] for r in read], [r["user_id"] for r in read], golds, settings)
 
 
 def measure(rows: Sequence[Row], resamples: int, seed: int) -> list[Row]:

@@ -279,23 +279,23 @@ class Confusion:
     @property
     def accuracy(self) -> Floats:
         """Share of right judgements."""
-        return _ratio(self.tp + self.tn, self.tp + self.tn + self.fp + self.fn)
+        return ratio(self.tp + self.tn, self.tp + self.tn + self.fp + self.fn)
 
     @property
     def f1(self) -> Floats:
         """F1 of the positive class; 0/0 = 0."""
-        return _ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn, 0.0)
+        return ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn, 0.0)
 
     @property
     def balanced_accuracy(self) -> Floats:
         """Mean of the two classes' recalls; NaN where a class has no items."""
-        return (_ratio(self.tp, self.tp + self.fn) + _ratio(self.tn, self.tn + self.fp)) / 2
+        return (ratio(self.tp, self.tp + self.fn) + ratio(self.tn, self.tn + self.fp)) / 2
 
     @property
     def mcc(self) -> Floats:
         """Matthews correlation; 0/0 = 0."""
         product = (self.tp + self.fp) * (self.tp + self.fn) * (self.tn + self.fp) * (self.tn + self.fn)
-        return _ratio(self.tp * self.tn - self.fp * self.fn, np.sqrt(product), 0.0)
+        return ratio(self.tp * self.tn - self.fp * self.fn, np.sqrt(product), 0.0)
 
 
 def published_confusion(accuracy: float, play_rate_above_30: float, skip_rate: float) -> Confusion:
@@ -337,13 +337,13 @@ def _judge_specs(task: Task) -> list[_Spec]:
 
 def _reason_specs() -> list[_Spec]:
     def most_frequent(s: Sums) -> Floats:
-        return _ratio(np.maximum.reduce([s[f"gold_{o}"] for o in REASONS]), s["reasons"])
+        return ratio(np.maximum.reduce([s[f"gold_{o}"] for o in REASONS]), s["reasons"])
 
     def f1_of(option: Option) -> Statistic:
-        return lambda s: _ratio(2 * s[f"right_{option}"], s[f"gold_{option}"] + s[f"said_{option}"], 0.0)
+        return lambda s: ratio(2 * s[f"right_{option}"], s[f"gold_{option}"] + s[f"said_{option}"], 0.0)
 
     def share_of(option: Option) -> Statistic:
-        return lambda s: _ratio(s[f"gold_{option}"], s["reasons"])
+        return lambda s: ratio(s[f"gold_{option}"], s["reasons"])
 
     per_class = [
         _Spec(f"reason_f1_{o}", f1_of(o), "reasons", share_of(o), f"reason {o}", empty=ZERO, blank="reasons_unanswered")
@@ -351,7 +351,7 @@ def _reason_specs() -> list[_Spec]:
     ]
 
     def accuracy(s: Sums) -> Floats:
-        return _ratio(sum((s[f"right_{o}"] for o in REASONS), np.zeros(())), s["reasons"])
+        return ratio(sum((s[f"right_{o}"] for o in REASONS), np.zeros(())), s["reasons"])
 
     def macro(s: Sums) -> Floats:
         return np.mean([f.statistic(s) for f in per_class], axis=0)
@@ -368,13 +368,13 @@ def _choice_specs() -> list[_Spec]:
     def pooled(name: str, total: str, other: str) -> _Spec:
         def value(s: Sums) -> Floats:
             c = _confusion(s)
-            return _ratio(getattr(c, total), getattr(c, total) + getattr(c, other), 0.0)
+            return ratio(getattr(c, total), getattr(c, total) + getattr(c, other), 0.0)
 
         return _Spec(f"click_{name}", value, "items", _share_positive, "click", empty=ZERO)
 
     def per_user(name: str) -> _Spec:
         def value(s: Sums) -> Floats:
-            return _ratio(s[f"user_{name}"], s["users"])
+            return ratio(s[f"user_{name}"], s["users"])
 
         return _Spec(f"user_{name}", value, "users", _share_positive, "click", "per user", ZERO)
 
@@ -409,10 +409,10 @@ def _rate_spec(
     """A mean over kept items; its base rate is the mean over all items (`all_`)."""
 
     def value(s: Sums) -> Floats:
-        return _ratio(s[total], s[count])
+        return ratio(s[total], s[count])
 
     def unfiltered(s: Sums) -> Floats:
-        return _ratio(s[f"all_{total}"], s[f"all_{count}"])
+        return ratio(s[f"all_{total}"], s[f"all_{count}"])
 
     return _Spec(name, value, count, unfiltered, positive, averaging, unanswered=UNANSWERED_KEPT, blank=blank)
 
@@ -423,7 +423,7 @@ def _kept_spec(
     """How much the filter keeps or drops: a share or a count."""
 
     def value(s: Sums) -> Floats:
-        return s[total] if averaging == "count" else _ratio(s[total], s[count])
+        return s[total] if averaging == "count" else ratio(s[total], s[count])
 
     def base(s: Sums) -> Floats:
         return np.full(np.shape(s[total]), unfiltered)
@@ -432,7 +432,7 @@ def _kept_spec(
 
 
 def _share_positive(s: Sums) -> Floats:
-    return _ratio(s["positive"], s["items"])
+    return ratio(s["positive"], s["items"])
 
 
 def _confusion(s: Sums) -> Confusion:
@@ -487,11 +487,11 @@ def _user_sums(p: Predictions) -> dict[str, Floats]:
     }
     for prefix in ("", "all_"):
         sums[f"{prefix}persons"] = (sums[f"{prefix}rated"] > 0).astype(np.float64)
-        sums[f"{prefix}person_rate"] = _ratio(sums[f"{prefix}rate"], sums[f"{prefix}rated"], 0.0)
+        sums[f"{prefix}person_rate"] = ratio(sums[f"{prefix}rate"], sums[f"{prefix}rated"], 0.0)
     sums["users"] = np.ones(len(users))
     sums["user_acc"] = 1 - (sums["positive"] - sums["tp"] + sums["fp"]) / sums["items"]
-    sums["user_recall"] = _ratio(sums["tp"], sums["positive"], 0.0)
-    sums["user_f1"] = _ratio(2 * sums["tp"], sums["positive"] + sums["tp"] + sums["fp"], 0.0)
+    sums["user_recall"] = ratio(sums["tp"], sums["positive"], 0.0)
+    sums["user_f1"] = ratio(2 * sums["tp"], sums["positive"] + sums["tp"] + sums["fp"], 0.0)
     sums["users_emptied"] = (sums["kept"] == 0).astype(np.float64)
     return sums
 
@@ -640,7 +640,7 @@ def _truth(known: Bools, by_gold: Bools, happened: Floats, user: Sequence[str]) 
     return np.where(known, by_gold, happened == 1)
 
 
-def _ratio(numerator: npt.ArrayLike, denominator: npt.ArrayLike, empty: float = float("nan")) -> Floats:
+def ratio(numerator: npt.ArrayLike, denominator: npt.ArrayLike, empty: float = float("nan")) -> Floats:
     """Quotient, `empty` where the denominator is 0."""
     above, below = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
     return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, empty), where=below != 0)

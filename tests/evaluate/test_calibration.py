@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from gubs.evaluate.calibration import Calibration, Curve, _crossed, best_answer, fit, reliability
+from gubs.evaluate import calibration
+from gubs.evaluate.calibration import Calibration, Curve, best_answer, cross_fitted, fit, reliability
 from gubs.records import Option
 from gubs.ufm.labels import OptionProbabilities
 
@@ -58,7 +59,7 @@ def test_noise_is_told_by_the_constant():
     assert found.brier < found.brier_raw
 
 
-def test_folds_never_divide_a_user():
+def test_folds_never_divide_a_user(monkeypatch):
     """Each user's targets have a P(skip) of their own, so that a fit shows whom it saw."""
     shared = []
 
@@ -69,8 +70,9 @@ def test_folds_never_divide_a_user():
 
         return curve
 
-    said = np.array([int(u[1:]) / 100 for u in USERS])
-    _crossed(fitted, said, said < 0.3, USERS)
+    raw = np.array([int(u[1:]) / 100 for u in USERS])
+    monkeypatch.setitem(calibration._METHODS, "noted", fitted)
+    cross_fitted("noted", raw, raw < 0.3, USERS)
     assert shared == [set()] * 5
 
 
