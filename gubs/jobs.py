@@ -155,11 +155,11 @@ def evaluate_log(run: Run, settings: Settings, folder: str, as_json: bool = Fals
     from gubs.serving.shadow import read_log
 
     truth = happened(IFVR(run))
-    found = figures(read_log(folder), truth, resamples=settings.evaluate.bootstrap, seed=settings.seed)
+    decided = figures(read_log(folder), truth, resamples=settings.evaluate.bootstrap, seed=settings.seed)
     if as_json:
-        print_json([f.to_json() for f in found])
+        print_json([f.to_json() for f in decided])
         return
-    for sheet in sheets(found):
+    for sheet in sheets(decided):
         print_sheet(sheet)
 
 
@@ -210,24 +210,25 @@ def audit(
 def _show_evaluation(
     run: Run, settings: Settings, parts: Sequence[str], as_json: bool = False, files: Mapping[str, str] | None = None
 ) -> None:
-    from gubs.evaluate.sheets import ifvr_sheet, print_sheet, public_sheet, ranking_sheet
+    from gubs.evaluate.sheets import ifvr_sheets, print_sheet, public_sheets, ranking_sheet
     from gubs.evaluate.table import tables
     from gubs.report.evaluation import write_page
 
     evaluate = settings.evaluate
     options = {"least_users": evaluate.least_users, "resamples": evaluate.bootstrap, "seed": settings.seed}
-    found = tables(run, files or {}, **options) if run.has("bars") else []
+    ifvr = tables(run, files or {}, **options) if run.has("bars") else []
     stored = [run.artifact(name) for name in ("public", "simulated", "ranking") if name in parts and run.has(name)]
     if as_json:
-        print_json([t.to_json() for t in found] if "ifvr" in parts else {a.stage: _figures(a) for a in stored})
+        print_json([t.to_json() for t in ifvr] if "ifvr" in parts else {a.stage: _figures(a) for a in stored})
     else:
-        for sheet in [ifvr_sheet(t) for t in found] if "ifvr" in parts else []:
+        for sheet in [s for t in ifvr for s in ifvr_sheets(t)] if "ifvr" in parts else []:
             print_sheet(sheet)
-        if chosen := [a for a in stored if a.stage != "ranking"]:
-            print_sheet(public_sheet(chosen))
+        chosen = [a for a in stored if a.stage != "ranking"]
+        for sheet in public_sheets(chosen) if chosen else []:
+            print_sheet(sheet)
         for artifact in (a for a in stored if a.stage == "ranking"):
             print_sheet(ranking_sheet(artifact))
-    say(f"[page]   {write_page(run, found)}")
+    say(f"[page]   {write_page(run, ifvr)}")
 
 
 def _figures(artifact: Artifact) -> dict[str, object]:
@@ -256,8 +257,8 @@ def _trained(run: Run, names: Sequence[str]) -> list[str]:
     trained = [n for n in names if n != stages.BASE]
     for name in trained:
         if not run.has(name):
-            known = ", ".join(policies(run)) or "none"
-            raise MissingArtifactError(name, f"{run.uri} has no policy {name!r} (it has: {known})")
+            trained_names = ", ".join(policies(run)) or "none"
+            raise MissingArtifactError(name, f"{run.uri} has no policy {name!r} (it has: {trained_names})")
     return trained
 
 

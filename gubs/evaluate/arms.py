@@ -28,7 +28,7 @@ from gubs.evaluate.metrics import (
     user_sums,
     well_formed_rewards,
 )
-from gubs.evaluate.table import auc
+from gubs.evaluate.scores import auc
 from gubs.evaluate.verdicts import Verdict, compared, exchanges_for, paired, with_holm
 from gubs.records import TASK_OPTIONS, Option, Task
 
@@ -74,6 +74,7 @@ MEASURES = (
     Measure(REWARD, "reward", NATURAL, CALIBRATED),
     Measure(REWARD, "reward, balanced, sampled", BALANCED, SAMPLED),
     Measure("judge_f1", "judge F1", NATURAL, CALIBRATED),
+    Measure("judge_acc", "judge acc", NATURAL, CALIBRATED),
     Measure("judge_balanced_acc", "balanced acc", NATURAL, CALIBRATED),
     Measure(AUC, "AUC", NATURAL, CALIBRATED),
     Measure("reason_f1", "reason F1", NATURAL, CALIBRATED),
@@ -157,11 +158,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm against the first one."""
+    """An arm against the first one, or one of a pair against the other."""
 
     measure: Measure
     verdict: Verdict
-    """`first` is the arm, `second` the first arm."""
+    """`first` is the arm, `second` what it is compared with."""
     agree: int
     """Cells in which the difference has the sign of the whole."""
     cells: int
@@ -228,52 +229,59 @@ def _answered(rows: Sequence[Row], said: Sequence[tuple[str, float | None]]) -> 
     return rows
 
 
-def compare_arms(arms: Arms, bars: Arms, *, resamples: int, seed: int) -> Comparison:
-    """All figures of all arms, and every arm against the first.
+def compare_arms(
+    arms: Arms, bars: Arms, *, resamples: int, seed: int, pairs: Sequence[tuple[str, str]] = ()
+) -> Comparison:
+    """All figures of all arms, every arm against the first, and the pairs.
 
     Args:
         arms: the answers; every arm has the same cells.
         bars: answers without a policy, in the same form (one cell per world is enough).
         resamples: of users, for intervals and tests.
         seed: of the draws.
+        pairs: more arms to compare, (arm, with which).
 
     Raises:
         ArtifactError: the policies of a world were judged on different targets.
     """
     results: list[Result] = []
     differences: list[Difference] = []
+    against_first = [(arm, next(iter(arms))) for arm in list(arms)[1:]]
     for measure in MEASURES:
         pools = {arm: Pool.of(measure, cells) for arm, cells in arms.items()}
         if not all(p.cells for p in pools.values()):
             continue
-        mine = [pool.result(arm, resamples, seed) for arm, pool in pools.items()]
-        results += mine
+        of_arms = [pool.result(arm, resamples, seed) for arm, pool in pools.items()]
+        results += of_arms
         results += [
             replace(pool.result(name, resamples if pool.ranks else 0, seed), bar=True)
             for name, cells in bars.items()
             if (pool := Pool.of(measure, cells)).cells and (measure.name != AUC or pool.ranks)
         ]
-        if measure.tested:
-            differences += _differences(pools, {r.arm: r for r in mine}, resamples, seed)
+        if measure.tested and resamples:
+            compared_arms = dict.fromkeys((*against_first, *pairs))
+            differences += _differences(pools, {r.arm: r for r in of_arms}, list(compared_arms), resamples, seed)
     return Comparison(tuple(results), tuple(differences))
 
 
 def _differences(
-    pools: Mapping[str, "Pool"], results: Mapping[str, Result], resamples: int, seed: int
+    pools: Mapping[str, "Pool"],
+    results: Mapping[str, Result],
+    pairs: Sequence[tuple[str, str]],
+    resamples: int,
+    seed: int,
 ) -> list[Difference]:
-    """Every arm against the first, in one measure; Holm's correction is over the arms."""
-    (first, base), *others = pools.items()
-    if not others or resamples < 1:
-        return []
-    fine = {"resamples": resamples, "exchanges": exchanges_for(len(others)), "seed": seed}
-    found = [
-        replace(pool.against(base, **fine), metric=base.measure.name, first=arm, second=first) for arm, pool in others
-    ]
+    """The pairs of arms in one measure; Holm's correction is over all of them."""
+    fine = {"resamples": resamples, "exchanges": exchanges_for(len(pairs)), "seed": seed}
+    raw = []
+    for arm, other in pairs:
+        verdict = pools[arm].against(pools[other], **fine)
+        raw.append(replace(verdict, metric=pools[arm].measure.name, first=arm, second=other))
     made = []
-    for verdict in with_holm(found):
-        mine, theirs = results[verdict.first].cells, results[first].cells
-        signs = [(mine[k] - theirs[k]) * verdict.difference > 0 for k in mine]
-        made.append(Difference(base.measure, verdict, sum(signs), len(signs)))
+    for verdict in with_holm(raw):
+        one, two = results[verdict.first].cells, results[verdict.second].cells
+        signs = [(one[k] - two[k]) * verdict.difference > 0 for k in one]
+        made.append(Difference(pools[verdict.first].measure, verdict, sum(signs), len(signs)))
     return made
 
 

@@ -1,4 +1,4 @@
-"""The stage `bars`: what baselines say about every target of the test users of IF-VR, SASRec among them.
+"""The stage `bars`: what baselines say about every target of the test users of IF-VR, recommenders among them.
 
 Table `predictions` has a row per baseline and target, in the columns that stored predictions of models have too. No
 baseline can be left out. Most name no reason of a skip: B stands for any skip, and they have neither figures about
@@ -16,7 +16,8 @@ from gubs.console import progress
 from gubs.data.ifvr import IFVR
 from gubs.errors import ArtifactError
 from gubs.evaluate.baselines import sasrec
-from gubs.evaluate.baselines.targets import Chosen, Log, Scored, all_scored, chosen_by_reward, decided, sequences
+from gubs.evaluate.baselines.targets import Chosen, Log, Scored, all_scored, chosen_by_reward
+from gubs.evaluate.baselines.watched import asked_rows, facts, judged, scored_by_others, sequences
 from gubs.evaluate.feedback import Floats
 from gubs.evaluate.settings import EvalSettings, SasrecSettings
 from gubs.records import Option, Task
@@ -56,11 +57,12 @@ def make(job: StageJob, evaluate: EvalSettings, seed: int) -> str:
             if not ((log.targets & log.train).any() and (log.targets & log.test).any()):
                 continue
             scored, test = all_scored(log)
+            scored |= scored_by_others(log)
             scored[SASREC] = _sasrec(log, evaluate.sasrec, seed)
             chosen = chosen_by_reward(log, golds)
             tables += [_stored(s, task, test) for s in scored.values()]
             tables += [_stored(c, task, test) for c in chosen]
-            info[str(task)] = _facts(log, scored) | {"by_reward": [c.method for c in chosen]}
+            info[str(task)] = {**_facts(log, scored), **facts(log), "by_reward": [c.method for c in chosen]}
     if not tables:
         raise ArtifactError(f"{ifvr.uri} has no task with both training and test users: see splits.test_users")
     with job.writing() as out:
@@ -94,12 +96,10 @@ def _facts(log: Log, scored: Mapping[str, Scored]) -> dict[str, Any]:
 
 
 def _sasrec(log: Log, settings: SasrecSettings, seed: int) -> Scored:
-    """SASRec, trained on what all users watched or clicked in their histories; how likely each target comes next."""
-    watched = sequences(log)
+    """SASRec, trained on what users watched or clicked; how likely each target comes next."""
+    watched, rows = sequences(log), asked_rows(log)
     model = sasrec.fit(watched, len(log.videos), settings, seed)
-    rows = np.flatnonzero(log.targets)
-    score = -next_log_probability(model, watched, log.user[rows], log.video[rows], settings)
-    return decided(SASREC, score, log.train[rows], log.bad[rows])
+    return judged(SASREC, log, -next_log_probability(model, watched, log.user[rows], log.video[rows], settings))
 
 
 def next_log_probability(
@@ -108,25 +108,27 @@ def next_log_probability(
     """How likely each (user, video) is to come next after the user's sequence, [n]; by blocks of users."""
     users, codes = np.unique(user, return_inverse=True)
     order = np.argsort(codes, kind="stable")
-    found, start, done = np.empty(len(user)), 0, 0
+    likely, start, done = np.empty(len(user)), 0, 0
     for scores in sasrec.next_scores(model, [watched[u] for u in users], settings):
         stop = start + int(np.searchsorted(codes[order[start:]], done + len(scores)))
         rows = order[start:stop]
         log_z = np.log(np.exp(scores - scores.max(axis=1, keepdims=True)).sum(axis=1)) + scores.max(axis=1)
-        found[rows] = scores[codes[rows] - done, video[rows]] - log_z[codes[rows] - done]
+        likely[rows] = scores[codes[rows] - done, video[rows]] - log_z[codes[rows] - done]
         start, done = stop, done + len(scores)
-    return found
+    return likely
 
 
-def _stored(said: Scored | Chosen, task: Task, test: pa.Table) -> pa.Table:
+def _stored(answers: Scored | Chosen, task: Task, test: pa.Table) -> pa.Table:
     """One baseline's answers as a table of `STORED`."""
     n = test.num_rows
-    options = said.options if isinstance(said, Chosen) else np.where(said.dropped, str(Option.B), str(Option.A))
+    options = (
+        answers.options if isinstance(answers, Chosen) else np.where(answers.dropped, str(Option.B), str(Option.A))
+    )
     columns = {
-        "method": pa.array([said.method] * n, pa.string()),
+        "method": pa.array([answers.method] * n, pa.string()),
         "task": pa.array([str(task)] * n, pa.string()),
         "predicted": options,
-        "score": said.score,
+        "score": answers.score,
     }
     columns |= {name: test[name] for name in ("user_id", "interaction_id", "play_rate", "clicked")}
     return pa.table({name: columns[name] for name in STORED.names}).cast(STORED)

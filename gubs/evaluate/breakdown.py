@@ -14,8 +14,9 @@ from gubs.data.ifvr import IFVR
 from gubs.evaluate.calibration import Bin, reliability
 from gubs.evaluate.judge import FILTER, GREEDY, as_predictions
 from gubs.evaluate.metrics import Bools, Floats, evaluate
+from gubs.evaluate.scores import auc_over_users
 from gubs.evaluate.sheets import Sheet, SheetRow, per_cent
-from gubs.evaluate.table import VERDICT_METRIC, auc_over_users
+from gubs.evaluate.table import VERDICT_METRIC
 from gubs.records import TASK_OPTIONS, Split, Task, User
 from gubs.ufm.questions import SKIP
 

@@ -17,8 +17,8 @@ from gubs.data.ifvr import IFVR
 from gubs.errors import ArtifactError, InputError
 from gubs.evaluate.feedback import Bools, Floats
 from gubs.evaluate.metrics import over_users
+from gubs.evaluate.scores import auc
 from gubs.evaluate.sheets import Sheet, SheetRow, per_cent
-from gubs.evaluate.table import auc
 from gubs.records import FAST_SKIP_BELOW, Split, Task
 
 COLUMNS = ("time_ms", "user_id", "video_id", "task", "mode", "version", "acted", "decision", "skip_probability")

@@ -23,8 +23,9 @@ from gubs.evaluate.answers import AnswerLog, Question
 from gubs.evaluate.conditions import CHANGES, WHY_NOT, Condition, Subject, prompts, rotated
 from gubs.evaluate.judge import as_predictions, item_order, judged_items
 from gubs.evaluate.metrics import Bools, Floats, Predictions, judge_metrics, over_users, statistic_of, user_sums
+from gubs.evaluate.scores import auc_over_users
 from gubs.evaluate.settings import EvalSettings
-from gubs.evaluate.table import VERDICT_METRIC, auc_over_users
+from gubs.evaluate.table import VERDICT_METRIC
 from gubs.evaluate.verdicts import Verdict, exchanges_for, paired, with_holm
 from gubs.prompts.answers import read_answer
 from gubs.prompts.question import meant

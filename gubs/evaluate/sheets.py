@@ -1,22 +1,25 @@
 """The evaluation's tables as sheets of text, for the terminal and for the page alike."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gubs import console
 from gubs.artifacts import Artifact
+from gubs.evaluate.baselines.choices import USERS_RATE
 from gubs.evaluate.conditions import Condition
+from gubs.evaluate.predictors import REWARD
 from gubs.evaluate.protocols import HeldOut
 from gubs.evaluate.public import METRIC
 from gubs.evaluate.published import PUBLISHED, TABLE_2, TABLE_3
 from gubs.evaluate.ranking import STATISTICS, WAYS
+from gubs.evaluate.scores import SHARE, compared_by, statistics_at
 from gubs.evaluate.sensitivity import AUC, CHANGED, TURNED
-from gubs.evaluate.table import COLUMNS, REWARD, VERDICT_METRIC, Table
-from gubs.evaluate.verdicts import Word, by_predictor
+from gubs.evaluate.table import COLUMNS, COUNTS, VERDICT_METRIC, Table
+from gubs.evaluate.verdicts import Verdict, Word, by_pair, by_predictor
 from gubs.records import Task
 
-_WIDTH = 170
+_WIDTH = 210
 _PUBLISHED_ON = {"movielens": "MovieLens", "agent4rec": "MovieLens", "amazon": "Amazon Books"}
 """Data set of the paper's Table 3, by kind of source."""
 _SHORT = {
@@ -27,10 +30,12 @@ _SHORT = {
     "judge_f1": "judge F1",
     "judge_acc": "judge acc",
     "judge_balanced_acc": "balanced acc",
+    "judge_mcc": "MCC",
     "click_rate": "click rate",
     "click_f1": "click F1",
     "click_acc": "click acc",
     "click_balanced_acc": "balanced acc",
+    "click_mcc": "MCC",
     "auc": "AUC",
     "reason_f1": "reason F1",
     "reason_acc": "reason acc",
@@ -38,7 +43,17 @@ _SHORT = {
     "share_kept": "kept",
     "share_watched_lost": "watched lost",
     "share_clicked_lost": "clicked lost",
+    "users_without_video": "users with none",
 }
+_AT_SHARE = {"total_play_rate": "play rate", "play_rate_above_30": "not skipped", "click_rate": "click rate"}
+_CHOICES = {
+    METRIC: "accuracy",
+    "click_recall": "recall",
+    "click_f1": "F1",
+    "click_mcc": "MCC",
+    "user_f1": "F1, mean over users",
+}
+"""Columns of the "10 + 10" sheets."""
 
 
 @dataclass(frozen=True)
@@ -61,51 +76,117 @@ class Sheet:
     notes: Sequence[str]
 
 
+def ifvr_sheets(table: Table) -> list[Sheet]:
+    """The paper's Table 2, measured; and what predictors with a score keep at the same share of videos kept."""
+    return [ifvr_sheet(table), share_sheet(table)] if table.curves else [ifvr_sheet(table)]
+
+
 def ifvr_sheet(table: Table) -> Sheet:
     """The paper's Table 2, measured, with the published rows below."""
     columns, rows = COLUMNS[Task(table.task)], []
     for row in table.rows:
         rows.append(SheetRow(row.name, [_cell(c, row.values.get(c)) for c in columns]))
         if row.kind != "baseline" and row.random_drop:
-            same = [_number(row.random_drop.get(c)) for c in columns]
+            same = [_plain(c, row.random_drop.get(c)) for c in columns]
             rows.append(SheetRow(f"random drop of as many as {row.name}", same, faint=True))
     rows += [
-        SheetRow(f"{name} ({PUBLISHED})", [_number(figures.get(c)) for c in columns], faint=True)
+        SheetRow(f"{name} ({PUBLISHED})", [_plain(c, figures.get(c)) for c in columns], faint=True)
         for name, figures in TABLE_2.items()
     ]
     what = "skips" if table.task == Task.SEQUENTIAL else "clicks"
     title = f"{table.task}: {table.items:,} targets of {table.users:,} test users, {100 * table.base_rate:.1f} % {what}"
-    return Sheet(title, [_SHORT[c] for c in columns], rows, [*table.notes, *by_predictor(table.verdicts)])
+    at_share = compared_by(Task(table.task))
+    others = [v for v in table.verdicts if v.second not in table.policies and v.metric not in at_share]
+    notes = [*table.notes, *gains(table), *by_predictor(others), *contract_notes(table.contracts, _SHORT)]
+    return Sheet(title, [_SHORT[c] for c in columns], rows, notes)
 
 
-def public_sheet(artifacts: Sequence[Artifact]) -> Sheet:
-    """Accuracy of every baseline and model in every protocol, and what is left unanswered by cause.
+def gains(table: Table) -> list[str]:
+    """What each policy gained over the policies that it is compared with, in all metrics: one line per pair."""
+    return by_pair([v for v in table.verdicts if v.second in table.policies])
+
+
+def share_sheet(table: Table) -> Sheet:
+    """What every predictor with a score keeps if all keep the same share of the videos."""
+    task, good = Task(table.task), "clicked" if table.task == Task.CLICK else "watched"
+    figures = list(statistics_at(task))
+    rows = [SheetRow(name, [per_cent(at[f]) for f in figures]) for name, at in table.at_share.items()]
+    named = [_AT_SHARE.get(f, f"{good} lost") for f in figures]
+    notes = [
+        "the videos with the lowest scores are kept; of those with equal scores at the border, as much as has room",
+        *by_predictor(_at_share(table)),
+    ]
+    return Sheet(f"{task}: every predictor keeps {100 * SHARE:.0f} % of the videos; %", named, rows, notes)
+
+
+def _at_share(table: Table) -> list[Verdict]:
+    metrics = compared_by(Task(table.task))
+    return [v for v in table.verdicts if v.metric in metrics and v.second not in table.policies]
+
+
+def contract_notes(contracts: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[str]:
+    """What columns mean, one line per group of columns with the same rules for 0/0 and for no answer."""
+    rules = dict.fromkeys((c["empty"], c["unanswered"]) for c in contracts)
+    return [
+        f"{empty}, no answer counts as {unanswered}: "
+        + "; ".join(_contract(c, labels) for c in contracts if (c["empty"], c["unanswered"]) == (empty, unanswered))
+        for empty, unanswered in rules
+    ]
+
+
+def _contract(contract: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    base = contract["base_rate"]
+    shown = "" if base is None or base != base else f", base rate {_plain(contract['name'], base)}"
+    unit = "" if not shown or contract["name"] in COUNTS else " %"
+    return f"{labels[contract['name']]} (positive: {contract['positive']}, {contract['averaging']}{shown}{unit})"
+
+
+def public_sheets(artifacts: Sequence[Artifact]) -> list[Sheet]:
+    """One sheet per protocol: every baseline and model, what is left unanswered by cause, and what was published.
 
     Args:
         artifacts: `public`, and `simulated` if there is one.
     """
     metrics = [m for a in artifacts for m in a.table("metrics").to_pylist()]
-    protocols = list(dict.fromkeys(m["protocol"] for m in metrics))
-    found = {(m["protocol"], m["method"], m["name"]): m for m in metrics}
-    users = {p: found[p, "coin", "user_acc"]["n"] for p in protocols}
+    return [_protocol_sheet(p, metrics, artifacts) for p in dict.fromkeys(m["protocol"] for m in metrics)]
+
+
+def _protocol_sheet(protocol: str, metrics: Sequence[Mapping[str, Any]], artifacts: Sequence[Artifact]) -> Sheet:
+    of_protocol = {(m["method"], m["name"]): m for m in metrics if m["protocol"] == protocol}
     rows = [
-        SheetRow(method, [per_cent(found.get((p, method, METRIC))) for p in protocols])
-        for method in dict.fromkeys(m["method"] for m in metrics)
+        SheetRow(method, [per_cent(of_protocol.get((method, c))) for c in _CHOICES])
+        for method in dict.fromkeys(method for method, _ in of_protocol)
     ]
-    literature = [p.startswith("interacted / unseen, ") and not p.endswith(HeldOut.LAST) for p in protocols]
-    data = _PUBLISHED_ON.get(artifacts[0].manifest.settings["source"]["kind"], "")
+    if protocol.startswith("interacted / unseen, ") and not protocol.endswith(HeldOut.LAST):
+        rows += _published_choices(artifacts[0])
+    contracts = [of_protocol["coin", c] for c in _CHOICES]
+    notes = [*_public_notes(protocol, artifacts), *contract_notes(contracts, _CHOICES)]
+    notes.append(
+        f"{USERS_RATE}: the share of the user's other items that were liked; without stars, how many there are"
+    )
+    title = f"10 + 10, {protocol}: {of_protocol['coin', 'user_acc']['n']:,} users; %, positive = chosen or liked"
+    return Sheet(title, list(_CHOICES.values()), rows, notes)
+
+
+def _published_choices(public: Artifact) -> Iterator[SheetRow]:
+    """What the paper's Table 3 prints. Its F1 is none that is pooled over items (`gubs audit agent4rec`)."""
+    data = _PUBLISHED_ON.get(public.manifest.settings["source"]["kind"], "")
     for name, figures in TABLE_3.get(data, {}).items():
-        cells = [_number(figures["accuracy"]) if same else "–" for same in literature]
-        rows.append(SheetRow(f"{name}, {data} ({PUBLISHED})", cells, faint=True))
-    notes = [_like_the_best(p, artifacts[0].table("verdicts").to_pylist()) for p in protocols]
+        printed = {METRIC: figures["accuracy"], "click_recall": figures["recall"], "user_f1": figures["f1"]}
+        cells = [_number(printed.get(c)) for c in _CHOICES]
+        yield SheetRow(f"{name}, {data} ({PUBLISHED})", cells, faint=True)
+
+
+def _public_notes(protocol: str, artifacts: Sequence[Artifact]) -> Iterator[str]:
+    yield _like_the_best(protocol, artifacts[0].table("verdicts").to_pylist())
     for artifact in artifacts[1:]:
-        notes += [_in_words(v) for v in artifact.table("verdicts").to_pylist()]
+        yield from (_in_words(v) for v in artifact.table("verdicts").to_pylist() if v["protocol"] == protocol)
     for info in (a.manifest.info for a in artifacts):
-        notes += [f"unanswered, {row}: {causes or 'none'}" for row, causes in info.get("causes", {}).items()]
+        for row, causes in info.get("causes", {}).items():
+            if row.startswith(f"{protocol}: "):
+                yield f"without a readable answer, {row.removeprefix(f'{protocol}: ')}: {causes or 'none'}"
         if "probed" in info:
-            notes.append(f"{info['model']} recalls {info['recalled']} of {info['probed']} titles from ids alone")
-    title = "10 + 10 items per user: accuracy in %, pooled, positive = chosen or liked, 95 % interval over users"
-    return Sheet(title, [f"{p} ({users[p]:,} users)" for p in protocols], rows, notes)
+            yield f"{info['model']} recalls {info['recalled']} of {info['probed']} titles from ids alone"
 
 
 def ranking_sheet(artifact: Artifact) -> Sheet:
@@ -125,25 +206,39 @@ def ranking_sheet(artifact: Artifact) -> Sheet:
     return Sheet(f"leave one out: {info['users']:,} users, {info['items']:,} items; %", columns, rows, notes)
 
 
+SENSITIVITY_COLUMNS = (
+    *("targets", "balanced acc", "AUC", "answers changed", "decisions turned", "against the own prompt"),
+)
+
+
 def sensitivity_sheets(artifact: Artifact) -> list[Sheet]:
     """What a policy's answers depend on, one sheet per task: each condition beside the own prompt."""
     figures, verdicts = artifact.table("figures").to_pylist(), artifact.table("verdicts").to_pylist()
     info, sheets = artifact.manifest.info, []
     for task in dict.fromkeys(f["task"] for f in figures):
-        found = {(f["condition"], f["name"]): f for f in figures if f["task"] == task}
+        of_condition: dict[str, dict[str, Any]] = {}
+        for f in (f for f in figures if f["task"] == task):
+            of_condition.setdefault(f["condition"], {})[f["name"]] = f
         against = {v["first"]: v for v in verdicts if v["task"] == task}
-        names = (VERDICT_METRIC[Task(task)], AUC, CHANGED, TURNED)
-        rows = [
-            SheetRow(
-                c, [f"{found[c, AUC]['n']:,}", *(per_cent(found.get((c, n))) for n in names), _beside(against.get(c))]
-            )
-            for c in dict.fromkeys(c for c, _ in found)
-        ]
-        n, users = found[Condition.OWN, AUC]["n"], found[Condition.OWN, AUC]["users"]
+        rows = [SheetRow(c, sensitivity_cells(task, named, against.get(c))) for c, named in of_condition.items()]
+        n, users = (of_condition[Condition.OWN][AUC][name] for name in ("n", "users"))
         title = f"{task}: what the answers of {info['policy']} depend on, {n:,} targets of {users:,} test users; %"
-        columns = ["targets", "balanced acc", "AUC", "answers changed", "decisions turned", "against the own prompt"]
-        sheets.append(Sheet(title, columns, rows, _sensitivity_notes(task, info, list(against.values()))))
+        sheets.append(Sheet(title, SENSITIVITY_COLUMNS, rows, _sensitivity_notes(task, info, list(against.values()))))
     return sheets
+
+
+def sensitivity_cells(
+    task: str, figures: Mapping[str, Mapping[str, Any]], against: Mapping[str, Any] | None
+) -> list[str]:
+    """The cells of `SENSITIVITY_COLUMNS` of one condition.
+
+    Args:
+        task: of the targets.
+        figures: of the condition, by name.
+        against: its verdict against the own prompt; None = it is that.
+    """
+    names = (VERDICT_METRIC[Task(task)], AUC, CHANGED, TURNED)
+    return [f"{figures[AUC]['n']:,}", *(per_cent(figures.get(n)) for n in names), _beside(against)]
 
 
 def _sensitivity_notes(task: str, info: Mapping[str, Any], against: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -202,7 +297,16 @@ def print_sheet(sheet: Sheet) -> None:
 
 
 def _cell(column: str, metric: Mapping[str, Any] | None) -> str:
+    if column in COUNTS:
+        return _shown(metric, 1, 0)
     return _shown(metric, 1, 2) if column == REWARD else per_cent(metric)
+
+
+def _plain(column: str, value: float | None) -> str:
+    """A value without an interval."""
+    if column in COUNTS and value is not None:
+        return f"{value:,.0f}"
+    return _number(value)
 
 
 def per_cent(metric: Mapping[str, Any] | None) -> str:

@@ -201,30 +201,44 @@ def _verdict(observed: float, drawn: Floats, p: float, by_user: Floats) -> Verdi
     )
 
 
-def by_predictor(found: Sequence[Verdict]) -> list[str]:
+def by_predictor(made: Sequence[Verdict]) -> list[str]:
     """The verdicts in one line per first predictor and metric."""
     lines = []
-    for first, metric in dict.fromkeys((v.first, v.metric) for v in found):
-        mine = [v for v in found if (v.first, v.metric) == (first, metric)]
+    for first, metric in dict.fromkeys((v.first, v.metric) for v in made):
+        own = [v for v in made if (v.first, v.metric) == (first, metric)]
         parts = [
-            f"{said} {', '.join(f'{v.second} ({v.difference:+.3f})' for v in named)}"
-            for word, said in (
+            f"{phrase} {', '.join(f'{v.second} ({v.difference:+.3f})' for v in named)}"
+            for word, phrase in (
                 (Word.BETTER, "better than"),
                 (Word.WORSE, "worse than"),
                 (Word.UNKNOWN, "cannot tell from"),
             )
-            if (named := [v for v in mine if v.word is word])
+            if (named := [v for v in own if v.word is word])
         ]
-        least = max(v.detectable for v in mine)
-        power = f"5 %, Holm; {mine[0].users} users can show differences of {least:.3f}"
+        least = max(v.detectable for v in own)
+        power = f"5 %, Holm; {own[0].users} users can show differences of {least:.3f}"
         lines.append(f"{first}, {metric}: {'; '.join(parts)} ({power})")
     return lines
 
 
-def with_holm(found: Sequence[Verdict]) -> list[Verdict]:
+def by_pair(made: Sequence[Verdict]) -> list[str]:
+    """The verdicts in one line per pair of predictors: what the first gained over the second, in every metric."""
+    lines = []
+    for first, second in dict.fromkeys((v.first, v.second) for v in made):
+        own = [v for v in made if (v.first, v.second) == (first, second)]
+        parts = [f"{v.metric} {v.difference:+.3f}, {_in_words(v)}" for v in own]
+        lines.append(f"{first} against {second}: {'; '.join(parts)} (5 %, Holm; {own[0].users} users)")
+    return lines
+
+
+def _in_words(v: Verdict) -> str:
+    return f"cannot tell ({v.detectable:.3f} would show)" if v.word is Word.UNKNOWN else str(v.word)
+
+
+def with_holm(raw: Sequence[Verdict]) -> list[Verdict]:
     """The verdicts with corrected p-values, and what they say."""
-    corrected = holm([v.p for v in found])
-    return [replace(v, p_holm=p, word=_word(v, p)) for v, p in zip(found, corrected, strict=True)]
+    corrected = holm([v.p for v in raw])
+    return [replace(v, p_holm=p, word=_word(v, p)) for v, p in zip(raw, corrected, strict=True)]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from gubs.artifacts import Run
 from gubs.errors import ArtifactError
-from gubs.evaluate.sheets import Sheet, ifvr_sheet, public_sheet, ranking_sheet
+from gubs.evaluate.sheets import Sheet, ifvr_sheets, public_sheets, ranking_sheet
 from gubs.evaluate.table import Table
 from gubs.records import Task
 from gubs.report import pages
@@ -45,9 +45,9 @@ def write_page(run: Run, tables: list[Table]) -> str:
 
 def sheets_of(run: Run, tables: list[Table]) -> list[Sheet]:
     """Every table that the run has."""
-    sheets = [ifvr_sheet(t) for t in tables]
+    sheets = [sheet for t in tables for sheet in ifvr_sheets(t)]
     if run.has("public"):
-        sheets.append(public_sheet([run.artifact(n) for n in ("public", "simulated") if run.has(n)]))
+        sheets += public_sheets([run.artifact(n) for n in ("public", "simulated") if run.has(n)])
     if run.has("ranking"):
         sheets.append(ranking_sheet(run.artifact("ranking")))
     return sheets

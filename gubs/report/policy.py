@@ -23,11 +23,13 @@ from gubs.evaluate.breakdown import (
 )
 from gubs.evaluate.compare import Block, compare, judged_policies, verdict_on
 from gubs.evaluate.judge import CALIBRATED, FILTER, GREEDY, MIXES, STAGE_PREFIX, as_predictions
+from gubs.evaluate.predictors import REWARD
+from gubs.evaluate.scores import compared_by
 from gubs.evaluate.sensitivity import STAGE_PREFIX as SENSITIVITY
 from gubs.evaluate.settings import EvalSettings
 from gubs.evaluate.sheets import Sheet, sensitivity_sheets
-from gubs.evaluate.table import REWARD, VERDICT_METRIC, Table, tables
-from gubs.evaluate.verdicts import Verdict, Word, verdicts
+from gubs.evaluate.table import VERDICT_METRIC, Table, tables
+from gubs.evaluate.verdicts import Verdict, Word, by_pair, verdicts
 from gubs.records import Task
 from gubs.report import pages
 from gubs.report.cases import PER_KIND, Case, cases
@@ -123,15 +125,15 @@ def report(run: Run, evaluate: EvalSettings, seed: int, policy: str = "") -> Rep
     blocks = [b for b in compare(run, [policy] if policy else []) if b.mix == MIXES[0]]
     evaluation, fine = run.artifact(STAGE_PREFIX + policy), {"resamples": evaluate.bootstrap, "seed": seed}
     judged = list(Judged.of(evaluation.table("predictions").to_pylist(), evaluation.manifest.info.get("decisions", {})))
-    found = tables(run, {}, least_users=evaluate.least_users, **fine) if run.has(BARS) else []
+    ifvr = tables(run, {}, least_users=evaluate.least_users, **fine) if run.has(BARS) else []
     sensitivity = run.artifact(SENSITIVITY + policy) if run.has(SENSITIVITY + policy) else None
     return Report(
         policy=policy,
         manifest=evaluation.manifest,
-        findings=[_finding(policy, b, j, found, fine) for b, j in zip(blocks, judged, strict=True)],
+        findings=[_finding(policy, b, j, ifvr, fine) for b, j in zip(blocks, judged, strict=True)],
         stale=[m for a in (evaluation, sensitivity) if a for m in _made_from_others(a)],
         sections=[
-            _tables(run, found),
+            _tables(run, ifvr),
             _thresholds(judged),
             _calibration(judged),
             _confusion(judged),
@@ -155,7 +157,7 @@ def write_page(run: Run, made: Report) -> str:
 # Verdicts
 
 
-def _finding(policy: str, block: Block, judged: Judged, found: Sequence[Table], fine: dict[str, int]) -> Finding:
+def _finding(policy: str, block: Block, judged: Judged, ifvr: Sequence[Table], fine: dict[str, int]) -> Finding:
     lines = [line.strip().removeprefix(f"{block.task}: ") for line in verdict_on(block)]
     sentences = [f"As a filter, it {lines[0]}.", *(f"{line[0].upper()}{line[1:]}." for line in lines[1:])]
     about = f"{block.items:,} targets of {block.users:,} test users, as they come"
@@ -164,13 +166,27 @@ def _finding(policy: str, block: Block, judged: Judged, found: Sequence[Table], 
     if (kept := _kept(judged)) in (0.0, 1.0):
         sentences.append(f"A filter that {'keeps' if kept else 'drops'} everything tells nothing apart.")
     sentences += _in_words(_beside_constants(judged, fine))
-    for table in (t for t in found if t.task == block.task):
-        names = {policy: _ANSWERS[GREEDY], f"{policy}, {FILTER}": _ANSWERS[FILTER]}
-        accuracy = [v for v in table.verdicts if v.metric != REWARD and v.first in names]
-        rewards = [v for v in table.verdicts if v.metric == REWARD and v.first == f"{policy}, {CALIBRATED}"]
-        sentences += _in_words([(names[v.first], v) for v in accuracy])
-        sentences += _in_words([("In reward (0 to 3), the calibrated answers", v) for v in rewards])
+    for table in (t for t in ifvr if t.task == block.task):
+        sentences += _beside_the_bars(policy, table)
     return Finding(block.task, about, sentences)
+
+
+def _beside_the_bars(policy: str, table: Table) -> Iterator[str]:
+    """What one table says of a policy: beside the baselines, at the same share kept, and beside other policies."""
+    names = {policy: _ANSWERS[GREEDY], f"{policy}, {FILTER}": _ANSWERS[FILTER]}
+    names[f"{policy}, {CALIBRATED}"] = "The calibrated answers"
+    task, own = Task(table.task), [v for v in table.verdicts if v.first in names]
+    bars = [v for v in own if v.second not in table.policies]
+    calibrated = f"{policy}, {CALIBRATED}"
+    accuracy = [v for v in bars if v.metric == VERDICT_METRIC[task] and v.first != calibrated]
+    rewards = [v for v in bars if v.metric == REWARD and v.first == calibrated]
+    yield from _in_words([(names[v.first], v) for v in accuracy])
+    yield from _in_words([("In reward (0 to 3), the calibrated answers", v) for v in rewards])
+    for metric in compared_by(task):
+        at_share = [v for v in bars if v.metric == metric and v.first == calibrated]
+        at_share = at_share or [v for v in bars if v.metric == metric]  # its ranking is that of the greedy answers
+        yield from _in_words([(f"In {metric}, {names[v.first].lower()}", v) for v in at_share])
+    yield from (f"{line}." for line in by_pair([v for v in own if v.second in table.policies]))
 
 
 def _kept(judged: Judged) -> float:
@@ -186,40 +202,41 @@ def _beside_constants(judged: Judged, fine: dict[str, int]) -> list[tuple[str, V
     return [(_ANSWERS[v.first], v) for v in verdicts({**said, _CONSTANTS: constant}, pairs, metric, **fine)]
 
 
-def _in_words(found: Sequence[tuple[str, Verdict]]) -> Iterator[str]:
+def _in_words(made: Sequence[tuple[str, Verdict]]) -> Iterator[str]:
     """One sentence per predictor: what it is better than, worse than, and cannot be told from."""
-    for who in dict.fromkeys(name for name, _ in found):
-        mine = [v for name, v in found if name == who]
-        scale, digits, unit = (1, 2, "") if mine[0].metric == REWARD else (100, 1, " points")
+    for who in dict.fromkeys(name for name, _ in made):
+        own = [v for name, v in made if name == who]
+        scale, digits, unit = (1, 2, "") if own[0].metric == REWARD else (100, 1, " points")
         verb = "is" if who == _ANSWERS[FILTER] else "are"
-        least = scale * max(v.detectable for v in mine)
-        power = f" ({mine[0].users:,} users can show {least:.{digits}f}{unit})" if least else ""
+        least = scale * max(v.detectable for v in own)
+        power = f" ({own[0].users:,} users can show {least:.{digits}f}{unit})" if least else ""
         parts = []
         for word, phrase in _SAID.items():
             # The largest defeat and the narrowest win first: they say most about the policy.
-            of_word = sorted((v for v in mine if v.word is word), key=lambda v: v.difference)
+            of_word = sorted((v for v in own if v.word is word), key=lambda v: v.difference)
             if of_word:
                 names = [f"{v.second} ({scale * v.difference:+.{digits}f})" for v in of_word[:_NAMED]]
                 rest = len(of_word) - len(names)
-                count = f"{len(of_word)} of {len(mine)}: " if rest else ""
+                count = f"{len(of_word)} of {len(own)}: " if rest else ""
                 more = f" and {rest} more" if rest else ""
-                known = power if word is Word.UNKNOWN else ""
-                parts.append(f"{phrase.format(verb)} {count}{', '.join(names)}{more}{known}")
+                shown = power if word is Word.UNKNOWN else ""
+                parts.append(f"{phrase.format(verb)} {count}{', '.join(names)}{more}{shown}")
         yield f"{who} {'; '.join(parts)}."
 
 
 # Sections
 
 
-def _tables(run: Run, found: list[Table]) -> Section:
+def _tables(run: Run, ifvr: list[Table]) -> Section:
     lead = (
         "In per cent, with half the width of the 95 % interval over users. Every predictor on the targets that all of "
-        "them answered; baselines cannot be left out."
+        "them answered; baselines cannot be left out. What filters keep cannot be compared where they keep "
+        "different shares, so the second table has every predictor at the same share."
     )
     caption = "what is kept when the videos that look best to each predictor are kept"
-    charts = [Chart(f"{t.task}: videos kept", kept_chart(t), caption) for t in found if t.curves]
-    missing = [] if found else [f"baselines beside the policy: `gubs evaluate ifvr --run {run.uri}`"]
-    return Section("Beside the baselines", lead, sheets_of(run, found), charts, missing)
+    charts = [Chart(f"{t.task}: videos kept", kept_chart(t), caption) for t in ifvr if t.curves]
+    missing = [] if ifvr else [f"baselines beside the policy: `gubs evaluate ifvr --run {run.uri}`"]
+    return Section("Beside the baselines", lead, sheets_of(run, ifvr), charts, missing)
 
 
 def _thresholds(judged: Sequence[Judged]) -> Section:

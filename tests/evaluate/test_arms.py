@@ -6,7 +6,7 @@ import pytest
 from gubs.errors import ArtifactError
 from gubs.evaluate.arms import AUC, MEASURES, REWARD, Asked, Pool, compare_arms, constant_answers, read_answers
 from gubs.evaluate.judge import MODES
-from gubs.evaluate.table import auc
+from gubs.evaluate.scores import auc
 from gubs.records import Task
 
 USERS, EACH = 40, 4

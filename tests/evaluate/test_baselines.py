@@ -126,6 +126,11 @@ def test_every_baseline_stands_beside_and_those_that_can_find_the_tastes_do(worl
     for name in ("item kNN", "user kNN", "iALS", "logistic, all", "boosting, all", "logistic, content"):
         assert right[f"{name}, top half"] > 0.65, name
     assert right["always yes"] == right["always no"] == 0.5
+    assert {"user's rate, top half", "user's rate, threshold"} <= right.keys()
+    rates = said["user's rate, top half"].score.reshape(-1, 8)
+    assert (rates == rates[:, :1]).all(), "one value for a user's whole list"
+    liked = {u: world.liked[world.rows_of(u)] for u in (0, 1)}
+    assert (rates[0, 0] > rates[1, 0]) == (liked[0].mean() > liked[1].mean())
     assert right["popularity, top half"] < 0.65
 
 

@@ -12,6 +12,7 @@ from gubs.config import load_settings
 from gubs.errors import ArtifactError, InputError
 from gubs.evaluate.protocols import from_table
 from gubs.evaluate.public import read_feedback, stored_protocols
+from gubs.evaluate.sheets import public_sheets
 
 CHANGES = ("public.each=2", "least_profile=2", "evaluate.bootstrap=50", "sampled_users=15")
 
@@ -75,13 +76,30 @@ def test_tables_and_page_are_rebuilt_without_source_and_network(run, settings, f
     shutil.copytree(run.uri, copy)
     jobs.evaluate_page(Run(copy), load_settings("tiny"))
     text = capsys.readouterr().out
-    for name in ("always yes", "coin", "popularity, top half", "boosting, all", "SimUser, MovieLens (published)"):
+    shown = ("always yes", "coin", "user's rate, threshold", "boosting, all", "SimUser, MovieLens (published)")
+    for name in (*shown, "10 + 10, liked / disliked, last in time: ", "F1, mean over users (positive: click, per user"):
         assert name in text
     page = (copy / "evaluation.html").read_text()
     assert "Holm" in page
     assert run.artifact("candidates").manifest.info["digest"] in page
     with pytest.raises(ArtifactError, match="nothing evaluated yet"):
         jobs.evaluate_page(Run(tmp_path / "empty"), load_settings("tiny"))
+
+
+def test_a_protocol_has_a_sheet_with_what_the_paper_prints_and_what_its_columns_mean(run):
+    sheets = {s.title.split(":")[0].removeprefix("10 + 10, "): s for s in public_sheets([run.artifact("public")])}
+    assert list(sheets) == list(run.artifact("candidates").manifest.info["protocols"])
+    literature = sheets["interacted / unseen, random"]
+    assert literature.columns == ["accuracy", "recall", "F1", "MCC", "F1, mean over users"]
+    rows = {row.name: row for row in literature.rows}
+    assert rows["G-UBS, MovieLens (published)"].cells == ["79.9", "76.2", "–", "–", "78.2"]
+    assert rows["G-UBS, MovieLens (published)"].faint
+    assert [c.split()[0] for c in rows["always yes"].cells] == ["50.0", "100.0", "66.7", "0.0", "66.7"]
+    assert "user's rate, threshold" in rows
+    assert not any("published" in row.name for row in sheets["liked / disliked, random"].rows)
+    (zero,) = [n for n in literature.notes if n.startswith("0/0 = 0, no answer counts as wrong: ")]
+    assert "F1 (positive: click, pooled, base rate 50.0 %)" in zero
+    assert "F1, mean over users (positive: click, per user, base rate 50.0 %)" in zero
 
 
 def test_a_published_table_is_audited_beside_the_runs_baselines(run, tmp_path, capsys):

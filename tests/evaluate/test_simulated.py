@@ -9,6 +9,7 @@ from gubs import stages
 from gubs.artifacts import Run
 from gubs.config import load_settings
 from gubs.evaluate.protocols import Contrast, HeldOut, Protocol, draw, training
+from gubs.evaluate.sheets import public_sheets
 from gubs.evaluate.simulated import _words
 from gubs.evaluate.simulators import Simulators, UnreadableError, read_answers
 from gubs.llm.calls import Answer
@@ -170,8 +171,10 @@ def test_rows_causes_and_verdicts_of_a_scripted_model(tmp_path, monkeypatch):
     assert (unread["value"], unread["n_unanswered"]) == (0, 20)
     pairs = {(v["first"], v["second"]) for v in artifact.table("verdicts").to_pylist()}
     assert ("plain-style, list-wise", "popularity, top half") in pairs
-    from gubs.evaluate.sheets import public_sheet
-
-    sheet = public_sheet([run.artifact("public"), artifact])
+    sheets = public_sheets([run.artifact("public"), artifact])
+    sheet = next(s for s in sheets if s.title.startswith("10 + 10, liked / disliked, random: 6 users"))
     assert any("recalls 1 of 30 titles" in note for note in sheet.notes)
-    assert "plain-style, list-wise" in [row.name for row in sheet.rows]
+    rows = {row.name: row.cells for row in sheet.rows}
+    assert rows["simuser-style, point-wise"][0] == "0.0 ±0.0"
+    assert "without a readable answer, plain-style, list-wise: {'missing': 5}" in sheet.notes
+    assert sum("without a readable answer" in note for note in sheet.notes) == 4, "of this protocol alone"

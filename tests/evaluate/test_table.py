@@ -14,11 +14,14 @@ from gubs.config import load_settings
 from gubs.data.ifvr import IFVR
 from gubs.errors import ArtifactError, InputError
 from gubs.evaluate.bars import STORED, known_options
-from gubs.evaluate.baselines.targets import Log, all_scored, chosen_by_reward, features, scores_of, sequences
+from gubs.evaluate.baselines.targets import Log, all_scored, chosen_by_reward, features, scores_of
+from gubs.evaluate.baselines.watched import asked_rows, feedback_of, judged, learned_rows, scored_by_others, sequences
 from gubs.evaluate.judge import PREDICTIONS
-from gubs.evaluate.metrics import Predictions
+from gubs.evaluate.predictors import Stored, read_file
 from gubs.evaluate.published import TABLE_2
-from gubs.evaluate.table import ORIGINAL, Stored, auc, build, curve, tables
+from gubs.evaluate.scores import RANDOM, auc
+from gubs.evaluate.sheets import gains, ifvr_sheet, ifvr_sheets, share_sheet
+from gubs.evaluate.table import COLUMNS, ORIGINAL, build, tables
 from gubs.records import Task
 from gubs.teachers.reasons import LABELS
 from gubs.teachers.script import GUESS
@@ -89,11 +92,56 @@ def test_a_training_users_own_labels_do_not_reach_its_statistics(log):
     assert (before["video_rate"] != after["video_rate"]).any()
 
 
-def test_sequences_hold_what_was_watched_in_the_history(log):
-    sequence = sequences(log)
+def test_recommenders_learn_from_histories_and_training_targets_and_keep_a_fifth_for_the_threshold(log):
+    sequence, learned = sequences(log), learned_rows(log)
     for user in (0, 7):
-        mask = (log.user == user) & log.history & ~log.bad
-        assert sequence[user].tolist() == log.video[mask].tolist()
+        assert sequence[user].tolist() == log.video[(log.user == user) & learned].tolist()
+    assert (learned & log.history).sum() == (log.history & ~log.bad).sum()
+    assert (learned & log.targets & log.train).any(), "training targets count"
+    assert not (learned & log.targets & log.test).any()
+    rows = asked_rows(log)
+    assert not learned[rows].any(), "what is asked about is never learned from"
+    assert log.train[rows].any()
+    assert set(rows[log.test[rows]]) == set(np.flatnonzero(log.targets & log.test))
+
+
+def test_recommenders_see_no_label_of_a_test_target(log):
+    before = scored_by_others(log)
+    assert list(before) == ["popularity", "item kNN", "user kNN", "iALS", "sequential kNN"]
+    turned = Log.__new__(Log)
+    vars(turned).update(vars(log))
+    turned.bad = np.where(log.targets & log.test, ~log.bad, log.bad)
+    after = scored_by_others(turned)
+    for name in before:
+        assert (before[name].score == after[name].score).all(), name
+        assert before[name].threshold == after[name].threshold, name
+    relearned = Log.__new__(Log)
+    vars(relearned).update(vars(log))
+    relearned.bad = np.where(learned_rows(log) & log.targets, True, log.bad)
+    assert (scored_by_others(relearned)["popularity"].score != before["popularity"].score).any()
+
+
+def test_popularity_is_how_many_users_watched_the_video(log):
+    feedback, rows = feedback_of(log), asked_rows(log)
+    assert len(set(zip(feedback.user.tolist(), feedback.item.tolist(), strict=True))) == len(feedback)
+    test = rows[log.test[rows]]
+    viewers = [len(set(log.user[learned_rows(log) & (log.video == v)].tolist())) for v in log.video[test]]
+    score = scored_by_others(log)["popularity"].score
+    assert [-n for n in viewers if n] == score[np.array(viewers) > 0].tolist()
+
+
+def test_of_whom_nothing_is_known_the_score_is_neutral(log):
+    """Wrong here: a user without a history looks as if everything were to be skipped."""
+    rows = asked_rows(log)
+    user = log.user[rows][log.test[rows]][0]
+    cold = Log.__new__(Log)
+    vars(cold).update(vars(log))
+    cold.bad = np.where((log.user == user) & log.history, True, log.bad)
+    score = np.where(log.user[rows] == user, 99.0, np.arange(len(rows)))
+    of_user = (log.user[rows] == user)[log.test[rows]]
+    neutral = judged("item kNN", cold, score).score[of_user]
+    assert neutral == pytest.approx(np.median(score[score != 99.0]), abs=2)
+    assert judged("popularity", cold, score, personal=False).score[of_user].tolist() == [99.0] * of_user.sum()
 
 
 def test_rates_find_who_skips(log):
@@ -175,10 +223,14 @@ def test_the_table_by_hand():
     assert "judge_acc" not in rows[ORIGINAL].values
     assert "reason_f1" not in rows["oracle"].values
     assert any("only 20 test users" in note for note in table.notes)
-    assert table.verdicts == ()
+    assert {(v.first, v.second) for v in table.verdicts} == {("oracle", RANDOM), ("silent", RANDOM)}
+    assert rows["oracle"].values["judge_mcc"]["value"] == 1
+    assert rows["silent"].values["users_without_video"]["value"] == 0
+    assert rows["always skip"].values["users_without_video"]["value"] == 20
     assert rows["always skip"].values["judge_acc"]["value"] == pytest.approx(skipped.mean())
     assert rows["never skip"].values["judge_balanced_acc"]["value"] == 0.5
     assert "coin" in rows
+    assert "20" in ifvr_sheet(table).rows[1].cells[-1], "a number of users, no share"
     full = table.curves["oracle"][-1]
     assert (full["share_kept"], full["lost"]) == (1, 0)
 
@@ -191,36 +243,12 @@ def test_a_policy_is_compared_with_every_baseline_on_common_targets():
     bars = [predictor(f"bar{k}", truth, np.arange(400) % 2 == k, np.zeros(400), "baseline") for k in range(2)]
     table = build([*bars, policy], truth, Task.SEQUENTIAL, least_users=1, resamples=50, seed=0)
     assert table.items == 300
-    assert [(v.first, v.second) for v in table.verdicts] == [("policy", "bar0"), ("policy", "bar1")], (
-        "no reward is known"
-    )
+    judged = [(v.first, v.second) for v in table.verdicts if not v.metric.endswith("kept")]
+    assert judged == [("policy", "bar0"), ("policy", "bar1")], "no reward is known"
     assert "300 of 400 targets: those that every predictor answered" in table.notes
     other = Stored("other", policy.frame.assign(interaction_id="none"), False, "file")
     with pytest.raises(ArtifactError, match="no target was answered by all of bar0, bar1, other"):
         build([*bars, other], truth, Task.SEQUENTIAL, least_users=1, resamples=0, seed=0)
-
-
-def test_a_curve_keeps_the_lowest_scores_first():
-    rate = np.array([0.1, 0.9, 0.2, 0.8])
-    truth = Predictions(["a", "a", "b", "b"], [None] * 4, ["A"] * 4, play_rate=rate.tolist())
-    points = {p["share_kept"]: p for p in curve(1 - rate, truth)}
-    assert points[0.5]["play_rate_above_30"] == 1
-    assert points[0.5]["total_play_rate"] == pytest.approx(0.85)
-    assert points[0.5]["lost"] == 0
-    assert points[0.25]["lost"] == 0.5
-
-
-def test_auc_by_brute_force():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        score, bad = rng.integers(0, 5, 40).astype(float), rng.random(40) < 0.4
-        pairs = [(a > b) + 0.5 * (a == b) for a in score[bad] for b in score[~bad]]
-        weights = rng.integers(0, 3, (3, 40)).astype(float)
-        assert auc(score, bad) == pytest.approx(np.mean(pairs))
-        for w, found in zip(weights, auc(score, bad, weights), strict=True):
-            drawn = np.repeat(np.arange(40), w.astype(int))
-            assert found == pytest.approx(float(auc(score[drawn], bad[drawn])))
-    assert np.isnan(auc(np.ones(3), np.ones(3, bool)))
 
 
 def test_published_figures_hold_together():
@@ -250,6 +278,126 @@ def test_the_command_makes_the_table_and_takes_files(run, ray_local, tmp_path, c
     pq.write_table(pa.table({"interaction_id": ["none"]}), file)
     with pytest.raises(InputError, match="no column predicted"):
         tables(run, {"mine": str(file)}, least_users=1, resamples=20, seed=0)
+
+
+FACTS = [
+    {"interaction_id": f"x{k}", "user_id": f"u{k % 10}", "play_rate": r}
+    for k, r in enumerate(np.round(np.random.default_rng(3).random(60), 2).tolist())
+]
+
+
+def put_bar(run):
+    bar = [{**f, "method": "logistic, all", "task": "sequential", "predicted": "A", "score": 0.5} for f in FACTS]
+    put(run, "bars", {"predictions": pa.Table.from_pylist(bar, schema=STORED)}, info={"sequential": _KNOWN})
+
+
+def put_policy(run, name, right, golds=lambda k, rate: "A" if rate >= 0.3 else "B", failure=None):
+    """A policy that says what happened in this share of its answers; every twentieth cannot be read."""
+    rows = []
+    for mode in ("greedy", "sampled", "calibrated", "filter"):
+        for k, f in enumerate(FACTS):
+            skipped = (f["play_rate"] < 0.3) == (k % 20 < 20 * right)
+            answer = {"predicted": "B" if skipped else "A", "skip": 0.5 + (0.4 if skipped else -0.4), "reward": 2.0}
+            if failure and k % 20 == 19:
+                answer = {"predicted": None, "skip": None, "reward": 0.0, "failure": failure}
+            gold = golds(k, f["play_rate"])
+            rows.append({**f, **answer, "task": "sequential", "mode": mode, "natural": True, "gold": gold})
+    put(run, f"eval-{name}", {"predictions": pa.Table.from_pylist(rows, schema=PREDICTIONS)})
+
+
+def test_policies_that_were_judged_with_other_golds_do_not_stand_beside_each_other(tmp_path):
+    """Wrong here: rewards of one policy are compared with those that another was given for other truths."""
+    run = Run(tmp_path / "run")
+    put_bar(run)
+    put_policy(run, "grpo", 0.9)
+    put_policy(run, "sft_model", 0.7)
+    assert len(tables(run, {}, least_users=1, resamples=0, seed=0)) == 1
+    put_policy(run, "late", 0.7, golds=lambda k, rate: "A" if rate >= 0.3 else "C" if k == 5 or k > 40 else "B")
+    with pytest.raises(ArtifactError, match=r"late and grpo were judged with different gold options .*gubs judge grpo"):
+        tables(run, {}, least_users=1, resamples=0, seed=0)
+
+
+def test_what_ga_grpo_gained_is_told_beside_what_it_started_from(tmp_path):
+    run, steps = Run(tmp_path / "run"), {"steps": pa.table({"step": [0]})}
+    put_bar(run)
+    put(run, "sft_model", steps)
+    put(run, "plain", steps, inputs=["sft_model"], kind="grpo")
+    put(run, "grpo", steps, inputs=["sft_model"], kind="grpo")
+    for name, right in (("base", 0.4), ("sft_model", 0.5), ("plain", 0.8), ("grpo", 1.0)):
+        put_policy(run, name, right)
+    (table,) = tables(run, {}, least_users=1, resamples=100, seed=0)
+    beside = {(v.first, v.second): v for v in table.verdicts if v.second in table.policies and "acc" in v.metric}
+    greedy = {pair for pair in beside if "," not in pair[0]}
+    assert greedy == {("grpo", "sft_model"), ("grpo", "plain"), ("plain", "sft_model")}
+    assert ("grpo, filter", "sft_model, filter") in beside
+    assert beside["grpo", "sft_model"].word == "better"
+    lines = [line for line in gains(table) if line.startswith("grpo against sft_model: ")]
+    assert "judge_balanced_acc +0.5" in lines[0]
+    assert "reward +0.000, cannot tell" in lines[0]
+    assert "play rate at 70 % kept" in lines[0]
+    assert lines[0] in ifvr_sheet(table).notes
+
+
+def test_unreadable_answers_are_counted_by_cause_and_columns_say_what_they_mean(tmp_path):
+    run = Run(tmp_path / "run")
+    put_bar(run)
+    put_policy(run, "grpo", 0.9, failure="no_option")
+    put_policy(run, "sft_model", 0.9)
+    (table,) = tables(run, {}, least_users=1, resamples=20, seed=0)
+    assert "without a readable answer, grpo: no_option 3" in table.notes
+    assert "without a readable answer, sft_model: none" in table.notes
+    assert [c["name"] for c in table.contracts] == list(COLUMNS[Task.SEQUENTIAL])
+    notes = ifvr_sheet(table).notes
+    rate = 100 * np.mean([f["play_rate"] < 0.3 for f in FACTS])
+    zero = next(n for n in notes if n.startswith("0/0 = 0, no answer counts as wrong: "))
+    assert f"judge F1 (positive: fast skip, pooled, base rate {rate:.1f} %); MCC (positive: fast skip, pooled" in zero
+    kept = next(
+        n for n in notes if n.endswith("users with none (positive: user with no video kept, count, base rate 0)")
+    )
+    assert "person play (positive: play rate, capped at 1, per user" in kept
+
+
+def test_at_the_same_share_policies_stand_beside_chance_and_learned_baselines(tmp_path):
+    run = Run(tmp_path / "run")
+    put_bar(run)
+    put_policy(run, "grpo", 1.0)
+    (table,) = tables(run, {}, least_users=1, resamples=100, seed=0)
+    at_share = [v for v in table.verdicts if v.metric.endswith("at 70 % kept")]
+    assert {(v.first, v.second) for v in at_share} == {("grpo", RANDOM), ("grpo", "logistic, all")}, "no mode twice"
+    main, beside = ifvr_sheets(table)
+    assert [r.name for r in beside.rows][:2] == [RANDOM, "logistic, all"]
+    assert beside.rows[0].cells == beside.rows[1].cells, "a constant is a random drop"
+    assert any(n.startswith("grpo, play rate at 70 % kept: better than random drop (+0.") for n in beside.notes)
+    assert not any("at 70 % kept" in n for n in main.notes)
+    assert share_sheet(table) == beside
+
+
+def test_a_file_of_predictions_that_cannot_be_what_it_says_is_refused(tmp_path):
+    happened, path = pd.DataFrame(FACTS).assign(clicked=None, gold=None), tmp_path / "f.parquet"
+    ids = happened["interaction_id"].tolist()
+
+    def refused(**columns):
+        pq.write_table(pa.table(columns), path)
+        with pytest.raises(InputError) as error:
+            read_file(str(path), Task.SEQUENTIAL, happened)
+        assert str(path) in str(error.value)
+        return str(error.value)
+
+    twice = {"interaction_id": [*ids, *ids], "predicted": ["A"] * 120, "mode": ["greedy"] * 60 + ["filter"] * 60}
+    assert "60 targets have several rows, first x0; keep one row per target, of one mode (filter, greedy)" in refused(
+        **twice
+    )
+    assert "'E' (1 rows), no option of the sequential task; write A, B, C, D" in refused(
+        interaction_id=ids, predicted=["E", *"A" * 59]
+    )
+    assert "score has values that are no numbers" in refused(
+        interaction_id=ids, predicted=["A"] * 60, score=["high"] * 60
+    )
+    path.write_text("no Parquet")
+    with pytest.raises(InputError, match=r"f\.parquet: cannot be read"):
+        read_file(str(path), Task.SEQUENTIAL, happened)
+    pq.write_table(pa.table({"interaction_id": ids[:2], "predicted": ["A", None]}), path)
+    assert len(read_file(str(path), Task.SEQUENTIAL, happened)) == 2
 
 
 def test_a_judged_policy_takes_a_row_as_it_answers_as_calibrated_and_as_served(tmp_path):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from gubs.evaluate.baselines.collaborative import SCORERS, Scorer, nearest
+from gubs.evaluate.baselines.collaborative import SCORERS, nearest, pair_scores
 from gubs.evaluate.baselines.statistics import LEARNERS, cross_fitted, cross_thresholds, folds_of_users, rate
 from gubs.evaluate.feedback import Bools, Feedback, Floats, Ints
 from gubs.evaluate.protocols import Candidates, training
@@ -19,6 +19,8 @@ from gubs.records import Video
 
 TOP_HALF, THRESHOLD = "top half", "threshold"
 CONSTANTS = ("always yes", "always no", "coin")
+USERS_RATE = "user's rate"
+"""How many of the user's other items were liked; without stars, how many there are. The same for the whole list."""
 _USERS = 256
 """Users scored at once, so that memory does not grow with them."""
 
@@ -59,6 +61,7 @@ def all_answers(
     everything = _columns({**scores, **statistics, **content}, candidates)
     of_content = _columns({**content, **user_rates}, candidates)
     named = {**scores, **{n: v for n, v in statistics.items() if n.startswith("item's")}}
+    named[USERS_RATE] = statistics["user's liked share" if np.isfinite(train.rating).any() else "user's items"]
     for name, fit in LEARNERS.items():
         named[f"{name}, content"] = cross_fitted(of_content, candidates.positive, fold, fit)
         named[f"{name}, all"] = cross_fitted(everything, candidates.positive, fold, fit)
@@ -71,9 +74,9 @@ def all_answers(
 
 def collaborative_scores(train: Feedback, candidates: Candidates) -> dict[str, Floats]:
     """Scores of the candidates by each collaborative baseline, [n] each."""
-    scores = {name: _of_candidates(make(train), candidates) for name, make in SCORERS.items()}
+    scores = {name: pair_scores(make(train), candidates.user, candidates.item) for name, make in SCORERS.items()}
     if np.isfinite(train.rating).any():
-        scores["rated kNN"] = _of_candidates(RatedNeighbours(train), candidates)
+        scores["rated kNN"] = pair_scores(RatedNeighbours(train), candidates.user, candidates.item)
     return scores
 
 
@@ -165,15 +168,6 @@ def _constants(candidates: Candidates, seed: int) -> Sequence[Answers]:
     coin = np.random.default_rng([seed, 23]).random(n) < base
     said = (np.ones(n, bool), np.zeros(n, bool), coin)
     return [Answers(name, "", None, yes) for name, yes in zip(CONSTANTS, said, strict=True)]
-
-
-def _of_candidates(scorer: Scorer, candidates: Candidates) -> Floats:
-    """A scorer's scores of the candidates, by blocks of users."""
-    parts = []
-    for rows in _user_blocks(candidates):
-        users, codes = np.unique(candidates.user[rows], return_inverse=True)
-        parts.append(scorer.scores(users)[codes, candidates.item[rows]])
-    return np.concatenate(parts)
 
 
 def _user_blocks(candidates: Candidates) -> list[slice]:

@@ -5,6 +5,7 @@ compared within a user's list or by a threshold; they have no unit.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +21,8 @@ _WEIGHTS = ((0.1, 0.02), (0.1, 0.005), (0.02, 0.01), (0.005, 0.03))
 """(unobserved, penalty) of iALS that are tried."""
 _RIVALS = 20
 """Items that a held-out record is compared with while iALS is tuned; half of them drawn by popularity."""
+_USERS = 256
+"""Users scored at once, so that memory does not grow with them."""
 _CELLS = 4_000_000
 """Numbers held at once while factors are solved."""
 
@@ -155,6 +158,19 @@ SCORERS: dict[str, Callable[[Feedback], Scorer]] = {
     "sequential kNN": SequentialNeighbours,
 }
 """Every collaborative baseline, by the name that tables show."""
+
+
+def pair_scores(scorer: Scorer, user: Ints, item: Ints) -> Floats:
+    """A scorer's scores of pairs of user and item, [n] each; by blocks of users."""
+    users, codes = np.unique(user, return_inverse=True)
+    order = np.argsort(codes, kind="stable")
+    starts = np.searchsorted(codes[order], np.arange(0, len(users) + _USERS, _USERS))
+    scores = np.empty(len(user))
+    for block, (start, stop) in enumerate(pairwise(starts)):
+        rows = order[start:stop]
+        of_users = scorer.scores(users[block * _USERS : (block + 1) * _USERS])
+        scores[rows] = of_users[codes[rows] - block * _USERS, item[rows]]
+    return scores
 
 
 def nearest(unit: sparse.csr_array, k: int) -> sparse.csr_array:

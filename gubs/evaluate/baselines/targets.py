@@ -9,7 +9,6 @@ learns options from labels and names the one with the highest expected reward, a
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -316,11 +315,3 @@ def _tags(texts: Sequence[Sequence[str]]) -> list[tuple[int, ...]]:
     """Each video's tags as numbers."""
     numbers: dict[str, int] = {}
     return [tuple(numbers.setdefault(t, len(numbers)) for t in tags) for tags in texts]
-
-
-def sequences(log: Log) -> list[npt.NDArray[np.int64]]:
-    """Per user, the videos of the history that were watched or clicked, in order."""
-    kept = log.history & ~log.bad
-    starts = np.searchsorted(log.user[kept], np.arange(len(log.users) + 1))
-    videos = log.video[kept]
-    return [videos[a:b] for a, b in pairwise(starts)]
