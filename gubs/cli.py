@@ -362,7 +362,7 @@ def ablate(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME] [key=value ...]", help="T4 ... T11, rule, groups or noise; settings of all arms."
+            metavar="[NAME] [key=value ...]", help="T4 ... T11, rule, groups, noise or order; settings of all arms."
         ),
     ] = None,
     run: Annotated[str, typer.Option("--run", "-r", help="Folder of all policies and the table.")] = "runs/ablations",

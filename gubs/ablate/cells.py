@@ -2,7 +2,8 @@
 
 Two cells share a stage exactly if its recipe is the same: the same inputs, settings, prompts. So data, frames, groups
 and SFT are made once for all arms that do not touch them, and a policy that two ablations have in common is trained
-once. What is finished is never made again; a training that was killed resumes.
+once. What is finished is never made again; a training that was killed resumes. Only baselines that an earlier version
+of gubs made are made anew, since they cost little; evaluations of an earlier version count if their answers still do.
 """
 
 import json
@@ -18,7 +19,8 @@ from gubs.ablate.grid import Cell
 from gubs.artifacts import Run, fingerprint, write_atomically
 from gubs.errors import InputError, MissingArtifactError, SettingsError
 from gubs.evaluate.bars import BARS
-from gubs.stages import Graph, Status
+from gubs.evaluate.judge import SAME_ANSWERS_SINCE
+from gubs.stages import Graph, State, Status
 
 CELLS = "cells"
 _TIMES = "seconds.json"
@@ -72,11 +74,11 @@ class Store:
 
     def seconds(self) -> dict[str, float]:
         """Stage -> mean of the seconds that it took in the cells of the folder."""
-        found = defaultdict[str, list[float]](list)
+        taken = defaultdict[str, list[float]](list)
         for run in self._runs():
             for name, value in _times(run).items():
-                found[name].append(value)
-        return {name: fmean(values) for name, values in found.items()}
+                taken[name].append(value)
+        return {name: fmean(values) for name, values in taken.items()}
 
     def _runs(self) -> Iterator[Run]:
         for path in sorted(Path(self.folder.path(CELLS)).glob("*/*")):
@@ -95,7 +97,7 @@ def make_cell(cell: Cell, store: Store, make: Callable[..., None] = stages.make)
     Raises:
         StaleError: the cell was made with other settings. Others: see `stages.make`.
     """
-    _make(cell.target, cell, store, make)
+    make_in_cell(cell.target, cell, store, make)
 
 
 def has_bars(cell: Cell, store: Store) -> bool:
@@ -104,11 +106,20 @@ def has_bars(cell: Cell, store: Store) -> bool:
 
 
 def make_bars(cell: Cell, store: Store, make: Callable[..., None] = stages.make) -> None:
-    """Makes the baselines of a cell's world in the cell; see `make_cell`."""
-    _make(BARS, cell, store, make)
+    """Makes the baselines of a cell's world in the cell, those of an earlier version anew; see `make_cell`."""
+    run = store.run(cell)
+    graph = Graph([BARS], run, cell.settings)
+    again = _is_of_earlier_version(graph, graph.state(BARS))
+    if again and Path(run.path(BARS)).is_symlink():
+        Path(run.path(BARS)).unlink()  # what it leads to is another cell's
+        again = False
+    make_in_cell(BARS, cell, store, make, force=again)
 
 
-def _make(target: str, cell: Cell, store: Store, make: Callable[..., None]) -> None:
+def make_in_cell(
+    target: str, cell: Cell, store: Store, make: Callable[..., None] = stages.make, *, force: bool = False
+) -> None:
+    """Makes a stage in the folder of a cell, with links to what other cells have made; see `make_cell`."""
     run = store.run(cell)
     store.link(run, Graph([target], run, cell.settings))
     times = _times(run)
@@ -118,8 +129,26 @@ def _make(target: str, cell: Cell, store: Store, make: Callable[..., None]) -> N
         write_atomically(run.fs, run.path(_TIMES), data)
         times[name] = round(seconds, 1)
 
-    make([target], run, cell.settings, on_made=note)
+    make([target], run, cell.settings, on_made=note, force=force)
     store.add(run)
+
+
+def _is_of_earlier_version(graph: Graph, state: State) -> bool:
+    """Whether a stage is stale for no other reason than that an earlier version of gubs made it."""
+    if state.status is not Status.STALE or state.manifest is None:
+        return False
+    before = state.manifest.recipe
+    return not before.model_copy(update={"version": state.stage.version}).changes(graph.recipe(state.stage, before))
+
+
+def _counts(graph: Graph, state: State) -> bool:
+    """Whether a stage that is stale can be used as it is: an evaluation whose answers are those of today."""
+    return (
+        state.manifest is not None
+        and state.manifest.kind == stages.ABOUT_POLICY[stages.EVALUATION]
+        and state.manifest.recipe.version >= SAME_ANSWERS_SINCE
+        and _is_of_earlier_version(graph, state)
+    )
 
 
 @dataclass(frozen=True)
@@ -138,11 +167,11 @@ def standing(cell: Cell, store: Store) -> Standing:
     """Looks at a cell; makes nothing, links nothing."""
     run = store.run(cell)
     graph = Graph([cell.target], run, cell.settings)
-    found = [graph.state(name) for name in graph.order]
-    stale = next((s for s in found if s.status is Status.STALE), None)
+    states = [graph.state(name) for name in graph.order]
+    stale = next((s for s in states if s.status is Status.STALE and not _counts(graph, s)), None)
     if stale:
         return Standing(cell, Status.STALE, f"{stale.stage.name}: {stale.reason}")
-    missing = tuple(s.stage.name for s in found if s.status is Status.MISSING)
+    missing = tuple(s.stage.name for s in states if s.status is Status.MISSING)
     return Standing(cell, Status.MISSING if missing else Status.CURRENT, missing=missing)
 
 
@@ -179,8 +208,8 @@ def _key(graph: Graph, name: str, before: Mapping[str, str]) -> str:
 
 def estimate(counts: Mapping[str, int], seconds: Mapping[str, float]) -> tuple[float, list[str]]:
     """Seconds that so many stages will take by what they took before, and the stages of which nothing is known."""
-    known = sum(n * seconds[name] for name, n in counts.items() if name in seconds)
-    return known, [name for name in counts if name not in seconds]
+    foreseen = sum(n * seconds[name] for name, n in counts.items() if name in seconds)
+    return foreseen, [name for name in counts if name not in seconds]
 
 
 def _times(run: Run) -> dict[str, float]:

@@ -4,9 +4,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from gubs.ablate.again import ask_again, finished, sheets_again, write_again
 from gubs.ablate.cells import Standing, Store, estimate, has_bars, make_bars, make_cell, standing, to_make, unfinished
-from gubs.ablate.curves import draw_curves
-from gubs.ablate.grid import Cell, Choice, cells, first_cells, grids
+from gubs.ablate.curves import draw_curves, draw_levels
+from gubs.ablate.grid import Cell, Choice, cells, find_grid, first_cells, grids
 from gubs.ablate.sheet import sheets, tables, write
 from gubs.artifacts import Run
 from gubs.console import print_json, print_line, say
@@ -19,7 +20,8 @@ def list_grids() -> None:
     """Prints the ablations and their arms."""
     for name, grid in grids().items():
         levels = f"; each at {', '.join(grid.levels)}" if any(grid.levels) else ""
-        print_line(f"{name:<7} {grid.title}: {' | '.join(grid.arms)}{levels}")
+        arms = f"the finished policies of {grid.of} are asked again" if grid.of else " | ".join(grid.arms)
+        print_line(f"{name:<7} {grid.title}: {arms}{levels}")
 
 
 def ablate(
@@ -48,18 +50,38 @@ def ablate(
     """
     chosen = cells(name, choice, preset, overrides)
     store = Store(folder)
+    if find_grid(name).of:
+        _ask_again(name, finished(name, chosen, store), store, dry_run=dry_run, as_json=as_json)
+        return
     if dry_run:
         _foresee(chosen, store, as_json=as_json)
         return
     _make_all(chosen, store)
-    found = tables(chosen, store)
-    artifact = write(name, found, store)
+    made = tables(chosen, store)
+    artifact = write(name, made, store)
     if any(c.policy == GRPO for c in chosen):
         draw_curves(chosen, store, Path(folder.path(artifact.stage, "curves.svg")))
+    if len(made) > 1:
+        draw_levels(made, Path(folder.path(artifact.stage, "levels.svg")))
     if as_json:
-        print_json([t.to_json() for t in found])
+        print_json([t.to_json() for t in made])
     else:
-        for sheet in sheets(name, found):
+        for sheet in sheets(name, made):
+            print_sheet(sheet)
+    say(f"[table]  {artifact.uri}: {artifact.manifest.summary}")
+
+
+def _ask_again(name: str, chosen: Sequence[Cell], store: Store, *, dry_run: bool, as_json: bool) -> None:
+    if dry_run:
+        for cell in chosen:
+            print_line(f"{cell.name:<44} is asked again")
+        return
+    asked = ask_again(name, chosen, store)
+    artifact = write_again(name, asked, store)
+    if as_json:
+        print_json(asked.to_json())
+    else:
+        for sheet in sheets_again(name, asked):
             print_sheet(sheet)
     say(f"[table]  {artifact.uri}: {artifact.manifest.summary}")
 

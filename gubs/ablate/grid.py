@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from gubs import stages
 from gubs.config import Settings, load_settings
 from gubs.errors import SettingsError
+from gubs.evaluate.conditions import Condition
 from gubs.stages import value_at
 
 Value = bool | int | float | str | list[str]
@@ -47,6 +48,17 @@ class Arm(BaseModel):
         return {**policy, "settings": {k: v for k, v in values.items() if k != "policy"}}
 
 
+class Pair(BaseModel):
+    """Two arms that are compared with each other, beside the comparison with the first arm."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    first: str
+    second: str
+    otherwise: str = ""
+    """What is said if the first is better in no measure."""
+
+
 class Grid(BaseModel):
     """An ablation; see the head of `grids.yaml`."""
 
@@ -56,7 +68,19 @@ class Grid(BaseModel):
     arms: dict[str, Arm]
     settings: Changes = {}
     levels: dict[str, Changes] = {"": {}}
+    pairs: tuple[Pair, ...] = ()
     about: str = ""
+    of: str = ""
+    """Another ablation, whose finished policies are asked again; none is trained."""
+    conditions: tuple[Condition, ...] = ()
+    """How they are asked, beside their own prompts."""
+
+    @model_validator(mode="after")
+    def _names_arms(self) -> "Grid":
+        unknown = {name for p in self.pairs for name in (p.first, p.second)} - set(self.arms)
+        if unknown:
+            raise ValueError(f"pairs name no arm: {', '.join(sorted(unknown))}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -87,7 +111,8 @@ class Cell:
 def grids() -> dict[str, Grid]:
     """All ablations, by name."""
     text = (resources.files("gubs.ablate") / "grids.yaml").read_text(encoding="utf-8")
-    return {name: Grid(**values) for name, values in yaml.safe_load(text).items()}
+    entries = yaml.safe_load(text)
+    return {name: Grid(**{"arms": entries.get(v.get("of"), v)["arms"], **v}) for name, v in entries.items()}
 
 
 def find_grid(name: str) -> Grid:
@@ -146,10 +171,10 @@ def first_cells(chosen: Sequence[Cell]) -> list[Cell]:
 
 
 def _check_choice(name: str, grid: Grid, choice: Choice) -> None:
-    for what, chosen, known in (("arm", choice.arms, grid.arms), ("level", choice.levels, grid.levels)):
+    for what, chosen, names in (("arm", choice.arms, grid.arms), ("level", choice.levels, grid.levels)):
         for one in chosen:
-            if one not in known:
-                raise SettingsError(f"ablation {name} has no {what} {one!r}; it has {', '.join(map(repr, known))}")
+            if one not in names:
+                raise SettingsError(f"ablation {name} has no {what} {one!r}; it has {', '.join(map(repr, names))}")
     if not choice.worlds or not choice.seeds:
         raise SettingsError("name at least one world and one seed: --worlds 0 --seeds 0")
 
@@ -158,6 +183,7 @@ def _cell(
     name: str, level: str, arm: str, place: tuple[int, int], base: Settings, given: tuple[str, Sequence[str]]
 ) -> Cell:
     grid, (world, seed), (preset, overrides) = grids()[name], place, given
+    name = grid.of or name
     changes = {**grid.settings, **grid.levels[level], **grid.arms[arm].settings}
     own = [*overrides, *_as_overrides(changes, base), f"seed={world}", f"ufm.seed={seed}"]
     return Cell(name, level, arm, world, seed, grid.arms[arm].policy, load_settings(preset, own))

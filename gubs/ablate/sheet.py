@@ -7,8 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from gubs import stages
 from gubs.ablate.cells import Store
-from gubs.ablate.grid import Cell, find_grid, first_cells
+from gubs.ablate.grid import Cell, Pair, find_grid, first_cells
 from gubs.artifacts import Artifact, JsonObject, Recipe, writing
 from gubs.evaluate.arms import (
     REWARD,
@@ -23,9 +24,10 @@ from gubs.evaluate.arms import (
     read_answers,
 )
 from gubs.evaluate.bars import BARS
-from gubs.evaluate.judge import PREDICTIONS, Row
+from gubs.evaluate.judge import PREDICTIONS, Row, decided_again
 from gubs.evaluate.sheets import Sheet, SheetRow
 from gubs.evaluate.verdicts import Word
+from gubs.ufm.advantage import MEASURED
 
 _COLUMNS = [name for name in PREDICTIONS.names if name != "answer"]
 
@@ -40,11 +42,10 @@ class Table:
 
     def to_json(self) -> JsonObject:
         """As plain JSON."""
-        found = self.comparison
         return {
             "level": self.level,
-            "figures": [{**r.to_row(), "cells": _by_cell(r)} for r in found.results],
-            "differences": [d.to_row() for d in found.differences],
+            "figures": [{**r.to_row(), "cells": _by_cell(r)} for r in self.comparison.results],
+            "differences": [d.to_row() for d in self.comparison.differences],
         }
 
 
@@ -54,57 +55,80 @@ def tables(cells: Sequence[Cell], store: Store) -> list[Table]:
     Raises:
         MissingArtifactError: a cell is not finished. ArtifactError: see `compare_arms`.
     """
-    found = []
-    for level in dict.fromkeys(c.level for c in cells):
-        mine = [c for c in cells if c.level == level]
-        first = first_cells(mine)
-        arms: dict[str, dict[Key, Answers]] = {}
-        bars: dict[str, dict[Key, Answers]] = {}
-        for cell in mine:
-            rows = _rows(cell, store)
-            arms.setdefault(cell.arm, {})[cell.world, cell.seed] = read_answers(rows)
-            if cell in first:
-                for name, said in (constant_answers(rows) | bar_answers(rows, _bars(cell, store))).items():
-                    bars.setdefault(name, {})[cell.world, cell.seed] = read_answers(said)
-        resamples = mine[0].settings.evaluate.bootstrap
-        found.append(Table(level, compare_arms(arms, bars, resamples=resamples, seed=0), mine))
-    return found
+    return [
+        _level(level, [c for c in cells if c.level == level], store) for level in dict.fromkeys(c.level for c in cells)
+    ]
+
+
+def _level(level: str, cells: Sequence[Cell], store: Store) -> Table:
+    first, pairs = first_cells(cells), find_grid(cells[0].grid).pairs
+    arms: dict[str, dict[Key, Answers]] = {}
+    bars: dict[str, dict[Key, Answers]] = {}
+    for cell in cells:
+        rows = _rows(cell, store)
+        arms.setdefault(cell.arm, {})[cell.world, cell.seed] = read_answers(rows)
+        if cell in first:
+            for name, answers in (constant_answers(rows) | bar_answers(rows, _bars(cell, store))).items():
+                bars.setdefault(name, {})[cell.world, cell.seed] = read_answers(answers)
+    resamples = cells[0].settings.evaluate.bootstrap
+    chosen = [(p.first, p.second) for p in pairs if {p.first, p.second} <= set(arms)]
+    return Table(level, compare_arms(arms, bars, resamples=resamples, seed=0, pairs=chosen), cells)
 
 
 def _bars(cell: Cell, store: Store) -> dict[str, dict[str, Row]]:
-    """Bar that chooses options -> interaction -> what it said."""
-    artifact, found = store.run(cell).artifact(BARS), dict[str, dict[str, Row]]()
+    """Bar that chooses options -> interaction -> what it answered."""
+    artifact, answers = store.run(cell).artifact(BARS), dict[str, dict[str, Row]]()
     wanted = {name for facts in artifact.manifest.info.values() for name in facts["by_reward"]}
     for row in artifact.table("predictions", ["method", "interaction_id", "predicted", "score"]).to_pylist():
         if row["method"] in wanted:
-            found.setdefault(row["method"], {})[row["interaction_id"]] = row
-    return found
+            answers.setdefault(row["method"], {})[row["interaction_id"]] = row
+    return answers
 
 
 def _rows(cell: Cell, store: Store) -> list[Row]:
-    rows: list[Row] = store.run(cell).artifact(cell.target).table("predictions", _COLUMNS).to_pylist()
+    """A cell's answers; the filter's as it decides today."""
+    artifact = store.run(cell).artifact(cell.target)
+    rows: list[Row] = artifact.table("predictions", _COLUMNS).to_pylist()
+    if artifact.manifest.recipe.version < stages.stage(cell.target, cell.settings).version:
+        rows = decided_again(rows, artifact.table("held_out").to_pylist(), cell.settings.evaluate.decision)
     return rows
 
 
-def write(name: str, found: Sequence[Table], store: Store) -> Artifact:
+def write(name: str, made: Sequence[Table], store: Store) -> Artifact:
     """Stores the tables as `ablate-NAME` in the folder: figures, their cells, and differences."""
     figures, by_cell, differences = [], [], []
-    for table in found:
+    for table in made:
         level = {"level": table.level}
         figures += [level | r.to_row() for r in table.comparison.results]
         by_cell += [level | row for r in table.comparison.results for row in _by_cell(r)]
         differences += [level | d.to_row() for d in table.comparison.differences]
-    cells = [c for t in found for c in t.cells]
-    inputs = {f"{c.name}/{c.target}": store.run(c).artifact(c.target).content for c in cells}
-    stage, grid = f"ablate-{name}", find_grid(name)
+    cells = [c for t in made for c in t.cells]
+    summary = f"{len(cells)} policies, {len(differences)} comparisons"
+    tables = {"figures": figures, "cells": by_cell, "differences": differences}
+    return store_tables(name, [(c, c.target) for c in cells], tables, summary, store)
+
+
+def store_tables(
+    name: str, targets: Sequence[tuple[Cell, str]], tables: Mapping[str, Sequence[Row]], summary: str, store: Store
+) -> Artifact:
+    """Stores an ablation's tables as `ablate-NAME` in the folder.
+
+    Args:
+        name: of the ablation.
+        targets: cells, each with the stage of it that the tables are made from.
+        tables: rows by name.
+        summary: in one line.
+        store: of the folder.
+    """
+    inputs = {f"{c.name}/{target}": store.run(c).artifact(target).content for c, target in targets}
+    stage, grid, cells = f"ablate-{name}", find_grid(name), [c for c, _ in targets]
     settings = cells[0].settings.model_dump(mode="json")
     with writing(store.folder, stage, recipe=Recipe(inputs=inputs), settings=settings, kind="ablate") as out:
-        for kind, rows in (("figures", figures), ("cells", by_cell), ("differences", differences)):
-            out.write_table(
-                kind, pa.Table.from_pylist(rows) if rows else pa.table({"level": pa.array([], pa.string())})
-            )
+        for kind, rows in tables.items():
+            empty = pa.table({"level": pa.array([], pa.string())})
+            out.write_table(kind, pa.Table.from_pylist(list(rows)) if rows else empty)
         out.info = {"title": grid.title, "grid": grid.model_dump(mode="json"), "cells": [c.name for c in cells]}
-        out.summary = f"{len(cells)} policies, {len(differences)} comparisons"
+        out.summary = summary
     return store.folder.artifact(stage)
 
 
@@ -113,9 +137,9 @@ def _by_cell(result: Result) -> list[JsonObject]:
     return [{**about, "world": w, "seed": s, "value": v} for (w, s), v in result.cells.items()]
 
 
-def sheets(name: str, found: Sequence[Table]) -> Iterator[Sheet]:
+def sheets(name: str, made: Sequence[Table]) -> Iterator[Sheet]:
     """Two sheets per level: figures with intervals over users and what was compared; and the spread over seeds."""
-    for table in found:
+    for table in made:
         yield _figures(name, table)
         if any(len(r.cells) > 1 for r in table.comparison.results):
             yield _spread(table)
@@ -128,6 +152,8 @@ def _figures(name: str, table: Table) -> Sheet:
     title += f"worlds {_list(worlds)}, trainings {_list(seeds)} each, {results[0].users:,} test users in all"
     notes = ["± half the width of the 95 % interval over users, each with the answers of all trainings"]
     notes += _verdicts(table.comparison.differences)
+    notes += _of_pairs(grid.pairs, table.comparison.differences)
+    notes += [f"rule `{rule}`: {MEASURED[rule]}" for rule in _rules(table.cells) if rule in MEASURED]
     notes += [grid.about] if grid.about else []
     return Sheet(title, _labels(results), list(_rows_of(results, _figure)), notes)
 
@@ -167,18 +193,38 @@ def _number(result: Result, value: float) -> str:
 
 
 def _verdicts(differences: Sequence[Difference]) -> Iterator[str]:
-    """One line per measure: which arms are better and worse than the first one, and of which nothing can be told."""
+    """One line per measure and arm that others are compared with: which are better and worse, and of which nothing can
+    be told.
+    """
     words: Mapping[Word, str] = {Word.BETTER: "better", Word.WORSE: "worse", Word.UNKNOWN: "cannot tell"}
-    for measure in dict.fromkeys(d.measure for d in differences):
-        mine = [d for d in differences if d.measure == measure]
+    for measure, second in dict.fromkeys((d.measure, d.verdict.second) for d in differences):
+        own = [d for d in differences if (d.measure, d.verdict.second) == (measure, second)]
         parts = []
-        for word, said in words.items():
-            named = [d for d in mine if d.verdict.word is word]
+        for word, phrase in words.items():
+            named = [d for d in own if d.verdict.word is word]
             listed = ", ".join(f"{d.verdict.first} {d.verdict.difference:+.3f} ({d.agree}/{d.cells})" for d in named)
-            parts += [f"{said}: {listed}"] if named else []
-        least = max(d.verdict.detectable for d in mine)
-        about = f"{measure.label}, against {mine[0].verdict.second}"
+            parts += [f"{phrase}: {listed}"] if named else []
+        least = max(d.verdict.detectable for d in own)
+        about = f"{measure.label}, against {second}"
         yield f"{about}: {'; '.join(parts)} (sign flips by user, Holm; detectable {least:.3f})"
+
+
+def _of_pairs(pairs: Sequence[Pair], differences: Sequence[Difference]) -> Iterator[str]:
+    """What follows from each pair: in which measures the first is better, else what its grid says `otherwise`."""
+    for pair in (p for p in pairs if p.otherwise):
+        own = [d for d in differences if (d.verdict.first, d.verdict.second) == (pair.first, pair.second)]
+        better = [f"{d.measure.label} {d.verdict.difference:+.3f}" for d in own if d.verdict.word is Word.BETTER]
+        if better:
+            yield f"{pair.first} is better than {pair.second} in {', '.join(better)}"
+        elif own:
+            least = ", ".join(f"{d.measure.label} {d.verdict.detectable:.3f}" for d in own)
+            yield f"{pair.first} is better than {pair.second} in no measure (detectable: {least}): {pair.otherwise}"
+
+
+def _rules(cells: Sequence[Cell]) -> list[str]:
+    """The advantage rules by which cells were trained with groups."""
+    grouped = [c.settings.ufm.grpo for c in cells if c.policy == stages.GRPO and c.settings.ufm.grpo.groups]
+    return list(dict.fromkeys(grpo.advantage.rule for grpo in grouped))
 
 
 def _list(numbers: Sequence[int]) -> str:

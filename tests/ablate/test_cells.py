@@ -9,14 +9,17 @@ import pytest
 from small_world import WORLD
 
 from gubs import stages
-from gubs.ablate import command
+from gubs.ablate import again, command, sheet
 from gubs.ablate.cells import Store, estimate, make_cell, standing, to_make
 from gubs.ablate.command import ablate
-from gubs.ablate.grid import Cell, Choice, cells
+from gubs.ablate.grid import Cell, Choice, cells, find_grid
 from gubs.artifacts import Run, StageJob, fingerprint
 from gubs.errors import ArtifactError
+from gubs.evaluate.arms import compare_arms, read_answers
 from gubs.evaluate.bars import STORED
-from gubs.evaluate.judge import MODES, PREDICTIONS
+from gubs.evaluate.judge import HELD_OUT, MODES, PREDICTIONS, decided_again
+from gubs.evaluate.sensitivity import ANSWERS
+from gubs.evaluate.sheets import print_sheet
 from gubs.stages import StaleError, Status
 
 OWN = [*WORLD, "evaluate.bootstrap=200"]
@@ -45,6 +48,9 @@ class Makers:
             out.write_table("key", pa.table({"key": [fingerprint(job.stage, job.recipe.model_dump())]}))
             if job.stage.startswith("eval-"):
                 out.write_table("predictions", pa.Table.from_pylist(answers(job), schema=PREDICTIONS))
+                out.write_table("held_out", pa.Table.from_pylist(held_out(job), schema=HELD_OUT))
+            if job.stage.startswith("sensitivity-"):
+                out.write_table("answers", pa.Table.from_pylist(changed(job), schema=ANSWERS))
             if job.stage == "bars":
                 said = [{**r, "method": "logistic, by reward", "score": r["skip"]} for r in answers(job)]
                 out.write_table("predictions", pa.Table.from_pylist(said, schema=STORED))
@@ -86,12 +92,41 @@ def answers(job: StageJob) -> list[dict[str, object]]:
     return rows
 
 
+def held_out(job: StageJob) -> list[dict[str, object]]:
+    """The same answers as those of held-out users."""
+    rows = [r for r in answers(job) if r["mode"] == "greedy"]
+    return [{**r, "skipped": r["gold"] != "A", "options": [1 - r["skip"], r["skip"], 0.0, 0.0]} for r in rows]
+
+
+def changed(job: StageJob) -> list[dict[str, object]]:
+    """Reversed histories change nothing; with permuted letters it always says A."""
+    rows = [r for r in answers(job) if r["mode"] == "greedy"]
+    return [
+        {
+            **r,
+            "condition": condition,
+            "video_id": "v",
+            **({"predicted": "A", "skip": 0.1} if "letters" in condition else {}),
+        }
+        for condition in ("own prompt", "history reversed", "letters permuted", "no title")
+        for r in rows
+    ]
+
+
+def aged(folder: Path, stage: str, version: int) -> None:
+    """Says that an earlier version made a stage."""
+    manifest = folder / stage / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["recipe"]["version"] = version
+    manifest.write_text(json.dumps(content))
+
+
 @pytest.fixture
 def makers(monkeypatch) -> Makers:
     made = Makers()
     monkeypatch.setattr(stages, "_load", made.load)
     monkeypatch.setattr(stages, "_preflight", lambda *_: None)
-    for module in (stages, command):
+    for module in (stages, command, again):
         monkeypatch.setattr(module, "ray_session", lambda _: contextlib.nullcontext())
     return made
 
@@ -177,6 +212,108 @@ def test_bars_of_other_data_are_refused(tmp_path, makers):
     manifest.write_text(json.dumps(content))
     with pytest.raises(StaleError, match="bars"):
         once()
+
+
+def test_evaluations_with_the_same_answers_count_and_their_filter_decides_again(tmp_path, makers, monkeypatch):
+    """Wrong here: a grid that took days is refused, or its filters keep thresholds that were chosen another way."""
+    choice, decided = Choice((0,), (0,), ("plain", "weighted")), []
+    ablate("rule", Run(tmp_path), choice, "tiny", OWN)
+    monkeypatch.setattr(sheet, "decided_again", lambda *a: decided.append(1) or decided_again(*a))
+    for cell in ("plain-w0-s0", "weighted-w0-s0"):
+        aged(tmp_path / "cells/rule" / cell, "eval-grpo", 2)
+    before = list(makers.made)
+    ablate("rule", Run(tmp_path), choice, "tiny", OWN)
+    assert makers.made == before
+    assert len(decided) == 2
+    aged(tmp_path / "cells/rule/plain-w0-s0", "eval-grpo", 1)
+    with pytest.raises(StaleError, match="made by an earlier version"):
+        ablate("rule", Run(tmp_path), choice, "tiny", OWN)
+
+
+def test_bars_of_an_earlier_version_are_made_anew_and_trainings_never(tmp_path, makers):
+    folder, choice = Run(tmp_path / "folder"), Choice((0,), (0,), ("plain",))
+    ablate("rule", folder, choice, "tiny", OWN)
+    cell = tmp_path / "folder/cells/rule/plain-w0-s0"
+    aged(cell, "bars", 1)
+    ablate("rule", folder, choice, "tiny", OWN)
+    assert made_by(makers, "bars") == ["plain-w0-s0"] * 2
+    aged(cell, "bars", 1)
+    cell.joinpath("bars").rename(tmp_path / "elsewhere")
+    cell.joinpath("bars").symlink_to(tmp_path / "elsewhere")
+    ablate("rule", folder, choice, "tiny", OWN)
+    assert not cell.joinpath("bars").is_symlink(), "what another cell has made stays as it is"
+    aged(cell, "grpo", 0)
+    with pytest.raises(StaleError, match="grpo: made by an earlier version"):
+        ablate("rule", folder, choice, "tiny", OWN)
+    assert len(made_by(makers, "grpo")) == 1
+
+
+def test_finished_policies_are_asked_again_in_another_order_and_none_is_trained(tmp_path, makers, capsys):
+    choice = Choice((0,), (0, 1), ("plain", "weighted"))
+    with pytest.raises(ArtifactError, match="no finished policy to ask again: `gubs ablate rule`"):
+        ablate("order", Run(tmp_path), choice, "tiny", OWN)
+    ablate("rule", Run(tmp_path), Choice((0,), (0, 1), ("plain",)), "tiny", OWN)
+    ablate("rule", Run(tmp_path), Choice((0,), (0,), ("weighted",)), "tiny", OWN)
+    trained = len(made_by(makers, "grpo"))
+    capsys.readouterr()
+    ablate("order", Run(tmp_path), choice, "tiny", OWN, dry_run=True)
+    assert capsys.readouterr().out.count("is asked again") == 3
+    assert not made_by(makers, "sensitivity-grpo")
+    ablate("order", Run(tmp_path), choice, "tiny", OWN)
+    shown = capsys.readouterr()
+    assert len(made_by(makers, "grpo")) == trained
+    assert made_by(makers, "sensitivity-grpo") == ["plain-w0-s0", "weighted-w0-s0", "plain-w0-s1"]
+    assert "1 of 4 policies are left out: they are not finished" in shown.err
+    assert "plain, letters permuted" in shown.out
+    table = Run(tmp_path).artifact("ablate-order")
+    figures = {(r["arm"], r["condition"], r["name"]): r for r in table.table("figures").to_pylist()}
+    assert {condition for _, condition, _ in figures} == {"own prompt", "history reversed", "letters permuted"}
+    own = figures["plain", "own prompt", "judge_balanced_acc"]
+    assert (own["n"], own["users"], own["policies"]) == (240, 30, 2), "a user counts once, with all trainings"
+    assert figures["plain", "letters permuted", "judge_balanced_acc"]["value"] == 0.5
+    assert figures["plain", "history reversed", "changed"]["value"] == 0
+    words = {(v["arm"], v["first"]): v["word"] for v in table.table("verdicts").to_pylist()}
+    assert words["weighted", "letters permuted"] == "worse"
+    assert words["weighted", "history reversed"] == "cannot tell"
+
+
+def test_the_sheet_says_what_was_measured_of_the_papers_rule(tmp_path, makers, capsys):
+    ablate("rule", Run(tmp_path), Choice((0,), (0,), ("plain", "weighted")), "tiny", OWN)
+    assert "one third of the right answers" not in capsys.readouterr().out
+    ablate("rule", Run(tmp_path), Choice((0,), (0,), ("plain", "paper")), "tiny", OWN)
+    assert "rule `paper`: one third of the right answers get a negative advantage" in capsys.readouterr().out
+
+
+def test_oracle_groups_that_are_no_better_than_shuffled_ones_are_called_augmentation(tmp_path, makers):
+    """Holm's correction is over the pair too, and the drawing has a point per level."""
+    arms, levels = ("plain", "weighted, oracle", "weighted, shuffled"), ("0 %", "40 %")
+    ablate("noise", Run(tmp_path), Choice((0,), (0,), arms, levels), "tiny", OWN)
+    chosen_cells = chosen("noise", arms, (0,), (0,), levels)
+    made = sheet.tables(chosen_cells, Store(Run(tmp_path)))
+    pairs = {(d.verdict.first, d.verdict.second) for d in made[0].comparison.differences}
+    assert pairs == {(arms[1], "plain"), (arms[2], "plain"), (arms[1], arms[2])}
+    first, *_ = sheet.sheets("noise", made)
+    print_sheet(first)
+    (said,) = [n for n in first.notes if n.endswith("samples about groups are augmentation only")]
+    assert said.startswith("weighted, oracle is better than weighted, shuffled in no measure (detectable: reward 0.")
+    assert any(n.startswith("judge F1, against weighted, shuffled: ") for n in first.notes)
+    drawing = (tmp_path / "ablate-noise" / "levels.svg").read_text()
+    assert drawing.startswith("<?xml")
+
+
+def test_oracle_groups_that_help_are_not_called_augmentation(tmp_path, makers):
+    """Of the stand-ins, `weighted` is right more often: so it is in the cell whose name begins with it."""
+    cells_of = {"oracle": "weighted", "shuffled": "plain"}
+    ablate("rule", Run(tmp_path), Choice((0,), (0,), ("plain", "weighted")), "tiny", OWN)
+    store = Store(Run(tmp_path))
+    arms = {
+        arm: {(0, 0): read_answers(sheet._rows(chosen("rule", (name,), (0,), (0,))[0], store))}
+        for arm, name in cells_of.items()
+    }
+    found = compare_arms(arms, {}, resamples=100, seed=0, pairs=[("oracle", "shuffled")])
+    (said,) = sheet._of_pairs(find_grid("groups").pairs, found.differences)
+    assert said.startswith("oracle is better than shuffled in reward +")
+    assert "reason F1 +" in said
 
 
 def test_a_dry_run_makes_nothing_and_counts_what_is_shared_once(tmp_path, makers, capsys):

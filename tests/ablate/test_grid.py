@@ -7,6 +7,7 @@ import pytest
 from gubs.ablate.grid import Arm, Choice, Grid, Times, _as_overrides, cells, find_grid, grids
 from gubs.config import Settings, load_settings
 from gubs.errors import SettingsError
+from gubs.evaluate.conditions import Condition
 from gubs.simulator.behaviour import UNMEANT, simulate
 from gubs.stages import value_at
 
@@ -26,7 +27,7 @@ def test_every_arm_loads_and_differs_from_the_others(name):
 
 
 def test_the_papers_tables_are_there_with_the_papers_values():
-    assert {f"T{n}" for n in range(4, 12)} | {"rule", "groups", "noise"} == set(grids())
+    assert {f"T{n}" for n in range(4, 12)} | {"rule", "groups", "noise", "order"} == set(grids())
     assert {s.ugm.groups for s in by_arm("T4", "paper").values()} == {10, 20, 30, 40}
     assert {s.ugm.groups for s in by_arm("T4").values()} == {3, 6, 9, 12}, "48 users are too few for the paper's"
     assert {s.ugm.mode for s in by_arm("T5").values()} == {"interest", "demographics", "both"}
@@ -89,8 +90,10 @@ def test_arms_of_the_noise_laboratory_have_six_samples_each_and_see_the_same_log
     for level in grid.levels:
         made = cells("noise", Choice((0,), (0,), levels=(level,)), "tiny")
         assert {c.settings.ufm.grpo.user_samples for c in made} == {4}
-        data = {c.settings.model_copy(update={"ufm": None}).model_dump_json() for c in made}
-        assert len(data) == 1, "arms differ in the training alone"
+        authors = {c.arm: c.settings.ugm.author for c in made}
+        assert {arm for arm, author in authors.items() if author == "both"} == {"weighted, LLM", "anchored, LLM"}
+        data = {c.settings.model_copy(update={"ufm": None, "ugm": None}).model_dump_json() for c in made}
+        assert len(data) == 1, "arms differ in the training and in who writes the profiles"
         teachers = made[0].settings.teachers
         assert (teachers.train_labels, teachers.test_labels) == ("naive", "meant")
         assert not made[0].settings.filters.noise
@@ -105,6 +108,23 @@ def test_levels_of_noise_are_what_they_say(level, share):
     kinds = collections.Counter(skips)
     assert sum(kinds[m] for m in UNMEANT) / len(skips) == pytest.approx(share, abs=0.03)
     assert kinds["interruption"] == 0
+
+
+def test_pairs_name_arms_and_oracle_stands_against_shuffled():
+    for name in ("noise", "groups"):
+        grid = find_grid(name)
+        assert all("oracle" in p.first and "shuffled" in p.second for p in grid.pairs)
+        assert {p.otherwise for p in grid.pairs} == {"samples about groups are augmentation only"}
+    with pytest.raises(ValueError, match="pairs name no arm: b"):
+        Grid(title="t", arms={"a": {}}, pairs=({"first": "a", "second": "b"},))  # type: ignore[dict-item, arg-type]
+
+
+def test_the_order_is_asked_of_the_policies_of_the_rules():
+    """Wrong here: it trains policies of its own, or asks about other changes."""
+    asked, trained = cells("order", ONE, "tiny"), cells("rule", ONE, "tiny")
+    assert [c.name for c in asked] == [c.name for c in trained]
+    assert [c.settings for c in asked] == [c.settings for c in trained]
+    assert find_grid("order").conditions == (Condition.LETTERS, Condition.REVERSED)
 
 
 def test_a_multiple_is_of_the_presets_value():
