@@ -59,6 +59,11 @@ def test_verdicts_come_first_and_say_what_the_filter_is_worth(run, made):
     assert any("random drop" in s for s in sentences)
     assert any(re.match(r"The greedy answers .*constants, a coin and random drop \([+-]", s) for s in sentences)
     assert any("logistic regression" in s for s in sentences)
+    (kept,) = [s for s in sentences if s.startswith("In play rate at 70 % kept, the ")]
+    assert "random drop (" in kept
+    assert "logistic regression (" in kept
+    assert "popularity" not in kept, "at the same share, chance and what was learned are the measure"
+    assert sum("sequential: every predictor keeps 70 %" in s.title for s in made.sections[0].sheets) == 1
     (reward,) = [s for s in sentences if s.startswith("In reward (0 to 3), the calibrated answers ")]
     assert {"never skip", "always skip"} == set(re.findall(r"(never skip|always skip) \([+-]\d\.\d\d\)", reward))
     assert not any("never skip" in s for s in sentences if s != reward), "rewards are no points of accuracy"
@@ -74,6 +79,19 @@ def test_a_verdict_names_three_of_each_kind_and_counts_the_rest():
         "The filter is better than 5 of 8: bar 1 (+1.0), bar 2 (+2.0), bar 5 (+5.0) and 2 more; "
         "is worse than all (-6.0), boosting (-4.0); cannot be told from near (+1.0) (95 users can show 3.0 points)."
     )
+
+
+def test_what_ga_grpo_gained_is_a_sentence(run, tmp_path):
+    """Wrong here: a policy is only compared with baselines, never with what it was trained from."""
+    copy = Run(tmp_path / "run")
+    shutil.copytree(run.root, copy.root)
+    judged_now = copy.artifact(f"eval-{POLICY}")
+    tables = {name: judged_now.table(name) for name in ("predictions", "held_out", "metrics")}
+    put(copy, "eval-base", tables, settings=SETTINGS, info=judged_now.manifest.info)
+    sentences = report(copy, SETTINGS.evaluate, SETTINGS.seed, POLICY).findings[0].sentences
+    (gained,) = [s for s in sentences if s.startswith(f"{POLICY} against base: ")]
+    assert "judge_balanced_acc +0.000, cannot tell" in gained
+    assert "reward +0.000" in gained
 
 
 def verdict(second: str, difference: float, word: Word) -> Verdict:
