@@ -19,7 +19,7 @@ from gubs.evaluate.table import COLUMNS, COUNTS, VERDICT_METRIC, Table
 from gubs.evaluate.verdicts import Verdict, Word, by_pair, by_predictor
 from gubs.records import Task
 
-_WIDTH = 210
+_WIDTH = 240
 _PUBLISHED_ON = {"movielens": "MovieLens", "agent4rec": "MovieLens", "amazon": "Amazon Books"}
 """Data set of the paper's Table 3, by kind of source."""
 _SHORT = {
