@@ -8,7 +8,7 @@ from gubs.ablate.again import ask_again, finished, sheets_again, write_again
 from gubs.ablate.cells import Standing, Store, estimate, has_bars, make_bars, make_cell, standing, to_make, unfinished
 from gubs.ablate.curves import draw_curves, draw_levels
 from gubs.ablate.grid import Cell, Choice, cells, find_grid, first_cells, grids
-from gubs.ablate.sheet import sheets, tables, write
+from gubs.ablate.sheet import Table, sheets, tables, write
 from gubs.artifacts import Run
 from gubs.console import print_json, print_line, say
 from gubs.evaluate.sheets import print_sheet
@@ -59,16 +59,20 @@ def ablate(
     _make_all(chosen, store)
     made = tables(chosen, store)
     artifact = write(name, made, store)
-    if any(c.policy == GRPO for c in chosen):
-        draw_curves(chosen, store, Path(folder.path(artifact.stage, "curves.svg")))
-    if len(made) > 1:
-        draw_levels(made, Path(folder.path(artifact.stage, "levels.svg")))
+    _draw(chosen, made, store, Path(folder.path(artifact.stage)))
     if as_json:
         print_json([t.to_json() for t in made])
     else:
         for sheet in sheets(name, made):
             print_sheet(sheet)
     say(f"[table]  {artifact.uri}: {artifact.manifest.summary}")
+
+
+def _draw(chosen: Sequence[Cell], made: Sequence[Table], store: Store, folder: Path) -> None:
+    if any(c.policy == GRPO for c in chosen):
+        draw_curves(chosen, store, folder / "curves.svg")
+    if len(made) > 1:
+        draw_levels(made, folder / "levels.svg")
 
 
 def _ask_again(name: str, chosen: Sequence[Cell], store: Store, *, dry_run: bool, as_json: bool) -> None:

@@ -174,9 +174,7 @@ def prove(feedback: Feedback, candidates: Candidates) -> dict[str, Any]:
     rated = p.contrast is Contrast.LIKED
     _refuse(bool((~candidates.positive & chosen).any()) and not rated, p, "a negative was chosen")
     if rated:
-        row = np.argsort(records)[np.searchsorted(np.sort(records), pair)]
-        right = np.where(candidates.positive, feedback.liked[row], feedback.disliked[row])
-        _refuse(not right.all(), p, "a label contradicts the rating")
+        _refuse(not _fit_the_ratings(feedback, candidates, pair, records), p, "a label contradicts the rating")
     users, sizes = np.unique(candidates.user, return_counts=True)
     _refuse(bool((sizes != p.positives + p.negatives).any()), p, "a list has another size")
     _refuse(int(candidates.positive.sum()) != p.positives * len(users), p, "a list has another number of positives")
@@ -354,6 +352,11 @@ def _rules(feedback: Feedback, protocol: Protocol) -> dict[str, str]:
         else "the user's records that are no candidates",
         "order": "drawn by the seed per user; answers are joined by item id",
     }
+
+
+def _fit_the_ratings(feedback: Feedback, candidates: Candidates, pair: Ints, records: Ints) -> bool:
+    row = np.argsort(records)[np.searchsorted(np.sort(records), pair)]
+    return bool(np.where(candidates.positive, feedback.liked[row], feedback.disliked[row]).all())
 
 
 def _check_time(feedback: Feedback, rest: Feedback, candidates: Candidates) -> int:
