@@ -52,14 +52,22 @@ def making(*targets: str) -> Work:
 
 
 def main_job(run: Run, settings: Settings, force: bool = False) -> None:
-    """GA-GRPO, with the policy before and after it judged on test users and compared."""
+    """GA-GRPO, with the policy before and after it judged on test users and compared, also with every baseline."""
     from gubs.evaluate.compare import compare, verdict
+    from gubs.evaluate.predictors import PLAIN
+    from gubs.evaluate.table import rewards_in_words, tables
+    from gubs.report import policy as policy_page
     from gubs.report.training import write_page
 
     stages.make(stages.main_targets(settings), run, settings, force=force)
+    stages.make(["bars"], run, settings)
     blocks = compare(run, [stages.start_policy(settings), stages.GRPO])
     say(f"[page]   {write_page(run, blocks)}")
-    for line in verdict(blocks):
+    evaluate, seed = settings.evaluate, settings.seed
+    say(f"[page]   {policy_page.write_page(run, policy_page.report(run, evaluate, seed, stages.GRPO))}")
+    beside = tables(run, {}, least_users=evaluate.least_users, resamples=evaluate.bootstrap, seed=seed)
+    policies = [stages.start_policy(settings), PLAIN, stages.GRPO]
+    for line in [*verdict(blocks), *(rewards_in_words(t, policies) for t in beside if t.task == Task.SEQUENTIAL)]:
         say(line)
 
 

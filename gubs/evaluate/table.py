@@ -21,6 +21,7 @@ from gubs.errors import ArtifactError
 from gubs.evaluate.bars import BARS
 from gubs.evaluate.baselines.statistics import LEARNERS
 from gubs.evaluate.compare import CONSTANTS
+from gubs.evaluate.judge import CALIBRATED
 from gubs.evaluate.metrics import (
     UNANSWERED_KEPT,
     UNANSWERED_WRONG,
@@ -110,6 +111,17 @@ class Table:
     def policies(self) -> frozenset[str]:
         """Names of the rows that are policies."""
         return frozenset(row.name for row in self.rows if row.kind == "policy")
+
+
+def rewards_in_words(table: Table, policies: Sequence[str]) -> str:
+    """The mean rewards of policies' calibrated answers, of the baselines that choose options and of the constant that
+    drops nothing, in one line; those that the table does not have are left out.
+    """
+    rewards = {r.name: r.values[REWARD]["value"] for r in table.rows if REWARD in r.values}
+    learned = [f"{learner}, by reward" for learner in LEARNERS]
+    names = [*(f"{p}, {CALIBRATED}" for p in policies), *learned, CONSTANTS[Task(table.task)][1]]
+    shown = ", ".join(f"{name} {rewards[name]:.2f}" for name in names if name in rewards)
+    return f"    mean reward (0-3): {shown}"
 
 
 def tables(run: Run, files: Mapping[str, str], *, least_users: int, resamples: int, seed: int) -> list[Table]:
