@@ -56,7 +56,7 @@ class AnswerLog:
         files = sorted(f for f in fs.ls(folder, detail=False) if f.endswith(".parquet"))
         self._next = len(files)
         self.answers: dict[Question, Prediction] = {p.key: p for f in files for p in self._read(f)}
-        self.found = len(self.answers)
+        self.answered_before = len(self.answers)
         """Answers of earlier attempts."""
 
     def add(self, prediction: Prediction) -> None:
@@ -95,7 +95,7 @@ class AnswerLog:
             on_progress: gets the answers so far, and the total.
         """
         gpu = use_gpu(ufm.workers)
-        engines = min(ufm.workers.count, math.ceil((total - self.found) / _ANSWERS_PER_ENGINE)) if gpu else 1
+        engines = min(ufm.workers.count, math.ceil((total - self.answered_before) / _ANSWERS_PER_ENGINE)) if gpu else 1
         pictures = ufm.inputs.vision and questions.pictures
         try:
             with Predictor(

@@ -106,23 +106,23 @@ class Asked:
     def of(cls, rows: Sequence[Row], task: Task) -> "Asked":
         """From rows of `judge.PREDICTIONS` of one part, brought into one order."""
         rows = sorted(rows, key=lambda r: (r["user_id"], r["interaction_id"]))
-        said = as_predictions(rows, task)
-        users, code = np.unique(np.asarray(said.user, dtype=np.str_), return_inverse=True)
+        predictions = as_predictions(rows, task)
+        users, code = np.unique(np.asarray(predictions.user, dtype=np.str_), return_inverse=True)
         rewarded = np.array([r["reward"] is not None for r in rows], dtype=float)
         rewards = np.array([r["reward"] or 0.0 for r in rows])
-        sums = user_sums(said) | {
+        sums = user_sums(predictions) | {
             REWARD: np.bincount(code, rewards, len(users)).astype(np.float64),
             "rewarded": np.bincount(code, rewarded, len(users)).astype(np.float64),
         }
-        bad = said.positive if task is Task.SEQUENTIAL else ~said.positive
+        bad = predictions.positive if task is Task.SEQUENTIAL else ~predictions.positive
         score = np.array([math.nan if r["skip"] is None else r["skip"] for r in rows], dtype=float)
         return cls(tuple(users.tolist()), sums, np.nan_to_num(score), bad, code)
 
     @cached_property
     def auc_by_user(self) -> Floats:
         """The AUC within each user's items, [U]; NaN for a user with one kind of item."""
-        mine = (self.code == user for user in range(len(self.users)))
-        return np.array([float(auc(self.score[m], self.bad[m])) for m in mine])
+        masks = (self.code == user for user in range(len(self.users)))
+        return np.array([float(auc(self.score[m], self.bad[m])) for m in masks])
 
     def auc(self, weights: Floats | None = None, score: Floats | None = None) -> Floats:
         """Area under the ROC curve; `weights` are of users, [..., U]."""
@@ -188,20 +188,20 @@ def read_answers(rows: Iterable[Row]) -> dict[Part, Asked]:
         for task, mix, mode in by_part:
             if row["task"] == task and row["mode"] == mode and row[mix]:
                 by_part[task, mix, mode].append(row)
-    return {part: Asked.of(found, Task(part[0])) for part, found in by_part.items() if found}
+    return {part: Asked.of(of_part, Task(part[0])) for part, of_part in by_part.items() if of_part}
 
 
 def constant_answers(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """The same targets answered without a model, by the names in `CONSTANTS`."""
     rows = list(rows)
-    found: dict[str, list[Row]] = {}
+    answers: dict[str, list[Row]] = {}
     for task, names in CONSTANTS.items():
-        mine = [r for r in rows if r["task"] == task]
-        others = [r["gold"] for r in mine if r["gold"] not in (None, Option.A)]
+        of_task = [r for r in rows if r["task"] == task]
+        others = [r["gold"] for r in of_task if r["gold"] not in (None, Option.A)]
         rest = [o for o in TASK_OPTIONS[task] if o != Option.A]
         for name, option in zip(names, (Option.A, max(rest, key=others.count)), strict=True):
-            found[name] = _answered(mine, [(str(option), None)] * len(mine))
-    return found
+            answers[name] = _answered(of_task, [(str(option), None)] * len(of_task))
+    return answers
 
 
 def bar_answers(rows: Iterable[Row], bars: Mapping[str, Mapping[str, Row]]) -> dict[str, list[Row]]:
@@ -211,20 +211,20 @@ def bar_answers(rows: Iterable[Row], bars: Mapping[str, Mapping[str, Row]]) -> d
         rows: of `judge.PREDICTIONS`.
         bars: by name and interaction, `predicted` and `score`.
     """
-    rows, found = list(rows), {}
-    for name, said_of in bars.items():
-        mine = [r for r in rows if r["interaction_id"] in said_of]
-        said = [(said_of[r["interaction_id"]]["predicted"], said_of[r["interaction_id"]]["score"]) for r in mine]
-        found[name] = _answered(mine, said)
-    return found
+    rows, answers = list(rows), {}
+    for name, bar in bars.items():
+        covered = [r for r in rows if r["interaction_id"] in bar]
+        choices = [(bar[r["interaction_id"]]["predicted"], bar[r["interaction_id"]]["score"]) for r in covered]
+        answers[name] = _answered(covered, choices)
+    return answers
 
 
-def _answered(rows: Sequence[Row], said: Sequence[tuple[str, float | None]]) -> list[Row]:
+def _answered(rows: Sequence[Row], choices: Sequence[tuple[str, float | None]]) -> list[Row]:
     """The targets of rows with other answers, well-formed ones: the option and P(skip) of each."""
-    rows = [r | {"predicted": option, "skip": skip} for r, (option, skip) in zip(rows, said, strict=True)]
+    rows = [r | {"predicted": option, "skip": skip} for r, (option, skip) in zip(rows, choices, strict=True)]
     for task in Task:
-        mine = [r for r in rows if r["task"] == task]
-        for row, reward in zip(mine, well_formed_rewards(as_predictions(mine, task)).tolist(), strict=True):
+        of_task = [r for r in rows if r["task"] == task]
+        for row, reward in zip(of_task, well_formed_rewards(as_predictions(of_task, task)).tolist(), strict=True):
             row["reward"] = None if math.isnan(reward) else reward
     return rows
 
@@ -296,8 +296,8 @@ class Pool:
     @classmethod
     def of(cls, measure: Measure, cells: Mapping[Key, Answers]) -> "Pool":
         """From the cells of an arm; empty if one has no such answers."""
-        found = {key: cells[key].get(measure.part) for key in sorted(cells)}
-        return cls(measure, {k: a for k, a in found.items() if a} if all(found.values()) else {})
+        answers = {key: cells[key].get(measure.part) for key in sorted(cells)}
+        return cls(measure, {k: a for k, a in answers.items() if a} if all(answers.values()) else {})
 
     @property
     def ranks(self) -> bool:
@@ -322,7 +322,7 @@ class Pool:
         """Sums by user of all worlds, over the trainings, [U] each."""
         names = next(iter(self.cells.values())).sums
         by_world = [[a.sums for (w, _), a in self.cells.items() if w == world] for world in self.users]
-        return {n: np.concatenate([np.sum([s[n] for s in mine], axis=0) for mine in by_world]) for n in names}
+        return {n: np.concatenate([np.sum([s[n] for s in trainings], axis=0) for trainings in by_world]) for n in names}
 
     @property
     def statistic(self) -> Statistic:
@@ -344,8 +344,8 @@ class Pool:
         """The figure with these weights of users, [..., U] -> [...]; `scores` replace those of the cells (AUC)."""
         if self.measure.name == AUC:
             parts = self._by_world(weights)
-            found = [a.auc(parts[key[0]], (scores or {}).get(key)) for key, a in self.cells.items()]
-            return np.asarray(np.mean(found, axis=0))
+            aucs = [a.auc(parts[key[0]], (scores or {}).get(key)) for key, a in self.cells.items()]
+            return np.asarray(np.mean(aucs, axis=0))
         return self.statistic({n: weights @ values for n, values in self.sums.items()})
 
     def against(self, other: "Pool", *, resamples: int, exchanges: int, seed: int) -> Verdict:
@@ -383,11 +383,11 @@ class Pool:
     def _exchanged(self, other: "Pool", flips: npt.NDArray[np.int64]) -> float:
         """The difference in AUC after some users' scores have changed places."""
         parts, even = self._by_world(flips.astype(bool)), np.ones(self._count)
-        mine, theirs = {}, {}
+        own_scores, other_scores = {}, {}
         for key, a in self.cells.items():
             b, moved = other.cells[key], parts[key[0]][a.code]
-            mine[key], theirs[key] = np.where(moved, b.score, a.score), np.where(moved, a.score, b.score)
-        return float(self.figure(even, mine) - other.figure(even, theirs))
+            own_scores[key], other_scores[key] = np.where(moved, b.score, a.score), np.where(moved, a.score, b.score)
+        return float(self.figure(even, own_scores) - other.figure(even, other_scores))
 
     def _of_cell(self, asked: Asked) -> float:
         if self.measure.name == AUC:

@@ -130,13 +130,13 @@ class Reading:
             rows.append(self.low[name] - (cell.high + _SLACK) * self.whole[name])
         limits = np.vstack(rows)
         for method in _METHODS:
-            found = linprog(
+            solution = linprog(
                 objective, A_ub=limits, b_ub=np.zeros(len(limits)), A_eq=unit[None], b_eq=[1.0], method=method
             )
-            if found.status == _INFEASIBLE:
+            if solution.status == _INFEASIBLE:
                 return None
-            if found.status == 0:
-                return float(found.fun)
+            if solution.status == 0:
+                return float(solution.fun)
         return -math.inf
 
 
@@ -210,13 +210,13 @@ def conflicts(cells: Cells, within: Reading) -> list[Conflict]:
     """The smallest sets of cells that cannot hold together."""
     if within.holds(cells):
         return []
-    found: list[frozenset[Quantity]] = []
+    smallest: list[frozenset[Quantity]] = []
     for size in range(1, len(cells) + 1):
         for names in itertools.combinations(cells, size):
-            smaller = any(known <= set(names) for known in found)
+            smaller = any(subset <= set(names) for subset in smallest)
             if not smaller and not within.holds({n: cells[n] for n in names}):
-                found.append(frozenset(names))
-    return [_conflict({n: c for n, c in cells.items() if n in names}, within) for names in found]
+                smallest.append(frozenset(names))
+    return [_conflict({n: c for n, c in cells.items() if n in names}, within) for names in smallest]
 
 
 def _conflict(cells: Cells, within: Reading) -> Conflict:
@@ -247,19 +247,19 @@ class RowAudit:
     @property
     def possible(self) -> list[Averaging]:
         """Readings in which the cells hold together."""
-        return [averaging for averaging, found in self.conflicts.items() if not found]
+        return [averaging for averaging, clashes in self.conflicts.items() if not clashes]
 
 
 def audit_row(name: str, cells: Cells, readings: Mapping[Averaging, Reading]) -> RowAudit:
     """Checks a row in every reading."""
-    found = {averaging: conflicts(cells, within) for averaging, within in readings.items()}
+    by_reading = {averaging: conflicts(cells, within) for averaging, within in readings.items()}
     implied: dict[Quantity, Range] = {}
-    for averaging in (a for a, c in found.items() if not c and cells):
+    for averaging in (a for a, c in by_reading.items() if not c and cells):
         for quantity in (q for q in Quantity if q not in cells):
             if left := readings[averaging].bounds(quantity, cells):
                 implied[quantity] = implied.get(quantity, left) | left
-    needed = shares(cells) if found.get(Averaging.POOLED) else None
-    return RowAudit(name, cells, found, implied, needed)
+    needed = shares(cells) if by_reading.get(Averaging.POOLED) else None
+    return RowAudit(name, cells, by_reading, implied, needed)
 
 
 @dataclass(frozen=True)
@@ -277,11 +277,11 @@ def exchanges(rows: Sequence[Cells], readings: Mapping[Averaging, Reading]) -> l
     """Pairs of columns that leave fewer rows impossible, in every reading, when they are exchanged."""
     before = _impossible(rows, readings)
     columns = list(dict.fromkeys(name for cells in rows for name in cells))
-    found = [
+    tried = [
         Exchange(a, b, before, _impossible([_exchanged(cells, a, b) for cells in rows], readings))
         for a, b in (itertools.combinations(columns, 2) if before else ())
     ]
-    return sorted((e for e in found if e.after < before), key=lambda e: e.after)
+    return sorted((e for e in tried if e.after < before), key=lambda e: e.after)
 
 
 def _impossible(rows: Sequence[Cells], readings: Mapping[Averaging, Reading]) -> int:

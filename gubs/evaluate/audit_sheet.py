@@ -116,7 +116,7 @@ class Audit:
     def _row(self, row: RowAudit, printed: Sequence[Quantity], implied: Sequence[Quantity]) -> SheetRow:
         texts = self.printed.texts[row.name]
         cells = [texts.get(q, "–") for q in printed]
-        cells += ["impossible" if found else "possible" for found in row.conflicts.values()]
+        cells += ["impossible" if conflicts else "possible" for conflicts in row.conflicts.values()]
         cells += [_span(row.implied[q]) if q in row.implied else "–" for q in implied]
         return SheetRow(row.name, cells)
 
@@ -129,8 +129,8 @@ class Audit:
     def _notes(self) -> list[str]:
         notes = []
         for row in self.rows:
-            for averaging, found in row.conflicts.items():
-                notes += [self._cannot(row, averaging, conflict) for conflict in found]
+            for averaging, conflicts in row.conflicts.items():
+                notes += [self._cannot(row, averaging, conflict) for conflict in conflicts]
             if row.shares:
                 notes.append(f"{row.name}: pooled, it would hold with {_span(row.shares)} % positive")
         notes += [
@@ -213,7 +213,7 @@ def measured_bars(public: Artifact, printed: Printed) -> Bars:
             f"{public.stage}: no protocol {wanted!r}, which {printed.label} asks for, among {', '.join(protocols)}"
         )
     names = _metric_names(printed.columns.averagings)
-    found: dict[str, dict[Quantity, Bar]] = {}
+    bars: dict[str, dict[Quantity, Bar]] = {}
     values: dict[str, float] = {}
     for method in dict.fromkeys(m["method"] for m in metrics if m["method"] not in CONSTANTS):
         own = {m["name"]: m for m in metrics if m["method"] == method and m["protocol"] == wanted}
@@ -221,8 +221,8 @@ def measured_bars(public: Artifact, printed: Printed) -> Bars:
         accuracy = own[names[Quantity.ACCURACY]]["value"]
         if accuracy > values.get(short, -1.0):
             values[short] = accuracy
-            found[short] = {q: _bar(own[n]) for q, n in names.items()}
-    return {name: found[name] for name in sorted(found, key=lambda n: -values[n])}
+            bars[short] = {q: _bar(own[n]) for q, n in names.items()}
+    return {name: bars[name] for name in sorted(bars, key=lambda n: -values[n])}
 
 
 def _metric_names(averagings: Sequence[Averaging]) -> dict[Quantity, str]:
@@ -271,7 +271,7 @@ def _row_json(row: RowAudit, places: Mapping[str, Mapping[Quantity, Place]]) -> 
         "row": row.name,
         "cells": _ranges_json(row.cells),
         "possible": [str(a) for a in row.possible],
-        "conflicts": {str(a): [_ranges_json(c.allowed) for c in found] for a, found in row.conflicts.items()},
+        "conflicts": {str(a): [_ranges_json(c.allowed) for c in conflicts] for a, conflicts in row.conflicts.items()},
         "implied": _ranges_json(row.implied),
         "share_needed": [row.shares.low, row.shares.high] if row.shares else None,
         "against": {bar: {str(q): str(at) for q, at in of.items()} for bar, of in places.items() if of},

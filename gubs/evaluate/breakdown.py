@@ -53,16 +53,16 @@ class Judged:
             decisions: its manifest's.
         """
         for task in Task:
-            mine = [r for r in rows if r["task"] == task and r["natural"]]
-            modes = dict.fromkeys(r["mode"] for r in mine)
-            if mine:
-                yield cls(task, {m: [r for r in mine if r["mode"] == m] for m in modes}, decisions.get(str(task)))
+            of_task = [r for r in rows if r["task"] == task and r["natural"]]
+            modes = dict.fromkeys(r["mode"] for r in of_task)
+            if of_task:
+                yield cls(task, {m: [r for r in of_task if r["mode"] == m] for m in modes}, decisions.get(str(task)))
 
     def scored(self) -> tuple[Floats, Bools]:
         """Calibrated P(skip) and what happened (skipped, not clicked), [n] each; targets with a readable answer."""
         rows = self.by_mode[FILTER]
-        known = np.array([r["skip"] is not None for r in rows])
-        bad = as_predictions(rows, self.task).bad[known]
+        readable = np.array([r["skip"] is not None for r in rows])
+        bad = as_predictions(rows, self.task).bad[readable]
         return np.array([r["skip"] for r in rows if r["skip"] is not None], float), bad
 
 
@@ -70,15 +70,19 @@ def confusion_sheet(judged: Judged, mode: str) -> Sheet:
     """Gold options (rows) by the predicted ones, in counts and shares of the row."""
     rows, options = judged.by_mode[mode], [str(o) for o in TASK_OPTIONS[judged.task]]
     words = OPTION_WORDS[judged.task]
-    found = []
+    sheet_rows = []
     for gold in [*options, SKIP]:
-        mine = [r["predicted"] or _NONE for r in rows if (r["gold"] or SKIP) == gold]
-        cells = [f"{mine.count(o):,} ({100 * mine.count(o) / len(mine):.0f} %)" for o in (*options, _NONE) if mine]
-        if mine:
+        predicted = [r["predicted"] or _NONE for r in rows if (r["gold"] or SKIP) == gold]
+        cells = [
+            f"{predicted.count(o):,} ({100 * predicted.count(o) / len(predicted):.0f} %)"
+            for o in (*options, _NONE)
+            if predicted
+        ]
+        if predicted:
             name = f"{gold}: {words[gold]}" if gold in words else "skip, for a reason that is not known"
-            found.append(SheetRow(name, [f"{len(mine):,}", *cells]))
+            sheet_rows.append(SheetRow(name, [f"{len(predicted):,}", *cells]))
     title = f"{judged.task}, {mode}: gold option (rows) by predicted option, {len(rows):,} targets"
-    return Sheet(title, ["targets", *(f"said {o}" for o in options), _NONE], found, [])
+    return Sheet(title, ["targets", *(f"said {o}" for o in options), _NONE], sheet_rows, [])
 
 
 def calibration_sheet(judged: Judged) -> Sheet:
@@ -184,14 +188,16 @@ def _place(name: str) -> tuple[int, int, str]:
 def _cells(part: Mapping[str, Sequence[Row]], task: Task, resamples: int, seed: int) -> list[str]:
     greedy, filtered = (as_predictions(part[mode], task) for mode in (GREEDY, FILTER))
     score = np.array([r["skip"] or 0.0 for r in part[FILTER]])
-    said, kept = ({m.name: asdict(m) for m in evaluate(p, resamples=resamples, seed=seed)} for p in (greedy, filtered))
+    of_greedy, of_filter = (
+        {m.name: asdict(m) for m in evaluate(p, resamples=resamples, seed=seed)} for p in (greedy, filtered)
+    )
     lost = "share_clicked_lost" if task is Task.CLICK else "share_watched_lost"
     return [
         f"{len(set(greedy.user)):,}",
         f"{len(greedy):,}",
         f"{100 * greedy.positive.mean():.1f}",
-        per_cent(said[VERDICT_METRIC[task]]),
+        per_cent(of_greedy[VERDICT_METRIC[task]]),
         per_cent(auc_over_users(filtered, score, resamples=resamples, seed=seed)),
-        per_cent(kept["share_kept"]),
-        per_cent(kept[lost]),
+        per_cent(of_filter["share_kept"]),
+        per_cent(of_filter[lost]),
     ]

@@ -176,13 +176,13 @@ _METHODS: dict[str, Callable[[Floats, Bools], Curve]] = {"none": _none, "platt":
 
 def _reason_factors(options: Sequence[OptionProbabilities], golds: Sequence[Option | None]) -> dict[str, float]:
     """Share of each reason among the held-out skips, by the mean probability that the policy gives it there."""
-    known = [(p, g) for p, g in zip(options, golds, strict=True) if g is not None and g != Option.A and p.skip > 0]
-    if not known:
+    skips = [(p, g) for p, g in zip(options, golds, strict=True) if g is not None and g != Option.A and p.skip > 0]
+    if not skips:
         return {}
-    reasons = [o for o in known[0][0].options if o != Option.A]
-    said = {o: float(np.mean([p.options[o] / p.skip for p, _ in known])) for o in reasons}
-    gold = {o: (sum(g == o for _, g in known) + 1) / (len(known) + len(reasons)) for o in reasons}
-    return {str(o): gold[o] / max(said[o], _EDGE) for o in reasons}
+    reasons = [o for o in skips[0][0].options if o != Option.A]
+    predicted = {o: float(np.mean([p.options[o] / p.skip for p, _ in skips])) for o in reasons}
+    gold = {o: (sum(g == o for _, g in skips) + 1) / (len(skips) + len(reasons)) for o in reasons}
+    return {str(o): gold[o] / max(predicted[o], _EDGE) for o in reasons}
 
 
 def _brier(skip: Floats, truth: Bools) -> float:

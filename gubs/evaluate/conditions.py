@@ -85,7 +85,7 @@ def prompts(subject: Subject, builder: PromptBuilder) -> dict[Condition, Prompt]
         return builder.about_user(s.task, person, video, clip)
 
     untitled = replace(s.video, title=None, tags=[] if builder.pictures else s.video.tags)
-    found = {
+    by_condition = {
         Condition.OWN: ask(),
         Condition.SIMILAR: ask(s.similar) if s.similar else None,
         Condition.GROUP: builder.about_group(s.task, s.group, s.video, s.clip) if s.group else None,
@@ -99,7 +99,7 @@ def prompts(subject: Subject, builder: PromptBuilder) -> dict[Condition, Prompt]
         Condition.LETTERS: builder.about_user(s.task, person, s.video, s.clip, s.order),
     }
     own = _identity(ask())
-    return {c: p for c, p in found.items() if p and (c is Condition.OWN or _identity(p) != own)}
+    return {c: p for c, p in by_condition.items() if p and (c is Condition.OWN or _identity(p) != own)}
 
 
 def _identity(prompt: Prompt) -> tuple[str, str]:

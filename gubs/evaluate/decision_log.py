@@ -79,8 +79,8 @@ def happened(ifvr: IFVR) -> pd.DataFrame:
     Raises:
         ArtifactError: the data set has no test target with a known outcome.
     """
-    found = [_outcomes(ifvr.targets(task, [Split.TEST]).to_pandas(), task) for task in Task]
-    frame = pd.concat(found, ignore_index=True)
+    outcomes = [_outcomes(ifvr.targets(task, [Split.TEST]).to_pandas(), task) for task in Task]
+    frame = pd.concat(outcomes, ignore_index=True)
     if frame.empty:
         raise ArtifactError(f"{ifvr.uri} has no targets of test users: see splits.test_users")
     return frame
@@ -103,11 +103,11 @@ def figures(log: pa.Table, truth: pd.DataFrame, *, resamples: int, seed: int) ->
     frame = log.select(list(COLUMNS)).to_pandas().sort_values("time_ms", kind="stable")
     frame = frame.merge(truth, on=_PAIR, how="left")
     totals = truth["task"].value_counts()
-    found = []
+    logged = []
     for (task, acted, version, mode), rows in frame.groupby(["task", "acted", "version", "mode"], sort=True):
         matched = rows[rows["bad"].notna()]
         latest = matched.drop_duplicates(_PAIR, keep="last")
-        found.append(
+        logged.append(
             Logged(
                 version=version,
                 mode=mode,
@@ -125,19 +125,19 @@ def figures(log: pa.Table, truth: pd.DataFrame, *, resamples: int, seed: int) ->
             )
         )
     tasks = list(Task)
-    return sorted(found, key=lambda f: (tasks.index(Task(f.task)), f.shadow))
+    return sorted(logged, key=lambda f: (tasks.index(Task(f.task)), f.shadow))
 
 
-def sheets(found: Sequence[Logged]) -> list[Sheet]:
+def sheets(logged: Sequence[Logged]) -> list[Sheet]:
     """The figures as one sheet per task, with what a constant would get."""
-    return [_sheet(task, [f for f in found if f.task == task]) for task in dict.fromkeys(f.task for f in found)]
+    return [_sheet(task, [f for f in logged if f.task == task]) for task in dict.fromkeys(f.task for f in logged)]
 
 
 def _outcomes(targets: pd.DataFrame, task: Task) -> pd.DataFrame:
     column = "clicked" if task is Task.CLICK else "play_rate"
-    known = targets[targets[column].notna()].sort_values("timestamp", kind="stable")
-    bad = ~known[column].astype(bool) if task is Task.CLICK else known[column] < FAST_SKIP_BELOW
-    frame = known[["user_id", "video_id"]].assign(task=str(task), bad=bad)
+    labelled = targets[targets[column].notna()].sort_values("timestamp", kind="stable")
+    bad = ~labelled[column].astype(bool) if task is Task.CLICK else labelled[column] < FAST_SKIP_BELOW
+    frame = labelled[["user_id", "video_id"]].assign(task=str(task), bad=bad)
     return frame.drop_duplicates(_PAIR, keep="first")
 
 
@@ -174,7 +174,7 @@ def _ranked(rows: pd.DataFrame, resamples: int, seed: int) -> JsonObject:
     }
 
 
-def _sheet(task: str, found: Sequence[Logged]) -> Sheet:
+def _sheet(task: str, logged: Sequence[Logged]) -> Sheet:
     bad, good = _BAD[Task(task)]
     rows = [
         SheetRow(
@@ -185,10 +185,10 @@ def _sheet(task: str, found: Sequence[Logged]) -> Sheet:
                 *("–" if x != x else f"{x:.3f}" for x in (f.brier, f.brier_constant)),
             ],
         )
-        for f in found
+        for f in logged
     ]
     columns = ("decisions", "matched", "targets", "coverage", f"{bad} dropped", f"{good} dropped", "AUC")
-    notes = [note for f in found for note in _notes(f)]
+    notes = [note for f in logged for note in _notes(f)]
     notes.append(f"a constant has an AUC of 50; a random drop takes the same share of {bad} and of {good}")
     title = f"{task}: logged decisions about test targets; %, 95 % interval over users"
     return Sheet(title, [*columns, "Brier", "Brier of the share"], rows, notes)

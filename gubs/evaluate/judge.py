@@ -117,7 +117,7 @@ def make(job: StageJob, ufm: UFMSettings, evaluate: EvalSettings, seed: int) -> 
         out.write_table("metrics", pa.Table.from_pylist(metrics))
         decisions = {str(task): asdict(rule) for task, rule in rules.items()}
         out.info = {"policy": policy, "summary": summary(rows, metrics), "decisions": decisions}
-        earlier = f", {log.found:,} of them from an earlier attempt" if log.found else ""
+        earlier = f", {log.answered_before:,} of them from an earlier attempt" if log.answered_before else ""
         out.summary = f"{len(answers):,} answers{earlier}" + _uncalibrated(items, rules)
         out.remove("answers")  # last: killed before, the next attempt still finds them
     return out.summary
@@ -191,9 +191,9 @@ def held_out_table(held_out: Sequence[Item], options: Sequence[OptionProbabiliti
             "task": str(item.task),
             "skipped": skipped(item),
             "gold": str(item.gold) if item.gold else None,
-            "options": [said.options[o] for o in TASK_OPTIONS[item.task]] if said else None,
+            "options": [probabilities.options[o] for o in TASK_OPTIONS[item.task]] if probabilities else None,
         }
-        for item, said in zip(held_out, options, strict=True)
+        for item, probabilities in zip(held_out, options, strict=True)
     ]
     return pa.Table.from_pylist(rows, schema=HELD_OUT)
 
@@ -373,11 +373,11 @@ def _decided(
         return row
     item, options = target[0], rule.calibration.options(raw)
     threshold = rule.threshold.value if mode == FILTER else 0.5
-    said = best_answer(options) if mode == CALIBRATED and item.reasons_known else options.at(threshold)
-    row |= {"predicted": str(said), "skip": options.skip}
+    chosen = best_answer(options) if mode == CALIBRATED and item.reasons_known else options.at(threshold)
+    row |= {"predicted": str(chosen), "skip": options.skip}
     if greedy["reward"] is not None:
         before = Option(greedy["predicted"]) if greedy["predicted"] else None
-        row["reward"] = greedy["reward"] - _of_option(before, item) + _of_option(said, item)
+        row["reward"] = greedy["reward"] - _of_option(before, item) + _of_option(chosen, item)
     return row
 
 
@@ -389,6 +389,8 @@ def _uncalibrated(items: Sequence[_Target], rules: Rules) -> str:
     return f"; not calibrated, so modes {CALIBRATED} and {FILTER} are the greedy answers: {', '.join(tasks)}"
 
 
-def _of_option(said: Option | None, item: Item) -> float:
+def _of_option(option: Option | None, item: Item) -> float:
     """What an option adds to the reward: the judgement, and the choice where reasons are known."""
-    return float(skip_right(said, item.gold)) + float(item.reasons_known and said is not None and said == item.gold)
+    return float(skip_right(option, item.gold)) + float(
+        item.reasons_known and option is not None and option == item.gold
+    )

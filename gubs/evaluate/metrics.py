@@ -115,16 +115,16 @@ class Predictions:
         return passes | ~self.answered
 
 
-def well_formed_rewards(said: Predictions) -> Floats:
+def well_formed_rewards(p: Predictions) -> Floats:
     """R of Eq. 4 if every answer were well-formed, [N]: 1, and 1 each for the right judgement and the right option.
 
     Where no reason of a skip is known, the option counts nothing; where reasons are known, a skip without one is NaN.
     All are NaN if no option is known at all.
     """
-    reasons_known = bool((said.gold_code > 0).any())
-    judged = said.answered & (said.said_positive == said.positive)
-    chosen = said.answered & (said.said_code == said.gold_code) & reasons_known
-    rewarded = said.gold_code >= 0 if reasons_known else np.full(len(said), bool((said.gold_code >= 0).any()))
+    reasons_known = bool((p.gold_code > 0).any())
+    judged = p.answered & (p.said_positive == p.positive)
+    chosen = p.answered & (p.said_code == p.gold_code) & reasons_known
+    rewarded = p.gold_code >= 0 if reasons_known else np.full(len(p), bool((p.gold_code >= 0).any()))
     return np.where(rewarded, 1.0 + judged + chosen, np.nan)
 
 
@@ -235,7 +235,7 @@ def statistic_of(name: str, task: Task) -> Statistic:
     reasons = _reason_specs() if task is Task.SEQUENTIAL else _choice_specs()
     specs = {s.name: s for s in (*_judge_specs(task), *reasons, *_filter_specs(task))}
     if name not in specs:
-        raise ValueError(f"{name!r} is no metric of the {task} task")
+        raise ValueError(f"{name!r} is not a metric of the {task} task")
     return specs[name].statistic
 
 
@@ -469,12 +469,12 @@ def _item_columns(p: Predictions) -> dict[str, Bools | Floats]:
 
 
 def _reason_columns(p: Predictions) -> dict[str, Bools | Floats]:
-    known = p.gold_code > 0
-    columns: dict[str, Bools | Floats] = {"reasons": known, "reasons_unanswered": known & ~p.answered}
+    explained = p.gold_code > 0
+    columns: dict[str, Bools | Floats] = {"reasons": explained, "reasons_unanswered": explained & ~p.answered}
     for code, option in enumerate(TASK_OPTIONS[Task.SEQUENTIAL]):
-        columns[f"gold_{option}"] = known & (p.gold_code == code)
-        columns[f"said_{option}"] = known & (p.said_code == code)
-        columns[f"right_{option}"] = known & (p.gold_code == code) & (p.said_code == code)
+        columns[f"gold_{option}"] = explained & (p.gold_code == code)
+        columns[f"said_{option}"] = explained & (p.said_code == code)
+        columns[f"right_{option}"] = explained & (p.gold_code == code) & (p.said_code == code)
     return columns
 
 
@@ -617,27 +617,27 @@ def _codes(name: str, values: Sequence[str | None], task: Task) -> npt.NDArray[n
     try:
         return np.fromiter((codes[v] for v in values), dtype=np.int8, count=len(values))
     except KeyError as e:
-        raise ValueError(f"{name}: {e.args[0]!r} is no option of the {task} task; use None for no answer") from None
+        raise ValueError(f"{name}: {e.args[0]!r} is not an option of the {task} task; use None for no answer") from None
 
 
 def _floats(values: Sequence[float | None] | None, n: int) -> Floats:
     return np.full(n, np.nan) if values is None else np.array([np.nan if v is None else float(v) for v in values])
 
 
-def _truth(known: Bools, by_gold: Bools, happened: Floats, user: Sequence[str]) -> Bools:
+def _truth(labelled: Bools, by_gold: Bools, happened: Floats, user: Sequence[str]) -> Bools:
     """The truth by the gold option if known, otherwise by what happened; both must agree."""
     observed = ~np.isnan(happened)
-    wrong = np.flatnonzero(known & observed & (by_gold != (happened == 1)))
+    wrong = np.flatnonzero(labelled & observed & (by_gold != (happened == 1)))
     if len(wrong):
         raise ValueError(
             f"{len(wrong)} gold options contradict what happened, first item {wrong[0]} (user {user[wrong[0]]!r})"
         )
-    missing = np.flatnonzero(~(known | observed))
+    missing = np.flatnonzero(~(labelled | observed))
     if len(missing):
         raise ValueError(
             f"{len(missing)} items have neither a gold option nor a known outcome, first item {missing[0]}"
         )
-    return np.where(known, by_gold, happened == 1)
+    return np.where(labelled, by_gold, happened == 1)
 
 
 def ratio(numerator: npt.ArrayLike, denominator: npt.ArrayLike, empty: float = float("nan")) -> Floats:

@@ -218,12 +218,12 @@ def _bar(text: str, columns: Columns, where: str) -> Bar:
 
 def _parsed(text: str, columns: Columns, where: str) -> tuple[float, float, float]:
     """Value, step of its last digit, and half its interval, all 0-1."""
-    found = _FIGURE.fullmatch(text.strip(_MARKS))
-    if not found:
-        raise InputError(f"{where}: {text!r} is no figure; write a number, or nothing where the table has none")
-    scale = 100.0 if found["percent"] else _UNITS[columns.unit]
-    digits = len(found["digits"].partition(".")[2])
-    return float(found["digits"]) / scale, 10.0**-digits / scale, float(found["half"] or 0) / scale
+    match = _FIGURE.fullmatch(text.strip(_MARKS))
+    if not match:
+        raise InputError(f"{where}: {text!r} is not a number; write one, or nothing where the table has none")
+    scale = 100.0 if match["percent"] else _UNITS[columns.unit]
+    digits = len(match["digits"].partition(".")[2])
+    return float(match["digits"]) / scale, 10.0**-digits / scale, float(match["half"] or 0) / scale
 
 
 def _check_unit(label: str, columns: Columns, rows: Iterable[Cells]) -> None:

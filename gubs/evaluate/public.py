@@ -90,20 +90,22 @@ def make_public(job: StageJob, evaluate: EvalSettings, seed: int) -> str:
     raw, manifest = job.input("raw"), job.input(CANDIDATES)
     feedback = read_feedback(raw)
     videos = {v.video_id: v for v in Video.from_table(raw.table("videos"))}
-    answers, metrics, found = [], [], []
+    answers, metrics, verdict_rows = [], [], []
     with progress("protocols") as on_progress:
         protocols = stored_protocols(manifest)
         for done, protocol in enumerate(protocols):
             on_progress(done, len(protocols), protocol.name)
             candidates = from_table(manifest.table("candidates"), feedback, protocol)
-            said = all_answers(feedback, candidates, videos, seed)
-            answers += [answer_table(a, candidates, feedback) for a in said.values()]
-            metrics += [row for a in said.values() for row in metric_rows(a, candidates, evaluate.bootstrap, seed)]
-            found += [{"protocol": protocol.name, **v.to_row()} for v in compared(said, candidates, evaluate, seed)]
+            by_name = all_answers(feedback, candidates, videos, seed)
+            answers += [answer_table(a, candidates, feedback) for a in by_name.values()]
+            metrics += [row for a in by_name.values() for row in metric_rows(a, candidates, evaluate.bootstrap, seed)]
+            verdict_rows += [
+                {"protocol": protocol.name, **v.to_row()} for v in compared(by_name, candidates, evaluate, seed)
+            ]
     with job.writing() as out:
         out.write_table("answers", pa.concat_tables(answers))
         out.write_table("metrics", pa.Table.from_pylist(metrics))
-        out.write_table("verdicts", pa.Table.from_pylist(found))
+        out.write_table("verdicts", pa.Table.from_pylist(verdict_rows))
         out.info = {"digest": manifest.manifest.info["digest"]}
         best = {
             p.name: max((m for m in metrics if m["protocol"] == p.name and m["name"] == METRIC), key=_value)
@@ -164,20 +166,20 @@ def metric_rows(answers: Answers, candidates: Candidates, resamples: int, seed: 
 
 
 def compared(
-    said: Mapping[str, Answers], candidates: Candidates, evaluate: EvalSettings, seed: int, rows: Sequence[str] = ()
+    answers: Mapping[str, Answers], candidates: Candidates, evaluate: EvalSettings, seed: int, rows: Sequence[str] = ()
 ) -> list[Verdict]:
     """Verdicts about the best baseline (or, if given, each of `rows`) against every other.
 
     Args:
-        said: answers by name.
+        answers: by name.
         candidates: that they are about.
         evaluate: number of resamples.
         seed: of the resamples.
         rows: names to compare with all others.
     """
-    predictions = {name: as_predictions(a.yes, candidates) for name, a in said.items()}
-    best = max(said, key=lambda name: float((said[name].yes == candidates.positive).mean()))
-    pairs = [(a, b) for a in rows or [best] for b in said if a != b]
+    predictions = {name: as_predictions(a.yes, candidates) for name, a in answers.items()}
+    best = max(answers, key=lambda name: float((answers[name].yes == candidates.positive).mean()))
+    pairs = [(a, b) for a in rows or [best] for b in answers if a != b]
     return verdicts(predictions, pairs, METRIC, resamples=evaluate.bootstrap, seed=seed)
 
 

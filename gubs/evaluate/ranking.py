@@ -56,11 +56,11 @@ def make(job: StageJob, evaluate: EvalSettings, seed: int) -> str:
     blocks = model_blocks(model, [sequences[u] for u in feedback.user[last]], feedback.user[last], evaluate)
     ranks[SASREC] = ranks_of(blocks, feedback, last, drawn)
     metrics = [row for name, r in ranks.items() for row in figures(r, name, evaluate.bootstrap, seed)]
-    found = compare(ranks, evaluate.bootstrap, seed)
+    verdicts = compare(ranks, evaluate.bootstrap, seed)
     with job.writing() as out:
         out.write_table("ranks", _rank_table(ranks, feedback, last))
         out.write_table("metrics", pa.Table.from_pylist(metrics))
-        out.write_table("verdicts", pa.Table.from_pylist([v.to_row() for v in found]))
+        out.write_table("verdicts", pa.Table.from_pylist([v.to_row() for v in verdicts]))
         out.info = {
             "users": len(last),
             "items": len(feedback.items),
@@ -168,15 +168,15 @@ def figures(places: Floats, method: str, resamples: int, seed: int) -> list[dict
 
 def compare(ranks: Mapping[str, Floats], resamples: int, seed: int) -> list[Verdict]:
     """SASRec against every other method, in every way, by NDCG; corrected together."""
-    found, exchanges = [], exchanges_for(len(WAYS) * (len(ranks) - 1))
+    compared, exchanges = [], exchanges_for(len(WAYS) * (len(ranks) - 1))
     for number, way in enumerate(WAYS):
         own = user_gains(ranks[SASREC][:, number])
         for name in ranks:
             if name != SASREC:
                 other = user_gains(ranks[name][:, number])
                 v = paired(own, other, _gain, resamples=resamples, exchanges=exchanges, seed=seed)
-                found.append(replace(v, metric=f"NDCG@{CUT}, {way}", first=SASREC, second=name))
-    return with_holm(found)
+                compared.append(replace(v, metric=f"NDCG@{CUT}, {way}", first=SASREC, second=name))
+    return with_holm(compared)
 
 
 def summary(metrics: Sequence[Mapping[str, Any]]) -> str:

@@ -100,8 +100,8 @@ def drawn_targets(questions: Questions, count: int, seed: int, *, groups: bool) 
         for number in item_order(len(items), task, seed)[:count]:
             item = items[number]
             draw = sample_seed(seed, 0, item.interaction_id, "sensitivity", 0)
-            found = profile_sampling(item.user_id, draw, memberships, members)
-            targets.append(Target(item, found.similar, found.group, rotated(task, draw)))
+            sampling = profile_sampling(item.user_id, draw, memberships, members)
+            targets.append(Target(item, sampling.similar, sampling.group, rotated(task, draw)))
     return targets
 
 
@@ -163,18 +163,18 @@ def queries(
                 yield Query((condition, number), prompt, draw, labels=labels[target.item.task])
 
 
-def row(target: Target, condition: Condition, prompt: str, said: Prediction, ufm: UFMSettings) -> Row:
+def row(target: Target, condition: Condition, prompt: str, prediction: Prediction, ufm: UFMSettings) -> Row:
     """One answer as a row of `ANSWERS`."""
     item, order = target.item, target.order if condition is Condition.LETTERS else ()
 
     def stands_for(letter: Option) -> Option:
         return meant(letter, item.task, order, ufm.inputs.style)
 
-    options, reading = said.options, None
+    options, reading = prediction.options, None
     if options:
         options = replace(options, options={stands_for(letter): p for letter, p in options.options.items()})
-    if said.text is not None:
-        reading = read_answer(said.text, TASK_OPTIONS[item.task], finished=said.finished)
+    if prediction.text is not None:
+        reading = read_answer(prediction.text, TASK_OPTIONS[item.task], finished=prediction.finished)
     return {
         "interaction_id": item.interaction_id,
         "task": str(item.task),
@@ -188,27 +188,27 @@ def row(target: Target, condition: Condition, prompt: str, said: Prediction, ufm
         "predicted": str(stands_for(reading.option)) if reading and reading.option else None,
         "skip": options.skip if options else None,
         "failure": "too_long" if reading is None else str(reading.failure) if reading.failure else None,
-        "answer": said.text,
+        "answer": prediction.text,
         "prompt": prompt,
     }
 
 
 def figures(rows: Sequence[Row], *, resamples: int, seed: int) -> list[Row]:
     """Quality of each condition and share of changed answers: task, condition, name, value, low, high, n, users."""
-    found = []
+    figure_rows = []
     for task, condition, part, own in _beside_own(rows):
-        said = as_predictions(part, task)
-        values = _quality(said, part, resamples, seed)
+        answers = as_predictions(part, task)
+        values = _quality(answers, part, resamples, seed)
         if condition is not Condition.OWN:
-            values |= _changes(said, as_predictions(own, task), resamples, seed)
-        about = {"task": str(task), "condition": str(condition), "n": len(part), "users": len(set(said.user))}
-        found += [{**about, "name": name, **value} for name, value in values.items()]
-    return found
+            values |= _changes(answers, as_predictions(own, task), resamples, seed)
+        about = {"task": str(task), "condition": str(condition), "n": len(part), "users": len(set(answers.user))}
+        figure_rows += [{**about, "name": name, **value} for name, value in values.items()]
+    return figure_rows
 
 
 def verdicts(rows: Sequence[Row], *, resamples: int, seed: int) -> list[Row]:
     """Each condition against the own prompt in balanced accuracy; Holm's correction is over those of a task."""
-    found: dict[Task, list[Verdict]] = defaultdict(list)
+    by_task: dict[Task, list[Verdict]] = defaultdict(list)
     for task, condition, part, own in _beside_own(rows):
         if condition is Condition.OWN:
             continue
@@ -216,8 +216,8 @@ def verdicts(rows: Sequence[Row], *, resamples: int, seed: int) -> list[Row]:
         fine = {"resamples": resamples, "exchanges": exchanges_for(len(CHANGES)), "seed": seed}
         changed, before = (user_sums(as_predictions(answers, task)) for answers in (part, own))
         verdict = paired(changed, before, statistic_of(metric, task), **fine)
-        found[task].append(replace(verdict, metric=metric, first=str(condition), second=str(Condition.OWN)))
-    return [{"task": str(task), **v.to_row()} for task, made in found.items() for v in with_holm(made)]
+        by_task[task].append(replace(verdict, metric=metric, first=str(condition), second=str(Condition.OWN)))
+    return [{"task": str(task), **v.to_row()} for task, made in by_task.items() for v in with_holm(made)]
 
 
 def left_out(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
@@ -246,18 +246,18 @@ def _beside_own(rows: Sequence[Row]) -> Iterator[tuple[Task, Condition, list[Row
                 yield task, condition, part, [own[r["interaction_id"]] for r in part]
 
 
-def _quality(said: Predictions, rows: Sequence[Row], resamples: int, seed: int) -> dict[str, dict[str, float]]:
-    metrics = judge_metrics(said, resamples=resamples, seed=seed)
-    judged = next(m for m in metrics if m.name == VERDICT_METRIC[said.task])
+def _quality(answers: Predictions, rows: Sequence[Row], resamples: int, seed: int) -> dict[str, dict[str, float]]:
+    metrics = judge_metrics(answers, resamples=resamples, seed=seed)
+    judged = next(m for m in metrics if m.name == VERDICT_METRIC[answers.task])
     score = np.array([r["skip"] or 0.0 for r in rows])  # without a readable answer a video is kept
-    ranked = auc_over_users(said, score, resamples=resamples, seed=seed)
+    ranked = auc_over_users(answers, score, resamples=resamples, seed=seed)
     return {judged.name: {"value": judged.value, "low": judged.low, "high": judged.high}, AUC: ranked}
 
 
-def _changes(said: Predictions, own: Predictions, resamples: int, seed: int) -> dict[str, dict[str, float]]:
-    changed = {CHANGED: said.said_code != own.said_code, TURNED: said.kept != own.kept}
+def _changes(answers: Predictions, own: Predictions, resamples: int, seed: int) -> dict[str, dict[str, float]]:
+    changed = {CHANGED: answers.said_code != own.said_code, TURNED: answers.kept != own.kept}
     fine = {"resamples": resamples, "seed": seed}
-    return {name: over_users(said.user, partial(_share, which), **fine) for name, which in changed.items()}
+    return {name: over_users(answers.user, partial(_share, which), **fine) for name, which in changed.items()}
 
 
 def _share(which: Bools, weights: Floats) -> Floats:

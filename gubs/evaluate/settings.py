@@ -38,7 +38,7 @@ class PublicSettings(Section):
 
 
 class SasrecSettings(Section):
-    """SASRec, the sequential recommender that takes a row in the tables."""
+    """SASRec, the sequential recommender shown as a row in the tables."""
 
     length: int = Field(50, ge=2)
     """Items that it sees at once: a user's latest ones; longer sequences are cut for training."""
@@ -74,7 +74,7 @@ class SimulateSettings(Section):
     asked_users: int = Field(0, ge=0)
     """Users of each protocol that the model is asked about; 0 = all."""
     probes: int = Field(100, ge=0)
-    """Items whose title the model is asked for by id, to see whether it knows the data set by heart."""
+    """Items whose title the model is asked for by id, to see whether it has memorised the data set."""
 
 
 class SensitivitySettings(Section):

@@ -192,9 +192,9 @@ def _public_notes(protocol: str, artifacts: Sequence[Artifact]) -> Iterator[str]
 def ranking_sheet(artifact: Artifact) -> Sheet:
     """Hit rates and gains of every method in every way, with what decides them."""
     metrics, info = artifact.table("metrics").to_pylist(), artifact.manifest.info
-    found = {(m["method"], m["way"], m["name"]): m for m in metrics}
+    figures = {(m["method"], m["way"], m["name"]): m for m in metrics}
     rows = [
-        SheetRow(method, [per_cent(found[method, way, name]) for way in WAYS for name in STATISTICS])
+        SheetRow(method, [per_cent(figures[method, way, name]) for way in WAYS for name in STATISTICS])
         for method in dict.fromkeys(m["method"] for m in metrics)
     ]
     tied = f"{info['users_with_tied_last_times']:,} users share their last time with another record"

@@ -58,7 +58,7 @@ def make(job: StageJob, evaluate: EvalSettings, llm: LLMSettings, seed: int, kin
     feedback, settings = read_feedback(raw), evaluate.simulate
     videos = {v.video_id: v for v in Video.from_table(raw.table("videos"))}
     asked = _Asked(settings, llm, seed, THINGS.get(kind, "videos"), videos, kind)
-    tables, metrics, found, causes = [], [], [], {}
+    tables, metrics, verdict_rows, causes = [], [], [], {}
     with llm_progress() as on_progress, LLMClient(llm, journal_folder(job.run), on_progress=on_progress) as client:
         for protocol in stored_protocols(manifest):
             if settings.protocols and protocol.name not in settings.protocols:
@@ -71,12 +71,12 @@ def make(job: StageJob, evaluate: EvalSettings, llm: LLMSettings, seed: int, kin
                 tables.append(_table(name, yes, candidates, feedback))
                 scored = choice_metrics(as_predictions(yes, candidates), resamples=evaluate.bootstrap, seed=seed)
                 metrics += [{"protocol": protocol.name, "method": name, **asdict(m)} for m in scored]
-            found += _verdicts(rows, candidates, evaluate, seed)
+            verdict_rows += _verdicts(rows, candidates, evaluate, seed)
         recall = asked.recall(client, feedback)
     with job.writing() as out:
         out.write_table("answers", pa.concat_tables(tables) if tables else ANSWERS.empty_table())
         out.write_table("metrics", pa.Table.from_pylist(metrics))
-        out.write_table("verdicts", pa.Table.from_pylist(found))
+        out.write_table("verdicts", pa.Table.from_pylist(verdict_rows))
         out.write_table("recall", pa.Table.from_pylist(recall))
         recalled = sum(r["recalled"] for r in recall)
         out.info = {"causes": causes, "model": llm.model_of(ROLE), "recalled": recalled, "probed": len(recall)}
@@ -115,10 +115,10 @@ class _Asked:
                     requests = list(self._requests(simulators, feedback, candidates, block, strategy, form))
                     answers = client.ask(requests)
                     self._contract.check(answers)
-                    said = dict[tuple[str, str], bool]()
+                    by_pair = dict[tuple[str, str], bool]()
                     for answer in answers:
-                        causes.update(_read(answer, said))
-                    yes += [said.get((str(candidates.user[k]), feedback.items[candidates.item[k]])) for k in block]
+                        causes.update(_read(answer, by_pair))
+                    yes += [by_pair.get((str(candidates.user[k]), feedback.items[candidates.item[k]])) for k in block]
                 yield f"{strategy}-style, {form}-wise", yes, causes
 
     def _requests(
@@ -164,12 +164,12 @@ class _Asked:
         return [_recalled(a, self._videos[a.metadata["id"]].title or "") for a in client.ask(requests)]
 
 
-def _read(answer: Answer, said: dict[tuple[str, str], bool]) -> Counter[str]:
+def _read(answer: Answer, by_pair: dict[tuple[str, str], bool]) -> Counter[str]:
     """Adds what an answer says; returns how many items it leaves open, by cause, and how many ids it invents."""
     user, ids = answer.metadata["user"], answer.metadata["ids"]
     if not answer.ok:
         return Counter({answer.failure: len(ids)})
-    said.update({(user, item): yes for item, yes in answer.value["yes"].items()})
+    by_pair.update({(user, item): yes for item, yes in answer.value["yes"].items()})
     counted = {
         "missing": len(answer.value["missing"]),
         "contradicted": len(answer.value["contradicted"]),
@@ -179,14 +179,14 @@ def _read(answer: Answer, said: dict[tuple[str, str], bool]) -> Counter[str]:
 
 
 def _recalled(answer: Answer, title: str) -> dict[str, Any]:
-    said = str(answer.value["title"]) if answer.ok else ""
-    known = bool(_words(said)) and _words(said) == _words(title)
+    answered = str(answer.value["title"]) if answer.ok else ""
+    recalled = bool(_words(answered)) and _words(answered) == _words(title)
     return {
         "item_id": answer.metadata["id"],
         "title": title,
-        "said": said,
+        "said": answered,
         "failure": answer.failure,
-        "recalled": known,
+        "recalled": recalled,
     }
 
 
@@ -216,16 +216,16 @@ def _bars_on(answers: pa.Table, candidates: Candidates, feedback: Feedback) -> d
     frame = answers.to_pandas()
     frame = frame[frame["protocol"] == candidates.protocol.name]
     keys = [(feedback.users[u], feedback.items[i]) for u, i in zip(candidates.user, candidates.item, strict=True)]
-    said: dict[str, Sequence[bool | None]] = {}
+    by_method: dict[str, Sequence[bool | None]] = {}
     for name, part in frame.groupby("method", sort=False):
         yes = dict(zip(zip(part["user_id"], part["item_id"], strict=True), part["yes"], strict=True))
-        said[str(name)] = [bool(yes[key]) for key in keys]
-    return said
+        by_method[str(name)] = [bool(yes[key]) for key in keys]
+    return by_method
 
 
 def _table(name: str, yes: Sequence[bool | None], candidates: Candidates, feedback: Feedback) -> pa.Table:
-    known = Answers(name, "", None, np.array([bool(y) for y in yes]))
-    table = answer_table(known, candidates, feedback)
+    answers = Answers(name, "", None, np.array([bool(y) for y in yes]))
+    table = answer_table(answers, candidates, feedback)
     return table.set_column(table.schema.get_field_index("yes"), "yes", pa.array(list(yes), pa.bool_()))
 
 
@@ -235,6 +235,6 @@ def _verdicts(
     """Every model row against every baseline."""
     models = [name for name in rows if name.endswith("-wise")]
     pairs = [(a, b) for a in models for b in rows if b not in models]
-    said = {name: as_predictions(yes, candidates) for name, yes in rows.items()}
-    found = verdicts(said, pairs, METRIC, resamples=evaluate.bootstrap, seed=seed) if pairs else []
-    return [{"protocol": candidates.protocol.name, **v.to_row()} for v in found]
+    predictions = {name: as_predictions(yes, candidates) for name, yes in rows.items()}
+    compared = verdicts(predictions, pairs, METRIC, resamples=evaluate.bootstrap, seed=seed) if pairs else []
+    return [{"protocol": candidates.protocol.name, **v.to_row()} for v in compared]

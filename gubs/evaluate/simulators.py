@@ -219,20 +219,20 @@ def read_answers(value: JsonObject, ids: Sequence[str]) -> dict[str, Any]:
         UnreadableError: no answer is about an id that was asked.
     """
     entries = value.get("answers", [value])
-    asked, said = set(ids), dict[str, set[bool]]()
+    asked, by_id = set(ids), dict[str, set[bool]]()
     unknown = 0
     for entry in entries:
         name = str(entry["id"]).strip().removeprefix('"').removesuffix('"')
         if name in asked:
-            said.setdefault(name, set()).add(bool(entry["yes"]))
+            by_id.setdefault(name, set()).add(bool(entry["yes"]))
         else:
             unknown += 1
-    if not said:
+    if not by_id:
         raise UnreadableError("unknown_id", "no id of the answer is one that was asked about: copy the ids as they are")
-    clear = {name: next(iter(values)) for name, values in said.items() if len(values) == 1}
+    clear = {name: next(iter(values)) for name, values in by_id.items() if len(values) == 1}
     return {
         "yes": clear,
         "unknown": unknown,
-        "contradicted": sorted(said.keys() - clear.keys()),
-        "missing": [name for name in ids if name not in said],
+        "contradicted": sorted(by_id.keys() - clear.keys()),
+        "missing": [name for name in ids if name not in by_id],
     }

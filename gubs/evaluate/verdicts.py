@@ -95,8 +95,8 @@ def verdicts(
     for name in dict.fromkeys(name for pair in pairs for name in pair):
         sums[name] = user_sums(predictions[name])
     fine = {"resamples": resamples, "exchanges": exchanges_for(len(pairs)), "seed": seed}
-    found = [replace(paired(sums[a], sums[b], statistic, **fine), metric=metric, first=a, second=b) for a, b in pairs]
-    return with_holm([v for v in found if not math.isnan(v.difference)])
+    tested = [replace(paired(sums[a], sums[b], statistic, **fine), metric=metric, first=a, second=b) for a, b in pairs]
+    return with_holm([v for v in tested if not math.isnan(v.difference)])
 
 
 def exchanges_for(comparisons: int) -> int:
@@ -236,7 +236,7 @@ def by_predictor(made: Sequence[Verdict]) -> list[str]:
             for word, phrase in (
                 (Word.BETTER, "better than"),
                 (Word.WORSE, "worse than"),
-                (Word.UNKNOWN, "cannot tell from"),
+                (Word.UNKNOWN, "cannot be told from"),
             )
             if (named := [v for v in own if v.word is word])
         ]

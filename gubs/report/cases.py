@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Said:
+class ConditionAnswer:
     """The answer under one condition."""
 
     condition: str
@@ -69,14 +69,14 @@ class Case:
     """Name and profile; empty: the user is in none, or the run has none."""
     similar: str
     """Profile of the similar user; empty: there is none."""
-    answers: list[Said]
+    answers: list[ConditionAnswer]
 
 
 def cases(sensitivity: Artifact) -> list[Case]:
     """The cases of the stage `sensitivity`."""
     run, settings = sensitivity.run, sensitivity.manifest.settings["ufm"]["inputs"]
-    known = {name: settings[name] for name in InputSettings.model_fields if name in settings}
-    questions = Questions(run, InputSettings(**known))
+    inputs = {name: settings[name] for name in InputSettings.model_fields if name in settings}
+    questions = Questions(run, InputSettings(**inputs))
     rows = sensitivity.table("answers").to_pylist()
     answers: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
@@ -122,7 +122,7 @@ def _case(kind: str, asked: dict[str, Row], questions: Questions) -> Case:
         history=[_in_words(view) for view in person.views(inputs.max_text)],
         group=f"{profile.name}\n{profile.text}"[:_LONGEST] if profile else "",
         similar=_in_words(people[similar].profile(inputs.max_text)) if similar else "",
-        answers=[_said(c, asked.get(c), task) for c in SHOWN],
+        answers=[_answer(c, asked.get(c), task) for c in SHOWN],
     )
 
 
@@ -140,15 +140,15 @@ def _frames(questions: Questions, task: Task, video_id: str) -> list[str]:
     return [pages.picture(jpeg) for jpeg in clip.jpegs()] if clip else []
 
 
-def _said(condition: Condition, row: Row | None, task: Task) -> Said:
+def _answer(condition: Condition, row: Row | None, task: Task) -> ConditionAnswer:
     if row is None:
-        return Said(condition, None, None, "", right=False, asked=False)
+        return ConditionAnswer(condition, None, None, "", right=False, asked=False)
     option, text = row["predicted"], row["answer"]
     gold = row["gold"] or ("B" if _skipped(row) else "A")
     right = option == gold if row["gold"] else (option not in (None, "A")) == _skipped(row)
     thought = read_answer(text, TASK_OPTIONS[task]).think or text if text else "The prompt was too long."
     named = f"{option}: {OPTION_WORDS[task][option]}" if option else None
-    return Said(condition, named, row["skip"], thought[:_LONGEST], right)
+    return ConditionAnswer(condition, named, row["skip"], thought[:_LONGEST], right)
 
 
 def _in_words(line: str) -> str:

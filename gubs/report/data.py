@@ -289,10 +289,10 @@ class _Mean:
     unknown: int = 0
 
     def add(self, values: Floats) -> None:
-        known = ~np.isnan(values)
-        self.total += float(values[known].sum())
-        self.n += int(known.sum())
-        self.unknown += int((~known).sum())
+        has_value = ~np.isnan(values)
+        self.total += float(values[has_value].sum())
+        self.n += int(has_value.sum())
+        self.unknown += int((~has_value).sum())
 
 
 @dataclass
@@ -308,10 +308,10 @@ class _ByVideo:
         return cls(np.zeros(videos), np.zeros(videos, np.int64), np.zeros(videos, np.int64))
 
     def add(self, codes: Ints, values: Floats) -> None:
-        known, n = ~np.isnan(values), len(self.n)
+        has_value, n = ~np.isnan(values), len(self.n)
         self.rows += np.bincount(codes, minlength=n)
-        self.n += np.bincount(codes[known], minlength=n)
-        self.total += np.bincount(codes[known], weights=values[known], minlength=n)
+        self.n += np.bincount(codes[has_value], minlength=n)
+        self.total += np.bincount(codes[has_value], weights=values[has_value], minlength=n)
 
     @property
     def means(self) -> Floats:
@@ -398,15 +398,15 @@ class _Log:
         """Sizes of the parts with these keys, in the order of a person."""
         parts = [
             Part(
-                task=str(found[0]),
-                split=(found[1] or "held out") if len(found) > 1 else None,
-                role=found[2] if len(found) > 1 else None,
+                task=str(key[0]),
+                split=(key[1] or "held out") if len(key) > 1 else None,
+                role=key[2] if len(key) > 1 else None,
                 users=count.users,
                 videos=int(count.seen.sum()),
                 interactions=count.interactions,
             )
-            for found, count in self.counts.items()
-            if len(found) == len(keys)
+            for key, count in self.counts.items()
+            if len(key) == len(keys)
         ]
         order = {"sequential": 0, "train": 0, "test": 1, "history": 0}
         return sorted(parts, key=lambda p: tuple((order.get(k or "", 2), k or "") for k in (p.task, p.split, p.role)))
@@ -439,9 +439,9 @@ def _is_skip(play: Floats) -> Floats:
 def _person_play_rates(user: Ints, play: Floats) -> Floats:
     """Each user's mean play rate (paper: the average Play Rate per user); NaN if none is known."""
     people, codes = np.unique(user, return_inverse=True)
-    known = ~np.isnan(play)
-    views = np.bincount(codes[known], minlength=len(people))
-    sums = np.bincount(codes[known], weights=play[known], minlength=len(people))
+    has_value = ~np.isnan(play)
+    views = np.bincount(codes[has_value], minlength=len(people))
+    sums = np.bincount(codes[has_value], weights=play[has_value], minlength=len(people))
     return np.divide(sums, views, out=np.full(len(people), np.nan), where=views > 0)
 
 
@@ -454,22 +454,22 @@ def _bin_widths() -> Iterator[int]:
 
 def _histogram(values: Floats | Ints) -> Histogram | None:
     """Uses the smallest round width with which 95 % of the values fit into `MAX_BINS`; None without values."""
-    known = values[np.isfinite(values) & (values >= 0)]
-    if not known.size:
+    measured = values[np.isfinite(values) & (values >= 0)]
+    if not measured.size:
         return None
-    top = float(np.quantile(known, 0.95))
+    top = float(np.quantile(measured, 0.95))
     step = next(s for s in _bin_widths() if top < s * MAX_BINS)
-    bins = np.minimum(known // step, MAX_BINS - 1).astype(np.int64)
+    bins = np.minimum(measured // step, MAX_BINS - 1).astype(np.int64)
     first = int(bins.min())
     counts = np.bincount(bins - first)
     return Histogram(
         lower=[float((first + i) * step) for i in range(len(counts))],
         step=float(step),
         counts=counts.tolist(),
-        open_end=bool((known >= MAX_BINS * step).any()),
-        n=int(known.size),
-        unknown=int(values.size - known.size),
-        median=float(np.median(known)),
+        open_end=bool((measured >= MAX_BINS * step).any()),
+        n=int(measured.size),
+        unknown=int(values.size - measured.size),
+        median=float(np.median(measured)),
     )
 
 
@@ -552,16 +552,16 @@ def _spread(n: int, most: int) -> list[int]:
 
 def _pool(log: _Log, order: Floats, pictured: set[str]) -> Ints:
     """Codes of the videos to choose from: if possible with pictures, and with enough views for a rate to mean much."""
-    known = ~np.isnan(order)
-    frequent = known & (log.views >= _SAMPLE_MIN_VIEWS)
+    has_rate = ~np.isnan(order)
+    frequent = has_rate & (log.views >= _SAMPLE_MIN_VIEWS)
     visible = np.array([v in pictured for v in log.video_ids], bool)
-    choices = (visible & frequent, visible & known, frequent, known)
-    return np.flatnonzero(next((c for c in choices if c.any()), known))
+    choices = (visible & frequent, visible & has_rate, frequent, has_rate)
+    return np.flatnonzero(next((c for c in choices if c.any()), has_rate))
 
 
 def _varies(rates: Floats) -> bool:
-    known = rates[~np.isnan(rates)]
-    return bool(known.size) and bool(known.min() < known.max())
+    measured = rates[~np.isnan(rates)]
+    return bool(measured.size) and bool(measured.min() < measured.max())
 
 
 def _describe(videos: pa.Table, log: _Log, chosen: list[int]) -> list[SampleVideo]:

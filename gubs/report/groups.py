@@ -47,8 +47,8 @@ class GroupView:
     @property
     def evidence_by_section(self) -> list[tuple[str, list[Finding]]]:
         """The evidence in the order of the sections."""
-        found = {s: [f for f in self.evidence if f.section == s] for s in SECTIONS}
-        return [(s, findings) for s, findings in found.items() if findings]
+        by_section = {s: [f for f in self.evidence if f.section == s] for s in SECTIONS}
+        return [(s, findings) for s, findings in by_section.items() if findings]
 
     @property
     def shown(self) -> list[GroupMember]:
@@ -75,8 +75,8 @@ def purity(memberships: list[JsonObject], archetypes: Mapping[str, int]) -> Puri
             by_group[row["group_id"]].append(archetypes[row["user_id"]])
         return sum(max(Counter(a).values()) for a in by_group.values()) / len(rows) if rows else None
 
-    known = [r for r in memberships if r["user_id"] in archetypes]
-    return Purity(share([r for r in known if r["how"] != "assigned"]), share(known))
+    with_archetype = [r for r in memberships if r["user_id"] in archetypes]
+    return Purity(share([r for r in with_archetype if r["how"] != "assigned"]), share(with_archetype))
 
 
 def view_groups(ugm: Artifact) -> list[GroupView]:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 PAGE = "report.html"
 _CONSTANTS = "constants, a coin and random drop"
 _ANSWERS = {GREEDY: "The greedy answers", FILTER: "The filter"}
-_SAID = {Word.BETTER: "{} better than", Word.WORSE: "{} worse than", Word.UNKNOWN: "cannot be told from"}
+_PHRASES = {Word.BETTER: "{} better than", Word.WORSE: "{} worse than", Word.UNKNOWN: "cannot be told from"}
 _NAMED = 3
 """Others that a verdict names; the tables below have them all."""
 
@@ -195,11 +195,11 @@ def _kept(judged: Judged) -> float:
 
 def _beside_constants(judged: Judged, fine: dict[str, int]) -> list[tuple[str, Verdict]]:
     """Filter and greedy answers against what has a balanced accuracy of one half."""
-    said = {mode: as_predictions(judged.by_mode[mode], judged.task) for mode in (FILTER, GREEDY)}
+    predictions = {mode: as_predictions(judged.by_mode[mode], judged.task) for mode in (FILTER, GREEDY)}
     constant = as_predictions([{**r, "predicted": "A"} for r in judged.by_mode[GREEDY]], judged.task)
-    pairs = [(mode, _CONSTANTS) for mode in said]
+    pairs = [(mode, _CONSTANTS) for mode in predictions]
     metric = VERDICT_METRIC[judged.task]
-    return [(_ANSWERS[v.first], v) for v in verdicts({**said, _CONSTANTS: constant}, pairs, metric, **fine)]
+    return [(_ANSWERS[v.first], v) for v in verdicts({**predictions, _CONSTANTS: constant}, pairs, metric, **fine)]
 
 
 def _in_words(made: Sequence[tuple[str, Verdict]]) -> Iterator[str]:
@@ -211,7 +211,7 @@ def _in_words(made: Sequence[tuple[str, Verdict]]) -> Iterator[str]:
         least = scale * max(v.detectable for v in own)
         power = f" ({own[0].users:,} users can show {least:.{digits}f}{unit})" if least else ""
         parts = []
-        for word, phrase in _SAID.items():
+        for word, phrase in _PHRASES.items():
             # The largest defeat and the narrowest win first: they say most about the policy.
             of_word = sorted((v for v in own if v.word is word), key=lambda v: v.difference)
             if of_word:
@@ -264,12 +264,12 @@ def _calibration(judged: Sequence[Judged]) -> Section:
         "How often a target is skipped (not clicked) when P(skip) says so. Held-out training users are predicted "
         "by a fit without them; the diagonal is what should be."
     )
-    charts, known = [], [j for j in judged if j.decision]
-    for j in known:
+    charts, calibrated = [], [j for j in judged if j.decision]
+    for j in calibrated:
         with drawing(f"reliability-{j.task}", (4.6, 3.8)) as chart:
             _draw_reliability(chart.axes, j)
         charts.append(Chart(f"{j.task}: reliability", chart.svg, "ten bins of equally many targets"))
-    return Section("Calibration", lead, [calibration_sheet(j) for j in known], charts)
+    return Section("Calibration", lead, [calibration_sheet(j) for j in calibrated], charts)
 
 
 def _confusion(judged: Sequence[Judged]) -> Section:
@@ -280,8 +280,8 @@ def _confusion(judged: Sequence[Judged]) -> Section:
 def _slices(evaluation: Artifact, judged: Sequence[Judged], least: int, fine: dict[str, int]) -> Section:
     lead = "Parts of the test users, with intervals over the users of each part. A user may be in several groups."
     settings = evaluation.manifest.settings["ufm"]["inputs"]
-    known = {name: settings[name] for name in InputSettings.model_fields if name in settings}
-    questions = Questions(evaluation.run, InputSettings(**known))
+    inputs = {name: settings[name] for name in InputSettings.model_fields if name in settings}
+    questions = Questions(evaluation.run, InputSettings(**inputs))
     groups = {u: [questions.groups[g].name for g in ids] for u, ids in questions.memberships.items()}
     sheets = [slices_sheet(j, facts(questions.ifvr, j.task, groups), least=least, **fine) for j in judged]
     missing = [] if groups else [f"slices by group: `gubs ugm --run {evaluation.run.uri}`"]

@@ -12,7 +12,7 @@ from gubs.errors import ArtifactError, InputError
 from gubs.prompts.people import Person
 from gubs.records import Task, Video
 from gubs.serving.bundle import Bundle
-from gubs.serving.filter import Decision, Mode, judge, thoughts_seed
+from gubs.serving.filter import Decision, Mode, decide, thoughts_seed
 from gubs.serving.pictures import PictureError, fitting
 from gubs.ufm.labels import mean_options
 from gubs.ufm.prompting import PromptBuilder
@@ -113,7 +113,7 @@ class BatchFilter:
         if options is None:
             return {"decision": str(Decision.KEEP), "error": "unreadable"}
         texts = [] if score else [self._inputs.text(r.ids) for r in responses]
-        judgement = judge(self._task, self._rule.calibration.options(options), self._threshold, texts)
+        judgement = decide(self._task, self._rule.calibration.options(options), self._threshold, texts)
         return {
             "decision": str(judgement.decision),
             "skip_probability": judgement.skip_probability,

@@ -48,7 +48,7 @@ class Judgement:
         return self.probabilities.skip
 
 
-def judge(
+def decide(
     task: Task, probabilities: OptionProbabilities, threshold: float, texts: Sequence[tuple[str, bool]] = ()
 ) -> Judgement:
     """Decides about one candidate.

@@ -20,7 +20,7 @@ from gubs.records import User as UserRecord
 from gubs.serving import schemas
 from gubs.serving.bundle import Bundle
 from gubs.serving.engine import Answer
-from gubs.serving.filter import Decision, Mode, judge
+from gubs.serving.filter import Decision, Mode, decide
 from gubs.serving.pictures import DECODERS, PictureError, Pictures, fitting
 from gubs.serving.schemas import (
     Candidate,
@@ -316,7 +316,7 @@ def _result(
     if answer.options is None:
         return _kept(index, name, *_cause(answer))
     calibrated = rule.calibration.options(answer.options)
-    judgement = judge(task, calibrated, threshold, answer.texts)
+    judgement = decide(task, calibrated, threshold, answer.texts)
     return Result(
         index=index,
         id=name,

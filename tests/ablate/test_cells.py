@@ -52,8 +52,8 @@ class Makers:
             if job.stage.startswith("sensitivity-"):
                 out.write_table("answers", pa.Table.from_pylist(changed(job), schema=ANSWERS))
             if job.stage == "bars":
-                said = [{**r, "method": "logistic, by reward", "score": r["skip"]} for r in answers(job)]
-                out.write_table("predictions", pa.Table.from_pylist(said, schema=STORED))
+                bar_rows = [{**r, "method": "logistic, by reward", "score": r["skip"]} for r in answers(job)]
+                out.write_table("predictions", pa.Table.from_pylist(bar_rows, schema=STORED))
                 out.info = {"sequential": {"by_reward": ["logistic, by reward"]}}
             if job.stage == "grpo":
                 steps = {"reward_raw/T": [1.0, 2.0, 2.5]}
@@ -72,7 +72,7 @@ def answers(job: StageJob) -> list[dict[str, object]]:
     rows = []
     for n in range(120):
         gold = "ABCD"[n % 4]
-        said = gold if good or n % 3 else "B"
+        option = gold if good or n % 3 else "B"
         for mode in MODES:
             rows.append(
                 {
@@ -83,9 +83,9 @@ def answers(job: StageJob) -> list[dict[str, object]]:
                     "natural": True,
                     "balanced": True,
                     "gold": gold,
-                    "predicted": said,
-                    "skip": 0.2 if said == "A" else 0.8,
-                    "reward": 3.0 if said == gold else 1.0,
+                    "predicted": option,
+                    "skip": 0.2 if option == "A" else 0.8,
+                    "reward": 3.0 if option == gold else 1.0,
                     "play_rate": 0.9 if gold == "A" else 0.1,
                 }
             )
@@ -294,8 +294,8 @@ def test_oracle_groups_that_are_no_better_than_shuffled_ones_are_called_augmenta
     assert pairs == {(arms[1], "plain"), (arms[2], "plain"), (arms[1], arms[2])}
     first, *_ = sheet.sheets("noise", made)
     print_sheet(first)
-    (said,) = [n for n in first.notes if n.endswith("samples about groups are augmentation only")]
-    assert said.startswith("weighted, oracle is better than weighted, shuffled in no measure (detectable: reward 0.")
+    (note,) = [n for n in first.notes if n.endswith("samples about groups are augmentation only")]
+    assert note.startswith("weighted, oracle is better than weighted, shuffled in no measure (detectable: reward 0.")
     assert any(n.startswith("judge F1, against weighted, shuffled: ") for n in first.notes)
     drawing = (tmp_path / "ablate-noise" / "levels.svg").read_text()
     assert drawing.startswith("<?xml")
@@ -310,22 +310,22 @@ def test_oracle_groups_that_help_are_not_called_augmentation(tmp_path, makers):
         arm: {(0, 0): read_answers(sheet._rows(chosen("rule", (name,), (0,), (0,))[0], store))}
         for arm, name in cells_of.items()
     }
-    found = compare_arms(arms, {}, resamples=100, seed=0, pairs=[("oracle", "shuffled")])
-    (said,) = sheet._of_pairs(find_grid("groups").pairs, found.differences)
-    assert said.startswith("oracle is better than shuffled in reward +")
-    assert "reason F1 +" in said
+    comparison = compare_arms(arms, {}, resamples=100, seed=0, pairs=[("oracle", "shuffled")])
+    (note,) = sheet._of_pairs(find_grid("groups").pairs, comparison.differences)
+    assert note.startswith("oracle is better than shuffled in reward +")
+    assert "reason F1 +" in note
 
 
 def test_a_dry_run_makes_nothing_and_counts_what_is_shared_once(tmp_path, makers, capsys):
     choice = Choice((0, 1), (0, 1), ("plain", "weighted"))
     ablate("rule", Run(tmp_path / "r"), choice, "tiny", OWN, dry_run=True)
-    said = capsys.readouterr().out
-    assert "rule/plain-w0-s0" in said
-    assert "8 of 8 cells are unfinished" in said
-    assert "2 raw" in said
-    assert "4 sft_model" in said
-    assert "8 grpo" in said
-    assert "no cell has taken any time yet" in said
+    printed = capsys.readouterr().out
+    assert "rule/plain-w0-s0" in printed
+    assert "8 of 8 cells are unfinished" in printed
+    assert "2 raw" in printed
+    assert "4 sft_model" in printed
+    assert "8 grpo" in printed
+    assert "no cell has taken any time yet" in printed
     assert not (tmp_path / "r").exists()
     assert not makers.made
 
@@ -343,17 +343,17 @@ def test_a_dry_run_estimates_by_what_was_measured(tmp_path, makers, capsys):
     assert estimate(counts, store.seconds()) == (100 + 3000 + 1500, ["ugm"])
     capsys.readouterr()
     ablate("rule", Run(tmp_path), Choice((0,), (0, 1), ("plain", "weighted")), "tiny", OWN, dry_run=True)
-    said = capsys.readouterr().out
-    assert "rule/plain-w0-s0" + " " * 29 + "finished" in said
-    assert "about 1.3 h" in said
-    assert "not counted, since none was made here yet: ugm" in said
+    printed = capsys.readouterr().out
+    assert "rule/plain-w0-s0" + " " * 29 + "finished" in printed
+    assert "about 1.3 h" in printed
+    assert "not counted, since none was made here yet: ugm" in printed
 
 
 def test_the_end_is_a_table_in_the_folder_and_on_the_screen(tmp_path, makers, capsys):
     ablate("rule", Run(tmp_path), Choice((0,), (0, 1), ("plain", "weighted")), "tiny", OWN)
-    said = capsys.readouterr().out
-    assert "rule, advantage rules: worlds 0, trainings 0, 1 each, 30 test users in all" in said
-    assert "never skip" in said
+    printed = capsys.readouterr().out
+    assert "rule, advantage rules: worlds 0, trainings 0, 1 each, 30 test users in all" in printed
+    assert "never skip" in printed
     table = Run(tmp_path).artifact("ablate-rule")
     figures = {(r["measure"], r["arm"]): r for r in table.table("figures").to_pylist()}
     assert figures["reward sequential natural calibrated", "weighted"]["value"] == 3
@@ -364,9 +364,9 @@ def test_the_end_is_a_table_in_the_folder_and_on_the_screen(tmp_path, makers, ca
     assert (bar["value"], bar["bar"]) == (same["value"], True), "the same answers"
     assert bar["low"] < bar["value"] < bar["high"]
     assert made_by(makers, "bars") == ["plain-w0-s0"], "once per world"
-    found = {r["measure"]: r for r in table.table("differences").to_pylist()}
-    assert found["reward sequential natural calibrated"]["word"] == "better"
-    assert found["reward sequential natural calibrated"]["agree"] == 2
-    assert len(table.table("cells").filter(pa.compute.field("arm") == "plain")) == 2 * len(found) + 2 * 2
+    differences = {r["measure"]: r for r in table.table("differences").to_pylist()}
+    assert differences["reward sequential natural calibrated"]["word"] == "better"
+    assert differences["reward sequential natural calibrated"]["agree"] == 2
+    assert len(table.table("cells").filter(pa.compute.field("arm") == "plain")) == 2 * len(differences) + 2 * 2
     assert (tmp_path / "ablate-rule" / "curves.svg").read_text().startswith("<?xml")
     assert table.manifest.info["cells"] == [c.name for c in chosen()]

@@ -19,7 +19,7 @@ def test_each_arm_has_the_calibrated_f1_of_its_levels():
         for level, v in (("0 %", 0.7), ("40 %", 0.5))
     ]
     for name in ("judge_f1", "reason_f1"):
-        found = f1_by_arm(tables, name)
-        values = {(arm, level): r.value for arm, of in found.items() for level, r in of.items()}
+        by_arm = f1_by_arm(tables, name)
+        values = {(arm, level): r.value for arm, of in by_arm.items() for level, r in of.items()}
         assert values == {(arm, level): v for arm in "ab" for level, v in (("0 %", 0.7), ("40 %", 0.5))}
-        assert {r.measure.mode for of in found.values() for r in of.values()} == {"calibrated"}
+        assert {r.measure.mode for of in by_arm.values() for r in of.values()} == {"calibrated"}

@@ -48,8 +48,8 @@ def test_worlds_are_seeds_of_data_and_trainings_seeds_of_their_own():
 
 
 def test_users_settings_are_kept_but_never_what_is_varied():
-    found = by_arm("T5", "tiny", "ugm.groups=4", "ugm.mode=both")
-    assert {(arm, s.ugm.mode, s.ugm.groups) for arm, s in found.items()} == {
+    settings = by_arm("T5", "tiny", "ugm.groups=4", "ugm.mode=both")
+    assert {(arm, s.ugm.mode, s.ugm.groups) for arm, s in settings.items()} == {
         (mode, mode, 4) for mode in ("interest", "demographics", "both")
     }
     assert {s.ugm.groups for s in by_arm("T4", "tiny", "ugm.groups=8").values()} == {4, 8, 12, 16}

@@ -38,7 +38,7 @@ def test_answers_come_back_as_they_were(tmp_path):
             log.write()
     log.write()
     again = AnswerLog(LOCAL, str(tmp_path / "answers"))
-    assert again.found == 20
+    assert again.answered_before == 20
     assert again.answers == log.answers == {("greedy", n): without_tokens(prediction(n)) for n in range(20)}
 
 
@@ -47,10 +47,10 @@ def test_answers_are_written_in_time_not_only_at_the_end(tmp_path, monkeypatch):
     log = AnswerLog(LOCAL, str(tmp_path / "answers"))
     for n in range(20):
         log.add(prediction(n))
-    assert AnswerLog(LOCAL, str(tmp_path / "answers")).found == 16, "killed now, only the last few are lost"
+    assert AnswerLog(LOCAL, str(tmp_path / "answers")).answered_before == 16, "killed now, only the last few are lost"
     monkeypatch.setattr(answers, "_SECONDS", 0.0)
     log.add(prediction(20))
-    assert AnswerLog(LOCAL, str(tmp_path / "answers")).found == 21
+    assert AnswerLog(LOCAL, str(tmp_path / "answers")).answered_before == 21
 
 
 class Dying:
@@ -88,7 +88,7 @@ def test_a_killed_evaluation_asks_nothing_twice(tmp_path, monkeypatch):
     held_out = [item for item, _ in items[:10]]
     for attempt in range(4):
         Dying.left, log = 25, AnswerLog(LOCAL, str(tmp_path / "answers"))
-        assert log.found == 25 * attempt if attempt < 3 else log.found == 70
+        assert log.answered_before == 25 * attempt if attempt < 3 else log.answered_before == 70
         if attempt < 2:
             with pytest.raises(KeyboardInterrupt):
                 judge.ask(items, held_out, questions, Path(), UFMSettings(), 1, 0, log)

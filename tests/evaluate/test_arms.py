@@ -16,17 +16,17 @@ REWARDS, CURVE = MEASURES[0], next(m for m in MEASURES if m.name == AUC)
 
 def rows(right: float, seed: int = 0, world: int = 0, users: int = USERS) -> list[dict]:
     """A policy that is right in this share of the answers, else says A (B if it is A)."""
-    rng, found = np.random.default_rng([seed, world]), []
+    rng, answers = np.random.default_rng([seed, world]), []
     for n in range(users * EACH):
         gold = "AABCD"[(n // 3) % 5]
-        said = gold if rng.random() < right else "B" if gold == "A" else "A"
-        score = float(np.clip((0.3 if said == "A" else 0.7) + 0.1 * rng.standard_normal(), 0, 1))
+        option = gold if rng.random() < right else "B" if gold == "A" else "A"
+        score = float(np.clip((0.3 if option == "A" else 0.7) + 0.1 * rng.standard_normal(), 0, 1))
         about = {"interaction_id": f"i{n}", "user_id": f"w{world}-u{n % users}", "task": "sequential", "gold": gold}
         for mode in MODES:
-            said_of = {"predicted": said, "skip": score, "reward": 3.0 if said == gold else 1.0}
+            judged = {"predicted": option, "skip": score, "reward": 3.0 if option == gold else 1.0}
             facts = {"natural": True, "balanced": n % 2 == 0, "clicked": None, "play_rate": 0.8 if gold == "A" else 0.1}
-            found.append({**about, **said_of, **facts, "mode": mode})
-    return found
+            answers.append({**about, **judged, **facts, "mode": mode})
+    return answers
 
 
 def arm(right: float, cells=((0, 0), (0, 1), (1, 0), (1, 1)), offset: int = 0) -> dict:
@@ -34,29 +34,31 @@ def arm(right: float, cells=((0, 0), (0, 1), (1, 0), (1, 1)), offset: int = 0) -
 
 
 def results(arms: dict, resamples: int = 200) -> dict:
-    found = compare_arms(arms, {}, resamples=resamples, seed=0)
-    return {(r.measure, r.arm): r for r in found.results} | {(d.measure, d.verdict.first): d for d in found.differences}
+    comparison = compare_arms(arms, {}, resamples=resamples, seed=0)
+    return {(r.measure, r.arm): r for r in comparison.results} | {
+        (d.measure, d.verdict.first): d for d in comparison.differences
+    }
 
 
 def test_a_better_arm_is_found_and_an_equal_one_is_not():
-    found = compare_arms({"a": arm(0.6), "b": arm(0.9, offset=5), "same": arm(0.6)}, {}, resamples=300, seed=0)
-    by_arm = {(d.measure.name, d.verdict.first): d for d in found.differences if d.measure.mix == "natural"}
+    comparison = compare_arms({"a": arm(0.6), "b": arm(0.9, offset=5), "same": arm(0.6)}, {}, resamples=300, seed=0)
+    by_arm = {(d.measure.name, d.verdict.first): d for d in comparison.differences if d.measure.mix == "natural"}
     for name in (REWARD, "judge_f1", "judge_balanced_acc", AUC, "reason_f1", "total_play_rate"):
         assert by_arm[name, "b"].verdict.word == "better", name
         assert by_arm[name, "b"].agree == by_arm[name, "b"].cells == 4
         assert by_arm[name, "b"].verdict.effect > 0.2, name
         same = by_arm[name, "same"].verdict
         assert (same.difference, same.p, same.word) == (0, 1, "cannot tell")
-    assert {d.verdict.second for d in found.differences} == {"a"}
+    assert {d.verdict.second for d in comparison.differences} == {"a"}
 
 
 def test_a_figure_pools_the_answers_of_all_trainings():
     cells = {(0, 0): read_answers(rows(1.0)), (0, 1): read_answers(rows(0.5, 1))}
-    found = results({"a": cells, "b": cells})[REWARDS, "a"]
-    assert found.value == pytest.approx(np.mean(list(found.cells.values())))
-    assert found.cells[0, 0] == 3
-    assert found.low < found.value < found.high
-    assert found.users == USERS
+    figure = results({"a": cells, "b": cells})[REWARDS, "a"]
+    assert figure.value == pytest.approx(np.mean(list(figure.cells.values())))
+    assert figure.cells[0, 0] == 3
+    assert figure.low < figure.value < figure.high
+    assert figure.users == USERS
 
 
 def test_the_interval_is_over_users_and_the_spread_over_seeds():
@@ -103,25 +105,27 @@ def test_arms_judged_on_other_targets_are_refused():
 
 
 def test_constants_need_no_model_and_are_rewarded_like_answers():
-    said = constant_answers(rows(0.6))
-    never, always = ({m: Asked.of(said[n], Task.SEQUENTIAL) for m in MODES[:1]} for n in ("never skip", "always skip"))
-    golds = [r["gold"] for r in said["never skip"]]
-    assert {r["reward"] for r in said["never skip"] if r["gold"] == "A"} == {3.0}
-    assert {r["reward"] for r in said["never skip"] if r["gold"] != "A"} == {1.0}
-    assert {r["reward"] for r in said["always skip"]} == {1.0, 2.0, 3.0}
+    constants = constant_answers(rows(0.6))
+    never, always = (
+        {m: Asked.of(constants[n], Task.SEQUENTIAL) for m in MODES[:1]} for n in ("never skip", "always skip")
+    )
+    golds = [r["gold"] for r in constants["never skip"]]
+    assert {r["reward"] for r in constants["never skip"] if r["gold"] == "A"} == {3.0}
+    assert {r["reward"] for r in constants["never skip"] if r["gold"] != "A"} == {1.0}
+    assert {r["reward"] for r in constants["always skip"]} == {1.0, 2.0, 3.0}
     assert golds.count("A") / len(golds) == pytest.approx(0.4, abs=0.05)
     assert len(never["greedy"].users) == len(always["greedy"].users) == USERS
-    bars = {name: {(0, 0): read_answers(r)} for name, r in said.items() if r}
-    found = compare_arms({"a": arm(0.6)}, bars, resamples=0, seed=0)
-    rows_of = [r for r in found.results if r.bar]
+    bars = {name: {(0, 0): read_answers(r)} for name, r in constants.items() if r}
+    comparison = compare_arms({"a": arm(0.6)}, bars, resamples=0, seed=0)
+    rows_of = [r for r in comparison.results if r.bar]
     assert {r.arm for r in rows_of} == {"never skip", "always skip"}
     assert AUC not in {r.measure.name for r in rows_of}
-    assert not found.differences
+    assert not comparison.differences
 
 
 def test_where_only_the_outcome_is_known_no_constant_earns_the_reward_of_a_reason():
     """Wrong here: "never skip" gets 3 for a watched video, and no policy more than 2."""
     log = [r | {"gold": r["gold"] if r["gold"] == "A" else None} for r in rows(0.6)]
-    said = constant_answers(log)
+    constants = constant_answers(log)
     for name, watched, skipped in (("never skip", 2.0, 1.0), ("always skip", 1.0, 2.0)):
-        assert {(r["gold"], r["reward"]) for r in said[name]} == {("A", watched), (None, skipped)}, name
+        assert {(r["gold"], r["reward"]) for r in constants[name]} == {("A", watched), (None, skipped)}, name

@@ -77,8 +77,8 @@ tables = st.tuples(counts, counts, counts, counts).filter(lambda t: t[0] + t[2] 
 @given(tables, st.integers(1, 4), st.sampled_from([0.0, 0.02]))
 def test_a_pooled_table_is_never_called_impossible(table, digits, blur):
     share = (table[0] + table[2]) / sum(table)
-    known = Classes(Range(max(share - blur, 1e-6), min(share + blur, 1 - 1e-5)))
-    within = reading(known, Averaging.POOLED)
+    classes = Classes(Range(max(share - blur, 1e-6), min(share + blur, 1 - 1e-5)))
+    within = reading(classes, Averaging.POOLED)
     values = figures(*table)
     cells = rounded(values, digits)
     assert within.holds(cells)
@@ -150,9 +150,9 @@ def test_accuracy_is_the_mean_of_both_recalls_in_either_averaging(averaging):
 
 def test_a_conflict_names_the_cells_that_are_in_it_and_no_others():
     cells = exact(accuracy=0.7, precision=0.7, recall=0.7, f1=0.8)
-    found = conflicts(cells, reading(TEN, Averaging.POOLED))
-    assert [set(c.allowed) for c in found] == [{A, F}, {P, R, F}]
-    assert found[1].allowed[F] == near(0.7)
+    smallest = conflicts(cells, reading(TEN, Averaging.POOLED))
+    assert [set(c.allowed) for c in smallest] == [{A, F}, {P, R, F}]
+    assert smallest[1].allowed[F] == near(0.7)
     (alone,) = conflicts(exact(recall=1.2, f1=0.5), reading(TEN, Averaging.POOLED))
     assert set(alone.allowed) == {R}
 
@@ -185,9 +185,9 @@ def test_exchanged_columns_are_found():
 
 
 def test_constants_and_places():
-    found = constants(Classes(Range(0.2, 0.25)))
-    assert found["always yes"][F] == Bar(pytest.approx(11 / 30), pytest.approx(1 / 30))
-    assert found["always no"][A] == Bar(pytest.approx(0.775), pytest.approx(0.025))
+    bars = constants(Classes(Range(0.2, 0.25)))
+    assert bars["always yes"][F] == Bar(pytest.approx(11 / 30), pytest.approx(1 / 30))
+    assert bars["always no"][A] == Bar(pytest.approx(0.775), pytest.approx(0.025))
     for name, table in (("always yes", (10, 10, 0, 0)), ("always no", (0, 0, 10, 10))):
         expected = figures(*table)
         assert {q: bar.value for q, bar in constants(TEN)[name].items()} == expected
@@ -268,7 +268,7 @@ def test_cells_are_as_wide_as_their_digits(tmp_path):
     ("table", "columns", "message"),
     [
         ("method,acc,rec,f\na,1,2\n", COLUMNS, "t.csv: row 2: 3 values, and the header has 4"),
-        ('method,acc,rec,f\n"a\nb",1,2,3\nc,x,2,3\n', COLUMNS, "t.csv: row 4: accuracy: 'x' is no figure"),
+        ('method,acc,rec,f\n"a\nb",1,2,3\nc,x,2,3\n', COLUMNS, "t.csv: row 4: accuracy: 'x' is not a number"),
         ("method,acc,f\na,1,2\n", COLUMNS, "no column 'rec'"),
         ("method,acc,rec,f\na,1,2,3\na,1,2,3\n", COLUMNS, "row 3, column 'method': 'a' occurs twice"),
         ("method,acc,rec,f\n", COLUMNS, "at least one row"),
@@ -325,10 +325,10 @@ def test_a_runs_baselines_are_the_bars_each_with_its_better_rule():
     rows = [*measured("coin", 0.5), *measured("popularity, top half", 0.767), *measured("popularity, threshold", 0.76)]
     rows += measured("user kNN, top half", 0.806)
     printed = read_printed("agent4rec")
-    found = measured_bars(public(*rows), printed)
-    assert list(found) == ["user kNN", "popularity"]
-    assert found["popularity"][A] == Bar(0.767, pytest.approx(0.01))
-    assert F not in found["popularity"]  # pooled or mean over users: it is not known which of them the table prints
+    bars = measured_bars(public(*rows), printed)
+    assert list(bars) == ["user kNN", "popularity"]
+    assert bars["popularity"][A] == Bar(0.767, pytest.approx(0.01))
+    assert F not in bars["popularity"]  # pooled or mean over users: it is not known which of them the table prints
     notes = "\n".join(audit(printed, public(*rows)).sheet().notes)
     assert "GPT-4o: accuracy below user kNN (80.6), popularity (76.7)" in notes
     assert "G-UBS: accuracy not to be told from user kNN (80.6)" in notes

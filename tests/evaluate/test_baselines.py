@@ -119,15 +119,15 @@ def few_trees(monkeypatch):
 def test_every_baseline_stands_beside_and_those_that_can_find_the_tastes_do(world):
     c = draw(world, UNSEEN, 0, seed=0)
     videos = {i: Video(i, f"T (19{50 + 40 * (i >= 'i20')})", tags=["x" if i < "i20" else "y"]) for i in world.items}
-    said = all_answers(world, c, videos, seed=0)
-    right = {name: float((a.yes == c.positive).mean()) for name, a in said.items()}
+    answers = all_answers(world, c, videos, seed=0)
+    right = {name: float((a.yes == c.positive).mean()) for name, a in answers.items()}
     assert {"always yes", "always no", "coin"} <= right.keys()
     assert {f"{m}, {rule}" for m in SCORERS for rule in ("top half", "threshold")} <= right.keys()
     for name in ("item kNN", "user kNN", "iALS", "logistic, all", "boosting, all", "logistic, content"):
         assert right[f"{name}, top half"] > 0.65, name
     assert right["always yes"] == right["always no"] == 0.5
     assert {"user's rate, top half", "user's rate, threshold"} <= right.keys()
-    rates = said["user's rate, top half"].score.reshape(-1, 8)
+    rates = answers["user's rate, top half"].score.reshape(-1, 8)
     assert (rates == rates[:, :1]).all(), "one value for a user's whole list"
     liked = {u: world.liked[world.rows_of(u)] for u in (0, 1)}
     assert (rates[0, 0] > rates[1, 0]) == (liked[0].mean() > liked[1].mean())
@@ -138,8 +138,8 @@ def test_liked_is_told_from_disliked_by_stars():
     rows = [(u, i, t, 5.0 if int(u[1:]) % 2 == (i >= "i20") else 1.0) for u, i, t, _ in two_tastes(each=20)]
     world = feedback_of(rows)
     c = draw(world, Protocol(Contrast.LIKED, HeldOut.RANDOM, 1, 1, 3), 0, seed=0)
-    said = all_answers(world, c, {}, seed=0)
-    assert float((said["rated kNN, top half"].yes == c.positive).mean()) > 0.8
+    answers = all_answers(world, c, {}, seed=0)
+    assert float((answers["rated kNN, top half"].yes == c.positive).mean()) > 0.8
 
 
 def test_scores_come_from_training_records_alone(world):
@@ -178,15 +178,15 @@ def test_a_threshold_by_brute_force():
     rng = np.random.default_rng(0)
     for _ in range(50):
         score, labels = rng.integers(0, 6, 30).astype(float), rng.random(30) < 0.4
-        found = ((score >= best_threshold(score, labels)) == labels).mean()
-        assert found == max(((score >= t) == labels).mean() for t in [*score, np.inf])
+        accuracy = ((score >= best_threshold(score, labels)) == labels).mean()
+        assert accuracy == max(((score >= t) == labels).mean() for t in [*score, np.inf])
     assert best_threshold(np.zeros(4), np.zeros(4, bool)) == np.inf
 
 
 def test_thresholds_come_from_other_folds():
     score, labels = np.array([1.0, 2.0, 1.0, 2.0]), np.array([False, True, True, False])
-    said = cross_thresholds(score, labels, np.array([0, 0, 1, 1]))
-    assert said.tolist() == [False, False, False, True]  # fold 0 by "never", fold 1 by "from 2 on"
+    yes = cross_thresholds(score, labels, np.array([0, 0, 1, 1]))
+    assert yes.tolist() == [False, False, False, True]  # fold 0 by "never", fold 1 by "from 2 on"
 
 
 def test_a_rate_without_records_is_the_prior():

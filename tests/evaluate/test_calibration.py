@@ -15,7 +15,7 @@ def _logit(p):
     return np.log(p / (1 - p))
 
 
-def _said(truth_of, seed=0):
+def overconfident(truth_of, seed=0):
     """P(skip) as an overconfident policy with the wrong prior says it, and what happened."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 1.5, len(USERS))
@@ -24,39 +24,39 @@ def _said(truth_of, seed=0):
 
 
 def test_platt_finds_slope_and_share_of_skips():
-    said, skipped = _said(lambda x: 0.5 * x - 1.2)
-    found = fit(said, skipped, USERS)
-    assert found.method == "platt"
-    (x0, x1), (y0, y1) = found.curve.raw, found.curve.calibrated
+    raw, skipped = overconfident(lambda x: 0.5 * x - 1.2)
+    fitted = fit(raw, skipped, USERS)
+    assert fitted.method == "platt"
+    (x0, x1), (y0, y1) = fitted.curve.raw, fitted.curve.calibrated
     assert (y1 - y0) / (x1 - x0) == pytest.approx(0.5, abs=0.12)
-    assert _logit(found.curve(0.5)) == pytest.approx(-1.2, abs=0.2)
-    assert found.brier < found.brier_raw - 0.02
-    assert found.brier < found.brier_constant
+    assert _logit(fitted.curve(0.5)) == pytest.approx(-1.2, abs=0.2)
+    assert fitted.brier < fitted.brier_raw - 0.02
+    assert fitted.brier < fitted.brier_constant
 
 
 def test_a_curve_that_is_no_line_is_isotonic_and_keeps_the_order():
-    said, skipped = _said(lambda x: np.where(x > 0.3, 2.5, -2.5))
-    found = fit(said, skipped, USERS)
-    assert found.method == "isotonic"
-    values = found.curve(np.linspace(0, 1, 101))
+    raw, skipped = overconfident(lambda x: np.where(x > 0.3, 2.5, -2.5))
+    fitted = fit(raw, skipped, USERS)
+    assert fitted.method == "isotonic"
+    values = fitted.curve(np.linspace(0, 1, 101))
     assert (np.diff(values) >= 0).all()
     assert 0 < values.min() < 0.15 < 0.85 < values.max() < 1
 
 
 def test_what_is_calibrated_already_is_left_alone():
     rng = np.random.default_rng(1)
-    said = np.clip(rng.random(len(USERS)), 0.02, 0.98)
-    found = fit(said, rng.random(len(USERS)) < said, USERS)
-    assert found.brier <= found.brier_raw
-    assert np.abs(found.curve(said) - said).max() < 0.08
+    raw = np.clip(rng.random(len(USERS)), 0.02, 0.98)
+    fitted = fit(raw, rng.random(len(USERS)) < raw, USERS)
+    assert fitted.brier <= fitted.brier_raw
+    assert np.abs(fitted.curve(raw) - raw).max() < 0.08
 
 
 def test_noise_is_told_by_the_constant():
     """A score that says nothing must not look better than the share of skips: folds divide no user's fit."""
     rng = np.random.default_rng(2)
-    found = fit(rng.random(len(USERS)), rng.random(len(USERS)) < 0.3, USERS)
-    assert found.brier == pytest.approx(found.brier_constant, abs=0.01)
-    assert found.brier < found.brier_raw
+    fitted = fit(rng.random(len(USERS)), rng.random(len(USERS)) < 0.3, USERS)
+    assert fitted.brier == pytest.approx(fitted.brier_constant, abs=0.01)
+    assert fitted.brier < fitted.brier_raw
 
 
 def test_folds_never_divide_a_user(monkeypatch):
@@ -77,8 +77,8 @@ def test_folds_never_divide_a_user(monkeypatch):
 
 
 def test_the_reliability_curve_has_all_targets():
-    said, skipped = _said(lambda x: x)
-    bins = reliability(said, skipped)
+    raw, skipped = overconfident(lambda x: x)
+    bins = reliability(raw, skipped)
     assert sum(b.n for b in bins) == len(USERS)
     assert [b.predicted for b in bins] == sorted(b.predicted for b in bins)
     assert max(abs(b.predicted - b.happened) for b in bins) < 0.15
@@ -86,13 +86,13 @@ def test_the_reliability_curve_has_all_targets():
 
 def test_reasons_get_the_shares_that_skips_have():
     """The policy gives each reason a third; three quarters of the held-out skips are B."""
-    said = OptionProbabilities(dict.fromkeys(Option, 0.25), 1.0)
+    raw = OptionProbabilities(dict.fromkeys(Option, 0.25), 1.0)
     golds = [Option.B, Option.B, Option.B, Option.C] * 50
     rng = np.random.default_rng(4)
-    found = fit([0.75] * 200, rng.random(200) < 0.6, USERS[:200], [said] * 200, golds)
-    options = found.options(said).options
+    fitted = fit([0.75] * 200, rng.random(200) < 0.6, USERS[:200], [raw] * 200, golds)
+    options = fitted.options(raw).options
     assert sum(options.values()) == pytest.approx(1.0)
-    assert 1 - options[Option.A] == pytest.approx(float(found.curve(0.75)))
+    assert 1 - options[Option.A] == pytest.approx(float(fitted.curve(0.75)))
     assert options[Option.B] / (1 - options[Option.A]) == pytest.approx(0.74, abs=0.02)
     assert options[Option.C] / options[Option.B] == pytest.approx(1 / 3, abs=0.02)
     assert options[Option.D] < 0.02
@@ -100,9 +100,9 @@ def test_reasons_get_the_shares_that_skips_have():
 
 def test_in_the_click_task_there_is_one_other_option():
     line = Calibration("platt", Curve((-9.0, 9.0), (-10.0, 8.0)), {}, 0, 0, 0, (), 1)
-    found = line.options(OptionProbabilities({Option.A: 0.5, Option.B: 0.5}, 1.0))
-    assert found.options[Option.B] == pytest.approx(1 / (1 + np.e))
-    assert found.mass == 1.0
+    calibrated = line.options(OptionProbabilities({Option.A: 0.5, Option.B: 0.5}, 1.0))
+    assert calibrated.options[Option.B] == pytest.approx(1 / (1 + np.e))
+    assert calibrated.mass == 1.0
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_the_best_answer_has_the_highest_expected_reward(shares, option):
     """Checked against every letter's mean reward over the letters that may be right."""
     options = OptionProbabilities(dict(zip(Option, shares, strict=True)), 1.0)
     rewards = {
-        said: sum(p * (((said == "A") == (gold == "A")) + (said == gold)) for gold, p in options.options.items())
-        for said in Option
+        letter: sum(p * (((letter == "A") == (gold == "A")) + (letter == gold)) for gold, p in options.options.items())
+        for letter in Option
     }
     assert best_answer(options) == option == max(rewards, key=lambda o: rewards[o])
 

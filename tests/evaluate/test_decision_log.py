@@ -34,7 +34,7 @@ def asked(user, videos, task=Task.SEQUENTIAL):
     return FilterRequest(user=ref, task=task, candidates=[Candidate(id=v) for v in videos])
 
 
-def said(skips):
+def results(skips):
     """Results with these probabilities by video; None = an error."""
     return [
         Result(index=i, id=v, decision=Decision.KEEP, error=Problem(code="pictures", message="none"))
@@ -48,8 +48,8 @@ def row(user, video, decision, skip, **more):
     """One row of the log."""
     whose = {"time_ms": 1, "request_id": None, "user_id": user, "video_id": video, "task": "sequential"}
     which = {"mode": "score", "app": "filter-a", "version": "a", "acted": True}
-    said = {"decision": decision, "option": None, "skip_probability": skip, "threshold": 0.5, "error": None}
-    return whose | which | said | more
+    outcome = {"decision": decision, "option": None, "skip_probability": skip, "threshold": 0.5, "error": None}
+    return whose | which | outcome | more
 
 
 def test_what_the_service_logs_is_judged_by_what_users_did(run, tmp_path, capsys):
@@ -61,10 +61,10 @@ def test_what_the_service_logs_is_judged_by_what_users_did(run, tmp_path, capsys
     for user, rows in sequential.groupby("user_id"):
         right = {v: 0.8 if b else 0.1 for v, b in zip(rows["video_id"], rows["bad"], strict=True)}
         wrong = {v: 0.9 - p for v, p in right.items()}
-        log.add("app", "new", asked(user, right), Mode.REASON, 0.5, said(right), acted=True)
-        log.add("app", "old", asked(user, wrong), Mode.REASON, 0.5, said(wrong), acted=False)
-    log.add("app", "new", asked(user, ["strange"]), Mode.REASON, 0.5, said({"strange": 0.9}), acted=True)
-    log.add("app", "new", asked(None, right), Mode.REASON, 0.5, said(right), acted=True)
+        log.add("app", "new", asked(user, right), Mode.REASON, 0.5, results(right), acted=True)
+        log.add("app", "old", asked(user, wrong), Mode.REASON, 0.5, results(wrong), acted=False)
+    log.add("app", "new", asked(user, ["strange"]), Mode.REASON, 0.5, results({"strange": 0.9}), acted=True)
+    log.add("app", "new", asked(None, right), Mode.REASON, 0.5, results(right), acted=True)
     log.flush()
     command = ["evaluate", "log", str(tmp_path / "log"), "--run", run.uri, "evaluate.bootstrap=20"]
     app([*command, "--json"], standalone_mode=False)
@@ -120,18 +120,18 @@ def test_the_latest_decision_about_a_target_counts():
 
 
 def test_versions_modes_shadows_and_tasks_stand_apart():
-    found = of(
+    logged = of(
         *(row("u", "v0", "drop", 0.9, task="click"), row("u", "v0", "keep", 0.2, version="b", acted=False)),
         *(row("u", "v0", "drop", 0.9, mode="reason"), row("u", "v0", "drop", 0.9)),
     )
-    assert [(f.task, f.version, f.mode, f.shadow, f.targets) for f in found] == [
+    assert [(f.task, f.version, f.mode, f.shadow, f.targets) for f in logged] == [
         ("sequential", "a", "reason", False, 1),
         ("sequential", "a", "score", False, 1),
         ("sequential", "b", "score", True, 1),
         ("click", "a", "score", False, 1),
     ]
-    assert (found[-1].coverage, found[-1].good_dropped["value"]) == (1, 1)
-    assert math.isnan(found[-1].bad_dropped["value"]), "nothing there was to be dropped"
+    assert (logged[-1].coverage, logged[-1].good_dropped["value"]) == (1, 1)
+    assert math.isnan(logged[-1].bad_dropped["value"]), "nothing there was to be dropped"
 
 
 def test_a_decision_without_a_probability_counts_as_kept():

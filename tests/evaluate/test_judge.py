@@ -19,11 +19,11 @@ def item(number: int = 0, gold: Option | None = Option.A, task: Task = Task.SEQU
     return Item(f"i{number}", f"u{number % 10}", "v", task, gold, "rule", play_rate=rate)
 
 
-def prediction(skip: float, said: str = "C", text: str | None = None) -> Prediction:
+def prediction(skip: float, letter: str = "C", text: str | None = None) -> Prediction:
     """The policy wrote an option and finds B half as probable as C."""
     shares = (1 - skip, skip / 3, 2 * skip / 3, 0.0)
     options = OptionProbabilities(dict(zip(Option, shares, strict=True)), 1.0)
-    text = text or f"<think>No.</think><answer>{said}</answer>"
+    text = text or f"<think>No.</think><answer>{letter}</answer>"
     return Prediction((judge.GREEDY, 0), text, True, options=options)
 
 
@@ -35,26 +35,26 @@ def rule(threshold: float, shift: float = 0.0) -> DecisionRule:
 
 def rows(answer: Prediction, target: Item, rules: judge.Rules) -> dict[str, judge.Row]:
     answers = {(mode, 0): answer for mode in (judge.GREEDY, judge.SAMPLED)}
-    found = judge.predictions([(target, {"natural": True, "balanced": False})], answers, rules)
-    return {r["mode"]: r for r in found}
+    predictions = judge.predictions([(target, {"natural": True, "balanced": False})], answers, rules)
+    return {r["mode"]: r for r in predictions}
 
 
 def test_calibration_and_threshold_decide_and_not_the_letter():
-    found = rows(prediction(0.7), item(), {Task.SEQUENTIAL: rule(0.9, shift=-1.0)})
-    assert list(found) == list(judge.MODES)
-    assert (found["greedy"]["predicted"], found["greedy"]["skip"]) == ("C", pytest.approx(0.7))
-    assert found["calibrated"]["skip"] == found["filter"]["skip"] == pytest.approx(0.4619, abs=1e-3)
-    assert found["calibrated"]["predicted"] == "A", "2 x .54 against .46 + .31"
-    assert found["filter"]["predicted"] == "A"
+    by_mode = rows(prediction(0.7), item(), {Task.SEQUENTIAL: rule(0.9, shift=-1.0)})
+    assert list(by_mode) == list(judge.MODES)
+    assert (by_mode["greedy"]["predicted"], by_mode["greedy"]["skip"]) == ("C", pytest.approx(0.7))
+    assert by_mode["calibrated"]["skip"] == by_mode["filter"]["skip"] == pytest.approx(0.4619, abs=1e-3)
+    assert by_mode["calibrated"]["predicted"] == "A", "2 x .54 against .46 + .31"
+    assert by_mode["filter"]["predicted"] == "A"
     assert rows(prediction(0.7), item(), {Task.SEQUENTIAL: rule(0.4, shift=-1.0)})["filter"]["predicted"] == "C"
 
 
 def test_the_reward_is_that_of_the_option_in_the_form_of_the_answer():
     bare = "<answer>C</answer> So it is."  # an option that can be read, in no good form
     for text, of_form in ((None, 1.0), (bare, 0.0)):
-        found = rows(prediction(0.7, text=text), item(gold=Option.B), {Task.SEQUENTIAL: rule(0.5)})
-        assert found["greedy"]["reward"] == of_form + 1.0, "a skip, but for another reason"
-        assert found["filter"]["reward"] == of_form + 1.0
+        by_mode = rows(prediction(0.7, text=text), item(gold=Option.B), {Task.SEQUENTIAL: rule(0.5)})
+        assert by_mode["greedy"]["reward"] == of_form + 1.0, "a skip, but for another reason"
+        assert by_mode["filter"]["reward"] == of_form + 1.0
         kept = rows(prediction(0.7, text=text), item(gold=Option.A), {Task.SEQUENTIAL: rule(0.8)})
         assert kept["greedy"]["reward"] == of_form
         assert kept["filter"]["reward"] == of_form + 2.0
@@ -62,19 +62,19 @@ def test_the_reward_is_that_of_the_option_in_the_form_of_the_answer():
 
 def test_an_answer_without_an_option_stays_one():
     unread = Prediction((judge.GREEDY, 0), "I cannot tell.", True)
-    found = rows(unread, item(), {Task.SEQUENTIAL: rule(0.5)})
-    assert {r["predicted"] for r in found.values()} == {None}
-    assert {r["skip"] for r in found.values()} == {None}
+    by_mode = rows(unread, item(), {Task.SEQUENTIAL: rule(0.5)})
+    assert {r["predicted"] for r in by_mode.values()} == {None}
+    assert {r["skip"] for r in by_mode.values()} == {None}
 
 
 def test_without_held_out_targets_the_greedy_answer_counts():
-    found = rows(prediction(0.7), item(), {})
-    assert found["filter"] == {**found["greedy"], "mode": "filter"}
+    by_mode = rows(prediction(0.7), item(), {})
+    assert by_mode["filter"] == {**by_mode["greedy"], "mode": "filter"}
 
 
 def test_an_unexplained_skip_has_a_decision_and_no_reward():
-    found = rows(prediction(0.7), item(gold=None), {Task.SEQUENTIAL: rule(0.5)})
-    assert (found["filter"]["predicted"], found["filter"]["reward"]) == ("C", None)
+    by_mode = rows(prediction(0.7), item(gold=None), {Task.SEQUENTIAL: rule(0.5)})
+    assert (by_mode["filter"]["predicted"], by_mode["filter"]["reward"]) == ("C", None)
 
 
 def test_a_rule_is_made_per_task_from_readable_targets_of_both_kinds():
@@ -82,10 +82,10 @@ def test_a_rule_is_made_per_task_from_readable_targets_of_both_kinds():
     items += [item(k, Option.A, Task.CLICK) for k in range(20)]
     options = [prediction(0.3 if k % 2 else 0.8).options for k in range(60)]
     options[0] = None
-    found = decision_rule(items, options, Task.SEQUENTIAL, DecisionSettings(share=0.0))
-    assert (found.auc, found.threshold.n, found.threshold.lost) == (1.0, 39, 0.0)
-    assert found.threshold.kept == pytest.approx(20 / 39)
-    assert float(found.calibration.curve(0.3)) < found.threshold.value <= float(found.calibration.curve(0.8)) + 1e-9
+    fitted = decision_rule(items, options, Task.SEQUENTIAL, DecisionSettings(share=0.0))
+    assert (fitted.auc, fitted.threshold.n, fitted.threshold.lost) == (1.0, 39, 0.0)
+    assert fitted.threshold.kept == pytest.approx(20 / 39)
+    assert float(fitted.calibration.curve(0.3)) < fitted.threshold.value <= float(fitted.calibration.curve(0.8)) + 1e-9
     assert decision_rule(items, options, Task.CLICK, DecisionSettings()) is None, "all were clicked"
 
 
@@ -112,11 +112,11 @@ def test_at_most_a_tenth_of_what_others_watch_is_lost_and_no_figure_is_too_good(
     lost, stated = [], []
     for seed in range(20):
         items, options = noise(seed, 20)
-        found = decision_rule(items, options, Task.SEQUENTIAL, DecisionSettings(goal="lose", share=0.1))
+        fitted = decision_rule(items, options, Task.SEQUENTIAL, DecisionSettings(goal="lose", share=0.1))
         others, raw = noise(1000 + seed, 500)
-        dropped = found.calibration.curve([o.skip for o in raw]) >= found.threshold.value
+        dropped = fitted.calibration.curve([o.skip for o in raw]) >= fitted.threshold.value
         lost.append(np.mean([d for d, i in zip(dropped, others, strict=True) if i.gold == Option.A]))
-        stated.append(found.threshold.balanced_accuracy)
+        stated.append(fitted.threshold.balanced_accuracy)
     assert np.mean(lost) <= 0.1
     assert np.mean(stated) <= 0.51
 

@@ -102,9 +102,9 @@ def test_click_by_hand():
 
 def random_predictions(rng, n=400, users=30, unanswered=0.0, skill=0.5):
     gold = rng.choice(list("ABCD"), n, p=[0.7, 0.05, 0.15, 0.1])
-    said = np.where(rng.random(n) < skill, gold, rng.choice(list("ABCD"), n))
+    predicted = np.where(rng.random(n) < skill, gold, rng.choice(list("ABCD"), n))
     rate = np.where(gold == "A", rng.uniform(0.3, 1, n), rng.uniform(0, 0.3, n))
-    answers = [None if blank else str(s) for s, blank in zip(said, rng.random(n) < unanswered, strict=True)]
+    answers = [None if blank else str(s) for s, blank in zip(predicted, rng.random(n) < unanswered, strict=True)]
     return Predictions([f"u{i}" for i in rng.integers(users, size=n)], [str(g) for g in gold], answers, play_rate=rate)
 
 
@@ -114,11 +114,11 @@ def test_equal_to_scikit_learn(unanswered):
     p = random_predictions(np.random.default_rng(0), unanswered=unanswered)
     got = values(evaluate(p, resamples=0))
     gold = np.array(p.gold) != "A"
-    said = np.array([(not g) if s is None else s != "A" for g, s in zip(gold, p.predicted, strict=True)])
-    assert got["judge_acc"] == pytest.approx(sk.accuracy_score(gold, said))
-    assert got["judge_f1"] == pytest.approx(sk.f1_score(gold, said))
-    assert got["judge_balanced_acc"] == pytest.approx(sk.balanced_accuracy_score(gold, said))
-    assert got["judge_mcc"] == pytest.approx(sk.matthews_corrcoef(gold, said))
+    predicted = np.array([(not g) if s is None else s != "A" for g, s in zip(gold, p.predicted, strict=True)])
+    assert got["judge_acc"] == pytest.approx(sk.accuracy_score(gold, predicted))
+    assert got["judge_f1"] == pytest.approx(sk.f1_score(gold, predicted))
+    assert got["judge_balanced_acc"] == pytest.approx(sk.balanced_accuracy_score(gold, predicted))
+    assert got["judge_mcc"] == pytest.approx(sk.matthews_corrcoef(gold, predicted))
     reason, answer = np.array(p.gold)[gold], np.array([s or "-" for s in p.predicted])[gold]
     assert got["reason_acc"] == pytest.approx(sk.accuracy_score(reason, answer))
     f1 = sk.f1_score(reason, answer, labels=list("BCD"), average=None, zero_division=0)
@@ -180,11 +180,11 @@ def test_baselines_are_always_there_and_show_the_trap():
 
 def test_random_drop_drops_as_much_and_meets_its_expectation():
     p = random_predictions(np.random.default_rng(2), n=600, users=150, skill=0.3)
-    mine = values(filter_metrics(p))
+    filtered = values(filter_metrics(p))
     draws = [values(baselines(p, resamples=0, seed=s)["random drop"]) for s in range(60)]
     expected = values(baselines(p, resamples=0)["random drop, expected"])
-    assert {d["share_kept"] for d in draws} == {mine["share_kept"]}
-    assert expected["share_kept"] == pytest.approx(mine["share_kept"])
+    assert {d["share_kept"] for d in draws} == {filtered["share_kept"]}
+    assert expected["share_kept"] == pytest.approx(filtered["share_kept"])
     for name, tolerance in {
         "person_play_rate": 0.01,
         "total_play_rate": 0.01,
@@ -239,9 +239,9 @@ def test_resamples_equal_recomputing_on_the_drawn_users():
     rows, owners = [], []
     for i, name in enumerate(names):
         for copy in range(int(weights[0, i])):
-            mine = [k for k, u in enumerate(p.user) if u == name]
-            rows += mine
-            owners += [f"{name}/{copy}"] * len(mine)
+            own_rows = [k for k, u in enumerate(p.user) if u == name]
+            rows += own_rows
+            owners += [f"{name}/{copy}"] * len(own_rows)
     drawn = Predictions(owners, [p.gold[k] for k in rows], [p.predicted[k] for k in rows], play_rate=p.rate[rows])
     sums = module._user_sums(p)
     resampled = {k: (weights @ v)[0] for k, v in sums.items()}
@@ -256,13 +256,13 @@ def test_anything_can_be_evaluated(data):
     """No warning, no crash, values in range, for any small set: one user, no skips, nothing answered."""
     n = data.draw(st.integers(0, 6))
     gold = data.draw(st.lists(st.sampled_from("ABCD"), min_size=n, max_size=n))
-    said = data.draw(st.lists(st.sampled_from(["A", "B", "C", "D", None]), min_size=n, max_size=n))
+    predicted = data.draw(st.lists(st.sampled_from(["A", "B", "C", "D", None]), min_size=n, max_size=n))
     user = data.draw(st.lists(st.sampled_from("xyz"), min_size=n, max_size=n))
     unknown = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
     rate = [None if u else (0.9 if g == "A" else 0.1) for g, u in zip(gold, unknown, strict=True)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rows = table(Predictions(user, gold, said, play_rate=rate), resamples=5)
+        rows = table(Predictions(user, gold, predicted, play_rate=rate), resamples=5)
     for row in rows:
         if row["averaging"] != "count" and not np.isnan(row["value"]):
             assert -1 <= row["value"] <= 1 + 1e-12
@@ -300,8 +300,8 @@ def test_the_borders_of_play_rate():
     ("fields", "message"),
     [
         ({"predicted": ["A"]}, "predicted has 1 items, user has 2"),
-        ({"predicted": ["A", "E"]}, "'E' is no option"),
-        ({"predicted": ["A", "C"], "task": Task.CLICK}, "'C' is no option of the click task"),
+        ({"predicted": ["A", "E"]}, "'E' is not an option"),
+        ({"predicted": ["A", "C"], "task": Task.CLICK}, "'C' is not an option of the click task"),
         ({"play_rate": [0.1, 0.1]}, "contradict what happened, first item 0"),
         ({"gold": [None, "B"]}, "neither a gold option nor a known outcome, first item 0"),
     ],

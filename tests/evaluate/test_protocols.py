@@ -117,8 +117,8 @@ def test_popular_negatives_are_popular():
 def test_liked_against_disliked(world):
     c = draw(world, Protocol(Contrast.LIKED, HeldOut.RANDOM, 3, 3, 2), 0, seed=1)
     stars = {(u, i): r for u, i, r in zip(world.user, world.item, world.rating, strict=True)}
-    said = [stars[pair] for pair in zip(c.user, c.item, strict=True)]
-    assert all(r >= 4 if p else r <= 2 for r, p in zip(said, c.positive, strict=True))
+    ratings = [stars[pair] for pair in zip(c.user, c.item, strict=True)]
+    assert all(r >= 4 if p else r <= 2 for r, p in zip(ratings, c.positive, strict=True))
 
 
 def test_a_published_division_is_kept():

@@ -106,19 +106,19 @@ def test_a_published_table_is_audited_beside_the_runs_baselines(run, tmp_path, c
     (tmp_path / "t.csv").write_text("method,acc\nours,99.0\n")
     (tmp_path / "c.yaml").write_text("columns: {acc: accuracy}\npositives: 2\nnegatives: 2\n")
     jobs.audit(str(tmp_path / "t.csv"), tmp_path / "c.yaml", run.uri, "tiny", [], as_json=True)
-    found = json.loads(capsys.readouterr().out)
-    assert {"always yes", "popularity", "user kNN", "boosting, all"} <= set(found["bars"])
+    printed = json.loads(capsys.readouterr().out)
+    assert {"always yes", "popularity", "user kNN", "boosting, all"} <= set(printed["bars"])
     metrics = {(m["method"], m["name"]): m for m in run.artifact("public").table("metrics").to_pylist()[::-1]}
     best = max(metrics[f"popularity, {rule}", "click_acc"]["value"] for rule in ("top half", "threshold"))
-    assert found["bars"]["popularity"]["accuracy"]["value"] == best
-    assert found["rows"][0]["against"]["popularity"] == {"accuracy": "above"}
+    assert printed["bars"]["popularity"]["accuracy"]["value"] == best
+    assert printed["rows"][0]["against"]["popularity"] == {"accuracy": "above"}
 
 
 def test_figures_come_as_json_too(run, settings, capsys):
     jobs.evaluate_public(run, settings, as_json=True)
-    found = json.loads(capsys.readouterr().out)["public"]
-    assert {"metrics", "verdicts"} == set(found)
-    assert {"difference", "detectable", "p_holm", "effect", "word"} <= set(found["verdicts"][0])
+    printed = json.loads(capsys.readouterr().out)["public"]
+    assert {"metrics", "verdicts"} == set(printed)
+    assert {"difference", "detectable", "p_holm", "effect", "word"} <= set(printed["verdicts"][0])
 
 
 def test_data_without_enough_records_are_refused(settings, tmp_path):

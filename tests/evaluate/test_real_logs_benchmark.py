@@ -30,11 +30,11 @@ def test_figures_have_intervals_and_equal_scores_rank_nothing():
 
 
 def test_what_was_said_is_stored_in_a_form_that_the_table_takes(tmp_path):
-    said = real_logs.Said([None, *[Option.B] * 79], [None, *(1 - RATES[1:]).tolist()])
-    row = real_logs.figures(ITEMS, said, resamples=20, seed=0)
+    answers = real_logs.Said([None, *[Option.B] * 79], [None, *(1 - RATES[1:]).tolist()])
+    row = real_logs.figures(ITEMS, answers, resamples=20, seed=0)
     assert row["AUC"]["value"] > 0.9
-    assert "unreadable 0.013" in real_logs.about(said)
-    real_logs.store(tmp_path / "new" / "sequential-x.parquet", ITEMS, said)
+    assert "unreadable 0.013" in real_logs.about(answers)
+    real_logs.store(tmp_path / "new" / "sequential-x.parquet", ITEMS, answers)
     happened = pd.DataFrame({"interaction_id": [i.interaction_id for i in ITEMS]})
     frame = read_file(str(tmp_path / "new" / "sequential-x.parquet"), Task.SEQUENTIAL, happened)
     assert len(frame) == 80

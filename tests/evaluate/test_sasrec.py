@@ -135,9 +135,9 @@ def test_ray_train_gives_the_same_model(ray_local):
     *_, (model, _) = training(circles(), 12, settings, seed=0)
     trained = fit(circles(), 12, settings, seed=0)
     # scores, not weights: the bias of the keys changes no score, so Adam follows the rounding of its gradient
-    mine, theirs = (np.concatenate(list(next_scores(m, circles(), settings))) for m in (model, trained))
-    assert np.allclose(mine, theirs, atol=1e-4)
-    assert np.ptp(mine) > 0.1
+    plain, trained_scores = (np.concatenate(list(next_scores(m, circles(), settings))) for m in (model, trained))
+    assert np.allclose(plain, trained_scores, atol=1e-4)
+    assert np.ptp(plain) > 0.1
 
 
 def test_places_by_hand():
@@ -160,9 +160,9 @@ def test_places_by_hand():
 
 def test_ranks_become_rates():
     rows = figures(np.array([[0.0, 0, 0], [9.0, 9, 9], [10.0, 10, 10], [3.0, 3, 3]]), "m", 50, 0)
-    found = {r["name"]: r["value"] for r in rows if r["way"].startswith("100")}
-    assert found["HR@10"] == 0.75
-    assert found["NDCG@10"] == pytest.approx((1 + 1 / np.log2(11) + 1 / np.log2(5)) / 4)
+    rates = {r["name"]: r["value"] for r in rows if r["way"].startswith("100")}
+    assert rates["HR@10"] == 0.75
+    assert rates["NDCG@10"] == pytest.approx((1 + 1 / np.log2(11) + 1 / np.log2(5)) / 4)
 
 
 def test_a_user_who_has_everything_is_refused():

@@ -88,18 +88,20 @@ def test_permuted_letters_stand_for_the_texts_beside_them(task):
 def test_an_answer_in_permuted_letters_is_read_as_what_it_means():
     target = Target(ITEM, None, None, rotated(Task.SEQUENTIAL, 0))  # A stands for B, ..., D for A
     shares = dict(zip(TASK_OPTIONS[Task.SEQUENTIAL], (0.1, 0.2, 0.3, 0.4), strict=True))
-    said = Prediction(("", 0), "<think>x</think><answer>D</answer>", True, options=OptionProbabilities(shares, 1.0))
+    prediction = Prediction(
+        ("", 0), "<think>x</think><answer>D</answer>", True, options=OptionProbabilities(shares, 1.0)
+    )
     full, brief = (UFMSettings(inputs=InputSettings(style=s)) for s in ("full", "brief"))
-    found = row(target, Condition.LETTERS, "?", said, full)
-    assert (found["predicted"], found["skip"]) == ("A", pytest.approx(0.6))
-    assert found["answer"].endswith("<answer>D</answer>"), "as it was written"
+    stored = row(target, Condition.LETTERS, "?", prediction, full)
+    assert (stored["predicted"], stored["skip"]) == ("A", pytest.approx(0.6))
+    assert stored["answer"].endswith("<answer>D</answer>"), "as it was written"
     for ufm, condition in ((full, Condition.OWN), (brief, Condition.LETTERS)):
-        found = row(target, condition, "?", said, ufm)
-        assert (found["predicted"], found["skip"]) == ("D", pytest.approx(0.9))
+        stored = row(target, condition, "?", prediction, ufm)
+        assert (stored["predicted"], stored["skip"]) == ("D", pytest.approx(0.9))
 
 
-def answered(condition, said, users=30):
-    """One skip and one watched video per user; `said` gives the option from the gold one."""
+def answered(condition, option_of, users=30):
+    """One skip and one watched video per user; `option_of` gives the option from the gold one."""
     return [
         {
             "interaction_id": f"{u}-{gold}",
@@ -109,8 +111,8 @@ def answered(condition, said, users=30):
             "gold": gold,
             "play_rate": 0.9 if gold == "A" else 0.1,
             "clicked": None,
-            "predicted": said(gold),
-            "skip": float(said(gold) != "A"),
+            "predicted": option_of(gold),
+            "skip": float(option_of(gold) != "A"),
         }
         for u in range(users)
         for gold in "AB"
@@ -121,16 +123,16 @@ def test_a_condition_is_compared_on_the_targets_that_it_changes():
     rows = answered(Condition.OWN, lambda gold: gold)
     rows += answered(Condition.GROUP, lambda gold: "B", users=20) + answered(Condition.COVER, lambda gold: gold)
     fine = {"resamples": 50, "seed": 0}
-    found = {(f["condition"], f["name"]): f for f in figures(rows, **fine)}
-    group = {name: found[Condition.GROUP, name] for name in ("judge_balanced_acc", "auc", CHANGED, TURNED)}
+    by_name = {(f["condition"], f["name"]): f for f in figures(rows, **fine)}
+    group = {name: by_name[Condition.GROUP, name] for name in ("judge_balanced_acc", "auc", CHANGED, TURNED)}
     assert {name: f["value"] for name, f in group.items()} == {**dict.fromkeys(group, 0.5)}, (
         "half of its answers are others, and wrong"
     )
     assert {f["n"] for f in group.values()} == {40}
-    assert (Condition.OWN, CHANGED) not in found
-    said = {v["first"]: v for v in verdicts(rows, **fine)}
-    assert (said[Condition.GROUP]["difference"], said[Condition.GROUP]["word"]) == (-0.5, Word.WORSE)
-    assert (said[Condition.COVER]["difference"], said[Condition.COVER]["word"]) == (0, Word.UNKNOWN)
+    assert (Condition.OWN, CHANGED) not in by_name
+    by_condition = {v["first"]: v for v in verdicts(rows, **fine)}
+    assert (by_condition[Condition.GROUP]["difference"], by_condition[Condition.GROUP]["word"]) == (-0.5, Word.WORSE)
+    assert (by_condition[Condition.COVER]["difference"], by_condition[Condition.COVER]["word"]) == (0, Word.UNKNOWN)
     assert set(left_out(rows)["sequential"]) == {str(c) for c in CHANGES} - {Condition.GROUP, Condition.COVER}
 
 
@@ -157,14 +159,14 @@ def test_a_killed_attempt_asks_nothing_twice_and_the_tables_tell_what_was_asked(
     assert all(r["shown"] != r["user_id"] for r in rows if r["condition"] == Condition.SIMILAR)
     assert {r["predicted"] for (_, _, c), r in of.items() if c == Condition.NO_TITLE} == {"B"}
     assert artifact.manifest.info["left_out"] == {"click": {"cover only": "prompts show one picture at most"}}
-    found = {(f["task"], f["condition"], f["name"]): f["value"] for f in artifact.table("figures").to_pylist()}
-    assert found["sequential", Condition.NO_PICTURES, CHANGED] == 0, "this policy does not look at them"
-    assert found["sequential", Condition.NO_TITLE, "judge_balanced_acc"] == 0.5
+    values = {(f["task"], f["condition"], f["name"]): f["value"] for f in artifact.table("figures").to_pylist()}
+    assert values["sequential", Condition.NO_PICTURES, CHANGED] == 0, "this policy does not look at them"
+    assert values["sequential", Condition.NO_TITLE, "judge_balanced_acc"] == 0.5
     for sheet in sensitivity_sheets(artifact):
         print_sheet(sheet)
-    said = capsys.readouterr().out
-    assert "left out, prompts show one picture at most: cover only" in said
-    assert "brief prompts show no texts of options" in said
+    printed = capsys.readouterr().out
+    assert "left out, prompts show one picture at most: cover only" in printed
+    assert "brief prompts show no texts of options" in printed
 
 
 def test_without_groups_and_pictures_it_says_so(run, monkeypatch):

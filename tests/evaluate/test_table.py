@@ -161,10 +161,10 @@ def test_by_reward_a_learner_names_the_option_that_pays_most(log):
     golds = dict(zip(ids[log.train].tolist(), option[log.train].tolist(), strict=True))
     test = np.flatnonzero(log.targets & log.test)
     for chosen in chosen_by_reward(log, golds):
-        said, skipped = chosen.options, log.bad[test]
-        assert set(said.tolist()) <= {"A", "C", "D"}
-        named = (said != "A") & skipped
-        assert (said[named] == option[test][named]).mean() > 0.8, chosen.method
+        options, skipped = chosen.options, log.bad[test]
+        assert set(options.tolist()) <= {"A", "C", "D"}
+        named = (options != "A") & skipped
+        assert (options[named] == option[test][named]).mean() > 0.8, chosen.method
     turned = chosen_by_reward(log, golds | dict.fromkeys(ids[test].tolist(), "B"))
     assert turned[0].options.tolist() == chosen_by_reward(log, golds)[0].options.tolist()
     outcome = chosen_by_reward(log, dict.fromkeys(golds, "A"))
@@ -199,10 +199,10 @@ def test_rewards_of_policies_constants_and_learners():
             "policy": 2.5,
         }
     )
-    found = {v.second: v for v in table.verdicts if v.metric == "reward"}
-    assert set(found) == {"always skip", "never skip", "logistic, by reward"}
-    assert found["always skip"].word == "better"
-    assert found["always skip"].difference == pytest.approx(2.5 - rewards["always skip"])
+    against = {v.second: v for v in table.verdicts if v.metric == "reward"}
+    assert set(against) == {"always skip", "never skip", "logistic, by reward"}
+    assert against["always skip"].word == "better"
+    assert against["always skip"].difference == pytest.approx(2.5 - rewards["always skip"])
 
 
 def test_the_table_by_hand():
@@ -265,9 +265,9 @@ def test_the_command_makes_the_table_and_takes_files(run, ray_local, tmp_path, c
     for name in (*shown, "only 8 test users", "of the test targets are"):
         assert name in text, name
     stored = run.artifact("bars").table("predictions").to_pandas()
-    mine = stored[stored["method"] == "length"][["interaction_id", "predicted"]]
+    length_rows = stored[stored["method"] == "length"][["interaction_id", "predicted"]]
     file = tmp_path / "mine.parquet"
-    pq.write_table(pa.Table.from_pandas(mine, preserve_index=False), file)
+    pq.write_table(pa.Table.from_pandas(length_rows, preserve_index=False), file)
     (sequential, _) = tables(run, {"mine": str(file)}, least_users=1, resamples=20, seed=0)
     rows = {r.name: r.values for r in sequential.rows}
     assert rows["mine"]["judge_acc"] == rows["length"]["judge_acc"]
@@ -407,7 +407,7 @@ def test_a_judged_policy_takes_a_row_as_it_answers_as_calibrated_and_as_served(t
     facts = [{"interaction_id": f"x{k}", "user_id": f"u{k % 2}", "play_rate": r} for k, r in enumerate(rates)]
     bar = [{**f, "method": "bar", "task": "sequential", "predicted": "A", "score": 0.5} for f in facts]
     put(run, "bars", {"predictions": pa.Table.from_pylist(bar, schema=STORED)}, info={"sequential": _KNOWN})
-    said = {"greedy": "BAA", "sampled": "AAA", "calibrated": "BBB", "filter": "BBA"}
+    letters_by_mode = {"greedy": "BAA", "sampled": "AAA", "calibrated": "BBB", "filter": "BBA"}
     judged = [
         {
             **f,
@@ -419,7 +419,7 @@ def test_a_judged_policy_takes_a_row_as_it_answers_as_calibrated_and_as_served(t
             "gold": gold,
             "reward": 2.0,
         }
-        for mode, letters in said.items()
+        for mode, letters in letters_by_mode.items()
         for f, letter, skip, gold in zip(facts, [*letters, None], [0.9, 0.6, 0.3, None], "BCAA", strict=True)
     ]
     put(run, "eval-grpo", {"predictions": pa.Table.from_pylist(judged, schema=PREDICTIONS)})

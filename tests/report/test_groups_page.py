@@ -145,8 +145,8 @@ def test_purity_is_the_share_of_each_groups_commonest_archetype():
             *(("e", "g1", "assigned"), ("f", "g1", "assigned"), ("unknown", "g1", "matched")),
         ]
     ]
-    found = purity(rows, {"a": 1, "b": 1, "c": 2, "d": 3, "e": 4, "f": 4})
-    assert (found.members, found.everybody) == (3 / 4, 4 / 6)
+    shares = purity(rows, {"a": 1, "b": 1, "c": 2, "d": 3, "e": 4, "f": 4})
+    assert (shares.members, shares.everybody) == (3 / 4, 4 / 6)
     assert purity([], {}).members is None
 
 

@@ -48,8 +48,8 @@ def made(run):
 
 def judged(run, task=Task.SEQUENTIAL):
     artifact = run.artifact(f"eval-{POLICY}")
-    found = Judged.of(artifact.table("predictions").to_pylist(), artifact.manifest.info["decisions"])
-    return next(j for j in found if j.task == task)
+    by_task = Judged.of(artifact.table("predictions").to_pylist(), artifact.manifest.info["decisions"])
+    return next(j for j in by_task if j.task == task)
 
 
 def test_verdicts_come_first_and_say_what_the_filter_is_worth(run, made):
@@ -74,8 +74,8 @@ def test_a_verdict_names_three_of_each_kind_and_counts_the_rest():
     """The narrowest wins and the largest defeats; of eighteen baselines nobody reads all in a sentence."""
     beaten = [verdict(f"bar {n}", n / 100, Word.BETTER) for n in (9, 2, 5, 1, 7)]
     ahead = [verdict("boosting", -0.04, Word.WORSE), verdict("all", -0.06, Word.WORSE)]
-    (said,) = _in_words([("The filter", v) for v in [*beaten, *ahead, verdict("near", 0.01, Word.UNKNOWN)]])
-    assert said == (
+    (sentence,) = _in_words([("The filter", v) for v in [*beaten, *ahead, verdict("near", 0.01, Word.UNKNOWN)]])
+    assert sentence == (
         "The filter is better than 5 of 8: bar 1 (+1.0), bar 2 (+2.0), bar 5 (+5.0) and 2 more; "
         "is worse than all (-6.0), boosting (-4.0); cannot be told from near (+1.0) (95 users can show 3.0 points)."
     )
@@ -158,12 +158,12 @@ def test_thresholds_drop_what_is_likelier_to_be_skipped(run):
 def test_small_slices_are_not_shown_and_named(run):
     j, questions = judged(run), Questions(run, SETTINGS.ufm.inputs)
     groups = {u: ["x" if n else "y"] for n, u in enumerate(sorted(questions.ifvr.split_users(Task.SEQUENTIAL, "test")))}
-    found = facts(questions.ifvr, Task.SEQUENTIAL, groups)
+    facts_of = facts(questions.ifvr, Task.SEQUENTIAL, groups)
     assert all(
-        sum(name.startswith(kind) for name in own) == 1 for own in found.values() for kind in ("age", "activity")
+        sum(name.startswith(kind) for name in own) == 1 for own in facts_of.values() for kind in ("age", "activity")
     )
-    size = sum(r["user_id"] in found and "group: y" in found[r["user_id"]] for r in j.by_mode[GREEDY])
-    sheet = slices_sheet(j, found, least=size + 1, resamples=20, seed=0)
+    size = sum(r["user_id"] in facts_of and "group: y" in facts_of[r["user_id"]] for r in j.by_mode[GREEDY])
+    sheet = slices_sheet(j, facts_of, least=size + 1, resamples=20, seed=0)
     names = [r.name for r in sheet.rows]
     assert names[0] == "all"
     assert "group: x" in names
@@ -176,9 +176,9 @@ def test_what_does_not_fit_together_is_told(run, tmp_path):
     copy = Run(tmp_path / "run")
     shutil.copytree(run.root, copy.root)
     put(copy, POLICY, {"steps": pa.table({"step": [1]})}, settings=SETTINGS)
-    found = report(copy, SETTINGS.evaluate, SETTINGS.seed)
-    assert [m.split(" was made from")[0] for m in found.stale] == [f"eval-{POLICY}", f"sensitivity-{POLICY}"]
-    assert found.cases == []
+    result = report(copy, SETTINGS.evaluate, SETTINGS.seed)
+    assert [m.split(" was made from")[0] for m in result.stale] == [f"eval-{POLICY}", f"sensitivity-{POLICY}"]
+    assert result.cases == []
 
 
 def test_a_policy_that_answers_nothing_readable_has_a_page_too(bare, tmp_path):

@@ -26,7 +26,7 @@ def answers(right, task=Task.SEQUENTIAL, users=8, balanced=True):
     rows = []
     for u in range(users):
         for i, gold in enumerate(TASK_OPTIONS[task]):
-            said = str(gold) if i < right else "A" if u % 2 else None
+            option = str(gold) if i < right else "A" if u % 2 else None
             rows += [
                 {
                     "interaction_id": f"{task}{u}-{gold}",
@@ -36,10 +36,10 @@ def answers(right, task=Task.SEQUENTIAL, users=8, balanced=True):
                     "natural": True,
                     "balanced": balanced,
                     "gold": str(gold),
-                    "predicted": said,
-                    "failure": None if said else "empty",
+                    "predicted": option,
+                    "failure": None if option else "empty",
                     "skip": 0.5,
-                    "reward": 3.0 if said == gold else float(said is not None),
+                    "reward": 3.0 if option == gold else float(option is not None),
                     "play_rate": (0.9 if gold == "A" else 0.1) if task == Task.SEQUENTIAL else None,
                     "clicked": gold == "A" if task == Task.CLICK else None,
                     "answer": "x",
@@ -121,12 +121,12 @@ def test_a_skip_of_unknown_reason_counts_for_the_judge_and_for_nothing_else(tmp_
     unknown = [r | {"interaction_id": "x", "gold": None, "reward": None, "balanced": False} for r in rows[:2]]
     put_judged(run, "known", rows)
     put_judged(run, "grpo", [*rows, *(u | {"predicted": "C", "play_rate": 0.1} for u in unknown)])
-    known, both = compare(run, ["known"]), compare(run, ["grpo"])
-    assert (row(known, "judge_acc").n, row(both, "judge_acc").n) == (32, 33)
-    assert (row(known, "reason_f1").n, row(both, "reason_f1").n) == (24, 24)
+    explained, both = compare(run, ["known"]), compare(run, ["grpo"])
+    assert (row(explained, "judge_acc").n, row(both, "judge_acc").n) == (32, 33)
+    assert (row(explained, "reason_f1").n, row(both, "reason_f1").n) == (24, 24)
     value = lambda blocks, policy: row(blocks, "reward").figures[policy]["greedy"].value  # noqa: E731
-    assert value(known, "known") == value(both, "grpo")
-    assert row(known, "reward").constants == row(both, "reward").constants
+    assert value(explained, "known") == value(both, "grpo")
+    assert row(explained, "reward").constants == row(both, "reward").constants
 
 
 def test_what_the_filter_keeps_stands_beside_random_drops_and_what_is_lost(run, capsys):
@@ -138,9 +138,9 @@ def test_what_the_filter_keeps_stands_beside_random_drops_and_what_is_lost(run, 
     kept = row(blocks, "share_kept")
     assert kept.constants["random drop"] == pytest.approx(kept.figures["grpo"]["greedy"].value)
     print_blocks(blocks)
-    said = capsys.readouterr().out
-    assert "Watched videos lost" in said
-    assert "12 sft_model, greedy" in said, "answers that cannot be read are counted under the table"
+    printed = capsys.readouterr().out
+    assert "Watched videos lost" in printed
+    assert "12 sft_model, greedy" in printed, "answers that cannot be read are counted under the table"
 
 
 def test_policies_stand_in_the_order_of_their_training(run):
@@ -183,10 +183,10 @@ def test_the_page_stands_without_judged_policies(run):
 
 def test_the_table_names_both_policies_and_the_mix(run, capsys):
     print_blocks(compare(run, ["sft_model", "grpo"]))
-    said = capsys.readouterr().out
-    assert "Sequential task, natural mix: 32 targets of 8 users (8 A, 8 B, 8 C, 8 D)" in said
-    assert "grpo" in said
-    assert "Reason F1 of B" in said
+    printed = capsys.readouterr().out
+    assert "Sequential task, natural mix: 32 targets of 8 users (8 A, 8 B, 8 C, 8 D)" in printed
+    assert "grpo" in printed
+    assert "Reason F1 of B" in printed
 
 
 def test_click_blocks_have_click_metrics(tmp_path):

@@ -50,7 +50,7 @@ class Laptop:
         self.process, self.environment, self._folder = process, environment, folder
 
     @property
-    def said(self) -> str:
+    def messages(self) -> str:
         """What it told so far."""
         return (self._folder / "said").read_text()
 
@@ -62,7 +62,7 @@ class Laptop:
     @property
     def dashboard(self) -> str:
         """Address of the head's dashboard."""
-        return re.search(r"(http://\S+) the dashboard", self.said)[1]
+        return re.search(r"(http://\S+) the dashboard", self.messages)[1]
 
     @property
     def token(self) -> str:
@@ -102,8 +102,8 @@ def serving(folder: Path, *arguments: str) -> Iterator[Laptop]:
         process = subprocess.Popen(command, cwd=checkout, env=env, stdout=out, stderr=err)
     laptop = Laptop(process, folder, env)
     try:
-        wait_for(lambda: "Ctrl-C" in laptop.said or process.poll() is not None, START_S, "the service", every_s=0.2)
-        assert process.poll() is None, laptop.said[-4000:]
+        wait_for(lambda: "Ctrl-C" in laptop.messages or process.poll() is not None, START_S, "the service", every_s=0.2)
+        assert process.poll() is None, laptop.messages[-4000:]
         yield laptop
     finally:
         if process.poll() is None:
@@ -118,12 +118,12 @@ def _command(words: list[str]) -> tuple[int, str]:
     from gubs.cli import app
     from gubs.jobs import run_app
 
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
             run_app(app, words)
         except SystemExit as e:
-            return int(e.code or 0), said.getvalue()
+            return int(e.code or 0), printed.getvalue()
     raise AssertionError("a command ends with an exit code")
 
 
@@ -136,9 +136,9 @@ class Person:
 
     def types(self, *words: str, code: int = 0) -> str:
         """What `gubs WORDS` says; it has to end with this exit code."""
-        ended, said = self._pool.submit(_command, list(words)).result(timeout=START_S)
-        assert ended == code, said[-4000:]
-        return " ".join(said.split())
+        ended, printed = self._pool.submit(_command, list(words)).result(timeout=START_S)
+        assert ended == code, printed[-4000:]
+        return " ".join(printed.split())
 
     def leaves(self) -> None:
         """Ends the process."""

@@ -140,9 +140,9 @@ def test_the_checked_in_serve_config_deploys(service, person):
     assert traffic(service) == {FIRST: (1.0, False), SECOND: (0.0, False)}
     assert set(versions(service, 8)) == {FIRST}
     assert httpx.post(f"{service.client.base_url}/v1/filter", json=GOOD).status_code == 401
-    said = person.types("serve", "status")
-    assert f"{FIRST} RUNNING share 1" in said
-    assert f"{SECOND} RUNNING share 0" in said
+    printed = person.types("serve", "status")
+    assert f"{FIRST} RUNNING share 1" in printed
+    assert f"{SECOND} RUNNING share 0" in printed
 
 
 def test_an_ingress_that_is_replaced_writes_the_rest_of_its_log(laptop, service):
@@ -152,12 +152,12 @@ def test_an_ingress_that_is_replaced_writes_the_rest_of_its_log(laptop, service)
 
 
 def test_split_divides_the_users(service, person):
-    said = person.types("serve", "split", f"{FIRST}=60", f"{SECOND}=40")
-    assert f"shares {{'{FIRST}': 60.0, '{SECOND}': 40.0}}, shadow none" in said
+    printed = person.types("serve", "split", f"{FIRST}=60", f"{SECOND}=40")
+    assert f"shares {{'{FIRST}': 60.0, '{SECOND}': 40.0}}, shadow none" in printed
     assert traffic(service) == {FIRST: (60.0, False), SECOND: (40.0, False)}
-    found = versions(service)
-    assert min(found.count(FIRST), found.count(SECOND)) >= 6
-    assert versions(service) == found, "a user stays with a version"
+    chosen = versions(service)
+    assert min(chosen.count(FIRST), chosen.count(SECOND)) >= 6
+    assert versions(service) == chosen, "a user stays with a version"
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def test_wrong_names_and_shares_are_refused(service, person, words, says):
 
 def test_shadow_asks_a_version_beside_the_one_that_acts(service, person):
     person.types("serve", "promote", FIRST)
-    said = person.types("serve", "shadow", SECOND)
-    assert f"shadow ['{SECOND}']" in said
+    printed = person.types("serve", "shadow", SECOND)
+    assert f"shadow ['{SECOND}']" in printed
     assert traffic(service) == {FIRST: (1.0, False), SECOND: (0.0, True)}
     answer = service.client.post("/v1/filter", json={**GOOD, "request_id": "shadowed"}).json()
     assert [r["decision"] for r in answer["results"]] == ["keep", "drop"], "the first version's"
@@ -206,8 +206,8 @@ def test_shadow_asks_a_version_beside_the_one_that_acts(service, person):
 
 
 def test_promote_gives_a_version_all_requests(service, person):
-    said = person.types("serve", "promote", SECOND)
-    assert f"shares {{'{FIRST}': 0.0, '{SECOND}': 1.0}}" in said
+    printed = person.types("serve", "promote", SECOND)
+    assert f"shares {{'{FIRST}': 0.0, '{SECOND}': 1.0}}" in printed
     assert set(versions(service)) == {SECOND}
     assert "still gets requests" in person.types("serve", "remove", SECOND, code=2)
     assert f"{FIRST} is gone" in person.types("serve", "remove", FIRST)
@@ -231,6 +231,6 @@ def test_ctrl_c_ends_the_service_and_its_cluster(laptop, service):
     assert service.client.post("/v1/filter", json={**GOOD, "request_id": "last"}).status_code == 200
     cluster = psutil.Process(laptop.process.pid).children(recursive=True)
     assert any("raylet" in " ".join(p.cmdline()) for p in cluster)
-    assert laptop.interrupt() == 0, laptop.said[-2000:]
+    assert laptop.interrupt() == 0, laptop.messages[-2000:]
     assert not [p for p in cluster if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert sum(r["request_id"] == "last" for r in read_log(laptop.log).to_pylist()) == 2, "also what came last"

@@ -22,10 +22,10 @@ def bundle(frames: DecodeOptions | None) -> SimpleNamespace:
 
 def test_a_replica_does_not_keep_memory_free_for_a_trainer():
     """With the share of the training's rollouts most of the GPU would lie idle, and the engine never sleeps."""
-    found = engine_arguments(engine_shape(bundle(None), ServingSettings()), cpu=False)
-    assert (found["gpu_memory_utilization"], found["enable_sleep_mode"]) == (0.9, False)
-    found = engine_arguments(engine_shape(bundle(None), ServingSettings(gpu_memory=0.5)), cpu=False)
-    assert found["gpu_memory_utilization"] == 0.5
+    arguments = engine_arguments(engine_shape(bundle(None), ServingSettings()), cpu=False)
+    assert (arguments["gpu_memory_utilization"], arguments["enable_sleep_mode"]) == (0.9, False)
+    arguments = engine_arguments(engine_shape(bundle(None), ServingSettings(gpu_memory=0.5)), cpu=False)
+    assert arguments["gpu_memory_utilization"] == 0.5
 
 
 def test_requests_may_bring_more_frames_than_are_stored():

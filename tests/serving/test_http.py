@@ -106,8 +106,8 @@ def test_what_the_framework_refuses_has_a_code_too(fast, method, path, status, c
 def test_every_outcome_is_counted(fast):
     def counted(code, mode):
         figures = httpx.get(f"{fast.url}/metrics").text
-        found = re.search(rf'gubs_filter_requests_total{{code="{code}",mode="{mode}"}} (\S+)', figures)
-        return float(found[1]) if found else 0.0
+        match = re.search(rf'gubs_filter_requests_total{{code="{code}",mode="{mode}"}} (\S+)', figures)
+        return float(match[1]) if match else 0.0
 
     outcomes = [("401", "none"), ("422", "none"), ("404", "reason"), ("200", "explain")]
     before = [counted(*o) for o in outcomes]

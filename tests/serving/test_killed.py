@@ -40,8 +40,8 @@ def pids() -> set[int]:
 
 def alive(processes: set[int]) -> set[int]:
     """Those that run; one that has ended may still be there as a zombie."""
-    found = (p for p in psutil.process_iter(["pid", "status"]) if p.info["pid"] in processes)
-    return {p.info["pid"] for p in found if p.info["status"] != psutil.STATUS_ZOMBIE}
+    listed = (p for p in psutil.process_iter(["pid", "status"]) if p.info["pid"] in processes)
+    return {p.info["pid"] for p in listed if p.info["status"] != psutil.STATUS_ZOMBIE}
 
 
 def recovery_after(lost: set[int], began: float) -> float:

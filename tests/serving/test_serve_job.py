@@ -64,9 +64,9 @@ def here(capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             run_app(app, [str(a) for a in arguments])
-        said = "".join(capsys.readouterr())
-        assert not ended.value.code, said[-4000:]
-        return said
+        printed = "".join(capsys.readouterr())
+        assert not ended.value.code, printed[-4000:]
+        return printed
 
     return call
 

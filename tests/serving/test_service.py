@@ -274,8 +274,8 @@ def test_pictures_that_do_not_come_are_their_candidates_error_within_the_deadlin
 def test_score_is_offered_only_where_it_ranks_nearly_as_well(score, distilled, says):
     rule = lambda auc: SimpleNamespace(auc=auc)  # noqa: E731
     modes = {Mode.REASON: rule(0.86)} | ({} if score is None else {Mode.SCORE: rule(score)})
-    found = _refusal({Task.SEQUENTIAL: modes}, 0.0201, distilled)
-    assert (says in found) if says else not found
+    refusal = _refusal({Task.SEQUENTIAL: modes}, 0.0201, distilled)
+    assert (says in refusal) if says else not refusal
 
 
 def test_a_mode_that_was_never_measured_has_a_code(service):

@@ -113,8 +113,8 @@ def content_features(train: Feedback, candidates: Candidates, videos: Mapping[st
     chosen, total = train.matrix(), np.maximum(1, np.diff(train.starts))
     share = (chosen @ tags).toarray() / total[:, None]
     expected = np.asarray(tags.mean(axis=0)).ravel() + 1e-9
-    known = np.isfinite(train.rating)
-    rated = np.where(known, train.rating - (train.rating[known].mean() if known.any() else 0.0), 0.0)
+    has_rating = np.isfinite(train.rating)
+    rated = np.where(has_rating, train.rating - (train.rating[has_rating].mean() if has_rating.any() else 0.0), 0.0)
     taste = (train.matrix(rated) @ tags).toarray() / (5.0 + (chosen @ tags).toarray())
     features: dict[str, list[Floats]] = {"tags chosen": [], "tags liked": [], "share of tags": []}
     for rows in _user_blocks(candidates):
@@ -166,8 +166,8 @@ def top_half(score: Floats, candidates: Candidates) -> Bools:
 def _constants(candidates: Candidates, seed: int) -> Sequence[Answers]:
     n, base = len(candidates), float(candidates.positive.mean())
     coin = np.random.default_rng([seed, 23]).random(n) < base
-    said = (np.ones(n, bool), np.zeros(n, bool), coin)
-    return [Answers(name, "", None, yes) for name, yes in zip(CONSTANTS, said, strict=True)]
+    answers = (np.ones(n, bool), np.zeros(n, bool), coin)
+    return [Answers(name, "", None, yes) for name, yes in zip(CONSTANTS, answers, strict=True)]
 
 
 def _user_blocks(candidates: Candidates) -> list[slice]:
@@ -200,5 +200,5 @@ def _tag_matrix(items: Sequence[str], videos: Mapping[str, Video]) -> sparse.csr
 
 def _years(items: Sequence[str], videos: Mapping[str, Video]) -> Floats:
     """The year in brackets at the end of a title, as films have it; NaN without one."""
-    found = (re.search(r"\((\d{4})\)\s*$", (videos[i].title or "") if i in videos else "") for i in items)
-    return np.array([float(m[1]) if m else np.nan for m in found])
+    matches = (re.search(r"\((\d{4})\)\s*$", (videos[i].title or "") if i in videos else "") for i in items)
+    return np.array([float(m[1]) if m else np.nan for m in matches])

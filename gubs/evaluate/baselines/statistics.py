@@ -121,7 +121,7 @@ def best_threshold(score: Floats, labels: Bools, *, balanced: bool = False) -> f
 
 def cross_thresholds(score: Floats, labels: Bools, fold: Ints) -> Bools:
     """Yes or no by the threshold that is best in the other folds, [n]."""
-    said = np.zeros(len(score), dtype=bool)
+    yes = np.zeros(len(score), dtype=bool)
     for f in np.unique(fold):
-        said[fold == f] = score[fold == f] >= best_threshold(score[fold != f], labels[fold != f])
-    return said
+        yes[fold == f] = score[fold == f] >= best_threshold(score[fold != f], labels[fold != f])
+    return yes

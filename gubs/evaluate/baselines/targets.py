@@ -79,9 +79,9 @@ class Log:
         self.history: Bools = (frame["role"] == str(Role.HISTORY)).to_numpy()
         self.train: Bools = (frame["split"] == str(Split.TRAIN)).to_numpy()
         self.test: Bools = (frame["split"] == str(Split.TEST)).to_numpy()
-        known = [ifvr.videos[v] for v in self.videos.tolist()]
-        self.seconds = np.array([v.duration_s if v.duration_s else np.nan for v in known])
-        self.tags = _tags([v.tags for v in known])
+        videos = [ifvr.videos[v] for v in self.videos.tolist()]
+        self.seconds = np.array([v.duration_s if v.duration_s else np.nan for v in videos])
+        self.tags = _tags([v.tags for v in videos])
 
     @cached_property
     def targets(self) -> Bools:
@@ -126,19 +126,19 @@ def chosen_by_reward(log: Log, golds: Mapping[str, str]) -> list[Chosen]:
     rows = np.flatnonzero(log.targets)
     train, gold = log.train[rows], _golds(log, rows, golds)
     user, shown, _ = features(log, rows)
-    values, known = pd.concat([user, shown], axis=1).to_numpy(dtype=float), train & (gold != "")
-    if len(np.unique(gold[known])) < 2 or train.all():
+    values, labelled = pd.concat([user, shown], axis=1).to_numpy(dtype=float), train & (gold != "")
+    if len(np.unique(gold[labelled])) < 2 or train.all():
         return []
-    found = []
+    chosen = []
     for learner, fit in LEARNERS.items():
         given = np.nan_to_num(values, nan=-1.0) if learner == "logistic" else values
-        model = fit(given[known], gold[known])
+        model = fit(given[labelled], gold[labelled])
         options = np.asarray(model.classes_, dtype=np.str_)
         probability = class_probabilities(model, given[~train])
         watched = probability[:, options == Option.A].sum(axis=1)
         expected = probability + np.where(options == Option.A, probability, 1 - watched[:, None])
-        found.append(Chosen(f"{learner}, by reward", 1 - watched, options[expected.argmax(axis=1)]))
-    return found
+        chosen.append(Chosen(f"{learner}, by reward", 1 - watched, options[expected.argmax(axis=1)]))
+    return chosen
 
 
 def _golds(log: Log, rows: Ints, golds: Mapping[str, str]) -> npt.NDArray[np.str_]:
