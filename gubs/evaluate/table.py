@@ -117,11 +117,12 @@ def rewards_in_words(table: Table, policies: Sequence[str]) -> str:
     """The mean rewards of policies' calibrated answers, of the baselines that choose options and of the constant that
     drops nothing, in one line; those that the table does not have are left out.
     """
+    rows = {p: f"{p}, {CALIBRATED}" for p in policies} | {learner: f"{learner}, by reward" for learner in LEARNERS}
+    constant = CONSTANTS[Task(table.task)][1]
     rewards = {r.name: r.values[REWARD]["value"] for r in table.rows if REWARD in r.values}
-    learned = [f"{learner}, by reward" for learner in LEARNERS]
-    names = [*(f"{p}, {CALIBRATED}" for p in policies), *learned, CONSTANTS[Task(table.task)][1]]
-    shown = ", ".join(f"{name} {rewards[name]:.2f}" for name in names if name in rewards)
-    return f"    mean reward (0-3): {shown}"
+    rows[constant] = constant
+    shown = ", ".join(f"{name} {rewards[row]:.2f}" for name, row in rows.items() if row in rewards)
+    return f"    mean reward (0-3), calibrated: {shown}"
 
 
 def tables(run: Run, files: Mapping[str, str], *, least_users: int, resamples: int, seed: int) -> list[Table]:

@@ -1,12 +1,14 @@
 """What the verdict says of blocks that tell less than others."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 from gubs import jobs, stages
 from gubs.artifacts import Run
 from gubs.config import load_settings
 from gubs.evaluate.compare import DROP, Block, Figure, Row, verdict_on
 from gubs.evaluate.judge import FILTER, MIXES
+from gubs.records import Task
 
 SHOWN = ("share_kept", "play_rate_above_30", "share_watched_lost", "judge_balanced_acc", "reason_f1")
 
@@ -57,10 +59,20 @@ def test_the_main_job_ends_with_at_most_eight_lines(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(stages, "make", lambda *_, **__: None)
     monkeypatch.setattr("gubs.evaluate.compare.compare", lambda *_: blocks)
     monkeypatch.setattr("gubs.report.training.write_page", lambda *_: "page.html")
+    monkeypatch.setattr("gubs.report.policy.report", lambda *_: None)
+    monkeypatch.setattr("gubs.report.policy.write_page", lambda *_: "report.html")
+    names = [f"{p}, calibrated" for p in ("sft_model", "plain", "grpo")]
+    names += ["logistic, by reward", "boosting, by reward", "never skip"]
+    rows = [SimpleNamespace(name=name, values={"reward": {"value": 2.0 + n / 10}}) for n, name in enumerate(names)]
+    beside = [SimpleNamespace(task=task, rows=rows) for task in Task]
+    monkeypatch.setattr("gubs.evaluate.table.tables", lambda *_, **__: beside)
     jobs.main_job(Run(tmp_path), load_settings("tiny", []))
-    page, *verdict = "".join(capsys.readouterr()).splitlines()
+    page, report, *verdict = "".join(capsys.readouterr()).splitlines()
     assert page.startswith("[page]")
+    assert report.startswith("[page]")
     assert len(verdict) <= 8
+    rewards = "sft_model 2.00, plain 2.10, grpo 2.20, logistic 2.30, boosting 2.40, never skip 2.50"
+    assert verdict[-1] == f"    mean reward (0-3), calibrated: {rewards}"
     assert max(map(len, verdict)) <= 120
     assert verdict[0] == "grpo as a filter, on the targets of 50 test users as they come:"
     for part in ("  sequential: keeps", "  click: keeps", "random drop 30 %", "constants 50 %"):

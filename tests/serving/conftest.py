@@ -60,6 +60,9 @@ class Service:
     def work(self, app):
         return serve.get_app_handle(app).work.remote().result(timeout_s=20)
 
+    def peak(self, app):
+        return serve.get_app_handle(app).peak.remote().result(timeout_s=20)
+
 
 @pytest.fixture(scope="package")
 def service(ray_local, tmp_path_factory):

@@ -29,6 +29,11 @@ class FakeReplica(_Replica):
         """Process, questions in work, questions answered."""
         return os.getpid(), self._engine.running, self._engine.finished
 
+    async def peak(self) -> int:
+        """The most questions in work at a time since it was last asked."""
+        peak, self._engine.peak = self._engine.peak, 0
+        return peak
+
 
 QUICK = {"upscale_delay_s": 0.5, "downscale_delay_s": 2, "metrics_interval_s": 0.5, "look_back_period_s": 1}
 

@@ -130,7 +130,7 @@ class RuleEngine:
         self._slots = asyncio.Semaphore(at_once)
         self.asked: list[Prompt] = []
         self.salts: set[str] = set()
-        self.running = 0
+        self.running = self.peak = 0
         self.finished = 0
         self.quiet_s = 0.0
 
@@ -145,6 +145,7 @@ class RuleEngine:
             raise KeyError(prompt.text)
         self.asked.append(prompt)
         self.running += 1
+        self.peak = max(self.peak, self.running)
         try:
             async with self._slots:
                 await asyncio.sleep(self.seconds)
