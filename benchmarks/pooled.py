@@ -43,8 +43,10 @@ def sums_of(cells: Path, world: int, seeds: Sequence[int], arms: Sequence[str]) 
     """By predictor: what figures at an equal share kept, and the mean reward, are made of; arms are means of their
     trainings.
     """
-    barred = next(Run(c) for c in sorted(cells.glob(f"*-w{world}-s*")) if (c / "bars").exists())
-    stored, happened = collect(barred, TASK, {})
+    with_bars = [c for c in sorted(cells.glob(f"*-w{world}-s*")) if (c / "bars").exists()]
+    if not with_bars:
+        raise SystemExit(f"{cells}: no finished cell of world {world} with baselines; `gubs ablate` makes them")
+    stored, happened = collect(Run(with_bars[0]), TASK, {})
     policies = [p for arm in arms for p in trainings(cells, arm, world, seeds)]
     predictors = [*(p for p in stored if p.kind == "baseline"), *policies]
     truth = table._common(predictors, happened, TASK)

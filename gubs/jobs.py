@@ -60,7 +60,7 @@ def main_job(run: Run, settings: Settings, force: bool = False) -> None:
     from gubs.report.training import write_page
 
     stages.make(stages.main_targets(settings), run, settings, force=force)
-    stages.make(["bars"], run, settings)
+    _make_bars(run, settings, force)
     blocks = compare(run, [stages.start_policy(settings), stages.GRPO])
     say(f"[page]   {write_page(run, blocks)}")
     evaluate, seed = settings.evaluate, settings.seed
@@ -69,6 +69,12 @@ def main_job(run: Run, settings: Settings, force: bool = False) -> None:
     policies = [stages.start_policy(settings), PLAIN, stages.GRPO]
     for line in [*verdict(blocks), *(rewards_in_words(t, policies) for t in beside if t.task == Task.SEQUENTIAL)]:
         say(line)
+
+
+def _make_bars(run: Run, settings: Settings, force: bool) -> None:
+    """Makes the baselines; anew if they are stale: they cost little, and a refusal would come after the training."""
+    stale = stages.Graph(["bars"], run, settings).state("bars").status is stages.Status.STALE
+    stages.make(["bars"], run, settings, force=force or stale)
 
 
 def evaluate_job(run: Run, settings: Settings, force: bool = False) -> None:

@@ -171,8 +171,10 @@ def put_judged(run: Run, settings: Settings = SETTINGS, policy: str = POLICY) ->
     put(run, f"eval-{policy}", tables, settings=settings, inputs=[policy], info=info)
 
 
-def put_bars(run: Run, methods: Sequence[str] = ("popularity", "logistic regression")) -> None:
-    """The artifact `bars`: the first guesses, the others know half of what happened."""
+def put_bars(
+    run: Run, methods: Sequence[str] = ("popularity", "logistic regression"), by_reward: Sequence[str] = ()
+) -> None:
+    """The artifact `bars`: the first guesses, the others know half of what happened; some choose options by reward."""
     rng, rows = np.random.default_rng(0), []
     judged = run.artifact(f"eval-{POLICY}").table("predictions").to_pylist()
     for known, method in enumerate(methods):
@@ -181,5 +183,5 @@ def put_bars(run: Run, methods: Sequence[str] = ("popularity", "logistic regress
             score = 0.5 * known * bad + 0.6 * rng.random()
             row = {"method": method, "score": score, "predicted": "B" if score > 0.5 else "A"}
             rows.append(row | {n: r[n] for n in ("task", "user_id", "interaction_id", "play_rate", "clicked")})
-    info = {str(t): {"videos_trained_on": 1.0} for t in Task}
+    info = {str(t): {"videos_trained_on": 1.0, "by_reward": list(by_reward)} for t in Task}
     put(run, "bars", {"predictions": pa.Table.from_pylist(rows, schema=STORED)}, info=info)

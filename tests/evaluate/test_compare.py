@@ -3,6 +3,9 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pyarrow as pa
+from artifact_helpers import put
+
 from gubs import jobs, stages
 from gubs.artifacts import Run
 from gubs.config import load_settings
@@ -77,3 +80,13 @@ def test_the_main_job_ends_with_at_most_eight_lines(tmp_path, monkeypatch, capsy
     assert verdict[0] == "grpo as a filter, on the targets of 50 test users as they come:"
     for part in ("  sequential: keeps", "  click: keeps", "random drop 30 %", "constants 50 %"):
         assert part in "\n".join(verdict)
+
+
+def test_baselines_of_other_data_are_made_anew_and_do_not_end_a_job_after_its_training(tmp_path, monkeypatch):
+    run, settings, forced = Run(tmp_path), load_settings("tiny", []), []
+    monkeypatch.setattr(stages, "make", lambda targets, *_, force: forced.append((*targets, force)))
+    put(run, "ifvr", {"users": pa.table({"user_id": ["u"]})}, settings=settings)
+    jobs._make_bars(run, settings, force=False)
+    put(run, "bars", {"predictions": pa.table({"x": [1]})}, settings=settings)
+    jobs._make_bars(run, settings, force=False)
+    assert forced == [("bars", False), ("bars", True)]
